@@ -1,0 +1,41 @@
+"""The label convention, written once, and what is known of each class before training.
+
+Labels: foreground classes are 0..C-1 in the order of the annotation file's `categories` list, background is C (the
+paper's C+1, Sec. 3.1). A row that takes no part in any loss carries `IGNORED`. C is read from the data, never typed in.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+
+IGNORED = -100  # torch.nn.functional.cross_entropy's own ignore_index
+GROUPS = ("r", "c", "f")  # rare, common, frequent: LVIS's names
+
+
+@dataclass(frozen=True, kw_only=True)
+class ClassStats:
+    """Per-class facts of a training set; arrays are indexed by label 0..C-1.
+
+    names: C strings; category_ids: (C,) int64, the file's own ids, gaps allowed; image_counts, instance_counts: (C,)
+    int64 over the training set; groups: (C,) array of "r", "c" or "f"; image_total: annotated training images.
+    """
+
+    names: tuple[str, ...]
+    category_ids: np.ndarray
+    image_counts: np.ndarray
+    instance_counts: np.ndarray
+    groups: np.ndarray
+    image_total: int
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    def group_mask(self, group: str) -> np.ndarray:
+        """(C,) bool, true for the classes of group "r", "c" or "f"."""
+        return self.groups == group
+
+
+def frequency_groups(image_counts: np.ndarray, rare_max: int = 10, common_max: int = 100) -> np.ndarray:
+    """LVIS's groups from image counts (C,): "r" up to `rare_max` images, "c" up to `common_max`, else "f"."""
+    groups = np.where(image_counts <= rare_max, "r", np.where(image_counts <= common_max, "c", "f"))
+    return groups.astype("<U1")
