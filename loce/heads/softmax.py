@@ -1,0 +1,30 @@
+"""LOCE, Sec. 3.1, Eq. 1: the plain softmax head, the baseline and the head of stage 1."""
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from loce.classes import IGNORED, ClassStats
+from loce.heads.base import Head, RoIs
+
+
+class SoftmaxHead(Head):
+    """One linear layer to C + 1 logits, background last, trained with the cross-entropy."""
+
+    def __init__(self, in_features: int, stats: ClassStats) -> None:
+        super().__init__(in_features, stats)
+        self.fc_cls = nn.Linear(in_features, self.num_classes + 1)
+        nn.init.normal_(self.fc_cls.weight, std=0.01)
+        nn.init.zeros_(self.fc_cls.bias)
+
+    def forward(self, x_ND: Tensor) -> Tensor:
+        """Features (N, D) -> logits (N, C+1)."""
+        return self.fc_cls(x_ND)
+
+    def losses(self, logits_NL: Tensor, rois: RoIs) -> dict[str, Tensor]:
+        """`loss_cls`: Eq. 1, summed over the rows that take part and divided by their number."""
+        total = F.cross_entropy(logits_NL.float(), rois.labels_N, ignore_index=IGNORED, reduction="sum")
+        return {"loss_cls": total / rois.count}
+
+    def scores(self, logits_NL: Tensor) -> Tensor:
+        """Logits (N, C+1) -> softmax probabilities (N, C) of the foreground classes, fp32."""
+        return logits_NL.float().softmax(dim=1)[:, : self.num_classes]
