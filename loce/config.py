@@ -1,9 +1,47 @@
 """Every option of loce: frozen dataclasses whose defaults are the paper's main setting (LVIS v1, R-50-FPN, stage 1).
 
 A YAML file states differences only; `key.sub=value` on the command line overrides it (Sec. 4.1 for the values).
+What a field may hold is its type; what cannot stand together is in conflicts.py. Imports no torch.
 """
 
+import sys
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from loce.conflicts import CONFLICTS
+from loce.errors import UserError, raise_problems, run_script
+from loce.options import (
+    Count,
+    Decay,
+    Fraction,
+    Natural,
+    NotNegative,
+    Positive,
+    Range,
+    Share,
+    build,
+    flatten,
+    help_text,
+    read_options,
+    split_words,
+    to_dict,
+)
+from loce.yaml_text import dump_yaml, load_yaml
+
+__all__ = [
+    "Config",
+    "UserError",
+    "dump",
+    "from_dict",
+    "images_per_rank",
+    "load_config",
+    "raise_problems",
+    "read_options",
+    "run_script",
+    "to_dict",
+]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -14,63 +52,63 @@ class DataConfig:
     train_images: str = "data/coco"  # folder that holds train2017/ and val2017/, or the images themselves
     val_annotations: str = "data/lvis_v1/annotations/lvis_v1_val.json"
     val_images: str = "data/coco"
-    rare_max: int = 10  # images; LVIS's bounds, used where the file has no `frequency`
-    common_max: int = 100
-    short_edges: tuple[int, ...] = (640, 672, 704, 736, 768, 800)  # one is drawn per image
-    long_edge: int = 1333
-    test_short_edge: int = 800
-    flip: float = 0.5
+    rare_max: Natural = 10  # images; LVIS's bounds, used where the file has no `frequency`
+    common_max: Natural = 100
+    short_edges: tuple[Count, ...] = (640, 672, 704, 736, 768, 800)  # one is drawn per image
+    long_edge: Count = 1333
+    test_short_edge: Count = 800
+    flip: Fraction = 0.5
     group_by_aspect: bool = True
-    workers: int = 4
+    workers: Natural = 4
 
 
 @dataclass(frozen=True, kw_only=True)
 class SamplerConfig:
     """Image sampler: which images an epoch shows."""
 
-    name: str = "uniform"  # uniform | repeat_factor | class_balanced
-    repeat_threshold: float = 1e-3  # t of repeat-factor sampling (LVIS paper)
+    name: Literal["uniform", "repeat_factor", "class_balanced"] = "uniform"
+    repeat_threshold: Share = 1e-3  # t of repeat-factor sampling (LVIS paper)
 
 
 @dataclass(frozen=True, kw_only=True)
 class RPNConfig:
     """Region proposal network; MMDetection's numbers."""
 
-    anchor_scale: float = 8.0  # anchor side = scale x stride
-    pre_nms_train: int = 2000  # per level
-    pre_nms_test: int = 1000
-    post_nms: int = 1000  # over all levels
-    nms: float = 0.7
-    positive_iou: float = 0.7
-    negative_iou: float = 0.3
-    batch_per_image: int = 256
-    positive_fraction: float = 0.5
+    anchor_scale: Positive = 8.0  # anchor side = scale x stride
+    pre_nms_train: Count = 2000  # per level
+    pre_nms_test: Count = 1000
+    post_nms: Count = 1000  # over all levels
+    nms: Share = 0.7
+    positive_iou: Share = 0.7
+    negative_iou: Fraction = 0.3
+    batch_per_image: Count = 256
+    positive_fraction: Share = 0.5
 
 
 @dataclass(frozen=True, kw_only=True)
 class RoIConfig:
     """Second stage: matching, sampling and pooling of regions of interest."""
 
-    positive_iou: float = 0.5
-    batch_per_image: int = 512
-    positive_fraction: float = 0.25
-    finest_scale: float = 56.0  # boxes up to twice this side (px) are pooled from the finest level
+    positive_iou: Share = 0.5
+    batch_per_image: Count = 512
+    positive_fraction: Share = 0.25
+    finest_scale: Positive = 56.0  # boxes up to twice this side (px) are pooled from the finest level
 
 
 @dataclass(frozen=True, kw_only=True)
 class ModelConfig:
     """Mask R-CNN with FPN."""
 
-    backbone: str = "resnet50"  # tiny | resnet50 | resnet101
-    weights: str = "imagenet"  # imagenet | none
-    norm: str = "frozen"  # frozen: BN statistics fixed, affine trained | batch | group
-    frozen_stages: int = 1  # 1 = stem and layer1 never train
-    fpn_channels: int = 256
-    fc_features: int = 1024
-    mask_channels: int = 256
-    mask_convs: int = 4
-    mask_predictor: str = "normalised"  # normalised | linear
-    mask_temperature: float = 20.0
+    backbone: Literal["tiny", "resnet50", "resnet101"] = "resnet50"
+    weights: Literal["imagenet", "none"] = "imagenet"
+    norm: Literal["frozen", "batch", "group"] = "frozen"  # frozen: BN statistics fixed, affine trained
+    frozen_stages: Annotated[int, Range(0, 4)] = 1  # 1 = stem and layer1 never train
+    fpn_channels: Count = 256
+    fc_features: Count = 1024
+    mask_channels: Count = 256
+    mask_convs: Natural = 4
+    mask_predictor: Literal["normalised", "linear"] = "normalised"
+    mask_temperature: Positive = 20.0
     rpn: RPNConfig = field(default_factory=RPNConfig)
     roi: RoIConfig = field(default_factory=RoIConfig)
 
@@ -79,18 +117,18 @@ class ModelConfig:
 class HeadConfig:
     """Classification head: the loss and how scores are read from logits."""
 
-    name: str = "softmax"  # softmax | equilibrium
+    name: Literal["softmax", "equilibrium"] = "softmax"
 
 
 @dataclass(frozen=True, kw_only=True)
 class IndicatorConfig:
     """What tells weak classes from strong ones, for the equilibrium loss and the feature memory (Sec. 3.1)."""
 
-    kind: str = "score"  # score: the mean score, Eq. 2 | prior: training instance counts (supplement, Sec. 1)
-    momentum: float = 0.9  # alpha
-    initial_score: float = 0.01
-    background_score: float = 0.01  # the paper's s^_{C+1}
-    background_count: float = 1.0  # the supplement's n^_{C+1}, for kind: prior
+    kind: Literal["score", "prior"] = "score"  # score: mean score, Eq. 2; prior: instance counts (supplement)
+    momentum: Decay = 0.9  # alpha
+    initial_score: Share = 0.01
+    background_score: Share = 0.01  # the paper's s^_{C+1}
+    background_count: Positive = 1.0  # the supplement's n^_{C+1}, for kind: prior
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -98,38 +136,38 @@ class MemoryConfig:
     """Memory-augmented feature sampling (Sec. 3.3)."""
 
     enabled: bool = False
-    capacity: int = 80  # M, features per class
-    instances_per_class: int = 5  # stored per class and image, chosen at random
-    fill_instances: int = 5  # per class, before the first iteration
-    level: str = "fc"  # fc: the vector after the shared FCs | roi: the pooled RoI features
-    dtype: str = "float32"  # float32 | bfloat16 | float16
+    capacity: Count = 80  # M, features per class
+    instances_per_class: Count = 5  # stored per class and image, chosen at random
+    fill_instances: Count = 5  # per class, before the first iteration
+    level: Literal["fc", "roi"] = "fc"  # fc: the vector after the shared FCs; roi: the pooled RoI features
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     shared: bool = False  # true: every rank holds the rows of all ranks
-    classes_per_draw: int = 8  # k, per 2 images on a rank
-    features_per_class: int = 4  # m
+    classes_per_draw: Count = 8  # k, per 2 images on a rank
+    features_per_class: Count = 4  # m
 
 
 @dataclass(frozen=True, kw_only=True)
 class TrainConfig:
     """Optimisation. `batch_size` counts images over all ranks and accumulation steps."""
 
-    freeze: str = "none"  # none | backbone: backbone and FPN | trunk: those and the shared FCs
+    freeze: Literal["none", "backbone", "trunk"] = "none"  # backbone: with FPN; trunk: and the shared FCs
     init: str = ""  # checkpoint or run folder that training starts from
-    batch_size: int = 16
-    accumulate: int = 1
-    epochs: int = 24
-    lr: float = 0.02  # at a batch of `lr_batch_size`; scaled linearly with batch_size
-    lr_batch_size: int = 16
-    momentum: float = 0.9
-    weight_decay: float = 1e-4
-    warmup_iterations: int = 500
-    warmup_factor: float = 1e-3
-    drops: tuple[int, ...] = (16, 22)  # epochs after which the learning rate falls
-    drop_factor: float = 0.1
-    clip_norm: float = 0.0  # 0: off
-    precision: str = "fp32"  # fp32 | bf16 | fp16
-    log_every: int = 50  # iterations
-    checkpoint_every: int = 1000  # iterations, besides every epoch's end
-    keep_checkpoints: int = 2
+    batch_size: Count = 16
+    accumulate: Count = 1
+    epochs: Count = 24
+    lr: Positive = 0.02  # at a batch of `lr_batch_size`; scaled linearly with batch_size
+    lr_batch_size: Count = 16
+    momentum: Decay = 0.9
+    weight_decay: NotNegative = 1e-4
+    warmup_iterations: Natural = 500
+    warmup_factor: Share = 1e-3
+    drops: tuple[Count, ...] = (16, 22)  # epochs after which the learning rate falls
+    drop_factor: Share = 0.1
+    clip_norm: NotNegative = 0.0  # 0: off
+    precision: Literal["fp32", "bf16", "fp16"] = "fp32"
+    log_every: Count = 50  # iterations
+    checkpoint_every: Count = 1000  # iterations, besides every epoch's end
+    keep_checkpoints: Count = 2
     evaluate: bool = True  # after the last epoch
 
 
@@ -137,20 +175,20 @@ class TrainConfig:
 class EvalConfig:
     """Inference and evaluation."""
 
-    score_threshold: float = 1e-4
-    nms: float = 0.5
-    detections: int = 300  # per image
-    protocol: str = "lvis"  # lvis | coco
-    batch_size: int = 1  # images per rank
+    score_threshold: Decay = 1e-4
+    nms: Share = 0.5
+    detections: Count = 300  # per image
+    protocol: Literal["lvis", "fixed", "coco"] = "lvis"
+    batch_size: Count = 1  # images per rank
 
 
 @dataclass(frozen=True, kw_only=True)
 class Config:
     """One run."""
 
-    output: str = ""  # run folder; empty: runs/<name of the YAML file>
-    seed: int = 0
-    device: str = "auto"  # auto | cpu | cuda
+    output: str = ""  # run folder; empty: runs/ and the path of the YAML file below configs/
+    seed: Annotated[int, Range(0, 2**32 - 1)] = 0
+    device: Literal["auto", "cpu", "cuda"] = "auto"
     data: DataConfig = field(default_factory=DataConfig)
     sampler: SamplerConfig = field(default_factory=SamplerConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
@@ -159,3 +197,77 @@ class Config:
     memory: MemoryConfig = field(default_factory=MemoryConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
     eval: EvalConfig = field(default_factory=EvalConfig)
+
+
+def load_config(argv: Sequence[str]) -> Config:
+    """The run that `[CONFIG.yaml, "key.sub=value", ...]` describes, its `output` filled in; `-h` prints every option.
+
+    UserError with everything that is wrong at once: unknown keys, wrong types, values out of range, conflicts.
+    """
+    if "-h" in argv or "--help" in argv:
+        print(f"usage: {sys.argv[0]} CONFIG [key=value ...]\n\nCONFIG: {_known_configs()}\n\n{help_text(Config)}")
+        sys.exit(0)
+    if not argv or ("=" in argv[0] and not Path(argv[0]).is_file()):
+        raise UserError(
+            f"command line: no CONFIG given; usage: {sys.argv[0]} CONFIG [key=value ...]; {_known_configs()}"
+        )
+    path = find_config(argv[0])
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: cannot be read: {error}") from None
+    words, problems = split_words(Config, argv[1:])
+    file_values = flatten(Config, load_yaml(text, str(path)), str(path))
+    output: tuple[str, Any, str] = ("output", str(run_folder(path)), "default")
+    config = build(Config, [*file_values, *words], CONFLICTS, problems)
+    return config if config.output else build(Config, [*file_values, *words, output], CONFLICTS)
+
+
+def find_config(name: str) -> Path:
+    """The file that `name`, with or without .yaml, means: here, in configs/ here, or in the repository's configs/."""
+    places = [Path(), *_config_folders()]
+    for place in places:
+        for path in (place / name, place / f"{name}.yaml"):
+            if path.is_file():
+                return path
+    raise UserError(f"command line: CONFIG {name} not found here or in configs/; {_known_configs()}")
+
+
+def run_folder(config_path: Path) -> Path:
+    """Where a run goes that does not say: configs/glyphs/loce.yaml -> runs/glyphs/loce; elsewhere/x.yaml -> runs/x."""
+    parts = config_path.resolve().with_suffix("").parts
+    below = max((i + 1 for i, part in enumerate(parts[:-1]) if part == "configs"), default=len(parts) - 1)
+    return Path("runs", *parts[below:])
+
+
+def _config_folders() -> list[Path]:
+    here, ours = Path("configs"), Path(__file__).resolve().parent.parent / "configs"
+    return [here] if here.resolve() == ours else [here, ours]
+
+
+def _known_configs() -> str:
+    names = sorted({str(path.relative_to(folder)) for folder in _config_folders() for path in folder.rglob("*.yaml")})
+    return f"configs there are: {', '.join(names) or 'none'}"
+
+
+def from_dict(values: Mapping[str, Any], source: str = "checkpoint") -> Config:
+    """Inverse of `to_dict`; what `values` does not say is default. UserError naming `source`, as for a file."""
+    return build(Config, flatten(Config, values, source), CONFLICTS)
+
+
+def dump(config: Config) -> str:
+    """Full YAML of `config`; loading it gives an equal one."""
+    return dump_yaml(to_dict(config))
+
+
+def images_per_rank(train: TrainConfig, world_size: int) -> int:
+    """Images of one forward pass on a rank: batch_size / (world_size * accumulate); UserError where not whole."""
+    parts = world_size * train.accumulate
+    if train.batch_size % parts:
+        below = train.batch_size // parts * parts
+        raise UserError(
+            f"train.batch_size = {train.batch_size}: must be divisible by processes x train.accumulate = "
+            f"{world_size} x {train.accumulate}; set train.batch_size={below or parts} or another multiple, "
+            "or start another number of processes"
+        )
+    return train.batch_size // parts

@@ -1,0 +1,94 @@
+"""Options that are each allowed but cannot stand together."""
+
+from loce.options import Conflict
+
+# What cannot stand together: the keys, when it is wrong, and why (or what is right).
+CONFLICTS: tuple[Conflict, ...] = (
+    (("data.train_annotations",), lambda c: not c.data.train_annotations, "must name a file"),
+    (("data.val_annotations",), lambda c: not c.data.val_annotations, "must name a file"),
+    (("data.train_images",), lambda c: not c.data.train_images, "must name a folder"),
+    (("data.val_images",), lambda c: not c.data.val_images, "must name a folder"),
+    (
+        ("data.common_max", "data.rare_max"),
+        lambda c: c.data.common_max < c.data.rare_max,
+        "common_max must not be below rare_max",
+    ),
+    (("data.short_edges",), lambda c: not c.data.short_edges, "must hold at least one length"),
+    (
+        ("data.long_edge", "data.short_edges"),
+        lambda c: c.data.long_edge < max(c.data.short_edges, default=0),
+        "long_edge must not be below a short edge",
+    ),
+    (
+        ("data.long_edge", "data.test_short_edge"),
+        lambda c: c.data.long_edge < c.data.test_short_edge,
+        "long_edge must not be below test_short_edge",
+    ),
+    (
+        ("model.rpn.negative_iou", "model.rpn.positive_iou"),
+        lambda c: c.model.rpn.negative_iou > c.model.rpn.positive_iou,
+        "negative_iou must not be above positive_iou",
+    ),
+    (
+        ("model.rpn.batch_per_image", "model.rpn.positive_fraction"),
+        lambda c: c.model.rpn.batch_per_image * c.model.rpn.positive_fraction < 1,
+        "their product, the positive anchors of an image, must be at least 1",
+    ),
+    (
+        ("model.roi.batch_per_image", "model.roi.positive_fraction"),
+        lambda c: c.model.roi.batch_per_image * c.model.roi.positive_fraction < 1,
+        "their product, the positive RoIs of an image, must be at least 1",
+    ),
+    (
+        ("model.backbone", "model.weights"),
+        lambda c: c.model.backbone == "tiny" and c.model.weights != "none",
+        "the tiny backbone has no ImageNet weights; set model.weights=none",
+    ),
+    (
+        ("model.backbone", "model.norm"),
+        lambda c: c.model.backbone == "tiny" and c.model.norm != "group",
+        "the tiny backbone has group norm only; set model.norm=group",
+    ),
+    (
+        ("model.weights", "model.norm"),
+        lambda c: c.model.weights == "imagenet" and c.model.norm == "group",
+        "the ImageNet weights come with batch norm; set model.norm=frozen or batch, or model.weights=none",
+    ),
+    (
+        ("model.norm", "model.weights", "train.init"),
+        lambda c: (
+            c.model.norm == "frozen" and c.model.weights == "none" and not c.train.init and c.model.backbone != "tiny"
+        ),
+        "without weights there are no statistics to freeze; set model.norm=batch or group, or train.init",
+    ),
+    (
+        ("model.frozen_stages", "model.weights", "train.init"),
+        lambda c: c.model.frozen_stages > 0 and c.model.weights == "none" and not c.train.init,
+        "stages of random weights would never train; set model.frozen_stages=0, or train.init",
+    ),
+    (
+        ("memory.enabled", "train.freeze"),
+        lambda c: c.memory.enabled and c.train.freeze == "none",
+        "the stored features would be stale; set train.freeze=trunk (or backbone, with memory.level=roi)",
+    ),
+    (
+        ("memory.enabled", "memory.level", "train.freeze"),
+        lambda c: c.memory.enabled and c.memory.level == "fc" and c.train.freeze == "backbone",
+        "the shared FCs train, so vectors stored after them would be stale; set train.freeze=trunk or memory.level=roi",
+    ),
+    (
+        ("train.freeze", "train.init"),
+        lambda c: c.train.freeze != "none" and not c.train.init,
+        "what is frozen must come from somewhere; set train.init to a checkpoint or a run folder",
+    ),
+    (
+        ("train.batch_size", "train.accumulate"),
+        lambda c: c.train.batch_size % c.train.accumulate != 0,
+        "batch_size must be divisible by accumulate",
+    ),
+    (
+        ("train.drops", "train.epochs"),
+        lambda c: list(c.train.drops) != sorted(set(c.train.drops)) or any(d >= c.train.epochs for d in c.train.drops),
+        "drops must increase and stay below epochs",
+    ),
+)
