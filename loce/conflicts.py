@@ -50,11 +50,6 @@ CONFLICTS: tuple[Conflict, ...] = (
         "the tiny backbone has group norm only; set model.norm=group",
     ),
     (
-        ("model.weights", "model.norm"),
-        lambda c: c.model.weights == "imagenet" and c.model.norm == "group",
-        "the ImageNet weights come with batch norm; set model.norm=frozen or batch, or model.weights=none",
-    ),
-    (
         ("model.norm", "model.weights", "train.init"),
         lambda c: (
             c.model.norm == "frozen" and c.model.weights == "none" and not c.train.init and c.model.backbone != "tiny"
