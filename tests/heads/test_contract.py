@@ -1,0 +1,87 @@
+"""What every head promises, whatever its method."""
+
+import pytest
+import torch
+
+from loce.classes import IGNORED
+from loce.heads import HEADS, Head, RoIs
+
+CLASSES, FEATURES = 6, 10
+
+
+def batch(rows, device, seed=0):
+    """Features (rows, FEATURES) and RoIs: labels of every class, background and ignored, some of them from memory."""
+    generator = torch.Generator().manual_seed(seed)
+    labels = torch.randint(-1, CLASSES + 1, (rows,), generator=generator)
+    labels[labels < 0] = IGNORED
+    from_memory = (torch.arange(rows) >= rows - 4) & (labels >= 0) & (labels < CLASSES)
+    rois = RoIs(
+        labels_N=labels.to(device),
+        instances_N=torch.where((labels >= 0) & (labels < CLASSES) & ~from_memory, labels, -1).to(device),
+        from_memory_N=from_memory.to(device),
+        indicator=torch.linspace(0.5, 0.01, CLASSES + 1).to(device),
+        progress=0.5,
+    )
+    return torch.randn(rows, FEATURES, generator=generator).to(device), rois
+
+
+@pytest.fixture(params=sorted(HEADS))
+def head(request, make_stats, device) -> Head:
+    torch.manual_seed(0)
+    return HEADS[request.param](FEATURES, make_stats(CLASSES)).to(device)
+
+
+def test_shapes_and_types(head, device):
+    features, rois = batch(20, device)
+    logits = head(features)
+    assert logits.shape[0] == 20
+    scores = head.scores(logits.bfloat16())
+    assert scores.shape == (20, CLASSES)
+    assert scores.dtype == torch.float32
+    assert ((scores >= 0) & (scores <= 1)).all()
+    for name, loss in head.losses(logits.bfloat16(), rois).items():
+        assert name.startswith("loss_")
+        assert loss.shape == ()
+        assert loss.dtype == torch.float32
+        assert torch.isfinite(loss)
+
+
+@pytest.mark.parametrize("rows", [0, 5])
+def test_nothing_to_learn_from_gives_no_loss_and_no_gradient(head, device, rows):
+    features, rois = batch(rows, device)
+    rois.labels_N.fill_(IGNORED)
+    logits = head(features)
+    assert head.scores(logits).shape == (rows, CLASSES)
+    total = sum(head.losses(logits, rois).values())
+    total.backward()
+    assert total.item() == 0
+    assert all(p.grad is not None and not p.grad.any() for p in head.parameters())
+
+
+def test_ignored_rows_change_nothing(head, device):
+    features, rois = batch(30, device)
+    keep = rois.labels_N != IGNORED
+    assert 0 < keep.sum() < 30
+    some = RoIs(
+        rois.labels_N[keep], rois.instances_N[keep], rois.from_memory_N[keep], rois.indicator, progress=rois.progress
+    )
+    for name, loss in head.losses(head(features), rois).items():
+        torch.testing.assert_close(loss, head.losses(head(features[keep]), some)[name])
+
+
+def test_learns_a_few_points(head, device):
+    """Gradient descent on one point of each class, all losses added up, ends with every point recognised."""
+    features = torch.eye(CLASSES + 1, FEATURES, device=device)
+    labels = torch.arange(CLASSES + 1, device=device)
+    none = torch.full_like(labels, -1)
+    rois = RoIs(
+        labels, none, torch.zeros_like(labels, dtype=torch.bool), torch.full((CLASSES + 1,), 0.1, device=device)
+    )
+    optimiser = torch.optim.SGD(head.parameters(), lr=2.0)
+    for _ in range(100):
+        optimiser.zero_grad()
+        sum(head.losses(head(features), rois).values()).backward()
+        optimiser.step()
+    scores = head.scores(head(features))
+    assert torch.equal(scores[:CLASSES].argmax(dim=1), labels[:CLASSES])
+    assert (scores[CLASSES] < 0.5).all()
