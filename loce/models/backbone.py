@@ -1,0 +1,82 @@
+"""Backbones with a feature pyramid: ResNet-50/101 from torchvision, and a small one for CPUs.
+
+Both give P2..P6 (strides 4..64); P6 is P5 subsampled and serves the RPN only.
+"""
+
+from collections import OrderedDict
+from functools import partial
+from urllib.error import URLError
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torchvision.models import ResNet50_Weights, ResNet101_Weights, resnet50, resnet101
+from torchvision.models.detection.backbone_utils import BackboneWithFPN
+from torchvision.ops.feature_pyramid_network import LastLevelMaxPool
+
+from loce.config import ModelConfig, UserError
+
+LAYERS = {f"layer{i + 1}": str(i) for i in range(4)}
+TINY_CHANNELS = (16, 32, 64, 96, 128)
+
+
+def _group_norm(channels: int) -> nn.GroupNorm:
+    return nn.GroupNorm(min(8, channels // 4), channels)
+
+
+class TinyStage(nn.Module):
+    """A strided convolution and one residual convolution, group-normalised: halves the resolution."""
+
+    def __init__(self, channels_in: int, channels: int) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(channels_in, channels, 3, stride=2, padding=1, bias=False)
+        self.norm1 = _group_norm(channels)
+        self.conv2 = nn.Conv2d(channels, channels, 3, padding=1, bias=False)
+        self.norm2 = _group_norm(channels)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.relu(self.norm1(self.conv1(x)))
+        return F.relu(x + self.norm2(self.conv2(x)))
+
+
+def _tiny() -> nn.Module:
+    names = ("stem", *LAYERS)
+    channels_in = (3, *TINY_CHANNELS[:-1])
+    stages = zip(names, channels_in, TINY_CHANNELS, strict=True)
+    return nn.Sequential(OrderedDict((name, TinyStage(c_in, c_out)) for name, c_in, c_out in stages))
+
+
+def _resnet(config: ModelConfig) -> nn.Module:
+    build, weights = {
+        "resnet50": (resnet50, ResNet50_Weights.IMAGENET1K_V1),
+        "resnet101": (resnet101, ResNet101_Weights.IMAGENET1K_V1),
+    }[config.backbone]
+    norm = _group_norm if config.norm == "group" else partial(nn.BatchNorm2d, eps=1e-5)
+    body = build(norm_layer=norm)
+    if config.weights == "imagenet":
+        try:
+            state = weights.get_state_dict(progress=True, check_hash=True)
+        except (URLError, OSError) as error:
+            name = weights.url.rsplit("/", 1)[-1]
+            raise UserError(
+                f"model.weights: imagenet: {name} is not in the cache and cannot be downloaded ({error}).\n"
+                f"  Put the file into ~/.cache/torch/hub/checkpoints/ (or $TORCH_HOME/hub/checkpoints/) by hand, "
+                f"or set model.weights=none (then model.norm=batch or group)."
+            ) from error
+        body.load_state_dict(state, strict=config.norm != "group")
+    return body
+
+
+def build_backbone(config: ModelConfig) -> BackboneWithFPN:
+    """Body and pyramid; `.body` and `.fpn` as torchvision names them. The pyramid starts Xavier-uniform (MMDetection)."""
+    tiny = config.backbone == "tiny"
+    body = _tiny() if tiny else _resnet(config)
+    channels = list(TINY_CHANNELS[1:]) if tiny else [256, 512, 1024, 2048]
+    backbone = BackboneWithFPN(body, dict(LAYERS), channels, config.fpn_channels, LastLevelMaxPool())
+    for layer in backbone.fpn.modules():
+        if isinstance(layer, nn.Conv2d):
+            nn.init.xavier_uniform_(layer.weight)
+            nn.init.zeros_(layer.bias)
+    for name in ("stem", "conv1", "bn1", *LAYERS)[: 3 + config.frozen_stages if config.frozen_stages else 0]:
+        for parameter in getattr(backbone.body, name, nn.Identity()).parameters():
+            parameter.requires_grad_(False)
+    return backbone

@@ -1,0 +1,79 @@
+"""Mask head with the normalised mask predictor (Sec. 4.1, after Seesaw), its targets and its loss.
+
+Shapes: P regions of interest, D channels, C classes, S = 14 pooled side, 2S = 28 mask side.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torchvision.ops import roi_align
+
+from loce.data.masks import CroppedMasks
+
+MASK_SIZE = 28
+_CROPS_AT_ONCE = 16  # bounds the memory of float crops while targets are made
+
+
+class MaskHead(nn.Module):
+    """Convolutions, a deconvolution and class-specific 1x1 predictors, of which only the asked class is computed."""
+
+    def __init__(
+        self,
+        channels: int,
+        width: int,
+        convs: int,
+        num_classes: int,
+        normalised: bool = True,
+        temperature: float = 20.0,
+    ) -> None:
+        super().__init__()
+        self.normalised, self.temperature = normalised, temperature
+        self.convs = nn.ModuleList(nn.Conv2d(channels if i == 0 else width, width, 3, padding=1) for i in range(convs))
+        self.upsample = nn.ConvTranspose2d(width if convs else channels, width, 2, stride=2)
+        self.predictor = nn.Conv2d(width, num_classes, 1)
+        for layer in (*self.convs, self.upsample, self.predictor):
+            nn.init.kaiming_normal_(layer.weight, mode="fan_out", nonlinearity="relu")
+            nn.init.zeros_(layer.bias)
+
+    def forward(self, x_PDSS: Tensor, labels_P: Tensor) -> Tensor:
+        """Mask logits (P, 2S, 2S) of each region's class `labels_P` (long, 0..C-1).
+
+        Normalised: temperature * <x / |x|, w_c / |w_c|> + b_c, norms over channels (no gradient is lost on other
+        classes: their channels do not enter the loss).
+        """
+        x = x_PDSS
+        for conv in self.convs:
+            x = F.relu(conv(x))
+        x = F.relu(self.upsample(x))
+        weight_CD = self.predictor.weight.flatten(1)
+        if self.normalised:
+            x = self.temperature * F.normalize(x, dim=1)
+            weight_CD = F.normalize(weight_CD, dim=1)
+        logits = torch.einsum("pdhw,pd->phw", x, weight_CD[labels_P].to(x.dtype))
+        return logits + self.predictor.bias[labels_P, None, None]
+
+
+def mask_loss(logits_PHW: Tensor, targets_PHW: Tensor) -> Tensor:
+    """Mean binary cross-entropy over all pixels of the positives; 0 (still connected) without positives."""
+    total = F.binary_cross_entropy_with_logits(logits_PHW.float(), targets_PHW.float(), reduction="sum")
+    return total / max(logits_PHW.numel(), 1)
+
+
+@torch.no_grad()
+def mask_targets(masks: CroppedMasks, instances_P: Tensor, boxes_P4: Tensor) -> Tensor:
+    """(P, 28, 28) bool: each region's instance mask, averaged over the region's cells (RoIAlign) and cut at 0.5.
+
+    masks: ground truth of one image; instances_P: which instance; boxes_P4: regions, in pixels of that image.
+    """
+    height, width = masks.size
+    limit = boxes_P4.new_tensor([width, height, width, height])
+    boxes_P4 = torch.minimum(boxes_P4.clamp(min=0), limit)
+    corner_N2 = masks.windows[:, :2].to(boxes_P4.dtype)
+    targets = []
+    for rows, boxes in zip(instances_P.split(_CROPS_AT_ONCE), boxes_P4.split(_CROPS_AT_ONCE), strict=True):
+        crops = masks.crops(rows)[:, None]
+        shifted = boxes - corner_N2[rows].repeat(1, 2)
+        index = torch.arange(len(rows), device=boxes.device, dtype=boxes.dtype)[:, None]
+        regions = torch.cat([index, shifted], dim=1)
+        targets.append(roi_align(crops, regions, MASK_SIZE, aligned=True, sampling_ratio=0)[:, 0] >= 0.5)
+    return torch.cat(targets) if targets else boxes_P4.new_zeros((0, MASK_SIZE, MASK_SIZE), dtype=torch.bool)

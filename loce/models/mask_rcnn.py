@@ -1,0 +1,235 @@
+"""Mask R-CNN with FPN (arXiv 1703.06870), MMDetection's numerics, and LOCE's second stage.
+
+Samples are the data sets' dicts with host tensors; the model moves them to its own device. Shapes: B images.
+"""
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from loce.classes import ClassStats
+from loce.config import EvalConfig, IndicatorConfig, MemoryConfig, ModelConfig, UserError
+from loce.heads import HEADS
+from loce.mean_score import MeanScoreTracker
+from loce.models.backbone import build_backbone
+from loce.models.boxes import ROI_STDS, decode
+from loce.models.detection import detect
+from loce.models.mask_head import MaskHead
+from loce.models.memory_sampling import MemorySampling
+from loce.models.paste import paste_and_encode
+from loce.models.pooling import pool
+from loce.models.roi_heads import BOX_SIDE, MASK_SIDE, BoxHead, RoIHeads, Truth
+from loce.models.rpn import RPN
+
+PIXEL_MEAN = (123.675, 116.28, 103.53)  # RGB, ImageNet
+PIXEL_STD = (58.395, 57.12, 57.375)
+DIVISOR = 32
+Size = tuple[int, int]
+
+
+def build_roi_heads(
+    model: ModelConfig, head: str, indicator: IndicatorConfig, memory: MemoryConfig, stats: ClassStats
+) -> RoIHeads:
+    """The second stage for the classes of `stats`."""
+    classes, width = len(stats), model.fpn_channels
+    box_head = BoxHead(width, model.fc_features)
+    normalised = model.mask_predictor == "normalised"
+    mask_head = MaskHead(width, model.mask_channels, model.mask_convs, classes, normalised, model.mask_temperature)
+    tracker = MeanScoreTracker(classes, indicator.momentum, indicator.initial_score, indicator.background_score)
+    prior = None
+    if indicator.kind == "prior":
+        if (stats.instance_counts == 0).any():
+            absent = [n for n, count in zip(stats.names, stats.instance_counts, strict=True) if count == 0]
+            raise UserError(
+                f"indicator.kind: prior: {len(absent)} classes have no training instance (first: {', '.join(absent[:5])}), "
+                "so log(n'/n) is undefined for them.\n  Use indicator.kind=score, or remove these categories."
+            )
+        prior = torch.tensor([*stats.instance_counts, indicator.background_count], dtype=torch.float32)
+    feature_shape = (model.fc_features,) if memory.level == "fc" else (width, BOX_SIDE, BOX_SIDE)
+    sampling = MemorySampling(classes, feature_shape, memory) if memory.enabled else None
+    class_head = HEADS[head](model.fc_features, stats)
+    return RoIHeads(model.roi, box_head, class_head, mask_head, tracker, prior, sampling)
+
+
+class MaskRCNN(nn.Module):
+    """Training: list of samples -> dict of losses. Evaluation: `detect`, or call with images."""
+
+    pixel_mean: Tensor
+    pixel_std: Tensor
+
+    def __init__(
+        self, config: ModelConfig, roi_heads: RoIHeads, evaluation: EvalConfig, test_edges: tuple[int, int]
+    ) -> None:
+        """test_edges: (short, long) in pixels, what images are resized to in `predict`."""
+        super().__init__()
+        self.config, self.evaluation, self.test_edges = config, evaluation, test_edges
+        self.class_names: tuple[str, ...] = ()
+        self.backbone = build_backbone(config)
+        self.rpn = RPN(config.fpn_channels, config.rpn)
+        self.roi_heads = roi_heads
+        self.register_buffer("pixel_mean", torch.tensor(PIXEL_MEAN).view(3, 1, 1), persistent=False)
+        self.register_buffer("pixel_std", torch.tensor(PIXEL_STD).view(3, 1, 1), persistent=False)
+
+    def train(self, mode: bool = True) -> "MaskRCNN":
+        """As usual, but batch norms with frozen statistics stay in evaluation mode; their affine weights train."""
+        super().train(mode)
+        if self.config.norm == "frozen":
+            for module in self.backbone.modules():
+                if isinstance(module, nn.BatchNorm2d):
+                    module.eval()
+        return self
+
+    def freeze(self, what: str) -> None:
+        """Stop training of "backbone" (with its pyramid), or of the "trunk": backbone, pyramid and shared FCs."""
+        parts: list[nn.Module] = {
+            "none": [],
+            "backbone": [self.backbone],
+            "trunk": [self.backbone, self.roi_heads.box_head],
+        }[what]
+        for part in parts:
+            part.requires_grad_(False)
+
+    def batch_images(self, images: list[Tensor]) -> tuple[Tensor, list[Size], list[Size]]:
+        """Normalise uint8 images (3, h, w) on the device and pad them with zeros below and at the right.
+
+        Returns the batch (B, 3, H, W), the content sizes, and each image's own size padded to a multiple of 32.
+        """
+        sizes = [(x.shape[1], x.shape[2]) for x in images]
+        padded = [(-(-h // DIVISOR) * DIVISOR, -(-w // DIVISOR) * DIVISOR) for h, w in sizes]
+        batch = self.pixel_mean.new_zeros((len(images), 3, max(h for h, _ in padded), max(w for _, w in padded)))
+        for row, image, (height, width) in zip(batch, images, sizes, strict=True):
+            pixels = image.to(batch.device, non_blocking=True)
+            row[:, :height, :width] = (pixels - self.pixel_mean) / self.pixel_std
+        return batch, sizes, padded
+
+    def features(self, batch: Tensor) -> list[Tensor]:
+        """P2..P6 of normalised images (B, 3, H, W)."""
+        return list(self.backbone(batch).values())
+
+    def truth(self, sample: dict[str, Any]) -> Truth:
+        """Ground truth of a sample on the model's device; the instances to store are chosen while labels are on the host."""
+        device = self.pixel_mean.device
+        rows = sample.get("memory_rows")
+        if rows is None:
+            memory = self.roi_heads.memory
+            rows = memory.choose(sample["labels"]) if memory is not None else torch.empty(0, dtype=torch.long)
+        tensors = (x.to(device, non_blocking=True) for x in (sample["boxes"], sample["labels"], rows))
+        boxes, labels, rows = tensors
+        return Truth(boxes, labels, sample["masks"].to(device), rows)
+
+    def forward(self, samples: list[dict[str, Any]] | list[Tensor]) -> Any:
+        """Training: samples -> losses. Evaluation: images (3, h, w) -> list of {boxes, labels, scores, masks}."""
+        if self.training:
+            return self.losses(samples)  # type: ignore[arg-type]
+        return self.predict(samples)  # type: ignore[arg-type]
+
+    def losses(self, samples: list[dict[str, Any]]) -> dict[str, Tensor]:
+        """The losses of a batch of training samples, scalars."""
+        batch, sizes, padded = self.batch_images([s["image"] for s in samples])
+        truths = [self.truth(s) for s in samples]
+        return self.losses_of(self.features(batch), sizes, padded, truths)
+
+    def losses_of(
+        self, features: list[Tensor], sizes: list[Size], padded: list[Size], truths: list[Truth]
+    ) -> dict[str, Tensor]:
+        """Losses from the pyramid on."""
+        logits, deltas = self.rpn(features)
+        anchors = self.rpn.anchors(features)
+        shapes = [(x.shape[2], x.shape[3]) for x in features]
+        losses = self.rpn.losses(logits, deltas, anchors, padded, [t.boxes for t in truths], shapes)
+        proposals = self.rpn.proposals(logits, deltas, anchors, sizes)
+        return losses | self.roi_heads.losses(features, proposals, truths, sizes)
+
+    @torch.no_grad()
+    def fill_memory(self, samples: list[dict[str, Any]]) -> None:
+        """Store the features of the samples' `memory_rows` and update the mean score; nothing is learned."""
+        batch, sizes, _ = self.batch_images([s["image"] for s in samples])
+        truths, features = [self.truth(s) for s in samples], self.features(batch)
+        logits, deltas = self.rpn(features)
+        proposals = self.rpn.proposals(logits, deltas, self.rpn.anchors(features), sizes)
+        regions = [self.roi_heads.select(p, t) for p, t in zip(proposals, truths, strict=True)]
+        self.roi_heads.observe(features, regions, truths, sizes)
+
+    @torch.no_grad()
+    def detect(
+        self,
+        images: list[Tensor],
+        scales: list[tuple[float, float]],
+        originals: list[Size],
+        allowed: list[Tensor | None] | None = None,
+    ) -> list[dict[str, Any]]:
+        """Detections per image in original pixels: boxes (M, 4), scores (M,), labels (M,), rles (M compressed codes).
+
+        scales: (x, y) resized / original; originals: (height, width); allowed: per image a bool mask (C,) of the
+        classes that evaluation can use there: others count towards the cap of detections, but are then left out
+        before masks are made.
+        """
+        batch, sizes, _ = self.batch_images(images)
+        features = self.features(batch)
+        logits, deltas = self.rpn(features)
+        proposals = self.rpn.proposals(logits, deltas, self.rpn.anchors(features), sizes)
+        results = []
+        for i, boxes_N4 in enumerate(proposals):
+            level_features = [x[i : i + 1] for x in features]
+            keep = None if allowed is None else allowed[i]
+            results.append(self._detect_one(level_features, boxes_N4, sizes[i], scales[i], originals[i], keep))
+        return results
+
+    def _detect_one(
+        self,
+        features: list[Tensor],
+        proposals_N4: Tensor,
+        size: Size,
+        scale: tuple[float, float],
+        original: Size,
+        allowed_C: Tensor | None,
+    ) -> dict[str, Any]:
+        roi, finest = self.roi_heads, self.config.roi.finest_scale
+        x_ND = roi.box_head(pool(features, [proposals_N4], BOX_SIDE, finest))
+        scores_NC = roi.head.scores(roi.head(x_ND))
+        deltas_NC4 = roi.fc_reg(x_ND).float().reshape(len(x_ND), -1, 4)
+        scale_4 = proposals_N4.new_tensor([*scale, *scale])
+        boxes_NC4 = decode(proposals_N4[:, None], deltas_NC4, ROI_STDS, size) / scale_4
+        boxes_M4, scores_M, labels_M = detect(boxes_NC4, scores_NC, self.evaluation)
+        if allowed_C is not None:
+            kept = allowed_C.to(labels_M.device)[labels_M]
+            boxes_M4, scores_M, labels_M = boxes_M4[kept], scores_M[kept], labels_M[kept]
+        masks = roi.mask_head(pool(features, [boxes_M4 * scale_4], MASK_SIDE, finest), labels_M).float().sigmoid()
+        rles = paste_and_encode(masks, boxes_M4, original)
+        return {"boxes": boxes_M4.cpu(), "scores": scores_M.cpu(), "labels": labels_M.cpu(), "rles": rles}
+
+    @torch.no_grad()
+    def class_scores(self, samples: list[dict[str, Any]]) -> tuple[Tensor, Tensor, Tensor]:
+        """Scores of ground-truth boxes, for the paper's Figures 1 and 4: (labels (G,), own score (G,), correct (G,))."""
+        batch, _, _ = self.batch_images([s["image"] for s in samples])
+        truths = [self.truth(s) for s in samples]
+        boxes, labels_G = [t.boxes for t in truths], torch.cat([t.labels for t in truths])
+        roi = self.roi_heads
+        x_GD = roi.box_head(pool(self.features(batch), boxes, BOX_SIDE, self.config.roi.finest_scale))
+        scores_GC = roi.head.scores(roi.head(x_GD))
+        own_G = scores_GC.gather(1, labels_G[:, None])[:, 0]
+        return labels_G.cpu(), own_G.cpu(), (scores_GC.argmax(dim=1) == labels_G).cpu()
+
+    @torch.no_grad()
+    def predict(self, images: list[Tensor]) -> list[dict[str, Tensor]]:
+        """Detections of uint8 RGB images (3, h, w) of any size: boxes, labels, scores and full-size bool masks."""
+        from pycocotools import mask as coco_mask
+
+        resized, scales, originals = [], [], []
+        for image in images:
+            height, width = image.shape[1:]
+            short, long = self.test_edges
+            factor = min(long / max(height, width), short / min(height, width))
+            new_h, new_w = int(height * factor + 0.5), int(width * factor + 0.5)
+            pixels = F.interpolate(image[None].float(), (new_h, new_w), mode="bilinear", align_corners=False)[0]
+            resized.append(pixels.round().to(torch.uint8))
+            scales.append((new_w / width, new_h / height))
+            originals.append((height, width))
+        results = []
+        for detections, size in zip(self.detect(resized, scales, originals), originals, strict=True):
+            rles = [{"size": size, "counts": counts} for counts in detections.pop("rles")]
+            masks = torch.from_numpy(coco_mask.decode(rles)).permute(2, 0, 1) if rles else torch.zeros((0, *size))
+            results.append({**detections, "masks": masks.bool()})
+        return results

@@ -1,0 +1,215 @@
+"""Second stage: sample regions, pool, classify, refine boxes and predict masks; the seam between detector and method.
+
+Shapes: B images, N regions over the batch (memory rows last), D features, C classes, L logits of the head,
+P positives, G ground-truth instances over the batch.
+"""
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from loce.classes import IGNORED
+from loce.config import RoIConfig
+from loce.data.masks import CroppedMasks
+from loce.heads.base import Head, RoIs
+from loce.mean_score import MeanScoreTracker, instance_scores
+from loce.models.boxes import ROI_STDS, box_iou, encode
+from loce.models.mask_head import MaskHead, mask_loss, mask_targets
+from loce.models.matching import choose_random, match, sample
+from loce.models.memory_sampling import MemorySampling
+from loce.models.pooling import pool
+
+BOX_SIDE, MASK_SIDE = 7, 14
+
+
+@dataclass
+class Truth:
+    """Ground truth of one image on the model's device; `memory_rows` are the instances whose features are stored."""
+
+    boxes: Tensor  # (G, 4)
+    labels: Tensor  # (G,)
+    masks: CroppedMasks
+    memory_rows: Tensor  # (n,)
+
+
+@dataclass
+class Regions:
+    """Regions of one image: boxes (R, 4), labels (R,) with IGNORED in unused slots, instance (R,) or -1."""
+
+    boxes: Tensor
+    labels: Tensor
+    instances: Tensor
+
+
+class BoxHead(nn.Module):
+    """The two shared FCs: pooled features (N, D, 7, 7) -> (N, F)."""
+
+    def __init__(self, channels: int, features: int) -> None:
+        super().__init__()
+        self.fc1 = nn.Linear(channels * BOX_SIDE**2, features)
+        self.fc2 = nn.Linear(features, features)
+        for layer in (self.fc1, self.fc2):
+            nn.init.xavier_uniform_(layer.weight)
+            nn.init.zeros_(layer.bias)
+
+    def forward(self, pooled: Tensor) -> Tensor:
+        return F.relu(self.fc2(F.relu(self.fc1(pooled.flatten(1)))))
+
+
+class RoIHeads(nn.Module):
+    """Box head, classification head, class-specific box regressor, mask head, and what LOCE adds to them."""
+
+    prior: Tensor
+
+    def __init__(
+        self,
+        config: RoIConfig,
+        box_head: BoxHead,
+        head: Head,
+        mask_head: MaskHead,
+        tracker: MeanScoreTracker,
+        prior: Tensor | None = None,
+        memory: MemorySampling | None = None,
+    ) -> None:
+        """prior: (C+1,) instance counts that take the mean score's place (supplement, Sec. 1); None: mean score."""
+        super().__init__()
+        self.config, self.choose, self.progress = config, choose_random, 0.0
+        self.num_classes = tracker.scores.numel() - 1
+        self.box_head, self.head, self.mask_head = box_head, head, mask_head
+        self.fc_reg = nn.Linear(box_head.fc2.out_features, 4 * self.num_classes)
+        nn.init.normal_(self.fc_reg.weight, std=0.001)
+        nn.init.zeros_(self.fc_reg.bias)
+        self.tracker, self.memory = tracker, memory
+        self.use_prior = prior is not None
+        self.register_buffer("prior", prior if prior is not None else torch.empty(0), persistent=False)
+
+    @property
+    def indicator(self) -> Tensor:
+        """(C+1,) what tells weak classes from strong ones: the mean score s (Eq. 2) or the instance counts."""
+        return self.prior if self.use_prior else self.tracker.scores
+
+    def losses(
+        self, features: list[Tensor], proposals: list[Tensor], truths: list[Truth], sizes: list[tuple[int, int]]
+    ) -> dict[str, Tensor]:
+        """Losses of one batch. sizes: (height, width) of each image's content."""
+        regions = [self.select(p, t) for p, t in zip(proposals, truths, strict=True)]
+        x_ND, targets_N4, logits_NL, rois = self.observe(features, regions, truths, sizes)
+        losses = self.head.losses(logits_NL, rois)
+        losses["loss_box"] = self._box_loss(self.fc_reg(x_ND), rois.labels_N, targets_N4)
+        losses["loss_mask"] = self._mask_loss(features, regions, truths)
+        return losses
+
+    def observe(
+        self, features: list[Tensor], regions: list[Regions], truths: list[Truth], sizes: list[tuple[int, int]]
+    ) -> tuple[Tensor, Tensor, Tensor, RoIs]:
+        """Store and draw memory rows, classify all rows and update the mean score: everything but the losses."""
+        x_ND, labels_N, targets_N4, from_memory_N = self._rows(features, regions, truths, sizes)
+        instances_R = self._batch_instances(regions, truths)
+        rois = RoIs(
+            labels_N=labels_N,
+            instances_N=F.pad(instances_R, (0, len(labels_N) - len(instances_R)), value=-1),
+            from_memory_N=from_memory_N,
+            progress=self.progress,
+        )
+        logits_NL = self.head(x_ND)
+        self._track(logits_NL, rois, sum(len(t.labels) for t in truths))
+        rois.indicator = self.indicator.clone()
+        return x_ND, targets_N4, logits_NL, rois
+
+    def select(self, proposals_N4: Tensor, truth: Truth) -> Regions:
+        """Match and sample: ground-truth boxes stand in front of the proposals as positives of their own."""
+        own_G = torch.arange(len(truth.boxes), device=proposals_N4.device)
+        low = self.config.positive_iou
+        matched_N = match(box_iou(proposals_N4, truth.boxes), low, low, low)
+        boxes, matched = torch.cat([truth.boxes, proposals_N4]), torch.cat([own_G, matched_N])
+        positives, positive_valid, negatives, negative_valid = sample(
+            matched, self.config.batch_per_image, self.config.positive_fraction, self.choose
+        )
+        instances = torch.where(positive_valid, matched[positives], -1)
+        labels = torch.where(positive_valid, truth.labels[instances] if len(own_G) else 0, IGNORED)
+        negative_labels = torch.where(negative_valid, self.num_classes, IGNORED)
+        picked = torch.cat([positives, negatives])
+        labels = torch.cat([labels, negative_labels])
+        instances = torch.cat([instances, torch.full_like(negatives, -1)])
+        # Used slots to the front, in order; never more than `batch_per_image` of them are used.
+        slots = (labels == IGNORED).to(torch.uint8).sort(stable=True).indices[: self.config.batch_per_image]
+        return Regions(boxes[picked[slots]], labels[slots], instances[slots])
+
+    def _rows(
+        self, features: list[Tensor], regions: list[Regions], truths: list[Truth], sizes: list[tuple[int, int]]
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Features, labels, box targets and memory flags of all rows: sampled regions, then rows from the memory."""
+        boxes = [r.boxes for r in regions]
+        labels_R = torch.cat([r.labels for r in regions])
+        targets_R4 = torch.cat([_box_targets(r, t) for r, t in zip(regions, truths, strict=True)])
+        is_fc = self.memory is not None and self.memory.config.level == "fc"
+        pooled = pool(features, boxes, BOX_SIDE, self.config.finest_scale)
+        if self.memory is None:
+            return self.box_head(pooled), labels_R, targets_R4, torch.zeros_like(labels_R, dtype=torch.bool)
+        dense, dense_labels, dense_targets = self.memory.boxes(
+            [t.boxes for t in truths], [t.labels for t in truths], [t.memory_rows for t in truths], sizes
+        )
+        stored = self._stored_features(features, dense)
+        drawn, labels_K, targets_K4 = self.memory.exchange(
+            stored, dense_labels, dense_targets, self.indicator, len(truths)
+        )
+        if is_fc:
+            x_ND = torch.cat([self.box_head(pooled), drawn.to(pooled.dtype)])
+        else:
+            x_ND = self.box_head(torch.cat([pooled, drawn]))
+        from_memory = torch.cat([torch.zeros_like(labels_R), torch.ones_like(labels_K)]).bool()
+        return x_ND, torch.cat([labels_R, labels_K]), torch.cat([targets_R4, targets_K4]), from_memory
+
+    @torch.no_grad()
+    def _stored_features(self, features: list[Tensor], boxes: list[Tensor]) -> Tensor:
+        """What the memory stores of each box: pooled features (level roi) or the vector after the shared FCs (fc)."""
+        assert self.memory is not None
+        pooled = pool(features, boxes, BOX_SIDE, self.config.finest_scale)
+        return self.box_head(pooled) if self.memory.config.level == "fc" else pooled
+
+    @torch.no_grad()
+    def _track(self, logits_NL: Tensor, rois: RoIs, instances: int) -> None:
+        """Eq. 2, before the loss of the same step, with scores that carry no margin."""
+        labels_N = rois.labels_N
+        own_N1 = labels_N.clamp(0, self.num_classes - 1)[:, None]
+        probabilities_N = self.head.scores(logits_NL.detach()).gather(1, own_N1)[:, 0]
+        labels_E, scores_E = instance_scores(
+            probabilities_N, labels_N, rois.instances_N, instances, rois.from_memory_N, self.num_classes
+        )
+        self.tracker.update(labels_E, scores_E)
+
+    def _batch_instances(self, regions: list[Regions], truths: list[Truth]) -> Tensor:
+        """(R,) instance index over the whole batch, -1 where a region has none."""
+        parts, offset = [], 0
+        for r, t in zip(regions, truths, strict=True):
+            parts.append(torch.where(r.instances >= 0, r.instances + offset, -1))
+            offset += len(t.labels)
+        return torch.cat(parts)
+
+    def _box_loss(self, deltas_NC4: Tensor, labels_N: Tensor, targets_N4: Tensor) -> Tensor:
+        """L1 of the own class's deltas over positives, divided by the number of rows that count (Eq. of Fast R-CNN)."""
+        positive_N = (labels_N >= 0) & (labels_N < self.num_classes)
+        own_N = torch.where(positive_N, labels_N, 0)
+        deltas_N4 = deltas_NC4.reshape(-1, self.num_classes, 4)[torch.arange(len(own_N), device=own_N.device), own_N]
+        errors_N4 = torch.where(positive_N[:, None], deltas_N4.float() - targets_N4, 0)
+        return errors_N4.abs().sum() / (labels_N != IGNORED).sum().clamp(min=1)
+
+    def _mask_loss(self, features: list[Tensor], regions: list[Regions], truths: list[Truth]) -> Tensor:
+        rows = [(r.instances >= 0).nonzero()[:, 0] for r in regions]  # sync: masks are predicted for positives only
+        boxes = [r.boxes[p] for r, p in zip(regions, rows, strict=True)]
+        labels_P = torch.cat([r.labels[p] for r, p in zip(regions, rows, strict=True)])
+        targets = [
+            mask_targets(t.masks, r.instances[p], r.boxes[p]) for r, t, p in zip(regions, truths, rows, strict=True)
+        ]
+        logits = self.mask_head(pool(features, boxes, MASK_SIDE, self.config.finest_scale), labels_P)
+        return mask_loss(logits, torch.cat(targets))
+
+
+def _box_targets(regions: Regions, truth: Truth) -> Tensor:
+    """(R, 4) deltas from each positive region to its ground truth, 0 elsewhere."""
+    if len(truth.boxes) == 0:
+        return torch.zeros_like(regions.boxes)
+    targets = encode(regions.boxes, truth.boxes[regions.instances.clamp(min=0)], ROI_STDS)
+    return torch.where((regions.instances >= 0)[:, None], targets, 0)

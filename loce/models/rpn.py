@@ -1,0 +1,136 @@
+"""Region proposal network with MMDetection's numerics (float anchors, its matcher, L1 loss, 1000 proposals in all).
+
+Shapes: L pyramid levels, A anchors of one image over all levels (order: level, y, x, ratio), B images.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torchvision.models.detection.rpn import RPNHead
+from torchvision.ops import nms
+
+from loce.config import RPNConfig
+from loce.models.boxes import RPN_STDS, box_iou, decode, encode
+from loce.models.matching import choose_random, match, sample
+
+RATIOS = (0.5, 1.0, 2.0)  # height / width
+STRIDES = (4, 8, 16, 32, 64)
+
+
+def level_anchors(height: int, width: int, stride: int, scale: float, device: torch.device) -> Tensor:
+    """(height * width * 3, 4) float anchors of one level, centred on (x * stride, y * stride), side scale * stride."""
+    ratio_R = torch.tensor(RATIOS, device=device)
+    half_h_R = scale * stride * ratio_R.sqrt() / 2
+    half_w_R = scale * stride / ratio_R.sqrt() / 2
+    cell_R4 = torch.stack([-half_w_R, -half_h_R, half_w_R, half_h_R], dim=1)
+    y, x = torch.meshgrid(
+        torch.arange(height, device=device) * stride, torch.arange(width, device=device) * stride, indexing="ij"
+    )
+    centres = torch.stack([x, y, x, y], dim=-1).reshape(-1, 1, 4)
+    return (centres + cell_R4).reshape(-1, 4)
+
+
+def level_validity(height: int, width: int, stride: int, padded_size: tuple[int, int], device: torch.device) -> Tensor:
+    """(height * width * 3,) bool: anchors whose cell lies in the image's own padded area, not in the batch's padding."""
+    y = torch.arange(height, device=device) < -(-padded_size[0] // stride)
+    x = torch.arange(width, device=device) < -(-padded_size[1] // stride)
+    return (y[:, None] & x[None, :]).reshape(-1, 1).expand(-1, len(RATIOS)).reshape(-1)
+
+
+class RPN(nn.Module):
+    """Proposals and their losses from the feature pyramid."""
+
+    def __init__(self, channels: int, config: RPNConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.head = RPNHead(channels, len(RATIOS), conv_depth=1)
+        self.choose = choose_random
+
+    def forward(self, features: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
+        """Objectness logits (B, A_l) and deltas (B, A_l, 4) per level, flattened in anchor order."""
+        logits, deltas = self.head(features)
+        logits = [x.permute(0, 2, 3, 1).flatten(1) for x in logits]
+        deltas = [x.permute(0, 2, 3, 1).reshape(len(x), -1, 4) for x in deltas]
+        return logits, deltas
+
+    def anchors(self, features: list[Tensor]) -> list[Tensor]:
+        """Anchors (A_l, 4) per level for feature maps (B, D, h, w)."""
+        scale = self.config.anchor_scale
+        return [
+            level_anchors(*x.shape[-2:], stride, scale, x.device) for x, stride in zip(features, STRIDES, strict=True)
+        ]
+
+    @torch.no_grad()
+    def proposals(
+        self, logits: list[Tensor], deltas: list[Tensor], anchors: list[Tensor], image_sizes: list[tuple[int, int]]
+    ) -> list[Tensor]:
+        """Per image at most `post_nms` boxes (n, 4), best first; NMS runs within each level; small boxes stay."""
+        return [
+            self._image_proposals([x[i] for x in logits], [x[i] for x in deltas], anchors, size)
+            for i, size in enumerate(image_sizes)
+        ]
+
+    def _image_proposals(
+        self, logits: list[Tensor], deltas: list[Tensor], anchors: list[Tensor], image_size: tuple[int, int]
+    ) -> Tensor:
+        pre_nms = self.config.pre_nms_train if self.training else self.config.pre_nms_test
+        boxes, scores = [], []
+        for logits_A, deltas_A4, anchors_A4 in zip(logits, deltas, anchors, strict=True):
+            scores_K, top_K = logits_A.float().sigmoid().topk(min(pre_nms, len(logits_A)))
+            boxes_K4 = decode(anchors_A4[top_K], deltas_A4[top_K], RPN_STDS, image_size)
+            kept = nms(boxes_K4, scores_K, self.config.nms)[: self.config.post_nms]  # sync: NMS decides how many stay
+            boxes.append(boxes_K4[kept])
+            scores.append(scores_K[kept])
+        order = torch.cat(scores).sort(descending=True, stable=True).indices[: self.config.post_nms]
+        return torch.cat(boxes)[order]
+
+    def losses(
+        self,
+        logits: list[Tensor],
+        deltas: list[Tensor],
+        anchors: list[Tensor],
+        padded_sizes: list[tuple[int, int]],
+        truths: list[Tensor],
+        shapes: list[tuple[int, int]],
+    ) -> dict[str, Tensor]:
+        """Objectness BCE and box L1, both summed and divided by the number of sampled anchors of the batch.
+
+        truths: ground-truth boxes (G, 4) per image; shapes: (h, w) of each level's map.
+        """
+        anchors_A4, logits_BA, deltas_BA4 = torch.cat(anchors), torch.cat(logits, 1), torch.cat(deltas, 1)
+        objectness, box, count = [], [], []
+        for i, truths_G4 in enumerate(truths):
+            valid_A = torch.cat(
+                [
+                    level_validity(*s, stride, padded_sizes[i], anchors_A4.device)
+                    for s, stride in zip(shapes, STRIDES, strict=True)
+                ]
+            )
+            matched_A = self.match(anchors_A4, truths_G4).masked_fill(~valid_A, -2)
+            positives, positive_valid, negatives, negative_valid = sample(
+                matched_A, self.config.batch_per_image, self.config.positive_fraction, self.choose
+            )
+            picked = torch.cat([positives, negatives])
+            picked_valid = torch.cat([positive_valid, negative_valid])
+            targets = torch.cat([torch.ones_like(positives), torch.zeros_like(negatives)]).float()
+            bce = F.binary_cross_entropy_with_logits(logits_BA[i, picked].float(), targets, reduction="none")
+            objectness.append((bce * picked_valid).sum())
+            box.append(self._box_loss(deltas_BA4[i], anchors_A4, truths_G4, matched_A, positives, positive_valid))
+            count.append(positive_valid.sum().clamp(min=1) + negative_valid.sum().clamp(min=1))
+        total = torch.stack(count).sum()
+        return {"loss_rpn_cls": torch.stack(objectness).sum() / total, "loss_rpn_box": torch.stack(box).sum() / total}
+
+    def match(self, anchors_A4: Tensor, truths_G4: Tensor) -> Tensor:
+        """(A,) ground truth of every anchor, by the RPN's thresholds."""
+        low = self.config.negative_iou
+        return match(box_iou(anchors_A4, truths_G4), self.config.positive_iou, low, low)
+
+    @staticmethod
+    def _box_loss(
+        deltas_A4: Tensor, anchors_A4: Tensor, truths_G4: Tensor, matched_A: Tensor, positives: Tensor, valid: Tensor
+    ) -> Tensor:
+        if len(truths_G4) == 0:
+            return deltas_A4.sum() * 0
+        targets = encode(anchors_A4[positives], truths_G4[matched_A[positives].clamp(min=0)], RPN_STDS)
+        errors = deltas_A4[positives].float() - targets
+        return torch.where(valid[:, None], errors, 0).abs().sum()
