@@ -1,0 +1,125 @@
+"""A training step of the method never waits for the device, and makes nothing whose shape depends on the data.
+
+On the CPU every operation that would wait on a GPU is forbidden; on a GPU PyTorch itself watches.
+"""
+
+from contextlib import ExitStack, contextmanager
+from unittest.mock import patch
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from loce.box_generator import dense_boxes, valid
+from loce.classes import IGNORED
+from loce.heads import EquilibriumHead, RoIs
+from loce.mean_score import MeanScoreTracker, instance_scores, label_probability
+from loce.memory_bank import FeatureMemoryBank
+
+WAITING = {
+    *("_local_scalar_dense", "is_nonzero", "equal", "nonzero", "masked_select", "bincount", "repeat_interleave"),
+    *("_unique", "_unique2", "unique_dim", "unique_consecutive", "multinomial"),
+    "lift_fresh",  # torch.tensor(...): on a GPU a copy that waits
+}
+READING = ("item", "tolist", "cpu", "numpy", "__bool__", "__int__", "__float__", "__index__")
+
+
+class ForbiddenOperations(TorchDispatchMode):
+    """Raises on operations that read values back or make shapes that depend on them, among them index by mask."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        name = func.overloadpacket.__name__
+        by_mask = "index" in name and any(
+            isinstance(index, torch.Tensor) and index.dtype in (torch.bool, torch.uint8)
+            for part in args[1:]
+            if isinstance(part, (list, tuple))
+            for index in part
+        )
+        if name in WAITING or by_mask:
+            raise AssertionError(f"{func} waits for the device")
+        return func(*args, **(kwargs or {}))
+
+
+@contextmanager
+def no_waiting(device):
+    """Whatever would wait for the device raises in here."""
+    if device.type == "cuda":
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            yield
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+        return
+
+    def refuse(*_, **__):
+        raise AssertionError("a tensor was read on the host")
+
+    with ExitStack() as stack:
+        for name in READING:
+            stack.enter_context(patch.object(torch.Tensor, name, refuse))
+        stack.enter_context(ForbiddenOperations())
+        yield
+
+
+@pytest.mark.parametrize(
+    "wait",
+    [
+        lambda x: x.sum().item(),
+        lambda x: x.tolist(),
+        lambda x: x.cpu(),
+        lambda x: bool(x.sum() > 0),
+        lambda x: [0, 1, 2][x.long().sum()],
+        lambda x: x[x > 0],
+        lambda x: x.index_put_((x > 0,), x.new_zeros(())),
+        lambda x: x.nonzero(),
+        lambda x: torch.where(x > 0),
+        lambda x: x.masked_select(x > 0),
+        lambda x: x.unique(),
+        lambda x: x.long().bincount(),
+        lambda x: x.repeat_interleave(x.long()),
+    ],
+)
+def test_the_guard_notices(device, wait):
+    x = torch.zeros(2, device=device)
+    with pytest.raises((AssertionError, RuntimeError)), no_waiting(device):
+        wait(x)
+
+
+@pytest.mark.parametrize("drawn_before", [False, True])
+def test_a_step_never_waits(device, make_stats, drawn_before):
+    """Jitter, store, draw, classify, track and learn, from an empty memory and from one that holds something."""
+    classes, width, instances, rois_n = 30, 16, 6, 40
+    torch.manual_seed(0)
+    bank = FeatureMemoryBank(classes, (width,), 8, torch.bfloat16).to(device)
+    tracker = MeanScoreTracker(classes).to(device)
+    head = EquilibriumHead(width, make_stats(classes)).to(device)
+    boxes_N4 = torch.tensor([[10.0, 20.0, 90.0, 80.0]], device=device).repeat(instances, 1)
+    truth_N = torch.randint(classes, (instances,), device=device)
+    labels_R = torch.randint(classes + 1, (rois_n,), device=device)
+    instances_R = torch.where(labels_R < classes, torch.randint(instances, (rois_n,), device=device), -1)
+    x_RD = torch.randn(rois_n, width, device=device)
+    features_BD = torch.randn(instances * 16, width, device=device)
+    if drawn_before:
+        bank.enqueue(features_BD, truth_N.repeat(16), features_BD[:, :4])
+    generator = torch.Generator(device).manual_seed(0)
+
+    with no_waiting(device):
+        dense_N164 = dense_boxes(boxes_N4, (100, 100), generator=generator)
+        stored_B = torch.where(valid(dense_N164), truth_N[:, None], IGNORED).flatten()
+        bank.enqueue(features_BD, stored_B, dense_N164.flatten(0, 1))
+        drawn_KD, drawn_K, _ = bank.sample(tracker.scores, generator=generator)
+        labels_N = torch.cat([labels_R, drawn_K])
+        from_memory_N = torch.arange(len(labels_N), device=device) >= rois_n
+        instances_N = torch.cat([instances_R, torch.full_like(drawn_K, -1)])
+        logits_NL = head(torch.cat([x_RD, drawn_KD.float()]))
+        p_N = label_probability(logits_NL, labels_N)
+        tracker.update(*instance_scores(p_N, labels_N, instances_N, instances, from_memory_N, classes))
+        rois = RoIs(labels_N, instances_N, from_memory_N, tracker.scores)
+        head.losses(logits_NL, rois)["loss_cls"].backward()
+        bank.fill.mean()
+
+    assert torch.isfinite(head.fc_cls.weight.grad).all()
+    assert head.fc_cls.weight.grad.any()
+    assert (bank.counts[truth_N] == 8).all()
+    assert (drawn_K >= 0).all()
+    assert (tracker.scores != 0.01).any()
