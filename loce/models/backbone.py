@@ -67,7 +67,7 @@ def _resnet(config: ModelConfig) -> nn.Module:
 
 
 def build_backbone(config: ModelConfig) -> BackboneWithFPN:
-    """Body and pyramid; `.body` and `.fpn` as torchvision names them. The pyramid starts Xavier-uniform (MMDetection)."""
+    """Body and pyramid; `.body` and `.fpn` as torchvision names them. The pyramid starts Xavier-uniform."""
     tiny = config.backbone == "tiny"
     body = _tiny() if tiny else _resnet(config)
     channels = list(TINY_CHANNELS[1:]) if tiny else [256, 512, 1024, 2048]
@@ -75,7 +75,7 @@ def build_backbone(config: ModelConfig) -> BackboneWithFPN:
     for layer in backbone.fpn.modules():
         if isinstance(layer, nn.Conv2d):
             nn.init.xavier_uniform_(layer.weight)
-            nn.init.zeros_(layer.bias)
+            nn.init.constant_(layer.bias, 0.0)  # type: ignore[arg-type]
     for name in ("stem", "conv1", "bn1", *LAYERS)[: 3 + config.frozen_stages if config.frozen_stages else 0]:
         for parameter in getattr(backbone.body, name, nn.Identity()).parameters():
             parameter.requires_grad_(False)

@@ -39,7 +39,7 @@ def encode(references_N4: Tensor, boxes_N4: Tensor, stds: tuple[float, ...]) -> 
 
 
 def decode(references_N4: Tensor, deltas_N4: Tensor, stds: tuple[float, ...], image_size: tuple[int, int]) -> Tensor:
-    """Boxes (..., 4) from references (..., 4) and deltas (..., 4), clipped to the image (height, width) of the content."""
+    """Boxes (..., 4) from references (..., 4) and deltas (..., 4), clipped to an image (height, width)."""
     deltas_N4 = deltas_N4.float() * deltas_N4.new_tensor(stds, dtype=torch.float32)
     centre_N2, size_N2 = _centre_size(references_N4.float())
     new_centre_N2 = centre_N2 + size_N2 * deltas_N4[..., :2]

@@ -3,7 +3,6 @@
 Shapes: N proposals, C classes, K candidates (proposal, class), M detections.
 """
 
-import torch
 from torch import Tensor
 from torchvision.ops import nms
 

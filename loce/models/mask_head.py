@@ -49,6 +49,7 @@ class MaskHead(nn.Module):
         if self.normalised:
             x = self.temperature * F.normalize(x, dim=1)
             weight_CD = F.normalize(weight_CD, dim=1)
+        assert self.predictor.bias is not None
         logits = torch.einsum("pdhw,pd->phw", x, weight_CD[labels_P].to(x.dtype))
         return logits + self.predictor.bias[labels_P, None, None]
 

@@ -43,8 +43,9 @@ def build_roi_heads(
         if (stats.instance_counts == 0).any():
             absent = [n for n, count in zip(stats.names, stats.instance_counts, strict=True) if count == 0]
             raise UserError(
-                f"indicator.kind: prior: {len(absent)} classes have no training instance (first: {', '.join(absent[:5])}), "
-                "so log(n'/n) is undefined for them.\n  Use indicator.kind=score, or remove these categories."
+                f"indicator.kind: prior: {len(absent)} classes have no training instance (first: "
+                f"{', '.join(absent[:5])}), so log(n'/n) is undefined for them.\n"
+                "  Use indicator.kind=score, or remove these categories."
             )
         prior = torch.tensor([*stats.instance_counts, indicator.background_count], dtype=torch.float32)
     feature_shape = (model.fc_features,) if memory.level == "fc" else (width, BOX_SIDE, BOX_SIDE)
@@ -83,12 +84,8 @@ class MaskRCNN(nn.Module):
 
     def freeze(self, what: str) -> None:
         """Stop training of "backbone" (with its pyramid), or of the "trunk": backbone, pyramid and shared FCs."""
-        parts: list[nn.Module] = {
-            "none": [],
-            "backbone": [self.backbone],
-            "trunk": [self.backbone, self.roi_heads.box_head],
-        }[what]
-        for part in parts:
+        trunk = [self.backbone, self.roi_heads.box_head]
+        for part in {"none": [], "backbone": trunk[:1], "trunk": trunk}[what]:
             part.requires_grad_(False)
 
     def batch_images(self, images: list[Tensor]) -> tuple[Tensor, list[Size], list[Size]]:
@@ -109,7 +106,7 @@ class MaskRCNN(nn.Module):
         return list(self.backbone(batch).values())
 
     def truth(self, sample: dict[str, Any]) -> Truth:
-        """Ground truth of a sample on the model's device; the instances to store are chosen while labels are on the host."""
+        """Ground truth on the model's device; the instances to store are chosen while labels are on the host."""
         device = self.pixel_mean.device
         rows = sample.get("memory_rows")
         if rows is None:
@@ -202,7 +199,7 @@ class MaskRCNN(nn.Module):
 
     @torch.no_grad()
     def class_scores(self, samples: list[dict[str, Any]]) -> tuple[Tensor, Tensor, Tensor]:
-        """Scores of ground-truth boxes, for the paper's Figures 1 and 4: (labels (G,), own score (G,), correct (G,))."""
+        """Of ground-truth boxes, for the paper's Figures 1 and 4: (labels (G,), own score (G,), correct (G,))."""
         batch, _, _ = self.batch_images([s["image"] for s in samples])
         truths = [self.truth(s) for s in samples]
         boxes, labels_G = [t.boxes for t in truths], torch.cat([t.labels for t in truths])

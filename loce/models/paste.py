@@ -29,20 +29,14 @@ def encode_crop(crop_hw: np.ndarray, corner: tuple[int, int], size: tuple[int, i
     height, width = size
     x0, y0 = corner
     h, w = crop_hw.shape
-    if h == 0 or w == 0:
-        counts = [height * width]
-    else:
-        columns = np.zeros((w, h + 2), np.int8)
-        columns[:, 1:-1] = crop_hw.T
-        column, row = np.nonzero(np.diff(columns, axis=1))  # starts and ends of runs, alternating, column by column
-        position = (x0 + column) * height + y0 + row
-        counts = np.diff(np.concatenate([[0], position, [height * width]]))
-        # A run that ends at the bottom of one column and one that starts at the top of the next are one run.
-        joined = np.flatnonzero(counts[1:-1] == 0) + 1
-        joined = joined[joined % 2 == 0]
-        for j in joined[::-1]:
-            counts = np.concatenate([counts[: j - 1], [counts[j - 1] + counts[j + 1]], counts[j + 2 :]])
-        counts = counts.tolist()
+    columns = np.zeros((w, h + 2), np.int8)
+    columns[:, 1:-1] = crop_hw.T
+    column, row = np.nonzero(np.diff(columns, axis=1))  # starts and ends of runs, alternating, column by column
+    position = (x0 + column) * height + y0 + row
+    # A run that ends at the bottom of a column and one that starts at the top of the next are one run.
+    meets = np.flatnonzero(position[1:] == position[:-1])
+    position = np.delete(position, np.concatenate([meets, meets + 1]))
+    counts = np.diff(np.concatenate([[0], position, [height * width]])).tolist()
     return coco_mask.frPyObjects({"counts": counts, "size": [height, width]}, height, width)["counts"]
 
 

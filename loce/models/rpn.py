@@ -11,7 +11,7 @@ from torchvision.ops import nms
 
 from loce.config import RPNConfig
 from loce.models.boxes import RPN_STDS, box_iou, decode, encode
-from loce.models.matching import choose_random, match, sample
+from loce.models.matching import BETWEEN, choose_random, match, sample
 
 RATIOS = (0.5, 1.0, 2.0)  # height / width
 STRIDES = (4, 8, 16, 32, 64)
@@ -31,10 +31,15 @@ def level_anchors(height: int, width: int, stride: int, scale: float, device: to
 
 
 def level_validity(height: int, width: int, stride: int, padded_size: tuple[int, int], device: torch.device) -> Tensor:
-    """(height * width * 3,) bool: anchors whose cell lies in the image's own padded area, not in the batch's padding."""
+    """(height * width * 3,) bool: anchors whose cell lies in the image's own padded area, not the batch's."""
     y = torch.arange(height, device=device) < -(-padded_size[0] // stride)
     x = torch.arange(width, device=device) < -(-padded_size[1] // stride)
     return (y[:, None] & x[None, :]).reshape(-1, 1).expand(-1, len(RATIOS)).reshape(-1)
+
+
+def _validity(shapes: list[tuple[int, int]], padded_size: tuple[int, int], device: torch.device) -> Tensor:
+    levels = zip(shapes, STRIDES, strict=True)
+    return torch.cat([level_validity(h, w, stride, padded_size, device) for (h, w), stride in levels])
 
 
 class RPN(nn.Module):
@@ -57,7 +62,8 @@ class RPN(nn.Module):
         """Anchors (A_l, 4) per level for feature maps (B, D, h, w)."""
         scale = self.config.anchor_scale
         return [
-            level_anchors(*x.shape[-2:], stride, scale, x.device) for x, stride in zip(features, STRIDES, strict=True)
+            level_anchors(x.shape[2], x.shape[3], stride, scale, x.device)
+            for x, stride in zip(features, STRIDES, strict=True)
         ]
 
     @torch.no_grad()
@@ -100,13 +106,8 @@ class RPN(nn.Module):
         anchors_A4, logits_BA, deltas_BA4 = torch.cat(anchors), torch.cat(logits, 1), torch.cat(deltas, 1)
         objectness, box, count = [], [], []
         for i, truths_G4 in enumerate(truths):
-            valid_A = torch.cat(
-                [
-                    level_validity(*s, stride, padded_sizes[i], anchors_A4.device)
-                    for s, stride in zip(shapes, STRIDES, strict=True)
-                ]
-            )
-            matched_A = self.match(anchors_A4, truths_G4).masked_fill(~valid_A, -2)
+            matched_A = self.match(anchors_A4, truths_G4)
+            matched_A = matched_A.masked_fill(~_validity(shapes, padded_sizes[i], anchors_A4.device), BETWEEN)
             positives, positive_valid, negatives, negative_valid = sample(
                 matched_A, self.config.batch_per_image, self.config.positive_fraction, self.choose
             )

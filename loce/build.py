@@ -1,0 +1,71 @@
+"""From a Config to what trains: data sets, model, optimiser, learning rate. The only reader of all sections."""
+
+import dataclasses
+from pathlib import Path
+
+import torch
+
+from loce.classes import ClassStats
+from loce.config import Config, TrainConfig
+from loce.data.loader import EvalDataset, TrainDataset
+from loce.data.lvis import LVISAnnotations
+from loce.models.mask_rcnn import MaskRCNN, build_roi_heads
+
+
+def build_model(config: Config, stats: ClassStats, pretrained: bool = True) -> MaskRCNN:
+    """The detector for the classes of `stats`; pretrained: fetch ImageNet weights where the config asks for them."""
+    section = config.model if pretrained else dataclasses.replace(config.model, weights="none")
+    roi_heads = build_roi_heads(section, config.head.name, config.indicator, config.memory, stats)
+    edges = (config.data.test_short_edge, config.data.long_edge)
+    model = MaskRCNN(section, roi_heads, config.eval, edges)
+    model.freeze(config.train.freeze)
+    return model
+
+
+def train_annotations(config: Config) -> LVISAnnotations:
+    """The training annotations; UserError where file or images are missing."""
+    return _annotations(config, config.data.train_annotations, config.data.train_images)
+
+
+def val_annotations(config: Config) -> LVISAnnotations:
+    """The validation annotations; UserError where file or images are missing."""
+    return _annotations(config, config.data.val_annotations, config.data.val_images)
+
+
+def _annotations(config: Config, path: str, images: str) -> LVISAnnotations:
+    annotations = LVISAnnotations.open(path, config.data.rare_max, config.data.common_max)
+    annotations.require_images(images)
+    return annotations
+
+
+def train_dataset(config: Config, annotations: LVISAnnotations) -> TrainDataset:
+    """Augmented training samples."""
+    return TrainDataset(annotations, Path(config.data.train_images), config.data, config.seed)
+
+
+def val_dataset(config: Config, annotations: LVISAnnotations) -> EvalDataset:
+    """Validation images at test size."""
+    return EvalDataset(annotations, Path(config.data.val_images), config.data)
+
+
+def build_optimizer(model: torch.nn.Module, train: TrainConfig) -> torch.optim.SGD:
+    """SGD over everything that is not frozen, biases and norms included in the weight decay (MMDetection's default)."""
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    return torch.optim.SGD(parameters, lr=scaled_lr(train), momentum=train.momentum, weight_decay=train.weight_decay)
+
+
+def scaled_lr(train: TrainConfig) -> float:
+    """The learning rate for the total batch: linear in the batch size (arXiv 1706.02677)."""
+    return train.lr * train.batch_size / train.lr_batch_size
+
+
+def learning_rate(train: TrainConfig, iteration: int, epoch: int) -> float:
+    """The learning rate of an iteration (from 0, over the whole training) in an epoch (from 0).
+
+    Linear warm-up from `warmup_factor`, and a fall by `drop_factor` after each of the epochs in `drops`.
+    """
+    rate = scaled_lr(train) * train.drop_factor ** sum(epoch >= drop for drop in train.drops)
+    if iteration < train.warmup_iterations:
+        share = iteration / train.warmup_iterations
+        rate *= 1 - (1 - share) * (1 - train.warmup_factor)
+    return rate
