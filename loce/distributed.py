@@ -114,3 +114,8 @@ def barrier() -> None:
     if dist.is_initialized():
         devices = [torch.cuda.current_device()] if dist.get_backend() == "nccl" else None
         dist.barrier(device_ids=devices)
+
+
+def is_wrapped(model: torch.nn.Module) -> bool:
+    """True where `model` is a DistributedDataParallel wrapper."""
+    return isinstance(model, torch.nn.parallel.DistributedDataParallel)
