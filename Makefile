@@ -1,0 +1,67 @@
+# Every target sets up what it needs; nothing is done twice. `make help` lists them.
+SHELL := /bin/bash
+PYTHON ?= python3
+VENV := .venv
+RUN := $(VENV)/bin/python
+GPUS ?= 0
+# One process, or one per GPU.
+LAUNCH := $(if $(filter-out 0 1,$(GPUS)),$(VENV)/bin/torchrun --nproc_per_node=$(GPUS),$(RUN))
+ARGS ?=
+
+.DEFAULT_GOAL := help
+.PHONY: help setup demo test test-slow test-gpu lint train finetune eval glyphs clean
+
+help:  ## list the targets
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "make %-10s %s\n", $$1, $$2}'
+
+setup: $(VENV)/stamp  ## create .venv and install loce into it (PYTHON=python3.12 chooses the interpreter)
+
+# The stamp is as new as the last finished installation; a changed pyproject.toml makes it old.
+$(VENV)/stamp: pyproject.toml
+	@$(RUN) -m pip --version >/dev/null 2>&1 || { $(create_venv); }
+	@echo "Installing loce and what it needs into $(VENV) (the first time: some minutes, several GB, most of it torch)"
+	$(RUN) -m pip install --disable-pip-version-check -e '.[dev]'
+	@touch $@
+
+define create_venv
+command -v $(PYTHON) >/dev/null || \
+	{ echo "$(PYTHON) not found; loce needs Python >= 3.10: make setup PYTHON=/path/to/python3"; exit 2; }; \
+$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || \
+	{ echo "loce needs Python >= 3.10, $(PYTHON) is $$($(PYTHON) --version 2>&1): make setup PYTHON=python3.12"; exit 2; }; \
+$(PYTHON) -m venv $(VENV) || \
+	{ echo "$(VENV) could not be created; on Debian and Ubuntu: apt-get install python3-venv"; exit 2; }
+endef
+
+demo: setup  ## stage 1, then LOCE and a control, on data drawn here: table and figures in runs/ (10 min, 2 cores)
+	$(RUN) scripts/demo.py $(ARGS)
+
+test: setup  ## the test suite
+	$(RUN) -m pytest -m 'not slow and not gpu' $(ARGS)
+
+test-slow: setup  ## tests that take minutes
+	$(RUN) -m pytest -m 'slow and not gpu' $(ARGS)
+
+test-gpu: setup  ## tests that need a CUDA device
+	$(RUN) -m pytest -m gpu $(ARGS)
+
+lint: setup  ## ruff and mypy
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/mypy
+
+train: setup  ## stage 1 on LVIS v1 (GPUS=8, CONFIG=stage1.yaml, ARGS="train.lr=0.01 ...")
+	$(LAUNCH) scripts/train.py $(or $(CONFIG),stage1.yaml) $(ARGS)
+
+finetune: setup  ## stage 2, LOCE, from runs/stage1 (GPUS=8, CONFIG=loce.yaml, ARGS=...)
+	$(LAUNCH) scripts/finetune.py $(or $(CONFIG),loce.yaml) $(ARGS)
+
+eval: setup  ## evaluate the newest run, or CKPT=..., or a results file: PRED=results.json ANN=annotations.json (GPUS=8)
+	$(LAUNCH) scripts/evaluate.py $(if $(CKPT),checkpoint='$(CKPT)') $(if $(PRED),predictions='$(PRED)') \
+		$(if $(ANN),annotations='$(ANN)') $(ARGS)
+
+glyphs: setup  ## draw Glyph-LVIS, the demo's data (OUT=runs/glyphs50 CLASSES=50)
+	$(RUN) scripts/make_glyphs.py out=$(or $(OUT),runs/glyphs50) classes=$(or $(CLASSES),50) $(ARGS)
+
+clean:  ## remove caches of tools and builds; never runs/, data/ or .venv
+	rm -rf build dist .pytest_cache .ruff_cache .mypy_cache
+	find . -name __pycache__ -not -path './$(VENV)/*' -prune -exec rm -rf {} +
