@@ -24,7 +24,7 @@ def equilibrium_loss(logits: Tensor, labels: Tensor, mean_score: Tensor, reducti
     """
     if reduction not in ("mean", "sum", "none"):
         raise ValueError(f'reduction is {reduction!r}, expected "mean", "sum" or "none"')
-    adjusted_NL = logits.to(torch.promote_types(logits.dtype, torch.float32)) + _log_score(mean_score, logits)
+    adjusted_NL = logits + _log_score(mean_score, logits)  # at least fp32, which log s is
     loss = F.cross_entropy(
         adjusted_NL, labels, ignore_index=IGNORED, reduction="none" if reduction == "none" else "sum"
     )

@@ -45,9 +45,8 @@ class MeanScoreTracker(nn.Module):
 
         `scores` becomes a new tensor: what a loss was computed with stays as it was until its backward pass.
         """
-        counted_E = (labels >= 0) & (labels < self.num_classes)
-        index_E = torch.where(counted_E, labels, self.num_classes)
-        entries_2E = torch.stack([torch.where(counted_E, probabilities.float(), 0.0), counted_E.float()])
+        index_E = torch.where(labels < 0, self.num_classes, labels)  # the background's column takes what is left out
+        entries_2E = torch.stack([probabilities.float(), torch.ones_like(probabilities, dtype=torch.float32)])
         sums_counts_2L = self.scores.new_zeros(2, self.num_classes + 1).index_add_(1, index_E, entries_2E)
         sum_L, count_L = all_reduce_sum(sums_counts_2L)
         kept_L = self.momentum**count_L

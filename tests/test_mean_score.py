@@ -132,6 +132,7 @@ def random_rows(rows, instances, classes, generator):
     from_memory = (instance < 0) & (torch.rand(rows, generator=generator) < 0.6)
     labels = torch.where(from_memory, torch.randint(classes, (rows,), generator=generator), labels)
     labels[torch.rand(rows, generator=generator) < 0.1] = IGNORED
+    instance[torch.rand(rows, generator=generator) < 0.1] = -1  # positive, but of no instance
     return torch.rand(rows, generator=generator), labels, instance, from_memory
 
 

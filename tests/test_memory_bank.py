@@ -188,6 +188,24 @@ def test_extreme_random_numbers_stay_inside_what_is_stored(device):
         assert labels[4:6].tolist() == [1, 1]
 
 
+def test_rounding_never_draws_an_empty_class(device):
+    """Probabilities whose sum in floating point ends below 1, and the last class empty."""
+    scores = torch.full((11,), 0.01, dtype=torch.float64)
+    bank = FeatureMemoryBank(11, (1,), 1).to(device)
+    bank.enqueue(torch.ones(10, 1).to(device), torch.arange(10).to(device), torch.zeros(10, 4).to(device))
+    assert sampling_probability(scores, bank.counts.cpu()).cumsum(0)[-1] < 1
+    uniform_K = torch.ones(1, dtype=torch.float64, device=device)
+    assert bank._draw(scores.to(device), uniform_K, uniform_K[:, None] * 0)[1].tolist() == [9]
+
+
+def test_zeros_from_the_generator_draw_what_is_stored(monkeypatch):
+    """torch.rand may give 0, and no class may be drawn by u = 0: the first one could be empty."""
+    bank = FeatureMemoryBank(3, (1,), 1)
+    bank.enqueue(torch.ones(1, 1), torch.tensor([1]), torch.zeros(1, 4))
+    monkeypatch.setattr(torch, "rand", lambda shape, **options: torch.zeros(shape, dtype=options["dtype"]))
+    assert bank.sample(torch.full((4,), 0.01), 2, 1)[1].tolist() == [1, 1]
+
+
 def test_an_empty_bank_gives_ignored_rows(device):
     bank = FeatureMemoryBank(3, (2, 2), 4, torch.bfloat16).to(device)
     features, labels, targets = bank.sample(torch.full((4,), 0.01, device=device), 5, 2)
