@@ -1,0 +1,207 @@
+"""From samples to a stream of micro-batches, on any number of ranks and workers.
+
+What is shown when is decided before (samplers.py); workers only carry it out, so their number changes nothing.
+"""
+
+import signal
+from collections.abc import Collection, Iterable, Iterator
+from typing import Any
+
+import cv2
+import numpy as np
+import torch
+from torch.utils.data import DataLoader
+
+from loce import distributed
+from loce.config import DataConfig, SamplerConfig
+from loce.data.dataset import EvalDataset, Sample, TrainDataset
+from loce.data.lvis import LVISAnnotations
+from loce.data.samplers import TrainingPlan, image_labels, memory_fill_images, rank_slice
+from loce.errors import UserError
+from loce.progress import say
+
+__all__ = ["EvalDataset", "TrainDataset", "eval_batches", "fill_batches", "train_batches", "training_plan"]
+PREFETCH = 3  # micro-batches each worker prepares ahead
+BAD_SHARE = 1e-3  # of all images; more bad ones than this end the run
+FILL_IMAGES = 2  # on a rank at once
+FILL_EPOCH = 1 << 31  # the augmentation of filling is that of no epoch
+Fill = tuple[int, np.ndarray]  # image index, annotations to store
+
+
+class Batches:
+    """Micro-batches (lists of samples) with a length; may be gone through once.
+
+    Images that were replaced are reported once each; UserError when they are more than 0.1 % of the data set (but one
+    at least is forgiven).
+    """
+
+    def __init__(self, dataset: Any, batches: Iterable[list[Any]], length: int, workers: int) -> None:
+        self.length, self.allowed = length, max(1, int(BAD_SHARE * len(dataset)))
+        self.bad: dict[str, None] = {}
+        self.loader: DataLoader[Sample] = DataLoader(
+            dataset,
+            batch_sampler=batches,
+            num_workers=workers,
+            collate_fn=list,
+            pin_memory=torch.cuda.is_available(),
+            worker_init_fn=_start_worker,
+            prefetch_factor=PREFETCH if workers else None,
+            multiprocessing_context="fork" if workers else None,  # workers share the annotation arrays
+            generator=torch.Generator(),  # else the loader would draw from, and so change, the global one
+        )
+
+    def __len__(self) -> int:
+        return self.length
+
+    def __iter__(self) -> Iterator[list[Sample]]:
+        for samples in self.loader:
+            for sample in samples:
+                self._note(sample.get("replaced", ()))
+            yield samples
+
+    def _note(self, messages: Iterable[str]) -> None:
+        for message in messages:
+            if message not in self.bad:
+                self.bad[message] = None
+                say(f"warning: {message}; another image (in evaluation: a black one) is used instead")
+        if len(self.bad) > self.allowed:
+            raise UserError(f"more than {self.allowed} bad images, too many to go on:\n" + "\n".join(self.bad))
+
+
+def _start_worker(_: int) -> None:
+    """One thread per worker, and deaf to signals: the main process decides when to stop."""
+    cv2.setNumThreads(0)
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
+        signal.signal(number, signal.SIG_IGN)
+
+
+def training_plan(
+    dataset: TrainDataset, sampler: SamplerConfig, data: DataConfig, batch_size: int, seed: int
+) -> TrainingPlan:
+    """Every batch of a training on this data set; `batch_size` counts images over all ranks and micro-steps."""
+    annotations = dataset.annotations
+    if not len(annotations.train_images):
+        reasons = "".join(f"\n  {count} {reason}" for reason, count in annotations.dropped.items())
+        raise UserError(f"{annotations.path}: no image is left to train on; left out were:{reasons or ' none'}")
+    wide = annotations.wide if data.group_by_aspect else np.zeros(len(annotations), dtype=bool)
+    labels = image_labels(annotations)
+    return TrainingPlan(labels=labels, wide=wide, sampler=sampler, batch_size=batch_size, seed=seed)
+
+
+def train_batches(
+    dataset: TrainDataset,
+    plan: TrainingPlan,
+    *,
+    epochs: int,
+    accumulate: int = 1,
+    start_iteration: int = 0,
+    workers: int = 0,
+    rank: int | None = None,
+    world: int | None = None,
+) -> Batches:
+    """This rank's micro-batches, `accumulate` an iteration, from one set of workers for all epochs that are left.
+
+    start_iteration: over the whole training; how many are done.
+    """
+    place = (*_place(rank, world), accumulate)
+    lengths = plan.iterations(epochs)
+    keys = _TrainingKeys(plan, lengths, start_iteration, place)
+    return Batches(dataset, keys, max(0, sum(lengths) - start_iteration) * accumulate, workers)
+
+
+class _TrainingKeys:
+    """Lists of dataset keys, one per micro-batch; may be iterated again, from the start."""
+
+    def __init__(self, plan: TrainingPlan, lengths: list[int], start: int, place: tuple[int, int, int]) -> None:
+        self.plan, self.lengths, self.start, self.place = plan, lengths, start, place
+
+    def __iter__(self) -> Iterator[list[tuple[int, int, int]]]:
+        skip = self.start
+        for epoch, length in enumerate(self.lengths):
+            if skip < length:
+                for batch in self.plan.epoch(epoch)[skip:]:
+                    for images in rank_slice(batch, *self.place):
+                        yield [(index, epoch, draw) for index, draw in images.tolist()]
+            skip = max(0, skip - length)
+
+
+def eval_batches(
+    dataset: EvalDataset,
+    batch_size: int,
+    workers: int = 0,
+    skip: Collection[int] = (),
+    *,
+    rank: int | None = None,
+    world: int | None = None,
+) -> Batches:
+    """This rank's share of all images, each image on exactly one rank, without those whose id is in `skip`."""
+    place, ranks = _place(rank, world)
+    total = len(dataset)
+    done = set(skip)
+    ids = dataset.annotations.image_ids
+    indices = [i for i in range(total * place // ranks, total * (place + 1) // ranks) if int(ids[i]) not in done]
+    batches = [indices[i : i + batch_size] for i in range(0, len(indices), batch_size)]
+    return Batches(dataset, batches, len(batches), workers)
+
+
+def fill_batches(
+    dataset: TrainDataset,
+    per_class: int,
+    shared: bool,
+    seed: int,
+    workers: int = 0,
+    *,
+    rank: int | None = None,
+    world: int | None = None,
+) -> Batches:
+    """Samples that fill the feature memory before stage 2, each with "memory_rows" (n,) long: the instances to store.
+
+    shared: one choice of images, dealt out over the ranks; else every rank makes its own. All ranks get the same number
+    of batches; a rank with fewer images is shown some again, with nothing to store.
+    """
+    place, ranks = _place(rank, world)
+    fills = _fills(dataset.annotations, per_class, shared, seed, ranks)
+    length = max(len(fill) for fill in fills)
+    spare = fills[place] or fills[0]
+    nothing = np.zeros(0, dtype=np.int64)
+    mine = fills[place] + [(spare[i % len(spare)][0], nothing) for i in range(length - len(fills[place]))]
+    batches = [list(range(i, min(i + FILL_IMAGES, length))) for i in range(0, length, FILL_IMAGES)]
+    return Batches(_FillDataset(dataset, mine), batches, len(batches), workers)
+
+
+def _fills(annotations: LVISAnnotations, per_class: int, shared: bool, seed: int, ranks: int) -> list[list[Fill]]:
+    """What each rank reads, wide images first, so that those on a rank at once need little padding."""
+
+    def choose(stream: int) -> list[Fill]:
+        chosen = memory_fill_images(annotations, per_class, np.random.default_rng([FILL_EPOCH, seed, stream]))
+        return sorted(chosen, key=lambda fill: not annotations.wide[fill[0]])
+
+    if not shared:
+        return [choose(r) for r in range(ranks)]
+    chosen = choose(0)
+    return [chosen[r::ranks] for r in range(ranks)]
+
+
+class _FillDataset:
+    """Training samples, augmented as in an epoch of their own, with "memory_rows"."""
+
+    def __init__(self, dataset: TrainDataset, fills: list[Fill]) -> None:
+        self.dataset, self.fills = dataset, fills
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __getitem__(self, number: int) -> Sample:
+        index, rows = self.fills[number]
+        sample = self.dataset[index, FILL_EPOCH]
+        positions = np.searchsorted(self.dataset.annotations.rows(index), rows)
+        keep = len(positions) if "replaced" not in sample else 0
+        return {**sample, "memory_rows": torch.from_numpy(positions[:keep])}
+
+
+def _place(rank: int | None, world: int | None) -> tuple[int, int]:
+    """(rank, number of ranks), as given or as this process runs."""
+    return (
+        distributed.rank() if rank is None else rank,
+        distributed.world_size() if world is None else world,
+    )

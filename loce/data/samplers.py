@@ -1,0 +1,173 @@
+"""Which images an epoch shows, and in which batches: uniform, repeat-factor and class-balanced sampling.
+
+Repeat-factor sampling: Gupta et al., LVIS (arXiv 1908.03195). Class-balanced sampling: Kang et al., Decoupling (arXiv
+1910.09217), Sec. 3. An epoch is a pure function of (data, options, seed, epoch), the same on every rank.
+Shapes: T training images, P (image, label) pairs, C classes, E images shown in an epoch, B batch size.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from loce.config import SamplerConfig
+from loce.data.lvis import LVISAnnotations
+
+_STREAM = 0x5A3B  # keeps these random numbers apart from those of the transforms
+
+
+@dataclass(frozen=True)
+class ImageLabels:
+    """Which classes each training image shows.
+
+    images: (T,) int64 image indices. labels: (P,) the distinct labels, image by image. first: (T+1,) into labels;
+    every image has one at least. num_classes: C.
+    """
+
+    images: np.ndarray
+    labels: np.ndarray
+    first: np.ndarray
+    num_classes: int
+
+    @property
+    def owner(self) -> np.ndarray:
+        """(P,) the image, as a position 0..T-1, of each pair."""
+        return np.repeat(np.arange(len(self.images)), np.diff(self.first))
+
+
+def image_labels(annotations: LVISAnnotations) -> ImageLabels:
+    """The classes of the images that training uses, from the annotations that it uses."""
+    num_classes = len(annotations.stats)
+    rows = annotations.train_rows
+    pairs = np.unique(annotations.image_of[rows].astype(np.int64) * num_classes + annotations.labels[rows])
+    pairs = pairs[np.isin(pairs // num_classes, annotations.train_images)]
+    first = np.searchsorted(pairs // num_classes, annotations.train_images)
+    return ImageLabels(annotations.train_images, pairs % num_classes, np.append(first, len(pairs)), num_classes)
+
+
+def repeat_factors(labels: ImageLabels, threshold: float) -> np.ndarray:
+    """(T,) how often an epoch shows each image on average: max over its classes of max(1, sqrt(t / f_c)).
+
+    f_c is the share of training images that show class c.
+    """
+    share = np.bincount(labels.labels, minlength=labels.num_classes) / len(labels.images)
+    factors = np.maximum(1.0, np.sqrt(threshold / np.maximum(share, 1e-12)))
+    return np.maximum.reduceat(factors[labels.labels], labels.first[:-1])
+
+
+def epoch_images(labels: ImageLabels, sampler: SamplerConfig, generator: np.random.Generator) -> np.ndarray:
+    """(E,) image indices that one epoch shows, in no particular order."""
+    if sampler.name == "uniform":
+        return labels.images
+    if sampler.name == "repeat_factor":
+        return _repeated(labels, sampler.repeat_threshold, generator)
+    if sampler.name == "class_balanced":
+        return _class_balanced(labels, generator)
+    raise ValueError(f"no sampler is called {sampler.name}")
+
+
+def _repeated(labels: ImageLabels, threshold: float, generator: np.random.Generator) -> np.ndarray:
+    """Every image r_I times, the fraction rounded up or down at random in each epoch (detectron2's rule)."""
+    factors = repeat_factors(labels, threshold)
+    whole = np.floor(factors)
+    times = whole + (generator.random(len(factors)) < factors - whole)
+    return np.repeat(labels.images, times.astype(np.int64))
+
+
+def _class_balanced(labels: ImageLabels, generator: np.random.Generator) -> np.ndarray:
+    """As many images as there are: round and round a shuffled list of classes.
+
+    A class's turn shows the next image of the class's own shuffled list, with all annotations.
+    """
+    order = np.lexsort((generator.random(len(labels.labels)), labels.labels))
+    images = labels.images[labels.owner[order]]
+    count = np.bincount(labels.labels, minlength=labels.num_classes)
+    first = np.cumsum(count) - count
+    classes = generator.permutation(np.flatnonzero(count))
+    turn, place = np.divmod(np.arange(len(labels.images)), len(classes))
+    chosen = classes[place]
+    return images[first[chosen] + turn % count[chosen]]
+
+
+def plan_batches(indices: np.ndarray, wide: np.ndarray, batch_size: int, generator: np.random.Generator) -> np.ndarray:
+    """(iterations, B) positions in `indices`, every one at least once, in random order.
+
+    indices: (E,) images; wide: (E,) bool, wider than high. Neighbours 2 i and 2 i + 1 of a batch have the same shape
+    (with an odd batch size: no grouping), so that two images on a rank need little padding. What a group or the last
+    batch lacks is drawn again from the epoch. The ranks only share a batch out, so it does not depend on their number.
+    """
+    unit = 1 if batch_size % 2 else 2
+    groups = [np.arange(len(indices))] if unit == 1 else [np.flatnonzero(wide), np.flatnonzero(~wide)]
+    units = []
+    for group in groups:
+        if len(group):
+            shuffled = generator.permutation(group)
+            filling = generator.choice(group, -len(group) % unit)
+            units.append(np.concatenate([shuffled, filling]).reshape(-1, unit))
+    pairs = generator.permutation(np.concatenate(units))
+    filling = pairs[generator.integers(len(pairs), size=-len(pairs) % (batch_size // unit))]
+    return np.concatenate([pairs, filling]).reshape(-1, batch_size)
+
+
+def rank_slice(batch: np.ndarray, rank: int, world: int, accumulate: int) -> np.ndarray:
+    """(accumulate, n, ...) what rank `rank` of `world` takes of a batch (B, ...) in each micro-step; n images at once.
+
+    In micro-step a these are rows (a * world + rank) * n and the following, so the batch is the same for any `world`.
+    """
+    images, rest = divmod(len(batch), world * accumulate)
+    if rest or not images:
+        raise ValueError(f"a batch of {len(batch)} cannot be shared by {world} ranks and {accumulate} micro-steps")
+    return batch.reshape(accumulate, world, images, *batch.shape[1:])[:, rank]
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainingPlan:
+    """Every batch of a training. wide: (I,) bool for all images of the file, or all false for no grouping."""
+
+    labels: ImageLabels
+    wide: np.ndarray
+    sampler: SamplerConfig
+    batch_size: int
+    seed: int
+
+    def epoch(self, epoch: int) -> np.ndarray:
+        """(iterations, B, 2) int64: image index, and how often this epoch has shown it before (0, 1, ...)."""
+        generator = np.random.default_rng([_STREAM, self.seed, epoch])
+        images = epoch_images(self.labels, self.sampler, generator)
+        batches = plan_batches(images, self.wide[images], self.batch_size, generator)
+        shown = images[batches]
+        return np.stack([shown, _occurrence(shown.ravel()).reshape(shown.shape)], axis=2)
+
+    def iterations(self, epochs: int) -> list[int]:
+        """The number of iterations of each epoch; they differ with repeat-factor sampling."""
+        return [len(self.epoch(epoch)) for epoch in range(epochs)]
+
+
+def _occurrence(values: np.ndarray) -> np.ndarray:
+    """How often each value came before, in order: [7, 3, 7, 7] -> [0, 0, 1, 2]."""
+    order = np.argsort(values, kind="stable")
+    ordered = values[order]
+    new = np.append(True, ordered[1:] != ordered[:-1])
+    positions = np.arange(len(values))
+    start = np.maximum.accumulate(np.where(new, positions, 0))
+    result = np.empty(len(values), dtype=np.int64)
+    result[order] = positions - start
+    return result
+
+
+def memory_fill_images(
+    annotations: LVISAnnotations, per_class: int, generator: np.random.Generator
+) -> list[tuple[int, np.ndarray]]:
+    """What fills the feature memory: of every class up to `per_class` instances, from distinct images, at random.
+
+    Returns (image index, annotation rows to store, ascending), each image once, in random order.
+    """
+    rows = annotations.train_rows[np.isin(annotations.image_of[annotations.train_rows], annotations.train_images)]
+    rows = generator.permutation(rows)
+    labels, images = annotations.labels[rows].astype(np.int64), annotations.image_of[rows].astype(np.int64)
+    _, one_per_image = np.unique(labels * len(annotations) + images, return_index=True)  # first of the shuffled rows
+    rows = generator.permutation(rows[one_per_image])
+    chosen = np.sort(rows[_occurrence(annotations.labels[rows]) < per_class])
+    chosen = chosen[np.argsort(annotations.image_of[chosen], kind="stable")]
+    images, first = np.unique(annotations.image_of[chosen], return_index=True)
+    own = np.split(chosen, first[1:])
+    return [(int(images[i]), own[i]) for i in generator.permutation(len(images))]

@@ -1,0 +1,117 @@
+"""Reading, resizing and flipping images and boxes with MMDetection 2.8's numerics.
+
+8-bit RGB, OpenCV's bilinear resize on integers, sides rounded as int(side * scale + 0.5), boxes scaled by the ratio of
+new to old sides per axis (float32) and clipped. Random choices depend on (seed, epoch, image, how often this epoch has
+shown it) and nothing else, so that workers and ranks do not change them.
+"""
+
+import contextlib
+import io
+from dataclasses import dataclass
+from pathlib import Path
+
+import cv2
+import numpy as np
+from PIL import Image
+
+from loce.errors import UserError
+
+_JPEG_START, _JPEG_END = b"\xff\xd8", b"\xff\xd9"
+_STREAM = 0x10CE  # keeps these random numbers apart from those of the samplers
+
+
+class ImageError(UserError):
+    """An image file that cannot be used; the message names it."""
+
+
+def read_image(path: Path, size: tuple[int, int]) -> np.ndarray:
+    """(H, W, 3) uint8 RGB of a file of any kind (grey, palette, with alpha, 16 bits, CMYK); alpha is left out.
+
+    The EXIF orientation is not applied: the annotations of COCO and LVIS are made on the stored pixels.
+    size: (height, width) that the annotation file gives; ImageError where the file has another, or cannot be read.
+    """
+    try:
+        content = path.read_bytes()
+    except OSError as error:
+        raise ImageError(f"image {path}: cannot be read ({error.strerror})") from None
+    image = _decode(path, content)
+    if image.shape[:2] != tuple(size):
+        turned = "; turned by 90 degrees they agree" if image.shape[1::-1] == tuple(size) else ""
+        raise ImageError(
+            f"image {path}: is {image.shape[1]} x {image.shape[0]} pixels (width x height), "
+            f"but its annotation file says {size[1]} x {size[0]}{turned}"
+        )
+    return image
+
+
+def _decode(path: Path, content: bytes) -> np.ndarray:
+    """OpenCV decodes; what it cannot, and JPEGs that it would fill up with grey when cut short, Pillow looks at."""
+    image = None
+    with contextlib.suppress(cv2.error):  # an empty file, for example
+        image = cv2.imdecode(np.frombuffer(content, np.uint8), cv2.IMREAD_COLOR | cv2.IMREAD_IGNORE_ORIENTATION)
+    whole = not content.startswith(_JPEG_START) or content.endswith(_JPEG_END)
+    if image is not None and whole:
+        return cv2.cvtColor(image, cv2.COLOR_BGR2RGB)
+    try:
+        with Image.open(io.BytesIO(content)) as picture:
+            picture.load()
+            if image is not None:
+                return cv2.cvtColor(image, cv2.COLOR_BGR2RGB)
+            return _to_rgb(picture)
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        raise ImageError(f"image {path}: damaged or not an image, {len(content)} bytes ({error})") from None
+
+
+def _to_rgb(picture: Image.Image) -> np.ndarray:
+    if picture.mode.startswith("I"):  # 16 bits; Pillow's own conversion would cut them at 255
+        grey = (np.asarray(picture).astype(np.int64) >> 8).clip(0, 255).astype(np.uint8)
+        return np.stack([grey] * 3, axis=2)
+    return np.asarray(picture.convert("RGB"))
+
+
+@dataclass(frozen=True)
+class Geometry:
+    """How one image is resized and flipped; sizes are (height, width)."""
+
+    old: tuple[int, int]
+    new: tuple[int, int]
+    flip: bool = False
+
+    @property
+    def scale(self) -> tuple[float, float]:
+        """(x, y) new / old, rounded to float32."""
+        return float(np.float32(self.new[1] / self.old[1])), float(np.float32(self.new[0] / self.old[0]))
+
+    def image(self, image: np.ndarray) -> np.ndarray:
+        """A uint8 image (H, W, 3), resized and flipped."""
+        if self.new != self.old:
+            image = cv2.resize(image, (self.new[1], self.new[0]), interpolation=cv2.INTER_LINEAR)
+        return cv2.flip(image, 1) if self.flip else image
+
+    def boxes(self, boxes: np.ndarray) -> np.ndarray:
+        """(N, 4) float32 xyxy boxes, scaled, clipped to [0, width] and [0, height], flipped."""
+        height, width = self.new
+        limits = np.array([width, height, width, height], dtype=np.float32)
+        boxes = np.clip(boxes * np.array(self.scale * 2, dtype=np.float32), 0, limits)
+        if self.flip:
+            boxes = np.stack([width - boxes[:, 2], boxes[:, 1], width - boxes[:, 0], boxes[:, 3]], axis=1)
+        return boxes.astype(np.float32)
+
+
+def resized(size: tuple[int, int], short_edge: int, long_edge: int) -> tuple[int, int]:
+    """The (height, width) with the short side at `short_edge`, unless that takes the long side over `long_edge`."""
+    scale = min(long_edge / max(size), short_edge / min(size))
+    return max(1, int(size[0] * scale + 0.5)), max(1, int(size[1] * scale + 0.5))
+
+
+def random_geometry(
+    size: tuple[int, int], short_edges: tuple[int, ...], long_edge: int, flip: float, generator: np.random.Generator
+) -> Geometry:
+    """Training's scale jitter and flip: a short edge drawn from `short_edges`, mirrored with probability `flip`."""
+    short_edge = short_edges[int(generator.integers(len(short_edges)))]
+    return Geometry(size, resized(size, short_edge, long_edge), bool(generator.random() < flip))
+
+
+def image_generator(seed: int, epoch: int, image_id: int, draw: int) -> np.random.Generator:
+    """The random numbers of one image: its `draw`-th showing (from 0) in an epoch."""
+    return np.random.default_rng([_STREAM, seed, epoch, image_id % (1 << 62), draw])
