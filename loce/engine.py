@@ -1,20 +1,19 @@
-"""Training and inference loops: what happens in which order, and nothing else."""
+"""The training loop: what happens in which order, and nothing else."""
 
 import time
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
-from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
 
-from loce import distributed
 from loce.config import TrainConfig
-from loce.data.loader import EvalDataset, TrainDataset, eval_batches, fill_batches
-from loce.evaluation.detections import DetectionWriter, FederatedFilter
+from loce.data.loader import TrainDataset, fill_batches
 from loce.models.mask_rcnn import MaskRCNN
-from loce.runlog import RunLog, progress
+from loce.progress import progress
+from loce.runlog import RunLog
 
 Batches = Iterator[list[dict[str, Any]]]
 PRECISION = {"bf16": torch.bfloat16, "fp16": torch.float16}
@@ -47,7 +46,7 @@ def train_one_epoch(
             samples = next(batches)
             log.data_time(time.perf_counter() - started)
             last = micro_step == config.accumulate - 1
-            with nullcontext() if last or not distributed.is_wrapped(model) else model.no_sync():  # type: ignore[operator]
+            with nullcontext() if last or not isinstance(model, DistributedDataParallel) else model.no_sync():
                 with torch.autocast(device.type, PRECISION.get(config.precision), config.precision != "fp32"):
                     losses = model(samples)
                 scaler.scale(sum(losses.values()) / config.accumulate).backward()
@@ -79,32 +78,3 @@ def fill_memory(model: MaskRCNN, dataset: TrainDataset, per_class: int, shared: 
     batches = fill_batches(dataset, per_class, shared, seed, workers)
     for samples in progress(batches, len(batches), "filling the feature memory"):
         model.fill_memory(samples)
-
-
-@torch.no_grad()
-def infer(
-    model: MaskRCNN,
-    dataset: EvalDataset,
-    federated: FederatedFilter | None,
-    folder: Path,
-    batch_size: int,
-    workers: int,
-) -> None:
-    """Stream this rank's detections of the data set to `folder`; images that are there already are skipped."""
-    model.eval()
-    writer = DetectionWriter(folder, distributed.rank())
-    category_ids = torch.from_numpy(dataset.annotations.stats.category_ids)
-    batches = eval_batches(dataset, batch_size, workers, skip=writer.finished())
-    for samples in progress(batches, len(batches), "inference"):
-        allowed: list[Tensor | None] = [
-            None if federated is None else torch.from_numpy(federated.allowed(s["image_id"])) for s in samples
-        ]
-        detections = model.detect(
-            [s["image"] for s in samples], [s["scale"] for s in samples], [s["size"] for s in samples], allowed
-        )
-        for sample, found in zip(samples, detections, strict=True):
-            labels = category_ids[found["labels"]]
-            writer.add(
-                sample["image_id"], found["boxes"].numpy(), found["scores"].numpy(), labels.numpy(), found["rles"]
-            )
-    writer.close()

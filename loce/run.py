@@ -1,0 +1,218 @@
+"""One run from its options to its results: set up, train (or go on), evaluate. Both training scripts call `train`."""
+
+import hashlib
+import sys
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import torch
+from torch.nn.parallel import DistributedDataParallel
+
+from loce import build, checkpoint, distributed
+from loce.classes import GROUPS, ClassStats
+from loce.config import Config, UserError, dump, images_per_rank
+from loce.data.loader import TrainDataset, train_batches, training_plan
+from loce.data.lvis import LVISAnnotations
+from loce.data.samplers import TrainingPlan
+from loce.engine import DivergedError, fill_memory, train_one_epoch
+from loce.inference import evaluate_model
+from loce.models.mask_rcnn import MaskRCNN
+from loce.runlog import RunLog, check_run_folder, say
+
+
+@dataclass
+class Job:
+    """What a training works with."""
+
+    config: Config
+    device: torch.device
+    annotations: LVISAnnotations
+    dataset: TrainDataset
+    plan: TrainingPlan
+    lengths: list[int]  # iterations of each epoch
+    model: MaskRCNN
+    optimizer: torch.optim.SGD
+    scaler: torch.amp.GradScaler
+    done: int = 0  # iterations
+
+    @property
+    def stats(self) -> ClassStats:
+        return self.annotations.stats
+
+    @property
+    def folder(self) -> Path:
+        return Path(self.config.output)
+
+
+def train(config: Config) -> None:
+    """Train to the end, from the newest checkpoint in the run folder where there is one, and evaluate."""
+    device = distributed.setup(config.device)
+    try:
+        job = _prepare(config, device)
+        if job.done < sum(job.lengths):
+            _train(job)
+        elif distributed.is_main():
+            say(f"{job.folder}: training is finished already")
+        if config.train.evaluate:
+            evaluate_model(job.model, config, job.folder, f"{job.done} iterations of {job.folder}")
+    except DivergedError as error:
+        if distributed.is_main():
+            print(f"error: {error}", file=sys.stderr)
+        sys.exit(3)
+    finally:
+        distributed.teardown()
+
+
+def _prepare(config: Config, device: torch.device) -> Job:
+    """Everything that can be wrong is found here, before the first step."""
+    images_per_rank(config.train, distributed.world_size())
+    check_run_folder(config.output, dump(config))
+    annotations = build.train_annotations(config)
+    if config.train.evaluate:
+        build.val_annotations(config)
+    dataset = build.train_dataset(config, annotations)
+    plan = training_plan(dataset, config.sampler, config.data, config.train.batch_size, config.seed)
+    resumed = checkpoint.finished(Path(config.output))
+    torch.manual_seed(config.seed)
+    model = build.build_model(config, annotations.stats, pretrained=not resumed and not config.train.init)
+    if config.train.init and not resumed:
+        report = checkpoint.load_weights(Path(config.train.init), model, annotations.stats)
+        _say_loaded(config, model, report)
+    model.to(device)
+    optimizer = build.build_optimizer(model, config.train)
+    scaler = torch.amp.GradScaler(device.type, enabled=config.train.precision == "fp16")
+    lengths = plan.iterations(config.train.epochs)
+    job = Job(config, device, annotations, dataset, plan, lengths, model, optimizer, scaler)
+    # Each rank draws its own numbers from here on: regions, jittered boxes, memory rows.
+    torch.manual_seed(config.seed * 1000003 + distributed.rank())
+    if resumed:
+        _resume(job, resumed[0])
+    return job
+
+
+def _resume(job: Job, folder: Path) -> None:
+    state = checkpoint.restore(folder, job.model, job.device)
+    job.optimizer.load_state_dict(state["optimizer"])
+    job.scaler.load_state_dict(state["scaler"])
+    job.done = state["iteration"]
+    if distributed.is_main():
+        say(f"going on from {folder}, {job.done} of {sum(job.lengths)} iterations are done")
+
+
+def _train(job: Job) -> None:
+    config, train = job.config, job.config.train
+    log = RunLog(
+        job.folder,
+        dump(config),
+        iterations=sum(job.lengths),
+        epoch_length=job.lengths[0],
+        batch_size=train.batch_size,
+        start=job.done,
+        device=job.device,
+        extra=partial(equilibrium_scalars, job.model, job.stats),
+    )
+    for line in header(job):
+        log.line(line)
+    if config.memory.enabled and job.done == 0:
+        memory = config.memory
+        fill_memory(job.model, job.dataset, memory.fill_instances, memory.shared, config.seed, config.data.workers)
+        log.line(filled(job.model))
+    wrapped: torch.nn.Module = job.model
+    if distributed.world_size() > 1:
+        wrapped = DistributedDataParallel(job.model, broadcast_buffers=False)
+    batches = train_batches(
+        job.dataset,
+        job.plan,
+        epochs=train.epochs,
+        accumulate=train.accumulate,
+        start_iteration=job.done,
+        workers=config.data.workers,
+    )
+    stream = iter(batches)
+    end = 0
+    for epoch, length in enumerate(job.lengths):
+        end += length
+        if job.done < end:
+            rate = partial(build.learning_rate, train, epoch=epoch)
+            after = partial(_after_step, job, end)
+            train_one_epoch(wrapped, stream, job.optimizer, job.scaler, train, rate, range(job.done, end), log, after)
+    log.close()
+
+
+def _after_step(job: Job, epoch_end: int, done: int) -> None:
+    job.done = done
+    job.model.roi_heads.progress = done / sum(job.lengths)
+    if done == epoch_end or done % job.config.train.checkpoint_every == 0:
+        state = {"iteration": done, "optimizer": job.optimizer.state_dict(), "scaler": job.scaler.state_dict()}
+        checkpoint.save(job.folder, job.config, job.stats, job.model, state, job.device)
+
+
+def equilibrium_scalars(model: MaskRCNN, stats: ClassStats) -> dict[str, float]:
+    """Mean score and memory fill by rare, common and frequent classes, for the log."""
+    roi = model.roi_heads
+    values = {"mean_score": roi.tracker.scores[:-1].cpu()}  # sync: log line
+    if roi.memory is not None:
+        values["memory_fill"] = roi.memory.bank.fill.cpu()  # sync: log line
+    masks = {group: torch.from_numpy(stats.group_mask(group)) for group in GROUPS}
+    return {f"{k}/{g}": float(v[m].mean()) for k, v in values.items() for g, m in masks.items() if m.any()}
+
+
+def filled(model: MaskRCNN) -> str:
+    """A line on what the memory holds after it was filled."""
+    assert model.roi_heads.memory is not None
+    bank = model.roi_heads.memory.bank
+    counts = bank.counts.cpu()
+    return (
+        f"feature memory: {int(counts.sum())} rows, {int((counts > 0).sum())} of {len(counts)} classes have some, "
+        f"{sum(b.numel() * b.element_size() for b in bank.buffers()) / 2**20:.0f} MiB"
+    )
+
+
+def header(job: Job) -> list[str]:
+    """What this run is, for people who find its log later."""
+    config, stats, train = job.config, job.stats, job.config.train
+    world, total = distributed.world_size(), sum(job.lengths)
+    groups = " / ".join(str(int(stats.group_mask(group).sum())) for group in GROUPS)
+    memory = (
+        f"feature memory ({config.memory.level}, {config.memory.capacity} per class)"
+        if config.memory.enabled
+        else "no memory"
+    )
+    each = train.batch_size // (world * train.accumulate)
+    trained = sum(p.numel() for p in job.model.parameters() if p.requires_grad)
+    every = sum(p.numel() for p in job.model.parameters())
+    return [
+        f"method: {config.head.name} head, {memory}, indicator {config.indicator.kind}, {config.sampler.name} sampler",
+        f"data: {job.annotations.path} (sha256 {file_hash(job.annotations.path)}), {len(job.dataset)} images, "
+        f"{int(stats.instance_counts.sum())} instances, {len(stats)} classes: rare / common / frequent {groups}",
+        *(f"data: left out: {count} {reason}" for reason, count in job.annotations.dropped.items()),
+        f"model: {config.model.backbone}, {trained / 1e6:.2f} of {every / 1e6:.2f} M parameters train "
+        f"(train.freeze={train.freeze})",
+        f"batch: {train.batch_size} = {world} ranks x {each} images x {train.accumulate} steps; "
+        f"learning rate {build.scaled_lr(train):.4g} ({train.lr:g} at {train.lr_batch_size}, scaled linearly)",
+        f"schedule: {train.epochs} epochs, {total} iterations, drops after {list(train.drops)}, {train.precision}, "
+        f"seed {config.seed}; run folder {job.folder}",
+    ]
+
+
+def file_hash(path: str) -> str:
+    """First 12 digits of the SHA-256 of a file."""
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()[:12]
+
+
+def _say_loaded(config: Config, model: MaskRCNN, report: dict[str, list[str]]) -> None:
+    if not distributed.is_main():
+        return
+    frozen = [name for name, p in model.named_parameters() if not p.requires_grad]
+    counts = ", ".join(f"{len(names)} {what}" for what, names in report.items())
+    say(f"{config.train.init}: {counts}, {len(frozen)} frozen tensors")
+    for what in ("new", "dropped"):
+        for name in report[what]:
+            say(f"  {what}: {name}")
+    if any(name.startswith(("backbone.", "rpn.")) for name in report["new"]):
+        raise UserError(f"{config.train.init}: lacks parts of the backbone or RPN; another architecture?")

@@ -1,0 +1,21 @@
+"""Stage 2: python (or torchrun) scripts/finetune.py CONFIG [key=value ...]; starts from the checkpoint train.init."""
+
+import sys
+
+from loce.config import UserError, load_config, run_script
+
+
+def main() -> None:
+    config = load_config(sys.argv[1:])
+    if not config.train.init:
+        raise UserError(
+            "train.init is empty: fine-tuning starts from a stage-1 checkpoint; set train.init=RUN_FOLDER_OR_FILE "
+            "(train one with scripts/train.py stage1.yaml)"
+        )
+    from loce.run import train  # torch is imported after the options are known to be right
+
+    train(config)
+
+
+if __name__ == "__main__":
+    run_script(main)
