@@ -4,6 +4,7 @@ A YAML file states differences only; `key.sub=value` on the command line overrid
 What a field may hold is its type; what cannot stand together is in conflicts.py. Imports no torch.
 """
 
+import difflib
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -230,7 +231,9 @@ def find_config(name: str) -> Path:
         for path in (place / name, place / f"{name}.yaml"):
             if path.is_file():
                 return path
-    raise UserError(f"command line: CONFIG {name} not found here or in configs/; {_known_configs()}")
+    near = difflib.get_close_matches(name.removesuffix(".yaml") + ".yaml", _config_names(), n=1)
+    hint = f"did you mean {near[0]}? " if near else ""
+    raise UserError(f"command line: CONFIG {name} not found here or in configs/; {hint}{_known_configs()}")
 
 
 def run_folder(config_path: Path) -> Path:
@@ -245,9 +248,12 @@ def _config_folders() -> list[Path]:
     return [here] if here.resolve() == ours else [here, ours]
 
 
+def _config_names() -> list[str]:
+    return sorted({str(path.relative_to(folder)) for folder in _config_folders() for path in folder.rglob("*.yaml")})
+
+
 def _known_configs() -> str:
-    names = sorted({str(path.relative_to(folder)) for folder in _config_folders() for path in folder.rglob("*.yaml")})
-    return f"configs there are: {', '.join(names) or 'none'}"
+    return f"configs there are: {', '.join(_config_names()) or 'none'}"
 
 
 def from_dict(values: Mapping[str, Any], source: str = "checkpoint") -> Config:

@@ -1,5 +1,6 @@
 """YAML in and out: safe, numbers as people write them, no key twice, and what is written is read back equal."""
 
+import math
 import re
 from collections.abc import Mapping
 from typing import Any
@@ -73,6 +74,8 @@ def dump_yaml(values: Mapping[str, Any]) -> str:
 
 def show(value: Any) -> str:
     """A value in a message, as YAML on one line."""
+    if isinstance(value, float) and not math.isfinite(value):
+        return str(value)
     try:
         text = yaml.dump(value, Dumper=_Dumper, default_flow_style=True, width=10**6, allow_unicode=True)
     except yaml.YAMLError:

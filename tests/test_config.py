@@ -1,0 +1,435 @@
+"""Options: what is read, what is refused, and in which words."""
+
+import dataclasses
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any, Literal
+
+import pytest
+
+from loce.config import (
+    Config,
+    TrainConfig,
+    UserError,
+    dump,
+    from_dict,
+    images_per_rank,
+    load_config,
+    read_options,
+    run_script,
+    to_dict,
+)
+from loce.conflicts import CONFLICTS
+from loce.options import Count, Range, flatten, schema
+from loce.yaml_text import load_yaml
+
+ROOT = Path(__file__).resolve().parent.parent
+RECIPES = sorted((ROOT / "configs").rglob("*.yaml"))
+
+
+@pytest.fixture
+def load(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """load_config for YAML text in ./run.yaml of an empty folder, and words."""
+    monkeypatch.chdir(tmp_path)
+
+    def read(text: str = "", *words: str) -> Config:
+        Path("run.yaml").write_text(text)
+        return load_config(["run.yaml", *words])
+
+    return read
+
+
+def message(call: Any, *arguments: Any) -> str:
+    with pytest.raises(UserError) as caught:
+        call(*arguments)
+    return str(caught.value)
+
+
+# What is read
+
+
+def test_an_empty_file_gives_the_defaults_and_a_run_folder(load):
+    assert load() == Config(output="runs/run")
+
+
+def test_yaml_then_words(load):
+    config = load(
+        "train: {epochs: 30, lr: 1}\neval:\nmodel:\n  rpn:\n    nms: 0.5\n",
+        "train.lr=1e-3",
+        "data.short_edges=[96, 128]",
+    )
+    assert config.train == TrainConfig(epochs=30, lr=1e-3)
+    assert config.model.rpn.nms == 0.5
+    assert config.data.short_edges == (96, 128)
+
+
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [("1e-3", 0.001), ("1E1", 10.0), ("2", 2.0), (".5", 0.5), ("5.", 5.0), ("+1e+2", 100.0), ("010", 10.0)],
+)
+def test_numbers_are_read_as_written(load, text: str, value: float):
+    for config in (load(f"train: {{lr: {text}}}"), load("", f"train.lr={text}")):
+        assert config.train.lr == value and type(config.train.lr) is float
+
+
+@pytest.mark.parametrize("text", ["1:30", "1_000", "0x10", "true", "1.0", ".inf", "''", "null", "2024-01-01", "[1]"])
+def test_what_is_no_whole_number(load, text: str):
+    assert f"train.epochs = {text}: must be a whole number >= 1" in message(load, f"train: {{epochs: {text}}}")
+
+
+@pytest.mark.parametrize(
+    ("word", "value"),
+    [
+        ("output=", "runs/run"),
+        ("output=1e-3", "1e-3"),
+        ("output=a: b", "a: b"),
+        ("output=x=y", "x=y"),
+        ("output='7'", "7"),
+        ("output=no", "no"),
+    ],
+)
+def test_text_words_are_taken_as_they_stand(load, word: str, value: str):
+    assert load("", word).output == value
+
+
+def test_bare_names_are_found_here_then_in_configs_then_in_the_repository(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert load_config(["loce"]).head.name == "equilibrium"  # the repository's
+    (tmp_path / "configs" / "sub").mkdir(parents=True)
+    (tmp_path / "configs" / "loce.yaml").write_text("seed: 1")
+    (tmp_path / "configs" / "sub" / "a.yaml").write_text("seed: 3")
+    assert load_config(["loce.yaml"]).seed == 1
+    (tmp_path / "loce").mkdir()  # a folder is no CONFIG
+    assert load_config(["loce"]).seed == 1
+    (tmp_path / "loce.yaml").write_text("seed: 2")
+    assert load_config(["loce"]).seed == 2
+    assert load_config(["sub/a.yaml"]) == Config(seed=3, output="runs/sub/a")
+
+
+def test_run_folder_follows_the_place_below_configs():
+    assert load_config(["glyphs/loce"]).output == "runs/glyphs/loce"
+    assert load_config([str(ROOT / "configs" / "stage1.yaml")]).output == "runs/stage1"
+
+
+# The recipes
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
+def test_recipes_load_and_state_differences_only(path: Path):
+    config = load_config([str(path)])
+    defaults = {key: value for key, value, _ in flatten(Config, to_dict(Config()), "")}
+    for key, value, _ in flatten(Config, load_yaml(path.read_text(), str(path)), ""):
+        assert value != defaults[key], f"{path}: {key} is the default"
+    assert from_dict(load_yaml(dump(config), "dump")) == config
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
+def test_recipes_say_where_they_come_from(path: Path):
+    for word in ("# Paper: ", "# Command: ", "# Hardware: ", "# Expected: "):
+        assert word in path.read_text()
+
+
+def test_the_papers_recipes():
+    stage1, loce = load_config(["stage1"]), load_config(["loce"])
+    assert stage1 == Config(output="runs/stage1")
+    assert (stage1.train.epochs, stage1.train.drops) == (24, (16, 22))
+    assert (loce.train.epochs, loce.train.drops, loce.train.freeze) == (6, (3, 5), "trunk")
+    assert loce.memory.enabled and loce.head.name == "equilibrium" and loce.train.init == stage1.output
+
+
+# Out and in again
+
+
+def test_dump_is_the_inverse_of_load(load, tmp_path):
+    words = ["output=1e-3", "train.init=010", "data.train_images=a: #b", "train.drops=[]", "train.lr=1e-12", "seed=7"]
+    config = load("", *words)
+    (tmp_path / "dumped.yaml").write_text(dump(config))
+    assert load_config(["dumped.yaml"]) == config
+    assert from_dict(to_dict(config)) == config
+
+
+def test_to_dict_holds_plain_values_only():
+    def walk(value: Any) -> None:
+        assert type(value) in (dict, list, str, int, float, bool)
+        for item in value.values() if isinstance(value, dict) else value if isinstance(value, list) else ():
+            walk(item)
+
+    walk(to_dict(Config()))
+
+
+def test_a_dictionary_is_checked_like_a_file():
+    assert message(from_dict, {"train": {"epoch": 3}}, "ckpt.pt") == (
+        "ckpt.pt: train.epoch = 3: unknown key; did you mean train.epochs?"
+    )
+
+
+# What is refused, word for word
+
+SINGLE = {
+    "train: {freze: trunk}": "run.yaml: train.freze = trunk: unknown key; did you mean train.freeze?",
+    "optimizer: {lr: 3}": "run.yaml: optimizer = {lr: 3}: unknown key; --help lists all keys",
+    "momentum: 0.5": "run.yaml: momentum = 0.5: unknown key; did you mean indicator.momentum or train.momentum?",
+    "memory: {enable: true}": "run.yaml: memory.enable = true: unknown key; did you mean memory.enabled?",
+    "head: softmax": "run.yaml: head = softmax: is a section; its keys are head.name",
+    "data: {workers: true}": "run.yaml: data.workers = true: must be a whole number >= 0",
+    "data: {group_by_aspect: 1}": "run.yaml: data.group_by_aspect = 1: must be true or false",
+    "data: {flip: 1.5}": "run.yaml: data.flip = 1.5: must be a number >= 0 and <= 1",
+    "train: {lr: fast}": "run.yaml: train.lr = fast: must be a number > 0",
+    "train: {lr: 1e999}": "run.yaml: train.lr = inf: must be a number > 0",
+    "output: 2024-01-01\nseed: -1": "run.yaml: seed = -1: must be a whole number >= 0 and <= 4294967295",
+    "output: 12": "run.yaml: output = 12: must be text",
+    "indicator: {background_score: 0}": ("run.yaml: indicator.background_score = 0: must be a number > 0 and <= 1"),
+    "head: {name: Softmax}": "run.yaml: head.name = Softmax: must be softmax | equilibrium",
+    "data: {short_edges: 640}": (
+        "run.yaml: data.short_edges = 640: must be a list of whole numbers >= 1, such as [1, 2]"
+    ),
+    "data: {short_edges: [96, 0]}": (
+        "run.yaml: data.short_edges = [96, 0]: must be a list of whole numbers >= 1, such as [1, 2]"
+    ),
+    "train.lr: 1\ntrain: {lr: 1}": "run.yaml: train.lr = 1: given twice",
+    "memory: {enabled: true}": (
+        "run.yaml: memory.enabled = true, train.freeze = none (default): the stored features would be stale; "
+        "set train.freeze=trunk (or backbone, with memory.level=roi)"
+    ),
+    "train: {drops: [3, 30]}": (
+        "run.yaml: train.drops = [3, 30], train.epochs = 24 (default): drops must increase and stay below epochs"
+    ),
+    "seed: 1\nseed: 2": "run.yaml, line 2: not valid YAML: seed stands twice",
+    "- 1": "run.yaml: must hold `key: value` lines, but holds [1]",
+    "seed: !!python/name:os.system x": (
+        "run.yaml, line 1: not valid YAML: "
+        "could not determine a constructor for the tag 'tag:yaml.org,2002:python/name:os.system'"
+    ),
+    "train:\n\tlr: 1": "run.yaml, line 2: not valid YAML: found character '\\t' that cannot start any token",
+}
+
+
+@pytest.mark.parametrize("text", SINGLE)
+def test_text_of_one_problem(load, text: str):
+    assert message(load, text) == SINGLE[text]
+
+
+WORDS = {
+    "train.lr": "command line: train.lr: must be key=value, without dashes; did you mean train.lr?",
+    "--train.lr=1": "command line: --train.lr=1: must be key=value, without dashes; did you mean train.lr?",
+    "--lr=1": "command line: --lr=1: must be key=value, without dashes; did you mean train.lr?",
+    "lr=1": "command line: lr = 1: unknown key; did you mean train.lr?",
+    "train.l=1": "command line: train.l = 1: unknown key; did you mean train.lr?",
+    "train.epochs=": "command line: train.epochs = null: must be a whole number >= 1",
+    "train.drops=16,22": "command line: train.drops = 16,22: must be a list of whole numbers >= 1, such as [1, 2]",
+    "train=fast": (
+        "command line: train = fast: is a section; its keys are train.freeze, train.init, train.batch_size, "
+        "train.accumulate, train.epochs, train.lr, train.lr_batch_size, train.momentum, train.weight_decay, "
+        "train.warmup_iterations, train.warmup_factor, train.drops, train.drop_factor, train.clip_norm, "
+        "train.precision, train.log_every, train.checkpoint_every, train.keep_checkpoints, train.evaluate"
+    ),
+}
+
+
+@pytest.mark.parametrize("word", WORDS)
+def test_text_of_one_wrong_word(load, word: str):
+    assert message(load, "", word) == WORDS[word]
+
+
+def test_everything_wrong_is_said_at_once(load):
+    text = "train: {freze: trunk, epochs: 0}\nmodel: {backbone: tiny}\ndata: {rare_max: 20, common_max: 10}\n"
+    assert message(load, text, "x", "train.accumulate=3", "train.batch_size=4", "seed=1", "seed=1") == "\n".join(
+        [
+            "8 problems:",
+            "  command line: x: must be key=value, without dashes",
+            "  run.yaml: train.freze = trunk: unknown key; did you mean train.freeze?",
+            "  run.yaml: train.epochs = 0: must be a whole number >= 1",
+            "  command line: seed = 1: given twice",
+            "  run.yaml: data.common_max = 10, data.rare_max = 20: common_max must not be below rare_max",
+            "  run.yaml: model.backbone = tiny, model.weights = imagenet (default): "
+            "the tiny backbone has no ImageNet weights; set model.weights=none",
+            "  run.yaml: model.backbone = tiny, model.norm = frozen (default): "
+            "the tiny backbone has group norm only; set model.norm=group",
+            "  command line: train.batch_size = 4, train.accumulate = 3: batch_size must be divisible by accumulate",
+        ]
+    )
+
+
+IMPOSSIBLE = [
+    ("data.train_annotations=",),
+    ("data.val_annotations=",),
+    ("data.train_images=",),
+    ("data.val_images=",),
+    ("data.rare_max=101",),
+    ("data.short_edges=[]",),
+    ("data.long_edge=799", "data.test_short_edge=1"),
+    ("data.test_short_edge=1334",),
+    ("model.rpn.negative_iou=0.8",),
+    ("model.rpn.batch_per_image=1",),
+    ("model.roi.batch_per_image=3",),
+    ("model.backbone=tiny", "model.norm=group"),
+    ("model.backbone=tiny", "model.weights=none", "model.norm=batch", "model.frozen_stages=0"),
+    ("model.weights=none", "model.frozen_stages=0"),
+    ("model.weights=none", "model.norm=batch"),
+    ("memory.enabled=true",),
+    ("memory.enabled=true", "train.freeze=backbone", "train.init=x"),
+    ("train.freeze=trunk",),
+    ("train.accumulate=3",),
+    ("train.drops=[16, 16]",),
+]
+
+
+def test_every_row_of_the_table_of_conflicts_has_its_case():
+    assert len(IMPOSSIBLE) == len(CONFLICTS)
+
+
+@pytest.mark.parametrize("row", range(len(IMPOSSIBLE)), ids=[" ".join(words) for words in IMPOSSIBLE])
+def test_each_impossible_combination(load, row: int):
+    """The words break this row of the table and no other."""
+    text = message(load, "", *IMPOSSIBLE[row])
+    assert text.endswith(f": {CONFLICTS[row][2]}") and "\n" not in text
+
+
+def test_ways_out_of_conflicts(load):
+    memory = ["memory.enabled=true", "train.init=runs/stage1"]
+    assert load("", *memory, "train.freeze=trunk").memory.level == "fc"
+    assert load("", *memory, "train.freeze=backbone", "memory.level=roi").memory.enabled
+    assert load("", "model.weights=none", "train.init=x").model.norm == "frozen"
+    assert load("", "model.weights=none", "model.norm=group", "model.frozen_stages=0").model.weights == "none"
+
+
+def test_conflict_keys_exist():
+    for keys, _, _ in CONFLICTS:
+        assert set(keys) <= set(schema(Config))
+
+
+def test_a_wrong_value_is_not_reported_again_as_a_conflict(load):
+    assert message(load, "", "train.drops=[x]", "train.epochs=0").count("drops") == 1
+
+
+def test_no_config_and_unknown_config(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["scripts/train.py"])
+    there = "configs there are: glyphs/loce.yaml, glyphs/softmax.yaml, glyphs/stage1.yaml, loce.yaml, stage1.yaml"
+    usage = f"command line: no CONFIG given; usage: scripts/train.py CONFIG [key=value ...]; {there}"
+    assert message(load_config, []) == usage
+    assert message(load_config, ["train.lr=1"]) == usage
+    assert message(load_config, ["stag1"]) == (
+        f"command line: CONFIG stag1 not found here or in configs/; did you mean stage1.yaml? {there}"
+    )
+    assert message(load_config, ["zzz"]) == f"command line: CONFIG zzz not found here or in configs/; {there}"
+
+
+def test_an_unreadable_file(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("bad.yaml").write_bytes(b"seed: \xff")
+    assert message(load_config, ["bad"]).startswith("bad.yaml: cannot be read: 'utf-8' codec")
+
+
+# Batches over ranks
+
+
+def test_images_per_rank():
+    assert images_per_rank(TrainConfig(), 8) == 2
+    assert images_per_rank(TrainConfig(accumulate=4), 2) == 2
+    assert message(images_per_rank, TrainConfig(accumulate=2), 3) == (
+        "train.batch_size = 16: must be divisible by processes x train.accumulate = 3 x 2; "
+        "set train.batch_size=12 or another multiple, or start another number of processes"
+    )
+    assert "set train.batch_size=32 or" in message(images_per_rank, TrainConfig(), 32)
+
+
+# Other scripts' options
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Drawing:
+    """Options of a script."""
+
+    out: str  # folder
+    classes: Count = 50  # how many
+    style: Literal["plain", "noisy"] = "plain"
+    sizes: tuple[float, ...] = (1.0,)
+
+
+def test_read_options():
+    words = ["out=x", "classes=7", "style=noisy", "sizes=[1, 2.5]"]
+    assert read_options(Drawing, words) == Drawing(out="x", classes=7, style="noisy", sizes=(1.0, 2.5))
+
+
+def test_read_options_says_everything():
+    text = message(read_options, Drawing, ["clases=3", "style=loud", "sizes=[a]"])
+    assert text == "\n".join(
+        [
+            "4 problems:",
+            "  command line: clases = 3: unknown key; did you mean classes?",
+            "  command line: style = loud: must be plain | noisy",
+            "  command line: sizes = [a]: must be a list of numbers, such as [1, 2]",
+            "  command line: out is missing: text",
+        ]
+    )
+
+
+def test_read_options_help(capsys):
+    with pytest.raises(SystemExit) as caught:
+        read_options(Drawing, ["--help"])
+    assert caught.value.code == 0
+    assert capsys.readouterr().out.splitlines()[2:] == [
+        "Options of a script.",
+        f"  {'out = (required)':<40} text; folder",
+        f"  {'classes = 50':<40} a whole number >= 1; how many",
+        f"  {'style = plain':<40} plain | noisy",
+        f"  {'sizes = [1.0]':<40} a list of numbers, such as [1, 2]",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("limits", "inside", "outside"),
+    [
+        (Range(0, 1), [0, 1], [-0.1, 1.1]),
+        (Range(0, 1, above=True), [1e-9, 1], [0, 1.1]),
+        (Range(0, 1, below=True), [0, 0.99], [1]),
+    ],
+)
+def test_range(limits: Range, inside: list[float], outside: list[float]):
+    assert all(value in limits for value in inside)
+    assert not any(value in limits for value in outside)
+
+
+# Scripts
+
+
+def test_help_lists_every_key_with_its_meaning(capsys):
+    with pytest.raises(SystemExit) as caught:
+        load_config(["stage1.yaml", "-h"])
+    out = capsys.readouterr().out
+    assert caught.value.code == 0
+    sections = {"data", "sampler", "model", "model.rpn", "model.roi", "head", "indicator", "memory", "train", "eval"}
+    for key in schema(Config):
+        assert key in sections or f"  {key} = " in out
+    assert "  train.lr = 0.02                          a number > 0; at a batch of `lr_batch_size`" in out
+
+
+def test_a_mistake_ends_a_script_with_2_and_no_traceback(capsys):
+    def main() -> None:
+        raise UserError("data: no such folder")
+
+    with pytest.raises(SystemExit) as caught:
+        run_script(main)
+    assert caught.value.code == 2
+    assert capsys.readouterr().err == "error: data: no such folder\n"
+
+
+def test_our_own_mistakes_keep_their_traceback():
+    def main() -> None:
+        raise ValueError("a bug")
+
+    with pytest.raises(ValueError, match="a bug"):
+        run_script(main)
+
+
+def test_options_are_checked_before_anything_heavy_is_imported():
+    code = (
+        "import sys; from loce.config import load_config, run_script\n"
+        "assert not {'torch', 'torchvision', 'numpy'} & set(sys.modules)\n"
+        "run_script(lambda: load_config(['stage1', 'train.lr=0']))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 2
+    assert done.stderr == "error: command line: train.lr = 0: must be a number > 0\n"
