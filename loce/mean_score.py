@@ -55,15 +55,6 @@ class MeanScoreTracker(nn.Module):
         self.scores = scores_L
 
 
-def label_probability(logits: Tensor, labels: Tensor) -> Tensor:
-    """p_y of Eq. 2, the plain softmax probability of each row's own label: logits (N, L), labels (N,) -> (N,) fp32.
-
-    No margin is added and no gradient kept. A row with a negative label gives a number without meaning.
-    """
-    log_p_NL = logits.detach().float().log_softmax(dim=1)
-    return log_p_NL.gather(1, labels.clamp(min=0)[:, None])[:, 0].exp()
-
-
 @torch.no_grad()
 def instance_scores(
     probabilities: Tensor,

@@ -10,7 +10,7 @@ import torch.multiprocessing
 
 from loce.classes import IGNORED
 from loce.equilibrium_loss import equilibrium_loss
-from loce.mean_score import MeanScoreTracker, instance_scores, label_probability
+from loce.mean_score import MeanScoreTracker, instance_scores
 
 
 def update_slow(scores, labels, probabilities, momentum, background_score):
@@ -108,18 +108,6 @@ def test_state_is_saved_and_loaded():
     other.load_state_dict(tracker.state_dict())
     assert list(tracker.state_dict()) == ["scores"]
     assert torch.equal(tracker.scores, other.scores)
-
-
-def test_label_probability_is_the_softmax(device):
-    logits = torch.tensor([[1.0, 2.0, 3.0], [0.0, -1.0, 5.0]], requires_grad=True)
-    want = [math.exp(z[y]) / sum(map(math.exp, z)) for z, y in zip(logits.tolist(), [1, 0], strict=True)]
-    got = label_probability(logits.bfloat16().to(device), torch.tensor([1, 0], device=device))
-    assert got.dtype == torch.float32
-    assert not got.requires_grad
-    torch.testing.assert_close(got.cpu(), torch.tensor(want))
-    huge = label_probability(torch.tensor([[3e4, -3e4]], device=device).half(), torch.tensor([1], device=device))
-    assert huge.item() == 0
-    assert torch.isfinite(label_probability(logits.to(device), torch.tensor([IGNORED, 2], device=device))).all()
 
 
 def random_rows(rows, instances, classes, generator):

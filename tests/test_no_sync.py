@@ -13,7 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from loce.box_generator import dense_boxes, valid
 from loce.classes import IGNORED
 from loce.heads import EquilibriumHead, RoIs
-from loce.mean_score import MeanScoreTracker, instance_scores, label_probability
+from loce.mean_score import MeanScoreTracker, instance_scores
 from loce.memory_bank import FeatureMemoryBank
 
 WAITING = {
@@ -112,7 +112,7 @@ def test_a_step_never_waits(device, make_stats, drawn_before):
         from_memory_N = torch.arange(len(labels_N), device=device) >= rois_n
         instances_N = torch.cat([instances_R, torch.full_like(drawn_K, -1)])
         logits_NL = head(torch.cat([x_RD, drawn_KD.float()]))
-        p_N = label_probability(logits_NL, labels_N)
+        p_N = head.scores(logits_NL.detach()).gather(1, labels_N.clamp(0, classes - 1)[:, None])[:, 0]
         tracker.update(*instance_scores(p_N, labels_N, instances_N, instances, from_memory_N, classes))
         rois = RoIs(labels_N, instances_N, from_memory_N, tracker.scores)
         head.losses(logits_NL, rois)["loss_cls"].backward()
