@@ -48,7 +48,7 @@ class Options:
     instances: Count = 13  # per image
     features: Count = 1024  # numbers in a vector after the shared FCs
     steps: Count = 20  # measured in each round
-    rounds: Count = 3
+    rounds: Count = 9
     threads: Count = 1  # of PyTorch, on the CPU
     output: str = "benchmarks/results/loce_step.json"
 
