@@ -1,0 +1,276 @@
+"""Ground truth of LVIS- and COCO-style files as flat arrays, and the federated rule (LVIS, arXiv 1908.03195, Sec. 3).
+
+Legend: I images and K categories, both in ascending order of id; G annotations, ordered by image and category.
+"""
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from loce.classes import frequency_groups
+from loce.errors import raise_problems
+from loce.evaluation.reading import offenders, read_json
+
+FEDERATED_KEYS = ("neg_category_ids", "not_exhaustive_category_ids")
+_PART = 10_000  # annotations that are held as Python objects at a time while a file is read
+
+
+@dataclass(frozen=True, kw_only=True)
+class GroundTruth:
+    """Annotations of one data set; `load_annotations` makes it.
+
+    image_ids (I,), category_ids (K,) int64 ascending; sizes (I, 2) height, width; names K; frequency (K,) "r"/"c"/"f";
+    label_ids (K,) int64, category ids in the file's order; image, category (G,) indices; boxes (G, 4) x, y, width,
+    height in px; areas (G,) px^2; ignore, crowd (G,) bool; ids (G,); segmentations: G polygons or RLEs, or None when
+    they were left out; negative, not_exhaustive (I, K) bool or None for COCO-style files; notes: what a reader of the
+    numbers should know; source: where it came from.
+    """
+
+    image_ids: np.ndarray
+    sizes: np.ndarray
+    category_ids: np.ndarray
+    label_ids: np.ndarray
+    names: list[str]
+    frequency: np.ndarray
+    ids: np.ndarray
+    image: np.ndarray
+    category: np.ndarray
+    boxes: np.ndarray
+    areas: np.ndarray
+    ignore: np.ndarray
+    crowd: np.ndarray
+    segmentations: list[Any] | None
+    negative: np.ndarray | None
+    not_exhaustive: np.ndarray | None
+    notes: list[str] = field(default_factory=list)
+    source: str = ""
+
+    def __len__(self) -> int:
+        return len(self.image)
+
+    @property
+    def federated(self) -> bool:
+        """True when the file says which categories were verified in which image (LVIS)."""
+        return self.negative is not None
+
+    def counted(self) -> np.ndarray:
+        """(I, K) bool: where a detection can count under LVIS's rules: the category is there, or known not to be."""
+        counted = np.ones((len(self.image_ids), len(self.category_ids)), dtype=bool)
+        if self.negative is not None:
+            counted = self.negative.copy()
+            real = self.areas > 0  # an annotation without area does not exist under LVIS's rules
+            counted[self.image[real], self.category[real]] = True
+        return counted
+
+
+class FederatedFilter:
+    """Which categories can count in an image: cap detections first, apply this second, paste masks last.
+
+    Labels are the categories in the file's order; `label_ids` (C,) turns them into category ids.
+    """
+
+    def __init__(self, annotations: "str | Path | Mapping[str, Any] | GroundTruth"):
+        truth = load_annotations(annotations, masks=False)
+        self.label_ids = truth.label_ids
+        self._column = np.searchsorted(truth.category_ids, truth.label_ids)
+        self._row = {int(image): row for row, image in enumerate(truth.image_ids)}
+        self._counted = truth.counted()
+
+    def allowed(self, image_id: int) -> np.ndarray:
+        """(C,) bool over labels, all true for COCO-style files; KeyError for an image that the file does not have."""
+        return self._counted[self._row[image_id]][self._column]
+
+
+class _Annotations:
+    """Gathers annotation dicts into arrays part by part, so that a large file never stands in memory as objects."""
+
+    def __init__(self, masks: bool):
+        self.masks, self.pending, self.parts = masks, [], []  # type: bool, list[Mapping[str, Any]], list[dict[str, np.ndarray]]
+        self.segmentations: list[Any] = []
+        self.problems: list[str] = []
+
+    def hook(self, value: dict[str, Any]) -> Any:
+        """For `read_json`: takes annotations out of the stream, leaves everything else."""
+        if "image_id" not in value or "category_id" not in value:
+            return value
+        if self.masks and isinstance(value.get("segmentation"), list):
+            value["segmentation"] = [np.asarray(polygon, dtype=np.float64) for polygon in value["segmentation"]]
+        elif not self.masks:
+            value.pop("segmentation", None)
+        self.pending.append(value)
+        if len(self.pending) >= _PART:
+            self.flush()
+        return None
+
+    def extend(self, annotations: Iterable[Mapping[str, Any]]) -> None:
+        """Take annotations that are already objects; they are read, never changed."""
+        self.pending.extend(annotations)
+        self.flush()
+
+    def flush(self) -> None:
+        part, self.pending = self.pending, []
+        needed = ("id", "image_id", "category_id", "bbox", "area", *(["segmentation"] if self.masks else []))
+        bad = [a.get("id", a) for a in part if not all(key in a for key in needed)]
+        if bad:
+            self.problems.append(f"annotations without all of {', '.join(needed)}: {offenders(bad)}")
+        part = [a for a in part if all(key in a for key in needed)]
+        bad = [a["id"] for a in part if np.shape(a["bbox"]) != (4,)]
+        if bad:
+            self.problems.append(f"annotations whose bbox is not [x, y, width, height]: {offenders(bad)}")
+        if not part or self.problems:
+            return
+        flag = {key: np.array([bool(a.get(key, 0)) for a in part]) for key in ("ignore", "iscrowd")}
+        integers = {key: np.array([a[key] for a in part]) for key in ("id", "image_id", "category_id")}
+        reals = {key: np.array([a[key] for a in part], dtype=np.float64) for key in ("area", "bbox")}
+        self.problems += [
+            f"annotations: {key} must be an integer" for key, v in integers.items() if v.dtype.kind != "i"
+        ]
+        self.parts.append(flag | integers | reals)
+        if self.masks:
+            self.segmentations += [a["segmentation"] for a in part]
+
+    def columns(self) -> dict[str, np.ndarray]:
+        """All annotations so far as arrays, in their order."""
+        self.flush()
+        empty: dict[str, np.ndarray] = {k: np.zeros(0, dtype=np.int64) for k in ("id", "image_id", "category_id")}
+        empty |= {"ignore": np.zeros(0, bool), "iscrowd": np.zeros(0, bool), "area": np.zeros(0)}
+        parts = [{**empty, "bbox": np.zeros((0, 4))}, *self.parts]
+        return {key: np.concatenate([part[key] for part in parts]) for key in parts[0]}
+
+
+def load_annotations(annotations: "str | Path | Mapping[str, Any] | GroundTruth", masks: bool = True) -> GroundTruth:
+    """Ground truth from a path, a loaded dict (left as it is) or itself; `masks=False` leaves segmentations out.
+
+    Raises UserError with every mistake found: missing keys, repeated ids, numbers that are not finite.
+    """
+    if isinstance(annotations, GroundTruth):
+        return annotations
+    gathered = _Annotations(masks)
+    if isinstance(annotations, Mapping):
+        source, data = "annotations", annotations
+    else:
+        source, data = str(annotations), read_json(annotations, gathered.hook)
+    if not isinstance(data, Mapping) or not all(
+        isinstance(data.get(k), list) for k in ("images", "annotations", "categories")
+    ):
+        raise_problems([f"{source}: an annotation file needs the lists images, annotations and categories"])
+    gathered.extend(a for a in data["annotations"] if a is not None)
+    problems = gathered.problems + _problems(data)
+    raise_problems([f"{source}: {problem}" for problem in problems])
+    return _assemble(data, gathered, masks, source)
+
+
+def _problems(data: Mapping[str, Any]) -> list[str]:
+    """Mistakes in images and categories."""
+    problems = []
+    for kind, keys in (("images", ("id", "height", "width")), ("categories", ("id", "name"))):
+        if not data[kind]:
+            problems.append(f"{kind} is empty")
+        bad = [entry.get("id", entry) for entry in data[kind] if not all(key in entry for key in keys)]
+        if bad:
+            problems.append(f"{kind} without all of {', '.join(keys)}: {offenders(bad)}")
+        ids = [entry.get("id") for entry in data[kind]]
+        bad = [i for i in ids if not isinstance(i, (int, np.integer)) or isinstance(i, bool)]
+        if bad:
+            problems.append(f"{kind} whose id is not an integer: {offenders(map(repr, bad))}")
+        elif len(set(ids)) < len(ids):
+            unique, counts = np.unique(ids, return_counts=True)
+            problems.append(f"{kind} with the same id twice: {offenders(unique[counts > 1])}")
+    return problems
+
+
+def _assemble(data: Mapping[str, Any], gathered: _Annotations, masks: bool, source: str) -> GroundTruth:
+    """Arrays in ascending order of image and category id."""
+    images = sorted(data["images"], key=lambda image: image["id"])
+    label_ids = np.array([category["id"] for category in data["categories"]], dtype=np.int64)
+    categories = sorted(data["categories"], key=lambda category: category["id"])
+    image_ids = np.array([image["id"] for image in images], dtype=np.int64)
+    category_ids = np.sort(label_ids)
+    column = gathered.columns()
+    notes: list[str] = []
+
+    image, image_known = positions(image_ids, column["image_id"])
+    category, category_known = positions(category_ids, column["category_id"])
+    for what, known in (("images", image_known), ("categories", category_known)):
+        if not known.all():
+            notes.append(
+                f"{np.count_nonzero(~known)} annotations belong to {what} that are not in the file: not counted"
+            )
+    known = np.flatnonzero(image_known & category_known)
+    finite = np.isfinite(column["bbox"]).all(axis=1) & np.isfinite(column["area"])
+    bad = column["id"][known][~finite[known]]
+    unique, counts = np.unique(column["id"][known], return_counts=True)
+    raise_problems(
+        [f"{source}: annotations whose bbox or area is not finite: {offenders(bad)}"] * bool(len(bad))
+        + [f"{source}: annotations with the same id twice: {offenders(unique[counts > 1])}"]
+        * bool(counts.max(initial=1) > 1)
+    )
+    rows = known[np.lexsort((category[known], image[known]))]  # stable: file order within a cell
+    negative, not_exhaustive = _federated(images, category_ids, source, notes)
+    return GroundTruth(
+        image_ids=image_ids,
+        sizes=np.array([(i["height"], i["width"]) for i in images], dtype=np.int64),
+        category_ids=category_ids,
+        label_ids=label_ids,
+        names=[str(c["name"]) for c in categories],
+        frequency=_frequency(categories, image[rows], category[rows], notes),
+        ids=column["id"][rows],
+        image=image[rows].astype(np.int32),
+        category=category[rows].astype(np.int32),
+        boxes=column["bbox"][rows],
+        areas=column["area"][rows],
+        ignore=column["ignore"][rows],
+        crowd=column["iscrowd"][rows],
+        segmentations=[gathered.segmentations[row] for row in rows] if masks else None,
+        negative=negative,
+        not_exhaustive=not_exhaustive,
+        notes=notes,
+        source=source,
+    )
+
+
+def positions(ascending: np.ndarray, values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Index of each of `values` in `ascending`, and whether it is there at all (the index is then meaningless)."""
+    index = np.searchsorted(ascending, values).clip(max=len(ascending) - 1)
+    return index, ascending[index] == values
+
+
+def _federated(
+    images: list[Mapping[str, Any]], category_ids: np.ndarray, source: str, notes: list[str]
+) -> tuple[np.ndarray | None, np.ndarray | None]:
+    """(I, K) bitmaps of the categories verified absent and of those not annotated to the last object."""
+    have = [FEDERATED_KEYS[0] in image for image in images]
+    if not any(have):
+        notes.append("no neg_category_ids: not an LVIS file, so every category counts in every image (COCO-style)")
+        return None, None
+    if not all(have):
+        bad = [image["id"] for image, has in zip(images, have, strict=True) if not has]
+        raise_problems([f"{source}: images without neg_category_ids, which others have: {offenders(bad)}"])
+    maps = []
+    for key in FEDERATED_KEYS:
+        counts = np.array([len(image.get(key, ())) for image in images])
+        ids = np.array([i for image in images for i in image.get(key, ())], dtype=np.int64)
+        column, known = positions(category_ids, ids)
+        bitmap = np.zeros((len(images), len(category_ids)), dtype=bool)
+        bitmap[np.repeat(np.arange(len(images)), counts)[known], column[known]] = True
+        maps.append(bitmap)
+    if not any(FEDERATED_KEYS[1] in image for image in images):
+        notes.append("no not_exhaustive_category_ids: taken as none")
+    return maps[0], maps[1]
+
+
+def _frequency(
+    categories: list[Mapping[str, Any]], image: np.ndarray, category: np.ndarray, notes: list[str]
+) -> np.ndarray:
+    """(K,) "r", "c" or "f": the file's own, else by its image counts, else by the images counted here."""
+    if all(c.get("frequency") in ("r", "c", "f") for c in categories):
+        return np.array([c["frequency"] for c in categories])
+    if all("image_count" in c for c in categories):
+        notes.append("no frequency: groups r/c/f are from image_count with LVIS's bounds (10 and 100 images)")
+        return frequency_groups(np.array([c["image_count"] for c in categories]))
+    notes.append("no frequency or image_count: groups r/c/f count the images of this very file, not of training")
+    cells = np.unique(image * len(categories) + category) % len(categories)
+    return frequency_groups(np.bincount(cells, minlength=len(categories)))

@@ -1,0 +1,104 @@
+"""Areas and overlaps of boxes and masks, for pairs that lie in the same image and category."""
+
+from itertools import pairwise
+from typing import Any
+
+import numpy as np
+from pycocotools import mask as mask_utils
+
+from loce.errors import UserError
+from loce.evaluation.annotations import GroundTruth
+from loce.evaluation.detections import Masks
+
+_AREA_BATCH = 255  # pycocotools' area() overflows on longer lists with numpy 2
+_PAIRS = 1 << 20  # box pairs that are held at a time
+
+
+def box_areas(boxes: np.ndarray) -> np.ndarray:
+    """(N,) float64 px^2 of boxes (N, 4) x, y, width, height."""
+    return boxes[:, 2].astype(np.float64) * boxes[:, 3]
+
+
+def mask_areas(masks: Masks, rows: np.ndarray) -> np.ndarray:
+    """(len(rows),) float64 px^2 of some masks."""
+    areas = np.zeros(len(rows))
+    for start in range(0, len(rows), _AREA_BATCH):
+        rles = masks.rles(rows[start : start + _AREA_BATCH])
+        areas[start : start + len(rles)] = mask_utils.area(rles)
+    pixels = masks.sizes[rows].astype(np.int64).prod(axis=1)
+    if (bad := rows[areas > pixels]).size:
+        raise UserError(f"masks whose RLE covers more pixels than their image has: rows {bad[:5].tolist()}")
+    return areas
+
+
+def ground_rle(truth: GroundTruth, row: int) -> dict[str, Any]:
+    """The mask of one annotation as compressed RLE, from polygons or RLE; UserError names an annotation without one."""
+    assert truth.segmentations is not None
+    shape = truth.segmentations[row]
+    height, width = truth.sizes[truth.image[row]].tolist()
+    try:
+        if not isinstance(shape, dict):
+            return mask_utils.merge(mask_utils.frPyObjects(list(shape), height, width))
+        if list(shape["size"]) != [height, width]:
+            raise ValueError(f"its RLE is {shape['size']}, its image {[height, width]}")
+        if isinstance(shape["counts"], list):
+            return mask_utils.frPyObjects(shape, height, width)
+        return shape
+    except Exception as error:
+        raise UserError(f"{truth.source}: annotation {truth.ids[row]}: the mask cannot be read ({error})") from None
+
+
+def box_pairs(
+    boxes: np.ndarray, starts: np.ndarray, counts: np.ndarray, truth: GroundTruth, low: float
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Pairs of IoU >= `low` of each box (N, 4) with annotations starts[n] .. starts[n] + counts[n] - 1.
+
+    Returns (P,) index of the box, ascending; (P,) index of the annotation, ascending per box; (P,) IoU, in float64 and
+    in pycocotools' order of operations, so that thresholds fall alike. A crowd's IoU is over the box's own area.
+    """
+    ends = np.cumsum(counts)
+    pieces = []
+    first = 0
+    while first < len(boxes):
+        done = ends[first - 1] if first else 0
+        last = max(first + 1, int(np.searchsorted(ends, done + _PAIRS, side="right")))
+        box = np.repeat(np.arange(first, last), counts[first:last])
+        ground = np.arange(len(box)) + np.repeat(
+            starts[first:last] - (ends[first:last] - counts[first:last] - done), counts[first:last]
+        )
+        iou = _box_iou(boxes[box].astype(np.float64), truth.boxes[ground], truth.crowd[ground])
+        keep = iou >= low
+        pieces.append((box[keep], ground[keep], iou[keep]))
+        first = last
+    return _join(pieces)
+
+
+def _box_iou(a: np.ndarray, b: np.ndarray, crowd: np.ndarray) -> np.ndarray:
+    """(P,) IoU of boxes a with b (P, 4), row by row."""
+    width = np.minimum(a[:, 2] + a[:, 0], b[:, 2] + b[:, 0]) - np.maximum(a[:, 0], b[:, 0])
+    height = np.minimum(a[:, 3] + a[:, 1], b[:, 3] + b[:, 1]) - np.maximum(a[:, 1], b[:, 1])
+    common = np.where((width > 0) & (height > 0), width * height, 0.0)
+    own = a[:, 2] * a[:, 3]
+    union = np.where(crowd, own, own + b[:, 2] * b[:, 3] - common)
+    return np.divide(common, union, out=np.zeros_like(common), where=common > 0)
+
+
+def mask_pairs(
+    masks: Masks, rows: np.ndarray, starts: np.ndarray, counts: np.ndarray, truth: GroundTruth, low: float
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """As `box_pairs`, for the masks of detections `rows` (N,); rows of one image and category stand together."""
+    borders = np.flatnonzero(np.diff(starts, prepend=-1, append=-1))
+    pieces = []
+    for first, last in pairwise(borders.tolist()):
+        start, count = int(starts[first]), int(counts[first])
+        grounds = [ground_rle(truth, row) for row in range(start, start + count)]
+        iou = mask_utils.iou(masks.rles(rows[first:last]), grounds, truth.crowd[start : start + count].tolist())
+        box, ground = np.nonzero(iou >= low)
+        pieces.append((first + box, start + ground, iou[box, ground]))
+    return _join(pieces)
+
+
+def _join(pieces: list[tuple[np.ndarray, np.ndarray, np.ndarray]]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    none = (np.zeros(0, dtype=np.int64), np.zeros(0, dtype=np.int64), np.zeros(0))
+    box, ground, iou = zip(none, *pieces, strict=True)
+    return np.concatenate(box), np.concatenate(ground), np.concatenate(iou)

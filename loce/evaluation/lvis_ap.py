@@ -1,0 +1,212 @@
+"""Average precision and recall from matches (LVIS, arXiv 1908.03195, Sec. 3; COCO; AP-fixed, arXiv 2102.01066).
+
+AP of a category is the mean over 10 IoU thresholds (.50:.05:.95) of the precision envelope read at 101 recalls; AP is
+the mean over the categories that have objects. Same numbers as `lvis.LVISEval` and `pycocotools.COCOeval` except where
+those trip over their own bookkeeping: the area of a mask is the mask's, also when the result carries a box, an
+annotation with id 0 is an annotation like any other, and no results at all give 0.
+
+Legend: T = 10 IoU thresholds, R = 101 recalls, K categories, A = 4 areas, m overlapping detections of one category.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from loce.errors import UserError
+from loce.evaluation.annotations import GroundTruth, load_annotations
+from loce.evaluation.detections import Detections, check_detections, read_results
+from loce.evaluation.matching import AREA_NAMES, PROTOCOLS, THRESHOLDS, Matches, Protocol, match
+from loce.evaluation.stream import read_detections
+
+RECALLS = np.linspace(0.0, 1.0, 101)
+_EPSILON = np.spacing(1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Evaluation:
+    """Result of `evaluate_lvis`.
+
+    metrics: AP, AP50, AP75, APs, APm, APl, APr, APc, APf, AR@300, ARs@300, ARm@300, ARl@300 (the number is the
+    protocol's cap) as fractions, -1 where undefined. precision (T, R, K, A), recall (T, K, A): -1 where a category has
+    no objects, K in ascending order of category id. per_category: K dicts with id, name, frequency, images, instances,
+    AP, AP50, AR, detections, mean_score (of the detections that count), found_score (of those that found an object at
+    IoU .5); AP, AP50, AR are -1 without objects, the scores nan without detections.
+    """
+
+    metrics: dict[str, float]
+    precision: np.ndarray
+    recall: np.ndarray
+    per_category: list[dict[str, Any]]
+    protocol: Protocol
+    iou_type: str
+    matches: Matches
+
+    @property
+    def truth(self) -> GroundTruth:
+        """The ground truth as the protocol sees it."""
+        return self.matches.truth
+
+    @property
+    def skipped(self) -> int:
+        """Categories without objects, which no mean includes."""
+        return int(np.count_nonzero(self.matches.objects[0] == 0))
+
+
+def evaluate_lvis(
+    annotations: str | Path | Mapping[str, Any] | GroundTruth,
+    results: str | Path | list[dict[str, Any]] | Detections,
+    iou_type: str = "bbox",
+    max_detections: int | None = None,
+    protocol: str = "lvis",
+) -> Evaluation:
+    """Evaluate detections on LVIS- or COCO-style ground truth; nothing that is passed in is changed.
+
+    annotations: path, loaded dict or GroundTruth; results: path of a results JSON or of a folder that inference wrote,
+    list of result dicts, or Detections; iou_type: "bbox" or "segm"; protocol: "lvis", "fixed" (AP-fixed) or "coco".
+    max_detections: cap per image for "lvis" (None: 300), per image and category for "coco" (None: 100); "fixed" has no
+    such cap and always keeps the best 10,000 detections of a category.
+    Raises UserError for everything that is wrong with the input, with the first five offenders of each kind.
+    """
+    rules = choose_protocol(protocol, max_detections)
+    if iou_type not in ("bbox", "segm"):
+        raise UserError(f'iou_type: {iou_type!r} is not known; choose "bbox" or "segm"')
+    truth = load_annotations(annotations, masks=iou_type == "segm")
+    detections = load_results(results, truth)
+    return evaluate_loaded(truth, detections, iou_type, rules)
+
+
+def choose_protocol(name: str, max_detections: int | None = None) -> Protocol:
+    """The rules called `name`, with another cap if one is given."""
+    if name not in PROTOCOLS:
+        raise UserError(f"protocol: {name!r} is not known; choose one of {', '.join(PROTOCOLS)}")
+    rules = PROTOCOLS[name]
+    if max_detections is None or name == "fixed":
+        return rules
+    if max_detections < 1:
+        raise UserError(f"max_detections: {max_detections} is not a positive number")
+    return Protocol(name=name, cap=max_detections, per=rules.per, federated=rules.federated)
+
+
+def load_results(results: str | Path | list[dict[str, Any]] | Detections, truth: GroundTruth) -> Detections:
+    """Detections of any accepted form, checked against the ground truth."""
+    source = str(results) if isinstance(results, (str, Path)) else "results"
+    if isinstance(results, (str, Path)) and Path(results).is_dir():
+        results = read_detections(results, truth.image_ids)
+    detections = results if isinstance(results, Detections) else read_results(results)
+    check_detections(detections, truth, source)
+    return detections
+
+
+def evaluate_loaded(truth: GroundTruth, detections: Detections, iou_type: str, rules: Protocol) -> Evaluation:
+    """`evaluate_lvis` for input that is loaded and checked (`load_results`)."""
+    if iou_type not in detections.iou_types:
+        raise UserError(f"iou_type={iou_type}: the results have no {'bbox' if iou_type == 'bbox' else 'segmentation'}")
+    if iou_type == "segm" and truth.segmentations is None:
+        raise ValueError("the ground truth was loaded without masks")
+    if rules.federated and not truth.federated:
+        raise UserError(
+            f"{truth.source}: has no neg_category_ids, so protocol={rules.name} is not possible; use protocol=coco"
+        )
+    matches = match(truth, detections, iou_type, rules)
+    precision, recall = accumulate(matches)
+    return Evaluation(
+        metrics=summarise(precision, recall, matches.truth.frequency, rules.cap),
+        precision=precision,
+        recall=recall,
+        per_category=_per_category(matches, precision, recall),
+        protocol=rules,
+        iou_type=iou_type,
+        matches=matches,
+    )
+
+
+def accumulate(matches: Matches) -> tuple[np.ndarray, np.ndarray]:
+    """precision (T, R, K, A) and recall (T, K, A) of all categories."""
+    categories, areas = matches.objects.shape[1], matches.objects.shape[0]
+    precision = -np.ones((len(THRESHOLDS), len(RECALLS), categories, areas))
+    recall = -np.ones((len(THRESHOLDS), categories, areas))
+    cut = np.searchsorted(matches.overlapping, matches.bounds)
+    for k in range(categories):
+        measured = np.flatnonzero(matches.objects[:, k])
+        precision[:, :, k, measured], recall[:, k, measured] = 0.0, 0.0
+        if cut[k] < cut[k + 1] and len(measured):
+            own = slice(cut[k], cut[k + 1])
+            true, false = counts(matches, k, own)
+            _fill(precision[:, :, k], recall[:, k], true, false, matches.objects[:, k])
+    return precision, recall
+
+
+def counts(matches: Matches, k: int, own: slice) -> tuple[np.ndarray, np.ndarray]:
+    """True and false positives (m, A, T) of category k down to each of its detections that overlaps an object.
+
+    No other detection is needed: between two of these precision only falls and recall stands still.
+    """
+    place = matches.overlapping[own] - matches.bounds[k]
+    candidates = matches.false_positive[matches.bounds[k] : matches.bounds[k + 1]]
+    matched = matches.matched[own]
+    wrongly = matched & candidates[place][:, :, None]  # these found something after all
+    false = np.cumsum(candidates, axis=0, dtype=np.int64)[place][:, :, None] - np.cumsum(wrongly, axis=0)
+    true = np.cumsum(matched & ~matches.ignored[own], axis=0)
+    return true, false
+
+
+def _fill(precision: np.ndarray, recall: np.ndarray, true: np.ndarray, false: np.ndarray, objects: np.ndarray) -> None:
+    """Write one category's precision (T, R, A) and recall (T, A) from counts (m, A, T)."""
+    ratio = true / (false + true + _EPSILON)
+    envelope = np.maximum.accumulate(ratio[::-1], axis=0)[::-1]
+    for a in np.flatnonzero(objects):
+        reached = true[:, a] / objects[a]
+        recall[:, a] = reached[-1]
+        for t in np.flatnonzero(true[-1, a]):
+            index = np.searchsorted(reached[:, t], RECALLS[: np.searchsorted(RECALLS, reached[-1, t], side="right")])
+            precision[t, : len(index), a] = envelope[index, a, t]
+
+
+def summarise(precision: np.ndarray, recall: np.ndarray, frequency: np.ndarray, cap: int) -> dict[str, float]:
+    """The 13 numbers from precision (T, R, K, A), recall (T, K, A) and the groups (K,)."""
+
+    def mean(values: np.ndarray) -> float:
+        values = values[values > -1]
+        return float(values.mean()) if len(values) else -1.0
+
+    metrics = {"AP": mean(precision[..., 0]), "AP50": mean(precision[0, ..., 0]), "AP75": mean(precision[5, ..., 0])}
+    for a, name in enumerate(AREA_NAMES[1:], start=1):
+        metrics[f"AP{name[0]}"] = mean(precision[..., a])
+    for group in "rcf":
+        metrics[f"AP{group}"] = mean(precision[:, :, frequency == group, 0])
+    for a, name in enumerate(AREA_NAMES):
+        metrics[f"AR{name[0] if a else ''}@{cap}"] = mean(recall[..., a])
+    return metrics
+
+
+def _per_category(matches: Matches, precision: np.ndarray, recall: np.ndarray) -> list[dict[str, Any]]:
+    """K dicts; see `Evaluation`."""
+    truth, size = matches.truth, len(matches.truth.category_ids)
+    cells = np.unique(truth.image.astype(np.int64) * size + truth.category) % size
+    images, instances = np.bincount(cells, minlength=size), np.bincount(truth.category, minlength=size)
+    found = np.zeros(len(matches.row), dtype=bool)
+    found[matches.overlapping] = matches.matched[:, 0, 0] & ~matches.ignored[:, 0, 0]
+    ap, ap50, ar = precision[..., 0].mean(axis=(0, 1)), precision[0, ..., 0].mean(axis=0), recall[..., 0].mean(axis=0)
+    rows = []
+    for k in range(size):
+        own = slice(matches.bounds[k], matches.bounds[k + 1])
+        score, hit = matches.score[own], found[own]
+        rows.append(
+            {
+                "id": int(truth.category_ids[k]),
+                "name": truth.names[k],
+                "frequency": str(truth.frequency[k]),
+                "images": int(images[k]),
+                "instances": int(instances[k]),
+                "AP": float(ap[k]),
+                "AP50": float(ap50[k]),
+                "AR": float(ar[k]),
+                "detections": len(score),
+                "mean_score": float(score.mean(dtype=np.float64)) if len(score) else float("nan"),
+                "found_score": float(score[hit].mean(dtype=np.float64)) if hit.any() else float("nan"),
+            }
+        )
+    return rows

@@ -1,0 +1,243 @@
+"""Which detection finds which object: caps, the federated rule and greedy matching (LVIS, arXiv 1908.03195; COCO).
+
+All (image, category) cells are matched in lock-step: first the best detection of every cell, then the second best, and
+so on, for 10 IoU thresholds and 4 object sizes at once. Only detections that overlap an object by half take part.
+
+Legend: N counted detections, M of them that overlap an object, P pairs, A = 4 areas, T = 10 thresholds, K categories.
+"""
+
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from loce.evaluation.annotations import GroundTruth, positions
+from loce.evaluation.detections import Detections
+from loce.evaluation.iou import box_areas, box_pairs, mask_areas, mask_pairs
+
+THRESHOLDS = np.linspace(0.5, 0.95, 10)
+AREA_NAMES = ("all", "small", "medium", "large")
+AREA_RANGES = np.array([(0, 1e5**2), (0, 32**2), (32**2, 96**2), (96**2, 1e5**2)], dtype=np.float64)  # px^2, inclusive
+
+
+@dataclass(frozen=True, kw_only=True)
+class Protocol:
+    """How detections are capped before matching: at most `cap` per `per` (image, cell = image and category, category).
+
+    federated: LVIS's rules (only verified categories count, nothing without area exists); otherwise COCO's.
+    """
+
+    name: str
+    cap: int
+    per: str
+    federated: bool
+
+    def __str__(self) -> str:
+        per = {"image": "an image", "cell": "an image and category", "category": "a category over all images"}[self.per]
+        rules = "federated LVIS rules" if self.federated else "COCO rules"
+        return f"{self.name} (at most {self.cap:,} detections {per}, {rules})"
+
+
+PROTOCOLS = {
+    "lvis": Protocol(name="lvis", cap=300, per="image", federated=True),
+    "fixed": Protocol(name="fixed", cap=10_000, per="category", federated=True),  # AP-fixed, arXiv 2102.01066
+    "coco": Protocol(name="coco", cap=100, per="cell", federated=False),
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Matches:
+    """What matching found; counted detections are ordered by category, then score, and `bounds` (K + 1,) cuts them.
+
+    row, image (N,): row in the detections, index of the image; score (N,); false_positive (N, A) bool: counts against
+    the category when nothing is matched. overlapping (M,) ascending indices into N; matched, ignored (M, A, T) bool:
+    took an object, took one that is ignored; object_50 (M,) the object taken at IoU .5 and area "all", or -1.
+    object_ignored (G, A) bool; objects (A, K): objects to find. Objects are rows of `truth`, which is the
+    ground truth as the protocol sees it.
+    """
+
+    truth: GroundTruth
+    bounds: np.ndarray
+    row: np.ndarray
+    image: np.ndarray
+    score: np.ndarray
+    false_positive: np.ndarray
+    overlapping: np.ndarray
+    matched: np.ndarray
+    ignored: np.ndarray
+    object_50: np.ndarray
+    object_ignored: np.ndarray
+    objects: np.ndarray
+
+
+def match(truth: GroundTruth, detections: Detections, iou_type: str, protocol: Protocol) -> Matches:
+    """Cap, filter and match all detections; see `Matches`."""
+    truth = _under_rules(truth, protocol)
+    categories = len(truth.category_ids)
+    image = positions(truth.image_ids, detections.image_ids)[0].astype(np.int32)
+    category = positions(truth.category_ids, detections.category_ids)[0].astype(np.int32)
+    rows, areas = _counted(truth, detections, iou_type, protocol, image, category)
+    image, category, score = image[rows], category[rows], detections.scores[rows]
+
+    order = np.argsort(image, kind="stable")  # ties of score: by image, then by row
+    order = order[np.argsort(-score[order], kind="stable")]
+    order = order[np.argsort(_small(category[order], categories), kind="stable")]
+    rows, areas, image, category, score = rows[order], areas[order], image[order], category[order], score[order]
+
+    outside = (truth.areas[:, None] < AREA_RANGES[:, 0]) | (truth.areas[:, None] > AREA_RANGES[:, 1])
+    object_ignored = outside | truth.ignore[:, None]
+    false_positive = (areas[:, None] >= AREA_RANGES[:, 0]) & (areas[:, None] <= AREA_RANGES[:, 1])
+    if protocol.federated and truth.not_exhaustive is not None:
+        false_positive &= ~truth.not_exhaustive[image, category][:, None]
+    pairs = _pairs(truth, detections, iou_type, rows, image, category)
+    overlapping, matched, ignored, object_50 = _lock_step(*pairs, object_ignored, truth.crowd)
+    objects = [
+        np.bincount(truth.category[~object_ignored[:, a]], minlength=categories) for a in range(len(AREA_RANGES))
+    ]
+    return Matches(
+        truth=truth,
+        bounds=np.searchsorted(category, np.arange(categories + 1)),
+        row=rows,
+        image=image,
+        score=score,
+        false_positive=false_positive,
+        overlapping=overlapping,
+        matched=matched,
+        ignored=ignored,
+        object_50=object_50,
+        object_ignored=object_ignored,
+        objects=np.array(objects),
+    )
+
+
+def _under_rules(truth: GroundTruth, protocol: Protocol) -> GroundTruth:
+    """LVIS: what has no area does not exist, no crowds. COCO: crowds are ignored, the key `ignore` means nothing."""
+    if not protocol.federated:
+        return replace(truth, ignore=truth.crowd)
+    real = np.flatnonzero(truth.areas > 0)
+    columns = {name: getattr(truth, name)[real] for name in ("ids", "image", "category", "boxes", "areas", "ignore")}
+    shapes = truth.segmentations
+    return replace(
+        truth,
+        **columns,
+        crowd=np.zeros(len(real), dtype=bool),
+        segmentations=None if shapes is None else [shapes[row] for row in real],
+    )
+
+
+def _small(values: np.ndarray, limit: int) -> np.ndarray:
+    """`values` in 16 bits when they fit: numpy sorts those by radix."""
+    return values.astype(np.int16) if limit <= np.iinfo(np.int16).max else values
+
+
+def _counted(
+    truth: GroundTruth,
+    detections: Detections,
+    iou_type: str,
+    protocol: Protocol,
+    image: np.ndarray,
+    category: np.ndarray,
+) -> tuple[np.ndarray, np.ndarray]:
+    """Rows of the detections that take part, ascending, and their areas: cap first, then the federated rule."""
+    if protocol.per == "image":
+        keep = _best(image, detections.scores, protocol.cap)
+    elif protocol.per == "category":
+        keep = _best(category, detections.scores, protocol.cap)
+    else:
+        keep = _best(image.astype(np.int64) * len(truth.category_ids) + category, detections.scores, protocol.cap)
+    if protocol.federated:
+        keep &= truth.counted()[image, category]
+    rows = np.flatnonzero(keep)
+    areas = np.zeros(0)
+    if iou_type == "bbox" and detections.boxes is not None:
+        areas = box_areas(detections.boxes[rows])
+    elif detections.masks is not None:
+        areas = mask_areas(detections.masks, rows)  # never a box's, also when the result has one
+    if protocol.federated:
+        rows, areas = rows[areas > 0], areas[areas > 0]
+    return rows, areas
+
+
+def _best(group: np.ndarray, scores: np.ndarray, cap: int) -> np.ndarray:
+    """(N,) bool: the `cap` highest scores of each group, the earlier row among equals."""
+    keep = np.ones(len(group), dtype=bool)
+    if len(group) <= cap:
+        return keep
+    if group.dtype == np.int64:  # sparse numbers
+        group = np.unique(group, return_inverse=True)[1]
+    rows = np.flatnonzero(np.bincount(group)[group] > cap)
+    rows = rows[np.argsort(-scores[rows], kind="stable")]
+    rows = rows[np.argsort(group[rows], kind="stable")]
+    keep[rows[_rank(group[rows]) >= cap]] = False
+    return keep
+
+
+def _rank(groups: np.ndarray) -> np.ndarray:
+    """Position of each entry in its run of equal `groups`."""
+    first = np.flatnonzero(np.diff(groups, prepend=-1))
+    return np.arange(len(groups)) - np.repeat(first, np.diff(np.append(first, len(groups))))
+
+
+def _pairs(
+    truth: GroundTruth, detections: Detections, iou_type: str, rows: np.ndarray, image: np.ndarray, category: np.ndarray
+) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    """(P,) cell, index into `rows`, object and IoU of every pair with IoU >= .5, by cell, then score, then object."""
+    size = len(truth.category_ids)
+    keys, starts, counts = np.unique(
+        truth.image.astype(np.int64) * size + truth.category, return_index=True, return_counts=True
+    )
+    has_objects = np.zeros((len(truth.image_ids), size), dtype=bool)
+    has_objects[truth.image, truth.category] = True
+    near = np.flatnonzero(has_objects[image, category])
+    key = image[near].astype(np.int64) * size + category[near]
+    order = np.argsort(key, kind="stable")
+    near = near[order]
+    cell = np.searchsorted(keys, key[order])
+    if iou_type == "bbox" and detections.boxes is not None:
+        box, ground, iou = box_pairs(detections.boxes[rows[near]], starts[cell], counts[cell], truth, THRESHOLDS[0])
+    elif detections.masks is not None:
+        box, ground, iou = mask_pairs(detections.masks, rows[near], starts[cell], counts[cell], truth, THRESHOLDS[0])
+    else:
+        box, ground, iou = near, near, np.zeros(0)  # no detections at all
+    return cell[box], near[box], ground, iou
+
+
+def _lock_step(
+    cell: np.ndarray, detection: np.ndarray, ground: np.ndarray, iou: np.ndarray, ignored: np.ndarray, crowd: np.ndarray
+) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    """Greedy matching of P pairs; returns overlapping, matched, ignored, object_50 of `Matches`.
+
+    A detection takes, of the objects still free that it overlaps enough, the one of highest IoU, the last in the file
+    among equals; one that is ignored only if no other is left. That preference is one integer: the pair's place among
+    the detection's pairs in ascending IoU, plus a bonus for objects that count. Crowds are never used up.
+    """
+    areas, columns = ignored.shape[1], ignored.shape[1] * len(THRESHOLDS)
+    first = np.flatnonzero(np.diff(detection, prepend=-1))  # of each overlapping detection; they stand in cell order
+    rank = _rank(cell[first])
+    pairs_of = np.diff(np.append(first, len(detection)))
+    order = np.lexsort((ground, iou, np.repeat(np.arange(len(first)), pairs_of)))
+    ground, iou = ground[order], iou[order]
+    bonus = int(pairs_of.max(initial=0)) + 1
+    taken = np.zeros((len(ignored), areas, len(THRESHOLDS)), dtype=bool)
+    matched = np.zeros((len(first), areas, len(THRESHOLDS)), dtype=bool)
+    to_ignored = np.zeros_like(matched)
+    object_50 = np.full(len(first), -1, dtype=np.int64)
+
+    by_rank = np.argsort(rank, kind="stable")
+    for turn in np.split(by_rank, np.cumsum(np.bincount(rank))[:-1]) if len(rank) else []:
+        # The next best detection of every cell that still has one.
+        local = np.append(0, np.cumsum(pairs_of[turn]))
+        place = np.arange(local[-1]) - np.repeat(local[:-1], pairs_of[turn])  # 0, 1, ... within each detection
+        pair = np.repeat(first[turn], pairs_of[turn]) + place
+        objects = ground[pair]
+        free = ~taken[objects] | crowd[objects][:, None, None]
+        free &= (iou[pair][:, None] >= THRESHOLDS)[:, None, :]
+        wish = (place + 1)[:, None] + np.where(ignored[objects], 0, bonus)
+        best = np.maximum.reduceat(np.where(free, wish.astype(np.int32)[:, :, None], 0), local[:-1], axis=0)
+        hit = best > 0
+        choice = ground[first[turn][:, None, None] + np.where(hit, (best - 1) % bonus, 0)]
+        matched[turn], to_ignored[turn] = hit, hit & (best <= bonus)
+        flat = choice.reshape(len(turn), columns) * columns + np.arange(columns)
+        taken.reshape(-1)[flat[hit.reshape(len(turn), columns)]] = True
+        object_50[turn] = np.where(hit[:, 0, 0], choice[:, 0, 0], -1)
+    by_detection = np.argsort(detection[first])
+    return detection[first][by_detection], matched[by_detection], to_ignored[by_detection], object_50[by_detection]
