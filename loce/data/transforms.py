@@ -12,7 +12,7 @@ from pathlib import Path
 
 import cv2
 import numpy as np
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 
 from loce.errors import UserError
 
@@ -25,7 +25,7 @@ class ImageError(UserError):
 
 
 def read_image(path: Path, size: tuple[int, int]) -> np.ndarray:
-    """(H, W, 3) uint8 RGB of a file of any kind (grey, palette, with alpha, 16 bits, CMYK); alpha is left out.
+    """(H, W, 3) uint8 RGB of a file of any kind (grey, palette, with alpha, 16 bits, CMYK); PNG's alpha is left out.
 
     The EXIF orientation is not applied: the annotations of COCO and LVIS are made on the stored pixels.
     size: (height, width) that the annotation file gives; ImageError where the file has another, or cannot be read.
@@ -59,7 +59,8 @@ def _decode(path: Path, content: bytes) -> np.ndarray:
                 return cv2.cvtColor(image, cv2.COLOR_BGR2RGB)
             return _to_rgb(picture)
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise ImageError(f"image {path}: damaged or not an image, {len(content)} bytes ({error})") from None
+        reason = "no known format" if isinstance(error, UnidentifiedImageError) else error
+        raise ImageError(f"image {path}: damaged or not an image, {len(content)} bytes ({reason})") from None
 
 
 def _to_rgb(picture: Image.Image) -> np.ndarray:

@@ -1,0 +1,204 @@
+"""Samplers against plain loops, and the properties every plan of a training must have."""
+
+import math
+from collections import Counter, defaultdict
+
+import numpy as np
+import pytest
+from made_annotations import content
+
+from loce.config import SamplerConfig
+from loce.data.lvis import LVISAnnotations
+from loce.data.samplers import (
+    ImageLabels,
+    TrainingPlan,
+    epoch_images,
+    image_labels,
+    memory_fill_images,
+    plan_batches,
+    rank_slice,
+    repeat_factors,
+)
+
+NAMES = ("uniform", "repeat_factor", "class_balanced")
+
+
+def long_tail(images=200, classes=12, seed=0):
+    """Image -> set of labels: every one shows class 0 or 1, and about one in c^2 class c; ids have gaps."""
+    rng = np.random.default_rng(seed)
+    shown = {}
+    for image in range(images):
+        labels = {int(rng.integers(2))} | {c for c in range(2, classes) if rng.random() < 1 / c**2}
+        shown[5 + 3 * image] = labels
+    shown[5] |= {classes}  # a class with one image
+    return shown
+
+
+def as_arrays(shown, classes=14):  # the last class is in no image
+    labels = [sorted(own) for own in shown.values()]
+    first = np.cumsum([0] + [len(own) for own in labels])
+    return ImageLabels(np.array(list(shown)), np.concatenate(labels), first, classes)
+
+
+def test_image_labels_against_plain_python(write):
+    made = content(images=20)
+    made["annotations"][0]["area"] = 0  # dropped
+    made["images"][4]["height"] = 20  # left out
+    annotations = LVISAnnotations.open(write(made))
+    labels = image_labels(annotations)
+    ids = [category["id"] for category in made["categories"]]
+    expected = defaultdict(set)
+    for row in made["annotations"][1:]:
+        expected[row["image_id"]].add(ids.index(row["category_id"]))
+    images = [i for i, image in enumerate(made["images"]) if i != 4 and expected[image["id"]]]
+    assert labels.images.tolist() == images == annotations.train_images.tolist()
+    assert labels.num_classes == 4
+    for position, image in enumerate(images):
+        own = labels.labels[labels.first[position] : labels.first[position + 1]]
+        assert own.tolist() == sorted(expected[made["images"][image]["id"]])
+
+
+def test_repeat_factors_against_plain_loops():
+    shown = long_tail()
+    for threshold in (0.0, 0.001, 0.1, 0.5):
+        factors = repeat_factors(as_arrays(shown), threshold)
+        for labels, factor in zip(shown.values(), factors, strict=True):
+            best = 0.0
+            for label in labels:
+                share = sum(label in other for other in shown.values()) / len(shown)
+                best = max(best, 1, math.sqrt(threshold / share))
+            assert factor == pytest.approx(best, rel=1e-12)
+    assert repeat_factors(as_arrays(shown), 0.5).max() == pytest.approx(10)  # one image in 200
+
+
+def test_repeat_factor_sampling_rounds_at_random_in_each_epoch():
+    labels = as_arrays(long_tail())
+    factors = repeat_factors(labels, 0.2)
+    sampler = SamplerConfig(name="repeat_factor", repeat_threshold=0.2)
+    total = np.zeros(len(factors))
+    for epoch in range(400):
+        times = Counter(epoch_images(labels, sampler, np.random.default_rng(epoch)).tolist())
+        shown = np.array([times[image] for image in labels.images.tolist()])
+        assert (shown >= np.floor(factors)).all() and (shown <= np.ceil(factors)).all()
+        total += shown
+    np.testing.assert_allclose(total / 400, factors, atol=0.12)
+
+
+def test_class_balanced_sampling_goes_round_the_classes():
+    shown = long_tail()
+    labels = as_arrays(shown)
+    counts = np.bincount(labels.labels, minlength=14)
+    order = epoch_images(labels, SamplerConfig(name="class_balanced"), np.random.default_rng(0)).tolist()
+    assert len(order) == len(shown)
+    present = np.flatnonzero(counts)
+    rounds = [order[i : i + len(present)] for i in range(0, len(order), len(present))]
+    # Each place of a round belongs to one class: its images show it, and none comes again before all were shown.
+    classes = []
+    for place in range(len(present)):
+        images = [around[place] for around in rounds if place < len(around)]
+        fitting = [c for c in present if all(c in shown[i] for i in images)]
+        fitting = [c for c in fitting if len(set(images)) == min(len(images), counts[c])]
+        assert fitting
+        times = Counter(images)
+        assert max(times.values()) - min(times.values()) <= 1
+        classes.append(set(fitting))
+    assert set().union(*classes) == set(present.tolist())
+    rare = next(image for image, own in shown.items() if 12 in own)
+    assert order.count(rare) >= len(rounds) - 1  # the class with one image has its turn in every round
+
+
+def test_uniform_sampling_shows_every_image_once():
+    labels = as_arrays(long_tail())
+    assert epoch_images(labels, SamplerConfig(), np.random.default_rng(0)).tolist() == labels.images.tolist()
+
+
+@pytest.mark.parametrize("batch_size", [1, 2, 3, 8, 16])
+@pytest.mark.parametrize("count", [1, 2, 7, 64, 101])
+def test_batches_show_every_image_and_pair_equal_shapes(count, batch_size):
+    rng = np.random.default_rng(count)
+    indices, wide = rng.permutation(count), rng.random(count) < 0.3
+    plan = plan_batches(indices, wide, batch_size, np.random.default_rng(0))
+    assert plan.shape[1] == batch_size
+    assert set(plan.ravel().tolist()) == set(range(count))
+    pairs = count if batch_size % 2 else sum(math.ceil(n / 2) * 2 for n in (wide.sum(), (~wide).sum()))
+    assert len(plan) == math.ceil(pairs / batch_size)  # not more was drawn again than is needed
+    if batch_size % 2 == 0:
+        shapes = wide[plan].reshape(-1, 2)
+        assert (shapes[:, 0] == shapes[:, 1]).all()
+    again = plan_batches(indices, wide, batch_size, np.random.default_rng(0))
+    np.testing.assert_array_equal(plan, again)
+
+
+def test_batches_are_shuffled():
+    wide = np.arange(1000) % 2 == 0
+    plan = plan_batches(np.arange(1000), wide, 4, np.random.default_rng(0)).ravel()
+    assert abs(np.corrcoef(np.arange(1000), plan)[0, 1]) < 0.1
+    groups = wide[plan][::2]
+    assert 0.4 < (groups[1:] == groups[:-1]).mean() < 0.6
+
+
+def test_ranks_share_a_batch_out():
+    batch = np.arange(16)
+    assert rank_slice(batch, 0, 1, 1).tolist() == [list(range(16))]
+    assert rank_slice(batch, 1, 2, 2).tolist() == [[4, 5, 6, 7], [12, 13, 14, 15]]
+    for world, accumulate in ((1, 4), (2, 2), (4, 1), (4, 2), (8, 1)):
+        slices = [rank_slice(batch, rank, world, accumulate) for rank in range(world)]
+        images = 16 // world // accumulate
+        for a in range(accumulate):
+            for rank in range(world):
+                start = (a * world + rank) * images
+                assert slices[rank][a].tolist() == list(range(start, start + images))
+    with pytest.raises(ValueError, match="cannot be shared by 3 ranks"):
+        rank_slice(batch, 0, 3, 1)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_plan_is_a_pure_function_and_counts_repeats(name):
+    labels = as_arrays(long_tail())
+    wide = np.random.default_rng(0).random(1000) < 0.5
+    sampler = SamplerConfig(name=name, repeat_threshold=0.2)
+
+    def make(seed):
+        return TrainingPlan(labels=labels, wide=wide, sampler=sampler, batch_size=8, seed=seed)
+
+    plan = make(0)
+    epochs = [plan.epoch(epoch) for epoch in range(3)]
+    assert plan.iterations(3) == [len(epoch) for epoch in epochs]
+    np.testing.assert_array_equal(epochs[2], make(0).epoch(2))
+    assert not np.array_equal(epochs[0], make(1).epoch(0)) and not np.array_equal(epochs[0][:10], epochs[1][:10])
+    for epoch in epochs:
+        seen = Counter()
+        for image, showing in epoch.reshape(-1, 2).tolist():
+            assert showing == seen[image]
+            seen[image] += 1
+        if name != "class_balanced":
+            assert set(seen) == set(labels.images.tolist())
+        pairs = wide[epoch[:, :, 0]].reshape(-1, 2)
+        assert (pairs[:, 0] == pairs[:, 1]).all()
+
+
+def test_memory_filling_takes_instances_from_distinct_images_at_random(write):
+    made = content(images=40)
+    made["annotations"] = [r for r in made["annotations"] if r["category_id"] != 20] + [
+        {**made["annotations"][0], "category_id": 20, "id": 9000 + i} for i in range(3)
+    ]  # class 20: three instances in one image
+    annotations = LVISAnnotations.open(write(made))
+    usable = defaultdict(set)
+    for row in annotations.train_rows.tolist():
+        usable[int(annotations.labels[row])].add(int(annotations.image_of[row]))
+    choices = set()
+    for seed in range(20):
+        fills = memory_fill_images(annotations, 5, np.random.default_rng(seed))
+        images = [image for image, _ in fills]
+        assert len(set(images)) == len(images)
+        taken = defaultdict(list)
+        for image, rows in fills:
+            assert rows.tolist() == sorted(rows.tolist()) and set(rows) <= set(annotations.rows(image))
+            for row in rows.tolist():
+                taken[int(annotations.labels[row])].append(image)
+        for label, where in usable.items():
+            assert len(taken[label]) == len(set(taken[label])) == min(5, len(where))
+        choices.add(tuple(sorted(taken[0])))
+    assert len(choices) > 10
+    same = [memory_fill_images(annotations, 5, np.random.default_rng(7)) for _ in range(2)]
+    assert [(i, r.tolist()) for i, r in same[0]] == [(i, r.tolist()) for i, r in same[1]]
