@@ -1,0 +1,213 @@
+"""Intervals of AP over images by the bootstrap, and paired differences of two evaluations (Efron & Tibshirani 1993).
+
+The images are drawn with replacement; an image drawn w times counts w times. Nothing is matched again: an evaluation
+keeps, per category, its detections in order of score with their images and what they found.
+
+Legend: I images, K categories, B resamples, n true positives of a category at one IoU threshold, T = 10 thresholds.
+"""
+
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+
+from loce.errors import UserError
+from loce.evaluation.lvis_ap import RECALLS, Evaluation
+from loce.files import atomic_write
+
+METRICS = ("AP", "APr", "APc", "APf")
+LEVEL = 0.95  # of the intervals
+_LATE = np.arange(101) / 100 < RECALLS  # .35, .41, ...: the official grid lies a rounding error above these fractions
+_ELEMENTS = 1 << 22  # numbers of one intermediate array
+
+
+@dataclass(frozen=True, kw_only=True)
+class Tallies:
+    """What one evaluation found, image by image: enough for AP under any weights of the images.
+
+    image_ids (I,), category_ids, frequency (K,); protocol, iou_type: text. false_image: image index of every false
+    positive candidate that ranks above the last overlapping detection of its category, in order of category and score,
+    cut by false_bounds (K + 1,). over_image (M,), over_false (M,), over_true, over_change (M, T): overlapping
+    detections, cut by over_bounds (K + 1,): image, candidates of the category at or before it, whether it is a true
+    positive, and what it adds to that count of candidates (1 for a true positive that is none, -1 for a candidate that
+    found an ignored object). object_image, object_category: of every object.
+    """
+
+    image_ids: np.ndarray
+    category_ids: np.ndarray
+    frequency: np.ndarray
+    protocol: np.ndarray
+    iou_type: np.ndarray
+    false_image: np.ndarray
+    false_bounds: np.ndarray
+    over_image: np.ndarray
+    over_false: np.ndarray
+    over_true: np.ndarray
+    over_change: np.ndarray
+    over_bounds: np.ndarray
+    object_image: np.ndarray
+    object_category: np.ndarray
+
+    def save(self, path: str | Path) -> None:
+        """Write an .npz file."""
+        with atomic_write(path) as temporary:
+            np.savez_compressed(temporary, **asdict(self))
+
+
+def tally(evaluation: Evaluation) -> Tallies:
+    """The tallies of an evaluation."""
+    matches, truth = evaluation.matches, evaluation.truth
+    categories = len(truth.category_ids)
+    over_bounds = np.searchsorted(matches.overlapping, matches.bounds)
+    false_image, over_false, false_bounds = [], [], [0]
+    for k in range(categories):
+        over = matches.overlapping[over_bounds[k] : over_bounds[k + 1]]
+        rows = slice(matches.bounds[k], over[-1] + 1 if len(over) else matches.bounds[k])
+        candidate = matches.false_positive[rows, 0]
+        false_image.append(matches.image[rows][candidate])
+        over_false.append(np.cumsum(candidate)[over - matches.bounds[k]])
+        false_bounds.append(false_bounds[-1] + len(false_image[-1]))
+    true = matches.matched[:, 0] & ~matches.ignored[:, 0]
+    wrongly = matches.matched[:, 0] & matches.false_positive[matches.overlapping, 0][:, None]
+    objects = ~matches.object_ignored[:, 0]
+    return Tallies(
+        image_ids=truth.image_ids,
+        category_ids=truth.category_ids,
+        frequency=truth.frequency,
+        protocol=np.array(str(evaluation.protocol)),
+        iou_type=np.array(evaluation.iou_type),
+        false_image=np.concatenate(false_image).astype(np.int32),
+        false_bounds=np.array(false_bounds),
+        over_image=matches.image[matches.overlapping].astype(np.int32),
+        over_false=np.concatenate(over_false).astype(np.int32),
+        over_true=true,
+        over_change=true.astype(np.int8) - wrongly.astype(np.int8),
+        over_bounds=over_bounds,
+        object_image=truth.image[objects].astype(np.int32),
+        object_category=truth.category[objects].astype(np.int32),
+    )
+
+
+def load_tallies(path: str | Path) -> Tallies:
+    """Read what `Tallies.save` wrote; UserError when it is something else."""
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            return Tallies(**{name: file[name] for name in file.files})
+    except Exception as error:
+        raise UserError(f"{path}: cannot be read ({error}); run scripts/evaluate.py again") from None
+
+
+def draw_weights(images: int, resamples: int, seed: int) -> np.ndarray:
+    """(I, B) int32: how often each image is drawn in each resample."""
+    rng = np.random.default_rng(seed)
+    weights = np.zeros((images, resamples), dtype=np.int32)
+    for b in range(resamples):
+        weights[:, b] = np.bincount(rng.integers(0, images, images), minlength=images)
+    return weights
+
+
+def resampled_ap(tallies: Tallies, weights: np.ndarray) -> np.ndarray:
+    """(K, B) AP of each category when image i counts weights[i, b] times (I, B); nan where no objects are left.
+
+    Weights of one give the AP of the evaluation.
+    """
+    size, resamples = len(tallies.category_ids), weights.shape[1]
+    ap = np.full((size, resamples), np.nan, dtype=np.float32)
+    by_category = np.argsort(tallies.object_category, kind="stable")
+    cut = np.searchsorted(tallies.object_category[by_category], np.arange(size + 1))
+    for k in range(size):
+        images = tallies.object_image[by_category[cut[k] : cut[k + 1]]]
+        false = slice(tallies.false_bounds[k], tallies.false_bounds[k + 1])
+        over = slice(tallies.over_bounds[k], tallies.over_bounds[k + 1])
+        if not len(images):
+            continue
+        step = max(1, _ELEMENTS // max(len(images), false.stop - false.start, over.stop - over.start))
+        for b in range(0, resamples, step):
+            some = weights[:, b : b + step]
+            objects = some[images].sum(axis=0)
+            value = _category_ap(tallies, some, false, over, objects)
+            ap[k, b : b + step] = np.where(objects > 0, value, np.nan)
+    return ap
+
+
+def _category_ap(tallies: Tallies, weights: np.ndarray, false: slice, over: slice, objects: np.ndarray) -> np.ndarray:
+    """(B,) AP of one category."""
+    thresholds = tallies.over_true.shape[1]
+    total = np.zeros(weights.shape[1])
+    if over.start == over.stop:
+        return total
+    candidates = np.zeros((false.stop - false.start + 1, weights.shape[1]), dtype=np.int32)
+    np.cumsum(weights[tallies.false_image[false]], axis=0, out=candidates[1:])
+    candidates = candidates[tallies.over_false[over]]
+    own = weights[tallies.over_image[over]]
+    tens = np.flatnonzero(objects % 10 == 0)  # only then a late recall can be hit exactly
+    per_object = (100 / np.maximum(objects, 1)).astype(np.float32)
+    for t in range(thresholds):
+        rows = np.flatnonzero(tallies.over_true[over, t])
+        if not len(rows):
+            continue
+        positives = candidates[rows]
+        change = tallies.over_change[over, t]
+        if change.any():
+            positives = positives + np.cumsum(own * change[:, None], axis=0)[rows]
+        true = np.cumsum(own[rows], axis=0, dtype=np.float32)
+        precision = true / np.maximum(positives, 1)
+        envelope = np.maximum.accumulate(precision[::-1], axis=0)[::-1]
+        # Recalls .01, .02, ... that are reached; the small number makes up for rounding, and is under 100 / objects.
+        reached = np.floor(true * per_object + np.float32(1e-4))
+        if len(tens):
+            hundredths = reached[:, tens].astype(np.int64)
+            reached[:, tens] -= _LATE[hundredths] & (hundredths * objects[tens] == 100 * true[:, tens].astype(np.int64))
+        reached[1:] -= reached[:-1].copy()
+        reached[0] += 1  # recall 0
+        total += np.einsum("nb,nb->b", reached, envelope)
+    return total / (101 * thresholds)
+
+
+def group_means(ap: np.ndarray, frequency: np.ndarray) -> dict[str, np.ndarray]:
+    """AP, APr, APc, APf (B,) of each resample from AP of categories (K, B); nan for a group without objects."""
+    means = {}
+    for name in METRICS:
+        group = ap if name == "AP" else ap[frequency == name[2]]
+        known = np.isfinite(group)
+        number = known.sum(axis=0)
+        means[name] = np.where(known, group, 0).sum(axis=0, dtype=np.float64) / np.where(number, number, np.nan)
+    return means
+
+
+def interval(values: np.ndarray) -> tuple[float, float]:
+    """The central 95% of resampled values; nan where there are none."""
+    values = values[np.isfinite(values)]
+    if not len(values):
+        return float("nan"), float("nan")
+    low, high = np.quantile(values, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
+    return float(low), float(high)
+
+
+def intervals(tallies: Tallies, resamples: int = 1000, seed: int = 0) -> dict[str, tuple[float, float]]:
+    """95% intervals of AP, APr, APc and APf over images, as fractions."""
+    weights = draw_weights(len(tallies.image_ids), resamples, seed)
+    return {k: interval(v) for k, v in group_means(resampled_ap(tallies, weights), tallies.frequency).items()}
+
+
+def compare(first: Tallies, second: Tallies, resamples: int = 1000, seed: int = 0) -> dict[str, dict[str, float]]:
+    """Second minus first for AP, APr, APc, APf: difference, low, high (95%, the same images drawn for both), and
+    better: the share of resamples in which the second is better. UserError when they are not comparable."""
+    for name in ("image_ids", "category_ids", "object_image", "object_category", "protocol", "iou_type"):
+        if not np.array_equal(getattr(first, name), getattr(second, name)):
+            raise UserError(f"the two evaluations differ in {name}: they are not of the same data, type and protocol")
+    ones = np.ones((len(first.image_ids), 1), dtype=np.int32)
+    weights = draw_weights(len(first.image_ids), resamples, seed)
+    whole, drawn = ([group_means(resampled_ap(t, w), t.frequency) for t in (first, second)] for w in (ones, weights))
+    rows = {}
+    for name in METRICS:
+        differences = drawn[1][name] - drawn[0][name]
+        low, high = interval(differences)
+        finite = differences[np.isfinite(differences)]
+        rows[name] = {
+            "difference": float(whole[1][name][0] - whole[0][name][0]),
+            "low": low,
+            "high": high,
+            "better": float((finite > 0).mean()) if len(finite) else float("nan"),
+        }
+    return rows

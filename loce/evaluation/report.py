@@ -1,0 +1,186 @@
+"""Evaluation to screen and folder: the table, metrics.json, per_category.csv, and what scripts/compare.py needs."""
+
+import csv
+import io
+import json
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from loce.classes import GROUPS
+from loce.errors import UserError
+from loce.evaluation.annotations import GroundTruth, load_annotations
+from loce.evaluation.bootstrap import intervals, tally
+from loce.evaluation.detections import Detections, read_results
+from loce.evaluation.lvis_ap import Evaluation, choose_protocol, evaluate_loaded, load_results
+from loce.evaluation.matching import Protocol
+from loce.files import atomic_write, write_text
+
+COLUMNS = ("id", "name", "frequency", "images", "instances", "AP", "AP50", "AR", "detections", "mean_score")
+EXTRA = ("found_score", "iou_type")  # and box_AP, box_AP50, box_AR beside those of masks
+_GROUP_NAMES = {"r": "rare", "c": "common", "f": "frequent"}
+_SIZES = {"s": "small (< 32^2 px)", "m": "medium", "l": "large (> 96^2 px)"}
+
+
+def evaluate_and_report(
+    annotations: str | Path | Mapping[str, Any] | GroundTruth,
+    results: str | Path | list[dict[str, Any]] | Detections,
+    output: str | Path,
+    iou_types: Sequence[str] = (),
+    protocol: str = "auto",
+    max_detections: int | None = None,
+    resamples: int = 1000,
+    origin: str = "",
+) -> dict[str, Evaluation]:
+    """Evaluate, print the tables and write the folder `output`; the result per IoU type, "bbox" first.
+
+    annotations, results, max_detections: as for `evaluate_lvis`; iou_types: empty means what the results have;
+    protocol "auto": "lvis" for federated ground truth, else "coco"; resamples: of the bootstrap, 0 for none; origin:
+    what made the results (method, checkpoint), written beside the numbers.
+    Writes metrics.json ({"bbox": 13 numbers, "segm": ...}), evaluation.json (what they are of), per_category.csv and
+    tallies_<type>.npz (for scripts/compare.py). UserError for bad input, before anything is written.
+    """
+    if isinstance(results, (str, Path)) and not Path(results).is_dir():
+        origin, results = origin or str(results), read_results(results)
+    wanted = tuple(iou_types) or (results.iou_types if isinstance(results, Detections) else ("bbox", "segm"))
+    truth = load_annotations(annotations, masks="segm" in wanted)
+    detections = load_results(results, truth)
+    rules = choose_protocol(("lvis" if truth.federated else "coco") if protocol == "auto" else protocol, max_detections)
+    wanted = tuple(iou_types) or detections.iou_types
+    evaluations = {kind: evaluate_loaded(truth, detections, kind, rules) for kind in sorted(wanted)}
+    facts = _facts(truth, detections, rules, evaluations, origin)
+    print("\n".join(header(facts)))
+    for kind, evaluation in evaluations.items():
+        tallies = tally(evaluation)
+        spread = intervals(tallies, resamples) if resamples else {}
+        facts["intervals"][kind] = spread
+        tallies.save(Path(output) / f"tallies_{kind}.npz")
+        print("\n" + table(evaluation, spread))
+    print("\n" + "\n".join(markdown(evaluations)))
+    write_folder(Path(output), evaluations, facts)
+    return evaluations
+
+
+def _facts(
+    truth: GroundTruth, detections: Detections, rules: Protocol, evaluations: dict[str, Evaluation], origin: str
+) -> dict[str, Any]:
+    """What the numbers are of; evaluation.json."""
+    first = next(iter(evaluations.values()))
+    empty = first.matches.objects[0] == 0
+    return {
+        "annotations": truth.source,
+        "results": origin,
+        "protocol": rules.name,
+        "rules": str(rules),
+        "images": len(truth.image_ids),
+        "images_with_detections": len(np.unique(detections.image_ids)),
+        "categories": len(truth.category_ids),
+        "categories_without_objects": {g: int((empty & (truth.frequency == g)).sum()) for g in GROUPS},
+        "objects": int(first.matches.objects[0].sum()),
+        "detections": len(detections),
+        "detections_that_count": {kind: len(e.matches.row) for kind, e in evaluations.items()},
+        "intervals": {},
+        "notes": truth.notes,
+    }
+
+
+def header(facts: Mapping[str, Any]) -> list[str]:
+    """What every number below is of."""
+    skipped = facts["categories_without_objects"]
+    by_group = ", ".join(f"{number} {_GROUP_NAMES[group]}" for group, number in skipped.items())
+    counted = ", ".join(f"{number:,} ({kind})" for kind, number in facts["detections_that_count"].items())
+    lines = [
+        f"annotations: {facts['annotations']}",
+        f"results: {facts['results'] or 'given in memory'}",
+        f"protocol: {facts['rules']}",
+        f"{facts['images']:,} images, {facts['categories']:,} categories, {facts['objects']:,} objects; "
+        f"{facts['detections']:,} detections in {facts['images_with_detections']:,} images, {counted} count",
+        f"{sum(skipped.values()):,} categories have no objects here and are in no mean ({by_group})",
+        *(f"note: {note}" for note in facts["notes"]),
+    ]
+    if not facts["detections"]:
+        lines.append("warning: there are no detections at all, so every number is 0")
+    return lines
+
+
+def describe(name: str) -> str:
+    """What a metric's name says, in words."""
+    kind, cap = name.partition("@")[::2]
+    size = _SIZES.get(kind[2:], "all sizes")
+    group = _GROUP_NAMES.get(kind[2:], "all")
+    iou = f".{kind[2:]}" if kind[2:].isdigit() else ".50:.95"
+    what = "average recall" if kind.startswith("AR") else "average precision"
+    return f"{what}, IoU {iou}, {size}, {group} categories" + (f", cap {cap}" if cap else "")
+
+
+def table(evaluation: Evaluation, spread: Mapping[str, tuple[float, float]]) -> str:
+    """The 13 numbers in the order of the official evaluator, with intervals where there are any."""
+    lines = [f"{evaluation.iou_type}, protocol {evaluation.protocol.name}", f"{'':8} {'value':>6}  {'95% interval':14}"]
+    for name, value in evaluation.metrics.items():
+        low, high = spread.get(name, (math.nan, math.nan))
+        between = f"{low:.3f} - {high:.3f}" if math.isfinite(low) else ""
+        lines.append(f"{name:8} {value:6.3f}  {between:14} {describe(name)}")
+    return "\n".join(lines)
+
+
+def markdown(evaluations: Mapping[str, Evaluation]) -> list[str]:
+    """Rows to copy, in percent; the protocol stands in each."""
+    names = list(next(iter(evaluations.values())).metrics)
+    lines = ["| type, protocol | " + " | ".join(names) + " |", "|---" * (len(names) + 1) + "|"]
+    for kind, evaluation in evaluations.items():
+        values = [f"{100 * v:.2f}" if v >= 0 else "-" for v in evaluation.metrics.values()]
+        lines.append(f"| {kind}, {evaluation.protocol.name} | " + " | ".join(values) + " |")
+    return lines
+
+
+def write_folder(output: Path, evaluations: Mapping[str, Evaluation], facts: Mapping[str, Any]) -> None:
+    """metrics.json, evaluation.json and per_category.csv."""
+    metrics = {kind: evaluation.metrics for kind, evaluation in evaluations.items()}
+    write_text(output / "metrics.json", json.dumps(metrics, indent=2) + "\n")
+    write_text(output / "evaluation.json", json.dumps(_finite(facts), indent=2) + "\n")
+    with (
+        atomic_write(output / "per_category.csv") as temporary,
+        temporary.open("w", newline="", encoding="utf-8") as file,
+    ):
+        file.write(category_table(evaluations))
+
+
+def category_table(evaluations: Mapping[str, Evaluation]) -> str:
+    """CSV, a row a category, of masks where they were evaluated; the numbers of boxes then stand at the end."""
+    main = "segm" if "segm" in evaluations else "bbox"
+    beside = ["bbox"] if len(evaluations) > 1 else []
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow([*COLUMNS, *EXTRA, *(f"box_{key}" for _ in beside for key in ("AP", "AP50", "AR"))])
+    for k, row in enumerate(evaluations[main].per_category):
+        own = {**row, "iou_type": main}
+        other = [evaluations[kind].per_category[k][key] for kind in beside for key in ("AP", "AP50", "AR")]
+        writer.writerow([_cell(value) for value in [*(own[key] for key in (*COLUMNS, *EXTRA)), *other]])
+    return text.getvalue()
+
+
+def _cell(value: Any) -> Any:
+    """Numbers short, nan as nothing."""
+    if isinstance(value, float):
+        return "" if math.isnan(value) else f"{value:.6g}"
+    return value
+
+
+def _finite(value: Any) -> Any:
+    """nan, which JSON does not have, as null."""
+    if isinstance(value, Mapping):
+        return {key: _finite(entry) for key, entry in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_finite(entry) for entry in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def read_folder(folder: str | Path, name: str) -> Any:
+    """A JSON file that `evaluate_and_report` wrote; UserError when it is not there."""
+    path = Path(folder) / name
+    if not path.is_file():
+        raise UserError(f"{path}: no such file; {folder} should be the output folder of scripts/evaluate.py")
+    return json.loads(path.read_text(encoding="utf-8"))
