@@ -1,4 +1,4 @@
-"""Intervals of AP over images by the bootstrap, and paired differences of two evaluations (Efron & Tibshirani 1993).
+"""Intervals of AP over images by the bootstrap (Efron & Tibshirani 1993): percentiles of resampled data sets.
 
 The images are drawn with replacement; an image drawn w times counts w times. Nothing is matched again: an evaluation
 keeps, per category, its detections in order of score with their images and what they found.
@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 
 from loce.errors import UserError
+from loce.evaluation.heartbeat import watched
 from loce.evaluation.lvis_ap import RECALLS, Evaluation
 from loce.files import atomic_write
 
@@ -115,7 +116,7 @@ def resampled_ap(tallies: Tallies, weights: np.ndarray) -> np.ndarray:
     ap = np.full((size, resamples), np.nan, dtype=np.float32)
     by_category = np.argsort(tallies.object_category, kind="stable")
     cut = np.searchsorted(tallies.object_category[by_category], np.arange(size + 1))
-    for k in range(size):
+    for k in watched(range(size), size, "resampling categories"):
         images = tallies.object_image[by_category[cut[k] : cut[k + 1]]]
         false = slice(tallies.false_bounds[k], tallies.false_bounds[k + 1])
         over = slice(tallies.over_bounds[k], tallies.over_bounds[k + 1])
@@ -181,33 +182,10 @@ def interval(values: np.ndarray) -> tuple[float, float]:
     if not len(values):
         return float("nan"), float("nan")
     low, high = np.quantile(values, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
-    return float(low), float(high)
+    return round(float(low), 6), round(float(high), 6)
 
 
 def intervals(tallies: Tallies, resamples: int = 1000, seed: int = 0) -> dict[str, tuple[float, float]]:
     """95% intervals of AP, APr, APc and APf over images, as fractions."""
     weights = draw_weights(len(tallies.image_ids), resamples, seed)
     return {k: interval(v) for k, v in group_means(resampled_ap(tallies, weights), tallies.frequency).items()}
-
-
-def compare(first: Tallies, second: Tallies, resamples: int = 1000, seed: int = 0) -> dict[str, dict[str, float]]:
-    """Second minus first for AP, APr, APc, APf: difference, low, high (95%, the same images drawn for both), and
-    better: the share of resamples in which the second is better. UserError when they are not comparable."""
-    for name in ("image_ids", "category_ids", "object_image", "object_category", "protocol", "iou_type"):
-        if not np.array_equal(getattr(first, name), getattr(second, name)):
-            raise UserError(f"the two evaluations differ in {name}: they are not of the same data, type and protocol")
-    ones = np.ones((len(first.image_ids), 1), dtype=np.int32)
-    weights = draw_weights(len(first.image_ids), resamples, seed)
-    whole, drawn = ([group_means(resampled_ap(t, w), t.frequency) for t in (first, second)] for w in (ones, weights))
-    rows = {}
-    for name in METRICS:
-        differences = drawn[1][name] - drawn[0][name]
-        low, high = interval(differences)
-        finite = differences[np.isfinite(differences)]
-        rows[name] = {
-            "difference": float(whole[1][name][0] - whole[0][name][0]),
-            "low": low,
-            "high": high,
-            "better": float((finite > 0).mean()) if len(finite) else float("nan"),
-        }
-    return rows

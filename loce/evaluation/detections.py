@@ -11,6 +11,7 @@ from pycocotools import mask as mask_utils
 
 from loce.errors import UserError, raise_problems
 from loce.evaluation.annotations import GroundTruth, positions
+from loce.evaluation.heartbeat import watched
 from loce.evaluation.reading import iterate_json_list, offenders
 from loce.files import atomic_write
 
@@ -148,7 +149,7 @@ def read_results(results: str | Path | list[dict[str, Any]]) -> Detections:
     else:
         raise UserError(f"results must be a path, a list of result dicts or Detections, not {type(results).__name__}")
     parts = []
-    for block in blocks:
+    for block in watched(blocks, None, f"reading {source}, blocks"):
         for start in range(0, len(block), _PART):
             problems, part = _columns(block[start : start + _PART])
             raise_problems([f"{source}: {problem}" for problem in problems])

@@ -8,6 +8,7 @@ import numpy as np
 
 from loce.errors import UserError
 from loce.evaluation.detections import Detections, Masks, concatenate, offsets_of
+from loce.evaluation.heartbeat import watched
 from loce.evaluation.reading import offenders
 from loce.files import atomic_write
 
@@ -124,7 +125,8 @@ def read_detections(folder: str | Path, expected_image_ids: Iterable[int]) -> De
     """
     images: dict[int, Detections] = {}
     repeated: list[int] = []
-    for path in chunk_paths(folder):
+    paths = chunk_paths(folder)
+    for path in watched(paths, len(paths), f"reading {folder}, chunks"):
         with _open_chunk(path) as chunk:
             for image, part in _split(chunk):
                 repeated += [image] if image in images else []

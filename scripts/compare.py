@@ -1,0 +1,31 @@
+"""Is B better than A, and where? Paired bootstrap over images of two output folders of scripts/evaluate.py.
+
+python scripts/compare.py EVAL_A EVAL_B [resamples=1000] [top=10]
+"""
+
+import sys
+from dataclasses import dataclass
+
+from loce.config import Count, UserError, read_options, run_script
+from loce.evaluation.comparison import compare_folders
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    """Two folders, then options."""
+
+    resamples: Count = 1000  # of the bootstrap
+    top: Count = 10  # categories shown that gained and that lost most
+
+
+def main() -> None:
+    words = sys.argv[1:]
+    folders = [word for word in words if "=" not in word and not word.startswith("-")]
+    options = read_options(Options, [word for word in words if word not in folders])
+    if len(folders) != 2:
+        raise UserError(f"two folders are needed, {len(folders)} were given: {__doc__.splitlines()[2]}")
+    print(compare_folders(folders[0], folders[1], options.resamples, options.top), end="")
+
+
+if __name__ == "__main__":
+    run_script(main)
