@@ -45,7 +45,7 @@ def read_image(path: Path, size: tuple[int, int]) -> np.ndarray:
 
 
 def _decode(path: Path, content: bytes) -> np.ndarray:
-    """OpenCV decodes; what it cannot, and JPEGs that it would fill up with grey when cut short, Pillow looks at."""
+    """OpenCV decodes; Pillow looks at what it cannot, and at JPEGs cut short, which OpenCV 4 fills up with grey."""
     image = None
     with contextlib.suppress(cv2.error):  # an empty file, for example
         image = cv2.imdecode(np.frombuffer(content, np.uint8), cv2.IMREAD_COLOR | cv2.IMREAD_IGNORE_ORIENTATION)
@@ -57,17 +57,12 @@ def _decode(path: Path, content: bytes) -> np.ndarray:
             picture.load()
             if image is not None:
                 return cv2.cvtColor(image, cv2.COLOR_BGR2RGB)
-            return _to_rgb(picture)
+            if picture.mode[0] in "IF":
+                raise ValueError(f"more than 8 bits a channel (mode {picture.mode})")
+            return np.asarray(picture.convert("RGB"))
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         reason = "no known format" if isinstance(error, UnidentifiedImageError) else error
         raise ImageError(f"image {path}: damaged or not an image, {len(content)} bytes ({reason})") from None
-
-
-def _to_rgb(picture: Image.Image) -> np.ndarray:
-    if picture.mode.startswith("I"):  # 16 bits; Pillow's own conversion would cut them at 255
-        grey = (np.asarray(picture).astype(np.int64) >> 8).clip(0, 255).astype(np.uint8)
-        return np.stack([grey] * 3, axis=2)
-    return np.asarray(picture.convert("RGB"))
 
 
 @dataclass(frozen=True)

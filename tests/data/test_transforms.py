@@ -38,7 +38,7 @@ def test_jpeg_is_read_as_opencv_reads_it(tmp_path):
 
 
 KINDS = [(mode, kind) for mode in ("L", "P", "1") for kind in ("png", "tif", "gif", "bmp")]
-KINDS += [("LA", "png"), ("LA", "tif"), ("RGBA", "png"), ("I;16", "png"), ("I;16", "tif")]
+KINDS += [("L", "tga"), ("P", "pcx"), ("LA", "png"), ("LA", "tif"), ("RGBA", "png"), ("I;16", "png"), ("I;16", "tif")]
 
 
 @pytest.mark.parametrize(("mode", "kind"), KINDS)
@@ -92,6 +92,9 @@ def test_damaged_files_are_named(tmp_path):
         path.write_bytes(content)
         with pytest.raises(ImageError, match="damaged or not an image"):
             read_image(path, (HEIGHT, WIDTH))
+    Image.fromarray(grey().astype(np.float32)).save(tmp_path / "float.tif")
+    with pytest.raises(ImageError, match="more than 8 bits a channel"):
+        read_image(tmp_path / "float.tif", (HEIGHT, WIDTH))
     with pytest.raises(ImageError, match="No such file"):
         read_image(tmp_path / "none.jpg", (HEIGHT, WIDTH))
 
