@@ -1,0 +1,65 @@
+"""Convert a checkpoint: python scripts/convert.py SOURCE OUT [key=value ...]
+
+SOURCE -> ours: a Mask R-CNN of MMDetection 2.x (LOCE's release, for one) or of torchvision. With --to mmdet (to=mmdet):
+a checkpoint or run folder of ours -> MMDetection's.
+"""
+
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from loce.config import UserError, read_options, run_script
+from loce.files import atomic_write
+
+
+@dataclass(frozen=True, kw_only=True)
+class ConvertOptions:
+    """Options of scripts/convert.py, after SOURCE and OUT."""
+
+    to: Literal["loce", "mmdet"] = "loce"
+    annotations: str = ""  # file of the data set that the model is for: its class names and counts
+    source_classes: str = ""  # annotation file of what a torchvision model was trained on, where that is not COCO
+    mask_predictor: Literal["auto", "normalised", "linear"] = "auto"  # auto: what the source says, or its usual one
+
+
+CONFLICTS = (
+    (("to", "annotations"), lambda o: o.to == "mmdet" and bool(o.annotations), "the classes stay as they are"),
+    (("to", "source_classes"), lambda o: o.to == "mmdet" and bool(o.source_classes), "the classes stay as they are"),
+    (("to", "mask_predictor"), lambda o: o.to == "mmdet" and o.mask_predictor != "auto", "it stays as it is"),
+)
+
+
+def read_words(words: list[str]) -> tuple[Path, Path, ConvertOptions]:
+    """SOURCE, OUT and the options of a command line; `--to X` means to=X."""
+    if "--to" in words[:-1]:
+        at = words.index("--to")
+        words = [*words[:at], f"to={words[at + 1]}", *words[at + 2 :]]
+    if "-h" in words or "--help" in words:
+        print(__doc__)
+        read_options(ConvertOptions, ["-h"])
+    paths = [word for word in words[:2] if "=" not in word and not word.startswith("-")]
+    if len(paths) != 2:
+        raise UserError("usage: python scripts/convert.py SOURCE OUT [key=value ...]; --help lists the keys")
+    return Path(paths[0]), Path(paths[1]), read_options(ConvertOptions, words[2:], CONFLICTS)
+
+
+def main() -> None:
+    source, out, options = read_words(sys.argv[1:])
+    if out.exists():
+        raise UserError(f"{out} exists; files are never overwritten: remove it, or give another name")
+    import torch  # after the command line is known to be right
+
+    from loce.convert import convert, to_mmdetection
+
+    if options.to == "mmdet":
+        content, report = to_mmdetection(source)
+    else:
+        content, report = convert(source, options.annotations, options.source_classes, options.mask_predictor)
+    with atomic_write(out) as temporary:
+        torch.save(content, temporary)
+    print("\n".join([*report, f"wrote {out}"]))
+
+
+if __name__ == "__main__":
+    run_script(main)
