@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from loce.classes import GROUPS, ClassStats, frequency_groups
-from loce.data.annotation_file import Mistakes, read_annotation_file
+from loce.data.annotation_file import NAMED, Mistakes, read_annotation_file
 from loce.data.segmentations import Segmentations
 from loce.data.training_rows import clip, training_rows
 from loce.errors import UserError
@@ -120,6 +120,21 @@ class LVISAnnotations:
             "data.train_images and data.val_images name the folder.",
         ]
         raise UserError(" ".join(line for line in lines if line))
+
+    def require_same_classes(self, stats: ClassStats, owner: str) -> None:
+        """UserError unless this file has the classes of `stats` (of `owner`, say "the checkpoint") in the same order.
+
+        Labels are positions in the list of categories, so another order would silently exchange classes.
+        """
+        pairs = [list(zip(s.category_ids.tolist(), s.names, strict=True)) for s in (self.stats, stats)]
+        if pairs[0] == pairs[1]:
+            return
+        if len(pairs[0]) != len(pairs[1]):
+            differences = f"{len(pairs[0])} categories here, {len(pairs[1])} there"
+        else:
+            places = [f"{mine} here, {theirs} there" for mine, theirs in zip(*pairs, strict=True) if mine != theirs]
+            differences = "; ".join(places[:NAMED]) + ("; ..." if len(places) > NAMED else "")
+        raise UserError(f"{self.path}: its categories are not those of {owner}, in the same order: {differences}")
 
 
 @dataclass(frozen=True)

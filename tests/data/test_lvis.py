@@ -292,6 +292,19 @@ def test_missing_images_are_counted_by_split(write, images):
         annotations.require_images(folder / "elsewhere")
 
 
+def test_classes_of_two_files_must_be_the_same_in_the_same_order(write):
+    made = content()
+    stats = LVISAnnotations.open(write(made)).stats
+    LVISAnnotations.open(write(content(seed=1))).require_same_classes(stats, "the checkpoint")
+    made["categories"].append({"id": 99, "name": "more"})
+    with pytest.raises(UserError, match="not those of the checkpoint, in the same order: 5 categories here, 4 there"):
+        LVISAnnotations.open(write(made)).require_same_classes(stats, "the checkpoint")
+    swapped = content()
+    swapped["categories"][1:3] = swapped["categories"][2:0:-1]
+    with pytest.raises(UserError, match=r"\(20, 'thing 20'\) here, \(3, 'thing 3'\) there; \(3"):
+        LVISAnnotations.open(write(swapped)).require_same_classes(stats, "the checkpoint")
+
+
 def test_annotations_cost_little_memory(write):
     """Flat arrays: few bytes per annotation remain after reading, and go to a worker that is not forked."""
     made = one_image(*({} for _ in range(20_000)))
