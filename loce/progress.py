@@ -1,10 +1,11 @@
 """What a waiting person sees: a bar on a terminal; elsewhere plain lines with count, time left and memory."""
 
+import os
 import resource
 import sys
 import time
 from collections.abc import Iterable, Iterator
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from tqdm import tqdm
@@ -27,7 +28,7 @@ class Progress:
         self.printed = self.started
         main = distributed.is_main()
         bar = main and sys.stderr.isatty()
-        self.bar = tqdm(desc=label, total=total, initial=done, unit=f" {unit}", dynamic_ncols=True) if bar else None
+        self.bar = _bar(label, total, done, unit) if bar else None
         self.lines = main and lines and not bar
         if self.lines:
             say(f"{label}: {done}/{total} {unit}")
@@ -54,6 +55,14 @@ class Progress:
         if self.lines:
             took = clock(time.monotonic() - self.started)
             say(f"{self.label}: {self.done}/{self.total} {self.unit} in {took}, {peak_memory():.1f} GiB")
+
+
+def _bar(label: str, total: int, done: int, unit: str) -> "tqdm[Any]":
+    columns, _ = os.get_terminal_size(sys.stderr.fileno())
+    size: dict[str, Any] = (
+        {"dynamic_ncols": True} if columns else {"ncols": 80, "nrows": 24}
+    )  # some terminals say 0 x 0
+    return tqdm(desc=label, total=total, initial=done, unit=f" {unit}", **size)
 
 
 def progress(items: Iterable[T], total: int, label: str, unit: str = "batches") -> Iterator[T]:

@@ -1,0 +1,243 @@
+"""The run folder: nothing lost, nothing doubled, nobody else's run touched."""
+
+import json
+import math
+import os
+import pty
+import select
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from loce import progress as progress_module
+from loce.config import Config, UserError, dump, from_dict, to_dict
+from loce.environment import environment
+from loce.files import atomic_write, write_text
+from loce.progress import clock, eta, progress
+from loce.runlog import RunLog, check_run_folder, cut_metrics
+
+
+def open_log(folder: Path, start: int = 0, text: str = "seed: 0\n", **more) -> RunLog:
+    return RunLog(folder, text, iterations=8, epoch_length=4, batch_size=2, start=start, **more)
+
+
+def train(log: RunLog, iterations: range) -> None:
+    """Losses a = i and b = 2 i at iteration i, a line every two iterations."""
+    for i in iterations:
+        log.data_time(0.0)
+        log.add({"b": torch.tensor(2.0 * i), "a": torch.tensor(float(i), requires_grad=True)}, images=2)
+        if i % 2:
+            log.flush(i + 1, lr=0.1)
+
+
+def records(folder: Path) -> list[dict]:
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def points(folder: Path, tag: str) -> list[tuple[int, float]]:
+    events = EventAccumulator(str(folder / "tensorboard")).Reload()
+    return [(event.step, event.value) for event in events.Scalars(tag)]
+
+
+def test_a_run_folder(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    log = open_log(tmp_path / "run", extra=lambda: {"mean_score/r": 0.25})
+    train(log, range(8))
+    log.line("all done")
+    log.close()
+    log.close()
+    log.line("after the end: not written")
+    assert (tmp_path / "run" / "config.yaml").read_text() == "seed: 0\n"
+    assert (tmp_path / "run" / "env.txt").read_text().startswith("started: ")
+    lines = records(tmp_path / "run")
+    assert [line["iteration"] for line in lines] == [2, 4, 6, 8]
+    assert [line["epoch"] for line in lines] == [0.5, 1.0, 1.5, 2.0]
+    for line in lines:
+        a = line["iteration"] - 1.5  # mean over the iterations since the last line
+        assert (line["a"], line["b"], line["loss"], line["lr"], line["mean_score/r"]) == (a, 2 * a, 3 * a, 0.1, 0.25)
+        assert line["images_per_second"] > 0 and line["peak_memory_gib"] > 0 and 0 <= line["data_share"] <= 1
+    assert points(tmp_path / "run", "train/loss") == [(2, 1.5), (4, 7.5), (6, 13.5), (8, 19.5)]
+    assert points(tmp_path / "run", "mean_score/r")[-1] == (8, 0.25)
+    printed = capsys.readouterr().out.splitlines()
+    assert printed[0].startswith("epoch 1/2 iter 2/4 loss 1.5 a 0.5 b 1 lr 0.1 ") and "images/s data 0%" in printed[0]
+    assert printed[2].startswith("epoch 2/2 iter 2/4 loss 13.5 a 4.5 b 9 lr 0.1 ") and " eta 0:00:00" in printed[2]
+    assert printed[4] == "all done" and printed[5].startswith("8/8 iterations done, ") and len(printed) == 6
+    assert (tmp_path / "run" / "log.txt").read_text().splitlines() == printed
+
+
+def test_flush_returns_the_means_since_the_last_line(tmp_path: Path):
+    log = open_log(tmp_path)
+    log.add({"a": torch.tensor(1.0), "b": torch.tensor(5.0, dtype=torch.bfloat16)}, images=1)
+    log.add({"a": torch.tensor(3.0), "b": torch.tensor(6.0)}, images=1)
+    assert log.flush(1, 0.1) == {"loss": 7.5, "a": 2.0, "b": 5.5}
+    log.add({"a": torch.tensor(math.nan), "b": torch.tensor(0.0)}, images=2)
+    means = log.flush(2, 0.1)
+    log.close()
+    assert math.isnan(means["a"]) and math.isnan(means["loss"])
+    assert records(tmp_path)[1]["a"] is None and records(tmp_path)[1]["b"] == 0.0
+
+
+def test_adding_does_not_keep_the_graph_or_change_the_losses(tmp_path: Path):
+    log = open_log(tmp_path)
+    loss = torch.tensor(1.0, requires_grad=True) * 1
+    for _ in range(3):
+        log.add({"a": loss}, images=2)
+    assert loss.item() == 1.0 and not log.sums["a"].requires_grad
+    log.close()
+
+
+@pytest.mark.parametrize("killed_at", [5, 6, 8])
+def test_a_resumed_run_has_each_line_once(tmp_path: Path, killed_at: int):
+    """Checkpoint at 4, killed later: whatever was written after 4 is written again, once."""
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    log = open_log(whole)
+    train(log, range(8))
+    log.close()
+    log = open_log(parts)
+    train(log, range(killed_at))
+    log.metrics.write('{"iteration": 7, "lo')  # torn by the kill
+    log.close()
+    log = open_log(parts, start=4)
+    train(log, range(4, 8))
+    log.close()
+
+    def keys(folder: Path) -> list[tuple]:
+        return [(line["iteration"], line["loss"], line["lr"]) for line in records(folder)]
+
+    assert keys(parts) == keys(whole)
+    assert points(parts, "train/loss") == points(whole, "train/loss")
+    assert (parts / "env.txt").read_text().count("started: ") == 2
+
+
+def test_cut_metrics(tmp_path: Path):
+    path = tmp_path / "metrics.jsonl"
+    cut_metrics(path, 3)
+    assert not path.exists()
+    path.write_text('{"iteration": 1}\n{"iteration": 3}\n{"iteration": 5}\n')
+    cut_metrics(path, 3)
+    assert path.read_text() == '{"iteration": 1}\n{"iteration": 3}\n'
+    cut_metrics(path, 0)
+    assert path.read_text() == ""
+
+
+# Whose folder it is
+
+
+def changed(**sections) -> str:
+    return dump(from_dict({**to_dict(Config()), **sections}))
+
+
+def test_another_run_is_not_overwritten(tmp_path: Path):
+    text = dump(Config())
+    open_log(tmp_path / "run", text=text).close()
+    before = {path.name: path.read_bytes() for path in (tmp_path / "run").iterdir() if path.is_file()}
+    with pytest.raises(UserError) as caught:
+        open_log(tmp_path / "run", text=changed(seed=3, train={"lr": 0.01, "log_every": 7}))
+    folder = tmp_path / "run"
+    assert str(caught.value) == (
+        f"output = {folder}: holds another run, which is not overwritten. What differs:\n"
+        "  seed: 0 there, 3 now\n  train.lr: 0.02 there, 0.01 now\n"
+        f"Go on with that run by giving its values, choose another folder with output=..., or delete {folder}."
+    )
+    assert {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file()} == before
+
+
+def test_the_same_run_may_log_more_often(tmp_path: Path):
+    open_log(tmp_path / "run", text=dump(Config())).close()
+    more = changed(train={"log_every": 7, "checkpoint_every": 9}, data={"workers": 1})
+    open_log(tmp_path / "run", text=more, start=2).close()
+    assert (tmp_path / "run" / "config.yaml").read_text() == more
+
+
+def test_a_folder_of_something_else_is_refused(tmp_path: Path):
+    (tmp_path / "metrics.jsonl").write_text("mine")
+    with pytest.raises(UserError, match=r"is no folder of a run \(no config.yaml\), but holds metrics.jsonl; choose"):
+        check_run_folder(tmp_path, "seed: 0\n")
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match="holds a file"):
+        check_run_folder(tmp_path / "file", "seed: 0\n")
+    check_run_folder(tmp_path / "new", "seed: 0\n")
+
+
+# Files
+
+
+def test_a_failed_write_leaves_the_old_file(tmp_path: Path):
+    path = tmp_path / "sub" / "x.json"
+    write_text(path, "old")
+
+    def fail() -> None:
+        with atomic_write(path) as temporary:
+            assert temporary.parent == path.parent and temporary.suffix == ".json"
+            temporary.write_text("half")
+            raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        fail()
+    assert path.read_text() == "old" and os.listdir(path.parent) == ["x.json"]
+    write_text(path, "new é")
+    assert path.read_text(encoding="utf-8") == "new é" and os.listdir(path.parent) == ["x.json"]
+
+
+def test_a_write_that_never_happened_is_an_error(tmp_path: Path):
+    with pytest.raises(FileNotFoundError), atomic_write(tmp_path / "x"):
+        pass
+    assert os.listdir(tmp_path) == []
+
+
+# What is shown
+
+
+def test_progress_in_plain_lines(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(progress_module, "SILENCE", 0.0)
+    assert list(progress(iter("abc"), 3, "filling")) == ["a", "b", "c"]
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0] == "filling: 0/3 batches" and len(lines) == 5
+    assert lines[1].startswith("filling: 1/3 batches, eta 0:00:00, ") and lines[1].endswith(" GiB")
+    assert lines[4].startswith("filling: 3/3 batches in 0:00:00, ")
+
+
+def test_progress_is_quiet_for_ten_seconds(capsys: pytest.CaptureFixture[str]):
+    list(progress(range(1000), 1000, "inference", unit="images"))
+    assert len(capsys.readouterr().out.splitlines()) == 2
+
+
+def test_progress_says_how_far_it_came_when_it_fails(capsys: pytest.CaptureFixture[str]):
+    with pytest.raises(ZeroDivisionError):
+        for item in progress(range(3), 3, "inference"):
+            1 / (item - 1)
+    assert "inference: 1/3 batches in" in capsys.readouterr().out
+
+
+def test_progress_is_a_bar_on_a_terminal(tmp_path: Path):
+    code = "from loce.progress import progress\nfor _ in progress(range(4), 4, 'filling'): pass"
+    ours, theirs = pty.openpty()
+    done = subprocess.run([sys.executable, "-c", code], stderr=theirs, stdout=subprocess.PIPE, text=True, timeout=60)
+    shown = b""
+    while select.select([ours], [], [], 0.5)[0]:
+        shown += os.read(ours, 10_000)
+    os.close(theirs)
+    os.close(ours)
+    assert done.returncode == 0 and done.stdout == ""
+    assert b"filling: 100%|" in shown and b"4/4" in shown
+
+
+def test_clock_and_eta():
+    assert [clock(seconds) for seconds in (0, 59.9, 61, 3600 * 30 + 62)] == [
+        "0:00:00",
+        "0:00:59",
+        "0:01:01",
+        "30:01:02",
+    ]
+    assert eta(0.0, 0, 5) == "?"
+    assert eta(0.0, 5, 0) == "0:00:00"
+
+
+def test_environment_names_what_numbers_depend_on():
+    facts = dict(line.split(": ", 1) for line in environment("cpu").splitlines())
+    assert facts["torch"] == torch.__version__ and facts["processes"] == "1" and facts["device"].startswith("cpu (")
+    assert facts["python"].startswith("3.") and "cores" in facts["host"]
+    assert facts["code"].startswith("loce ")
