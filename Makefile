@@ -56,7 +56,7 @@ finetune: setup  ## stage 2, LOCE, from runs/stage1 (GPUS=8, CONFIG=loce.yaml, A
 	$(LAUNCH) scripts/finetune.py $(or $(CONFIG),loce.yaml) $(ARGS)
 
 eval: setup  ## evaluate the newest run, or CKPT=..., or a results file: PRED=results.json ANN=annotations.json (GPUS=8)
-	$(LAUNCH) scripts/evaluate.py $(if $(CKPT),checkpoint='$(CKPT)') $(if $(PRED),predictions='$(PRED)') \
+	$(LAUNCH) scripts/evaluate.py $(if $(CKPT),checkpoint='$(CKPT)') $(if $(PRED),results='$(PRED)') \
 		$(if $(ANN),annotations='$(ANN)') $(ARGS)
 
 glyphs: setup  ## draw Glyph-LVIS, the demo's data (OUT=runs/glyphs50 CLASSES=50)
