@@ -1,0 +1,277 @@
+"""Cost of LVIS evaluation: the official evaluator, faster-coco-eval (if installed) and ours on generated data.
+
+python benchmarks/evaluation.py [sizes=[500,2000,5000]] [full=true] [rounds=1] [tools=...]
+Each number is one process: CPU seconds from the moment the detections are in memory (ground truth is read from its
+file), and the most memory the process ever held. Tools take turns. Results go to benchmarks/results/evaluation.json.
+"""
+
+import contextlib
+import io
+import json
+import platform
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from pycocotools import mask as mask_utils
+
+from loce.config import Count, UserError, read_options, run_script
+from loce.evaluation.detections import Detections, Masks
+from loce.files import write_text
+
+HEIGHT, WIDTH, CATEGORIES = 480, 640, 1203
+FULL = 19_809  # images of LVIS v1 val
+TOOLS = ("official", "faster", "ours")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    """What is measured."""
+
+    sizes: tuple[Count, ...] = (500, 2000, 5000)  # images
+    types: tuple[str, ...] = ("bbox", "segm")
+    tools: tuple[str, ...] = TOOLS  # faster needs `pip install faster-coco-eval`
+    full: bool = True  # also ours at 19,809 images
+    rounds: Count = 1
+    faster_up_to: Count = 2000  # images; faster-coco-eval needs 8 GB for 5000
+    output: str = "benchmarks/results/evaluation.json"
+
+
+def draw_data(folder: Path, images: int, seed: int = 0) -> None:
+    """LVIS-like ground truth (annotations.json) and up to 300 detections an image (detections.npz) with masks.
+
+    As in LVIS val: 3 categories and 12 objects an image, 9 negative categories, 34 corners an object, 1203 categories
+    with a long tail. A fifth of the detections lie near an object, most of them with the right category.
+    """
+    rng = np.random.default_rng(seed)
+    tail = 1 / (np.arange(CATEGORIES) + 10.0)
+    tail /= tail.sum()
+    pool = [_shape(rng, *_random_box(rng)) for _ in range(2000)]
+    pool_rles = [_rle(shape) for shape in pool]
+    pool_boxes = np.array([mask_utils.toBbox([{"size": [HEIGHT, WIDTH], "counts": c}])[0] for c in pool_rles])
+    truth: dict[str, list[dict[str, Any]]] = {"images": [], "annotations": [], "categories": []}
+    columns: dict[str, list[Any]] = {name: [] for name in ("image", "category", "score", "box", "rle")}
+    for image_id in range(1, images + 1):
+        chosen = rng.choice(CATEGORIES, 12, replace=False, p=tail) + 1
+        present, negative = chosen[: rng.integers(1, 6)], chosen[5:]
+        truth["images"].append(_image(rng, image_id, present, negative))
+        objects = [(int(c), _random_box(rng)) for c in present for _ in range(rng.geometric(0.25))]
+        for category, box in objects:
+            truth["annotations"].append(_annotation(rng, len(truth["annotations"]) + 1, image_id, category, box))
+            for _ in range(rng.integers(1, 7)):
+                near = _jittered(rng, box)
+                right = rng.random() < 0.7
+                columns["category"].append(category if right else int(rng.choice(chosen)))
+                columns["score"].append(rng.beta(2, 3) if right else rng.beta(1, 8))
+                columns["box"].append(near)
+                columns["rle"].append(_rle(_shape(rng, *near)))
+        number = max(0, int(rng.integers(240, 301)) - (len(columns["box"]) - len(columns["image"])))
+        picks = rng.integers(0, len(pool), number)
+        known = rng.random(number) < 0.15
+        columns["category"] += np.where(
+            known, rng.choice(chosen, number), rng.choice(CATEGORIES, number, p=tail) + 1
+        ).tolist()
+        columns["score"] += rng.beta(1, 12, number).tolist()
+        columns["box"] += pool_boxes[picks].tolist()
+        columns["rle"] += [pool_rles[pick] for pick in picks]
+        columns["image"] += [image_id] * (len(columns["box"]) - len(columns["image"]))
+    truth["categories"] = [
+        {"id": c + 1, "name": f"category {c + 1}", "frequency": "f" if c < 400 else "c" if c < 860 else "r"}
+        for c in range(CATEGORIES)
+    ]
+    (folder / "annotations.json").write_text(json.dumps(truth))
+    masks = Masks.from_counts(columns["rle"], np.tile([HEIGHT, WIDTH], (len(columns["rle"]), 1)))
+    np.savez(
+        folder / "detections.npz",
+        image_ids=np.array(columns["image"]),
+        category_ids=np.array(columns["category"]),
+        scores=np.array(columns["score"], dtype=np.float32),
+        boxes=np.array(columns["box"], dtype=np.float32),
+        counts=masks.counts,
+        offsets=masks.offsets,
+    )
+
+
+def _random_box(rng: np.random.Generator) -> list[float]:
+    side = np.exp(rng.normal(3.4, 0.8))
+    width, height = (float(np.clip(side * np.exp(rng.normal(0, 0.3)), 4, limit)) for limit in (WIDTH - 2, HEIGHT - 2))
+    return [float(rng.random() * (WIDTH - width)), float(rng.random() * (HEIGHT - height)), width, height]
+
+
+def _jittered(rng: np.random.Generator, box: list[float]) -> list[float]:
+    x, y, width, height = box
+    dx, dy, dw, dh = rng.normal(0, 0.12, 4)
+    width, height = width * float(np.exp(dw)), height * float(np.exp(dh))
+    return [max(0.0, x + width * float(dx)), max(0.0, y + height * float(dy)), width, height]
+
+
+def _shape(rng: np.random.Generator, x: float, y: float, width: float, height: float) -> list[float]:
+    """A star-shaped polygon in a box."""
+    angles = np.linspace(0, 2 * np.pi, int(rng.integers(8, 61)), endpoint=False)
+    radius = rng.uniform(0.7, 1.0, len(angles))
+    corners = [x + width / 2 * (1 + radius * np.cos(angles)), y + height / 2 * (1 + radius * np.sin(angles))]
+    return [round(v, 2) for v in np.stack(corners, axis=1).reshape(-1).tolist()]
+
+
+def _rle(shape: list[float]) -> bytes:
+    return mask_utils.frPyObjects([shape], HEIGHT, WIDTH)[0]["counts"]
+
+
+def _image(rng: np.random.Generator, image_id: int, present: np.ndarray, negative: np.ndarray) -> dict[str, Any]:
+    return {
+        "id": image_id,
+        "height": HEIGHT,
+        "width": WIDTH,
+        "coco_url": f"http://images.cocodataset.org/val2017/{image_id:012}.jpg",
+        "neg_category_ids": negative.tolist(),
+        "not_exhaustive_category_ids": present[:1].tolist() if rng.random() < 0.16 else [],
+    }
+
+
+def _annotation(
+    rng: np.random.Generator, number: int, image_id: int, category: int, box: list[float]
+) -> dict[str, Any]:
+    shape = _shape(rng, *box)
+    area = float(mask_utils.area([{"size": [HEIGHT, WIDTH], "counts": _rle(shape)}])[0])
+    return {
+        "id": number,
+        "image_id": image_id,
+        "category_id": category,
+        "segmentation": [shape],
+        "bbox": [round(v, 2) for v in box],
+        "area": area,
+    }
+
+
+def load(folder: Path, iou_type: str) -> Detections:
+    """The generated detections, with what `iou_type` needs."""
+    with np.load(folder / "detections.npz") as file:
+        masks = None
+        if iou_type == "segm":
+            sizes = np.tile(np.array([HEIGHT, WIDTH], dtype=np.int32), (len(file["image_ids"]), 1))
+            masks = Masks(counts=file["counts"], offsets=file["offsets"], sizes=sizes)
+        return Detections(
+            image_ids=file["image_ids"],
+            category_ids=file["category_ids"],
+            scores=file["scores"],
+            boxes=file["boxes"] if iou_type == "bbox" else None,
+            masks=masks,
+        )
+
+
+def measure(tool: str, iou_type: str, folder: Path) -> dict[str, float]:
+    """Run one tool in this process; CPU seconds, peak memory and AP."""
+    detections: Any = load(folder, iou_type)
+    if tool != "ours":
+        detections = list(detections._dicts(np.arange(len(detections))))
+    annotations = str(folder / "annotations.json")
+    start, wall = time.process_time(), time.perf_counter()
+    with contextlib.redirect_stdout(io.StringIO()):
+        ap = {"official": _official, "faster": _faster, "ours": _ours}[tool](annotations, detections, iou_type)
+    cpu = time.process_time() - start
+    return {"cpu_seconds": cpu, "wall_seconds": time.perf_counter() - wall, "peak_mb": peak_mb(), "AP": ap}
+
+
+def peak_mb() -> float:
+    """Most memory of this process (ru_maxrss would count that of the process that started it)."""
+    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM"))
+    return int(line.split()[1]) / 1024
+
+
+def _official(annotations: str, detections: list[dict[str, Any]], iou_type: str) -> float:
+    np.float = float  # type: ignore[attr-defined]  # noqa: NPY001  # the released package asks numpy for it
+    from lvis import LVIS, LVISEval, LVISResults
+
+    truth = LVIS(annotations)
+    evaluator = LVISEval(truth, LVISResults(truth, detections), iou_type)
+    evaluator.run()
+    return float(evaluator.results["AP"])
+
+
+def _faster(annotations: str, detections: list[dict[str, Any]], iou_type: str) -> float:
+    from faster_coco_eval import COCO, COCOeval_faster
+
+    truth = COCO(annotations)
+    evaluator = COCOeval_faster(truth, truth.loadRes(detections), iou_type, lvis_style=True)
+    evaluator.params.maxDets = [300]
+    evaluator.run()
+    return float(evaluator.stats_as_dict["AP_all"])
+
+
+def _ours(annotations: str, detections: Detections, iou_type: str) -> float:
+    from loce.evaluation import evaluate_lvis
+
+    return evaluate_lvis(annotations, detections, iou_type).metrics["AP"]
+
+
+def in_process(tool: str, iou_type: str, folder: Path) -> dict[str, Any]:
+    """`measure` in a process of its own."""
+    words = [sys.executable, __file__, "measure", tool, iou_type, str(folder)]
+    done = subprocess.run(words, capture_output=True, text=True)
+    if done.returncode:
+        return {"error": (done.stderr.strip().splitlines() or [f"killed, exit code {done.returncode}"])[-1]}
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def hardware() -> dict[str, Any]:
+    """What the numbers were measured on."""
+    import pycocotools
+
+    model = [line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")]
+    commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True).stdout.strip()
+    changed = subprocess.run(["git", "status", "--porcelain", "loce/evaluation"], capture_output=True, text=True).stdout
+    return {
+        "commit": commit + ("+changes" if changed.strip() else ""),
+        "cpu": model[0].partition(":")[2].strip() if model else platform.processor(),
+        "python": platform.python_version(),
+        "numpy": np.__version__,
+        "pycocotools": getattr(pycocotools, "__version__", "unknown"),
+    }
+
+
+def report(rows: list[dict[str, Any]]) -> str:
+    """The table in Markdown."""
+    lines = ["| images | type | tool | CPU s | peak MB | AP | CPU official / ours |", "|---" * 7 + "|"]
+    for row in rows:
+        if "error" in row:
+            lines.append(f"| {row['images']} | {row['type']} | {row['tool']} | {row['error']} | | | |")
+            continue
+        same = [r for r in rows if (r["images"], r["type"]) == (row["images"], row["type"]) and "error" not in r]
+        official = [r["cpu_seconds"] for r in same if r["tool"] == "official"]
+        ratio = f"{min(official) / row['cpu_seconds']:.1f}" if official and row["tool"] == "ours" else ""
+        numbers = f"{row['cpu_seconds']:.2f} | {row['peak_mb']:.0f} | {row['AP']:.6f} | {ratio}"
+        lines.append(f"| {row['images']} | {row['type']} | {row['tool']} | {numbers} |")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    options = read_options(Options, sys.argv[1:])
+    if unknown := set(options.tools) - set(TOOLS):
+        raise UserError(f"tools: {', '.join(sorted(unknown))} not known; choose from {', '.join(TOOLS)}")
+    rows: list[dict[str, Any]] = []
+    for images in (*options.sizes, *((FULL,) if options.full else ())):
+        with tempfile.TemporaryDirectory() as name:
+            draw_data(Path(name), images)
+            for iou_type in options.types:
+                for turn in range(options.rounds):
+                    tools = [t for t in options.tools if images < FULL or t == "ours"]
+                    tools = [t for t in tools if t != "faster" or images <= options.faster_up_to]
+                    for tool in tools if turn % 2 == 0 else tools[::-1]:
+                        rows.append(
+                            {"images": images, "type": iou_type, "tool": tool, **in_process(tool, iou_type, Path(name))}
+                        )
+                        print(json.dumps(rows[-1]), flush=True)
+    write_text(options.output, json.dumps({**hardware(), "rows": rows}, indent=1) + "\n")
+    print(report(rows))
+
+
+if __name__ == "__main__":
+    if sys.argv[1:2] == ["measure"]:
+        print(json.dumps(measure(sys.argv[2], sys.argv[3], Path(sys.argv[4]))))
+    else:
+        run_script(main)
