@@ -36,7 +36,8 @@ def encode_crop(crop_hw: np.ndarray, corner: tuple[int, int], size: tuple[int, i
     # A run that ends at the bottom of a column and one that starts at the top of the next are one run.
     meets = np.flatnonzero(position[1:] == position[:-1])
     position = np.delete(position, np.concatenate([meets, meets + 1]))
-    counts = np.diff(np.concatenate([[0], position, [height * width]])).tolist()
+    ends = position if len(position) and position[-1] == height * width else np.append(position, height * width)
+    counts = np.diff(ends, prepend=0).tolist()
     return coco_mask.frPyObjects({"counts": counts, "size": [height, width]}, height, width)["counts"]
 
 
