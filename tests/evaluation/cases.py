@@ -3,6 +3,8 @@
 import contextlib
 import copy
 import io
+import logging
+import warnings
 from typing import Any
 
 import numpy as np
@@ -124,15 +126,15 @@ def without(results: list[dict[str, Any]], key: str) -> list[dict[str, Any]]:
 def official_lvis(truth: dict[str, Any], results: list[dict[str, Any]], iou_type: str, cap: int = 300) -> LVISEval:
     """The released LVIS evaluator; it needs `np.float` and trips over an empty list, which callers see to."""
     ground = LVIS.__new__(LVIS)
-    import logging
-
     ground.logger = logging.getLogger("lvis")
     ground.logger.setLevel(logging.ERROR)
     ground.dataset = copy.deepcopy(truth)
     ground._create_index()
     results = without(copy.deepcopy(results), "bbox" if iou_type == "segm" else "segmentation")
-    evaluator = LVISEval(ground, LVISResults(ground, results, max_dets=cap), iou_type)
-    evaluator.run()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)  # of its logging
+        evaluator = LVISEval(ground, LVISResults(ground, results, max_dets=cap), iou_type)
+        evaluator.run()
     return evaluator
 
 

@@ -1,0 +1,153 @@
+"""What people get: the folder, the table, and the two scripts with their exit codes."""
+
+import csv
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from cases import METRICS, random_case, without
+
+from loce.evaluation import evaluate_lvis
+from loce.evaluation.report import COLUMNS, describe, evaluate_and_report
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def script(name: str, *words: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([sys.executable, str(ROOT / "scripts" / name), *words], capture_output=True, text=True)
+
+
+def save(folder: Path, truth: dict[str, Any], results: list[dict[str, Any]]) -> tuple[str, str]:
+    (folder / "a.json").write_text(json.dumps(truth))
+    (folder / "r.json").write_text(json.dumps(results))
+    return f"annotations={folder / 'a.json'}", f"results={folder / 'r.json'}"
+
+
+def test_evaluate_script(tmp_path: Path) -> None:
+    truth, results = random_case(10, crowded=True)
+    words = save(tmp_path, truth, results)
+    done = script("evaluate.py", *words, f"output={tmp_path / 'out'}", "resamples=20")
+    assert done.returncode == 0, done.stderr
+    metrics = json.loads((tmp_path / "out" / "metrics.json").read_text())
+    assert list(metrics) == ["bbox", "segm"]
+    for iou_type, numbers in metrics.items():
+        assert tuple(numbers) == METRICS
+        assert numbers == pytest.approx(evaluate_lvis(truth, results, iou_type).metrics)
+        assert f"| {iou_type}, lvis | {100 * numbers['AP']:.2f} |" in done.stdout
+    assert "protocol: lvis (at most 300 detections an image, federated LVIS rules)" in done.stdout
+    assert "categories have no objects here and are in no mean" in done.stdout
+    order = [line.split()[0] for line in done.stdout.splitlines() if line.startswith(("AP", "AR"))]
+    assert tuple(order) == METRICS * 2
+    facts = json.loads((tmp_path / "out" / "evaluation.json").read_text())
+    assert (facts["protocol"], facts["images"], facts["detections"]) == ("lvis", len(truth["images"]), len(results))
+    assert set(facts["intervals"]["segm"]) == {"AP", "APr", "APc", "APf"}
+    assert not list((tmp_path / "out").glob(".*"))  # no temporary files
+
+
+def test_table_of_categories(tmp_path: Path, small: dict[str, Any]) -> None:
+    results = [{"image_id": 7, "category_id": 2, "score": 0.5, "bbox": [10.0, 10.0, 40.0, 40.0]}]
+    small["categories"][1]["name"] = 'often, "so" to say'
+    evaluations = evaluate_and_report(small, results, tmp_path, resamples=0)
+    assert list(evaluations) == ["bbox"]
+    with (tmp_path / "per_category.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert tuple(rows[0])[: len(COLUMNS)] == COLUMNS
+    assert [row["name"] for row in rows] == ['often, "so" to say', "loose", "none"]
+    assert [row["AP"] for row in rows] == ["0.50495", "0", "-1"]
+    assert [row["mean_score"] for row in rows] == ["0.5", "", ""]
+    assert {row["iou_type"] for row in rows} == {"bbox"}
+    assert list(json.loads((tmp_path / "metrics.json").read_text())) == ["bbox"]
+
+
+def test_masks_lead_the_table_and_boxes_follow(tmp_path: Path) -> None:
+    truth, results = random_case(10, crowded=True)
+    evaluate_and_report(truth, results, tmp_path, resamples=0)
+    with (tmp_path / "per_category.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    for row, mask, box in zip(
+        rows,
+        evaluate_lvis(truth, results, "segm").per_category,
+        evaluate_lvis(truth, results).per_category,
+        strict=True,
+    ):
+        assert float(row["AP"]) == pytest.approx(mask["AP"], rel=1e-5)
+        assert float(row["box_AP"]) == pytest.approx(box["AP"], rel=1e-5)
+
+
+def test_coco_files_get_coco_rules_and_say_so(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    truth, results = random_case(10, crowded=True)
+    plain = {**truth, "images": [{k: i[k] for k in ("id", "height", "width")} for i in truth["images"]]}
+    evaluations = evaluate_and_report(plain, results, tmp_path, ["bbox"], resamples=0)
+    text = capsys.readouterr().out
+    assert "protocol: coco (at most 100 detections an image and category, COCO rules)" in text
+    assert "note: no neg_category_ids: not an LVIS file" in text
+    expected = evaluate_lvis(truth, results, protocol="coco").metrics
+    assert evaluations["bbox"].metrics == expected
+    assert "AR@100" in expected
+
+
+def test_empty_results_are_warned_about(
+    tmp_path: Path, small: dict[str, Any], capsys: pytest.CaptureFixture[str]
+) -> None:
+    metrics = evaluate_and_report(small, [], tmp_path)["segm"].metrics
+    assert metrics["AP"] == 0.0
+    assert "warning: there are no detections at all" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["results=r"], "annotations must be given"),
+        (["annotations=a.json", "results=nowhere.json"], "nowhere.json: no such file"),
+        (["annotations=a.json", "results=r.json", "protocol=voc"], "protocol = voc"),
+        (["annotations=a.json", "results=r.json", "iou_type=bbox"], "did you mean iou_types?"),
+        (["annotations=a.json", "results=boxes.json", "iou_types=segm"], "the results have no segmentation"),
+        (["annotations=a.json", "results=other.json"], "use the annotation file of the split"),
+    ],
+)
+def test_mistakes_exit_with_2(tmp_path: Path, words: list[str], message: str) -> None:
+    truth, results = random_case(10, crowded=True)
+    save(tmp_path, truth, results)
+    (tmp_path / "boxes.json").write_text(json.dumps(without(results, "segmentation")))
+    (tmp_path / "other.json").write_text(json.dumps([{**d, "image_id": d["image_id"] + 999} for d in results]))
+    words = [f"{w.split('=')[0]}={tmp_path / w.split('=')[1]}" if ".json" in w else w for w in words]
+    done = script("evaluate.py", *words)
+    assert done.returncode == 2
+    assert message in done.stderr
+    assert "Traceback" not in done.stderr
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a.json", "boxes.json", "other.json", "r.json"]
+
+
+def test_compare_script(tmp_path: Path) -> None:
+    truth, results = random_case(10, crowded=True)
+    rng = np.random.default_rng(0)
+    worse = [{**d, "score": float(rng.random())} for d in results]
+    for name, found in (("a", results), ("b", worse)):
+        evaluate_and_report(truth, found, tmp_path / name, resamples=0)
+    done = script("compare.py", str(tmp_path / "a"), str(tmp_path / "b"), "resamples=50", "top=2")
+    assert done.returncode == 0, done.stderr
+    line = next(line for line in done.stdout.splitlines() if line.startswith("AP "))
+    first, second, difference = (float(word) for word in line.split()[1:4])
+    assert first == pytest.approx(evaluate_lvis(truth, results).metrics["AP"], abs=5e-4)
+    assert difference == pytest.approx(second - first, abs=2e-3)
+    assert "categories that gained most AP" in done.stdout
+    for words in ([str(tmp_path / "a")], [str(tmp_path / "a"), str(tmp_path)]):
+        done = script("compare.py", *words)
+        assert done.returncode == 2
+        assert "folder" in done.stderr
+
+
+def test_every_metric_is_described() -> None:
+    assert describe("AP50") == "average precision, IoU .50, all sizes, all categories"
+    assert describe("APr") == "average precision, IoU .50:.95, all sizes, rare categories"
+    assert describe("ARs@300") == "average recall, IoU .50:.95, small (< 32^2 px), all categories, cap 300"
+
+
+def test_evaluation_imports_no_torch() -> None:
+    """It costs seconds and 200 MB, and anybody's results can be evaluated without it."""
+    code = "import sys, loce.evaluation.report, loce.evaluation.comparison; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0
