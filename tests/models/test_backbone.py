@@ -1,0 +1,102 @@
+"""Backbones: pyramid sizes, names, what is frozen, and what a missing download says."""
+
+from urllib.error import URLError
+
+import pytest
+import torch
+from torch import nn
+from torchvision.models import ResNet50_Weights, resnet50
+
+from loce.config import ModelConfig, UserError
+from loce.models.backbone import build_backbone
+
+TINY = ModelConfig(backbone="tiny", weights="none", norm="group", frozen_stages=0, fpn_channels=16)
+
+
+@pytest.mark.parametrize("size", [(64, 96), (320, 416), (96, 32)])
+def test_pyramid_sizes(size):
+    """P2..P5 have strides 4..32; P6 is every second position of P5."""
+    maps = list(build_backbone(TINY)(torch.randn(1, 3, *size)).values())
+    expected = [tuple(side // stride for side in size) for stride in (4, 8, 16, 32)]
+    expected.append(tuple(-(-side // 64) for side in size))
+    assert [tuple(x.shape[2:]) for x in maps] == expected
+    assert all(x.shape[1] == 16 for x in maps)
+    torch.testing.assert_close(maps[4], maps[3][:, :, ::2, ::2])
+
+
+def test_the_pyramid_against_its_definition():
+    """Lateral 1 x 1, nearest upsampling of the coarser level added, then 3 x 3; no norm, no activation."""
+    backbone = build_backbone(TINY).eval()
+    image = torch.randn(1, 3, 64, 96)
+    fpn, body = backbone.fpn, list(backbone.body(image).values())
+    lateral = [block(x) for block, x in zip(fpn.inner_blocks, body, strict=True)]
+    merged = lateral[3]
+    outputs = [fpn.layer_blocks[3](merged)]
+    for level in (2, 1, 0):
+        merged = lateral[level] + merged.repeat_interleave(2, dim=2).repeat_interleave(2, dim=3)
+        outputs.insert(0, fpn.layer_blocks[level](merged))
+    for own, expected in zip(backbone(image).values(), outputs, strict=False):
+        torch.testing.assert_close(own, expected)
+
+
+@pytest.mark.parametrize(("stages", "frozen"), [(0, ()), (1, ("stem", "layer1")), (2, ("stem", "layer1", "layer2"))])
+def test_frozen_stages_of_the_tiny_backbone(stages, frozen):
+    backbone = build_backbone(ModelConfig(backbone="tiny", weights="none", norm="group", frozen_stages=stages))
+    for name, parameter in backbone.body.named_parameters():
+        assert parameter.requires_grad == (name.split(".")[0] not in frozen), name
+    assert all(parameter.requires_grad for parameter in backbone.fpn.parameters())
+
+
+@pytest.mark.parametrize(
+    ("stages", "frozen"),
+    [(0, ()), (1, ("conv1", "bn1", "layer1")), (4, ("conv1", "bn1", *(f"layer{i}" for i in range(1, 5))))],
+)
+def test_frozen_stages_of_a_resnet(stages, frozen):
+    backbone = build_backbone(ModelConfig(weights="none", frozen_stages=stages))
+    for name, parameter in backbone.body.named_parameters():
+        assert parameter.requires_grad == (name.split(".")[0] not in frozen), name
+
+
+def test_batch_norms_of_the_resnet_have_affine_weights_that_train():
+    backbone = build_backbone(ModelConfig(weights="none"))
+    norms = [m for m in backbone.body.modules() if isinstance(m, nn.BatchNorm2d)]
+    assert len(norms) == 53 and all(norm.eps == 1e-5 for norm in norms)
+    assert (
+        backbone.body["layer2"][0].bn1.weight.requires_grad and not backbone.body["layer1"][0].bn1.weight.requires_grad
+    )
+
+
+def test_the_stride_is_in_the_3x3_convolution():
+    block = build_backbone(ModelConfig(weights="none")).body["layer2"][0]
+    assert block.conv1.stride == (1, 1) and block.conv2.stride == (2, 2)
+
+
+def test_imagenet_weights_come_from_the_v1_file(monkeypatch):
+    """Every tensor of the file but the classifier's arrives; a file of the right names is enough to show it."""
+    state = {k: torch.full_like(v, 0.25) if v.is_floating_point() else v for k, v in resnet50().state_dict().items()}
+    asked = []
+
+    def fetch(weights, **options):
+        asked.append(weights)
+        return state
+
+    monkeypatch.setattr(ResNet50_Weights, "get_state_dict", fetch)
+    body = build_backbone(ModelConfig()).body.state_dict()
+    assert asked == [ResNet50_Weights.IMAGENET1K_V1]
+    assert set(body) == {key for key in state if not key.startswith("fc.")}
+    assert all((value == 0.25).all() for value in body.values() if value.is_floating_point())
+
+
+def test_weights_that_cannot_be_downloaded_have_a_way_out(monkeypatch):
+    def fetch(*_, **__):
+        raise URLError("no route")
+
+    monkeypatch.setattr(ResNet50_Weights, "get_state_dict", fetch)
+    with pytest.raises(UserError, match=r"resnet50-0676ba61\.pth.*cannot be downloaded(.|\n)*hub/checkpoints"):
+        build_backbone(ModelConfig())
+
+
+def test_group_norm_takes_the_place_of_batch_norm():
+    body = build_backbone(ModelConfig(weights="none", norm="group")).body
+    assert not any(isinstance(m, nn.BatchNorm2d) for m in body.modules())
+    assert sum(isinstance(m, nn.GroupNorm) for m in body.modules()) == 53

@@ -1,0 +1,325 @@
+"""Second stage: which regions are sampled, what they learn, what the memory adds, and what each loss is divided by."""
+
+import math
+
+import pytest
+import torch
+
+from loce.classes import IGNORED
+from loce.config import IndicatorConfig, MemoryConfig
+from loce.data.masks import CroppedMasks
+from loce.models.boxes import ROI_STDS, encode
+from loce.models.mask_head import mask_targets
+from loce.models.roi_heads import Truth
+
+CLASSES = 6
+SIZES = [(64, 96), (64, 80)]
+MEMORY = MemoryConfig(enabled=True, capacity=40, classes_per_draw=3, features_per_class=2)
+
+
+def truth_of(sample) -> Truth:
+    rows = torch.arange(len(sample["labels"]))
+    return Truth(sample["boxes"], sample["labels"], sample["masks"], rows)
+
+
+@pytest.fixture
+def truths(batch):
+    return [truth_of(sample) for sample in batch]
+
+
+@pytest.fixture
+def features():
+    return [torch.randn(2, 16, 64 // stride, 96 // stride) for stride in (4, 8, 16, 32)]
+
+
+@pytest.fixture
+def proposals(truths):
+    """Near the ground truth, and anywhere."""
+    made = []
+    for truth, (height, width) in zip(truths, SIZES, strict=True):
+        near = (truth.boxes.repeat(6, 1) + torch.randn(6 * len(truth.boxes), 4) * 2).clamp(min=0)
+        corner = torch.rand(60, 2) * torch.tensor([width * 0.7, height * 0.7])
+        far = torch.cat([corner, corner + 3 + torch.rand(60, 2) * 20], dim=1)
+        made.append(torch.cat([near, far]))
+    return made
+
+
+def first(candidates, limit, slots):
+    """Instead of random choice: the first ones."""
+    slots = min(slots, len(candidates))
+    indices = candidates.nonzero()[:, 0][: min(int(limit), slots)]
+    chosen = torch.zeros(slots, dtype=torch.long)
+    chosen[: len(indices)] = indices
+    return chosen, torch.arange(slots) < len(indices)
+
+
+class TestSelection:
+    """24 regions of an image, at most a quarter of them positive."""
+
+    @pytest.fixture
+    def roi_heads(self, make_model):
+        made = make_model().roi_heads
+        made.choose = first
+        return made
+
+    def test_ground_truth_stands_in_front_as_its_own_positive(self, roi_heads, truths):
+        far = torch.tensor([[0.0, 0, 3, 3]]).repeat(30, 1)
+        found = roi_heads.select(far, truths[0])
+        assert torch.equal(found.boxes[:3], truths[0].boxes)
+        assert found.instances.tolist() == [0, 1, 2] + [-1] * 21
+        assert found.labels.tolist() == truths[0].labels.tolist() + [CLASSES] * 21
+
+    def test_equal_ground_truth_boxes_stay_themselves(self, roi_heads, make_sample):
+        """Two classes on the same box: each of the two keeps its own label; a proposal there goes to the later."""
+        box = [10.0, 10, 50, 50]
+        found = roi_heads.select(torch.tensor([box]), truth_of(make_sample([box, box], [1, 4])))
+        assert found.instances[:3].tolist() == [0, 1, 1] and found.labels[:3].tolist() == [1, 4, 4]
+
+    def test_ground_truth_boxes_take_no_part_in_matching(self, roi_heads, make_sample):
+        """With an IoU of 0.55 the proposal is its instance's best one, although the instance itself has IoU 1."""
+        sample = make_sample([[0, 0, 40, 40], [0, 0, 40, 24]], [1, 4])
+        found = roi_heads.select(torch.tensor([[0.0, 0, 40, 22]]), truth_of(sample))
+        # IoU 0.55 with the first, 0.917 with the second; the best of both is this box: the later one takes it.
+        assert found.instances[:3].tolist() == [0, 1, 1]
+        flipped = make_sample([[0, 0, 40, 24], [0, 0, 40, 40]], [4, 1])
+        found = roi_heads.select(torch.tensor([[0.0, 0, 40, 22]]), truth_of(flipped))
+        assert found.instances[:3].tolist() == [0, 1, 1] and found.labels[2] == 1  # a worse fit, but the later one
+
+    def test_half_an_iou_is_positive(self, roi_heads, make_sample):
+        found = roi_heads.select(
+            torch.tensor([[0.0, 0, 40, 20], [0, 0, 40, 19.9]]), truth_of(make_sample([[0, 0, 40, 40]], [2]))
+        )
+        assert found.labels[:3].tolist() == [2, 2, CLASSES]
+
+    def test_counts(self, roi_heads, truths, proposals):
+        for truth, boxes in zip(truths, proposals, strict=True):
+            found = roi_heads.select(boxes, truth)
+            positive = found.instances >= 0
+            assert len(found.boxes) == 24 and int(positive.sum()) == 6 and positive[:6].all()
+            assert (found.labels[positive] == truth.labels[found.instances[positive]]).all()
+            assert (found.labels[~positive] == CLASSES).all()
+
+    def test_an_image_with_fewer_boxes_than_wanted(self, roi_heads, truths):
+        """3 ground truths and 2 proposals: 5 slots are used, in front."""
+        found = roi_heads.select(torch.tensor([[0.0, 0, 3, 3], [80, 1, 84, 4]]), truths[0])
+        assert (found.labels != IGNORED).tolist() == [True] * 5 + [False] * (len(found.labels) - 5)
+        assert (found.instances[5:] == -1).all()
+
+    def test_no_objects(self, roi_heads, make_sample, proposals):
+        found = roi_heads.select(proposals[0], truth_of(make_sample([], [])))
+        assert found.labels.tolist() == [CLASSES] * 24 and (found.instances == -1).all()
+
+    def test_no_proposals(self, roi_heads, truths, make_sample):
+        found = roi_heads.select(torch.zeros(0, 4), truths[0])
+        assert found.labels[:3].tolist() == truths[0].labels.tolist() and (found.labels[3:] == IGNORED).all()
+        found = roi_heads.select(torch.zeros(0, 4), truth_of(make_sample([], [])))
+        assert (found.labels == IGNORED).all()
+
+    def test_random_choice_keeps_the_order_within_positives_and_negatives(self, make_model, truths, proposals):
+        found = make_model().roi_heads.select(proposals[0], truths[0])
+        positive = found.instances >= 0
+        assert positive[: int(positive.sum())].all() and int(positive.sum()) == 6
+
+
+def run(roi_heads, features, proposals, truths):
+    """Losses, and what they were computed from."""
+    seen = {}
+    observe = roi_heads.observe
+
+    def spy(*arguments):
+        seen["regions"] = arguments[1]
+        seen["rows"] = observe(*arguments)
+        return seen["rows"]
+
+    roi_heads.observe = spy
+    losses = roi_heads.losses(features, proposals, truths, SIZES)
+    roi_heads.observe = observe
+    return losses, seen["regions"], *seen["rows"]
+
+
+@pytest.mark.parametrize("memory", [None, MEMORY], ids=["plain", "with memory"])
+def test_losses_against_loops(make_model, features, proposals, truths, memory):
+    roi_heads = make_model("softmax", memory).roi_heads
+    losses, regions, x, targets, logits, rois = run(roi_heads, features, proposals, truths)
+    sampled = sum(len(found.labels) for found in regions)
+    assert len(rois.labels_N) == sampled + (6 if memory else 0)
+
+    rows = logits.detach().double().tolist()
+    deltas = roi_heads.fc_reg(x).detach().double().reshape(-1, CLASSES, 4)
+    classification, boxes, count = 0.0, 0.0, 0
+    for row, label in enumerate(rois.labels_N.tolist()):
+        if label == IGNORED:
+            continue
+        count += 1
+        largest = max(rows[row])
+        classification += largest + math.log(sum(math.exp(z - largest) for z in rows[row])) - rows[row][label]
+        if label < CLASSES:
+            errors = [abs(float(d) - float(t)) for d, t in zip(deltas[row, label], targets[row], strict=True)]
+            boxes += sum(errors)
+    assert losses["loss_cls"].item() == pytest.approx(classification / count, rel=1e-5)
+    assert losses["loss_box"].item() == pytest.approx(boxes / count, rel=1e-5)  # all rows, not the positives alone
+
+
+def test_box_targets(make_model, features, proposals, truths):
+    _, regions, _, targets, _, _ = run(make_model().roi_heads, features, proposals, truths)
+    row = 0
+    for found, truth in zip(regions, truths, strict=True):
+        for box, instance in zip(found.boxes, found.instances.tolist(), strict=True):
+            if instance < 0:
+                assert (targets[row] == 0).all()
+            else:
+                expected = encode(box[None], truth.boxes[instance][None], ROI_STDS)[0]
+                torch.testing.assert_close(targets[row], expected)
+            row += 1
+
+
+def test_mask_loss_against_loops(make_model, features, proposals, truths):
+    """Over the positives of the sampled regions and 28 x 28 pixels; memory rows have no mask."""
+    from loce.models.pooling import pool
+
+    roi_heads = make_model("softmax", MEMORY).roi_heads
+    losses, regions, *_ = run(roi_heads, features, proposals, truths)
+    total, count = 0.0, 0
+    for image, (found, truth) in enumerate(zip(regions, truths, strict=True)):
+        for box, label, instance in zip(found.boxes, found.labels, found.instances, strict=True):
+            if instance < 0:
+                continue
+            target = mask_targets(truth.masks, instance[None], box[None])[0].double()
+            own = [x[image : image + 1] for x in features]
+            logits = roi_heads.mask_head(pool(own, [box[None]], 14, 56.0), label[None])[0].detach().double()
+            total += float((torch.log1p(logits.exp()) - logits * target).sum())
+            count += 28 * 28
+    assert losses["loss_mask"].item() == pytest.approx(total / count, rel=1e-5)
+
+
+def test_mean_score_has_one_entry_per_instance(make_model, features, proposals, truths):
+    """An instance's entry is the mean over its regions, whichever image it is in; classes are averaged over entries."""
+    roi_heads = make_model().roi_heads
+    _, regions, _, _, logits, rois = run(roi_heads, features, proposals, truths)
+    probabilities = logits.detach().double().softmax(dim=1)
+    entries: dict[tuple[int, int], list[float]] = {}
+    row = 0
+    for image, found in enumerate(regions):
+        for label, instance in zip(found.labels.tolist(), found.instances.tolist(), strict=True):
+            if instance >= 0:
+                entries.setdefault((image, instance), []).append(float(probabilities[row, label]))
+            row += 1
+    expected = [0.01] * (CLASSES + 1)
+    by_class: dict[int, list[float]] = {}
+    for (image, instance), scores in entries.items():
+        by_class.setdefault(int(truths[image].labels[instance]), []).append(sum(scores) / len(scores))
+    for label, scores in by_class.items():
+        for _ in scores:
+            expected[label] = 0.9 * expected[label] + 0.1 * sum(scores) / len(scores)
+    torch.testing.assert_close(roi_heads.tracker.scores, torch.tensor(expected), rtol=1e-5, atol=1e-7)
+    assert len(by_class[3]) == 2  # class 3 has an instance in each image
+    offsets = rois.instances_N[rois.instances_N >= 0]
+    assert set(offsets.tolist()) <= {0, 1, 2, 3, 4} and offsets.max() >= 3  # counted over the batch
+
+
+def test_memory_rows_give_one_entry_per_class(make_model, features, truths):
+    """Without positives from the images the mean score moves by the drawn classes alone."""
+    roi_heads = make_model("softmax", MEMORY).roi_heads
+    bank = roi_heads.memory.bank
+    bank.enqueue(torch.randn(3, 24), torch.tensor([1, 1, 4]), torch.zeros(3, 4))
+    none = torch.zeros(0, dtype=torch.long)
+    empty = [Truth(torch.zeros(0, 4), none, CroppedMasks.pack([], size), none) for size in SIZES]
+    _, _, _, _, logits, rois = run(roi_heads, features, [torch.rand(30, 4).cumsum(1) * 20] * 2, empty)
+    drawn = rois.labels_N[rois.from_memory_N]
+    assert len(drawn) == 6 and set(drawn.tolist()) <= {1, 4}
+    probabilities = logits.detach().double().softmax(dim=1)[rois.from_memory_N]
+    for label in range(CLASSES):
+        rows = (drawn == label).nonzero()[:, 0]
+        mean = float(probabilities[rows, label].mean()) if len(rows) else 0.0
+        expected = 0.9 * 0.01 + 0.1 * mean if len(rows) else 0.01
+        assert float(roi_heads.tracker.scores[label]) == pytest.approx(expected, rel=1e-5)
+
+
+def test_the_loss_sees_the_mean_score_of_after_its_update(make_model, features, proposals, truths):
+    roi_heads = make_model("equilibrium").roi_heads
+    before = roi_heads.tracker.scores.clone()
+    losses, _, _, _, logits, rois = run(roi_heads, features, proposals, truths)
+    after = roi_heads.tracker.scores
+    assert not torch.equal(before, after) and torch.equal(rois.indicator, after)
+    for score, same in ((after, True), (before, False)):
+        shifted = logits.detach().double() + score.double().log()
+        used = rois.labels_N != IGNORED
+        plain = torch.nn.functional.cross_entropy(shifted[used], rois.labels_N[used])
+        assert (losses["loss_cls"].item() == pytest.approx(float(plain), rel=1e-6)) == same
+
+
+def test_drawing_uses_the_mean_score_of_before_its_update(make_model, features, proposals, truths):
+    roi_heads = make_model("equilibrium", MEMORY).roi_heads
+    before, seen = roi_heads.tracker.scores.clone(), []
+    sample = roi_heads.memory.bank.sample
+    roi_heads.memory.bank.sample = lambda score, *rest: (seen.append(score.clone()), sample(score, *rest))[1]
+    run(roi_heads, features, proposals, truths)
+    assert torch.equal(seen[0], before) and not torch.equal(roi_heads.tracker.scores, before)
+
+
+def test_an_ignored_row_counts_for_nothing(make_model, features, truths):
+    """An image with few boxes beside one with many: slots that are not used change no loss."""
+    roi_heads = make_model().roi_heads
+    roi_heads.choose = first
+    few = [torch.tensor([[0.0, 0, 4, 4]]), torch.rand(40, 4).cumsum(1) * 15]
+    losses, regions, _, _, logits, rois = run(roi_heads, features, few, truths)
+    used = rois.labels_N != IGNORED
+    assert not used.all() and int(used[: len(regions[0].labels)].sum()) == 4
+    expected = torch.nn.functional.cross_entropy(logits[used], rois.labels_N[used])
+    torch.testing.assert_close(losses["loss_cls"], expected)
+
+
+@pytest.mark.parametrize("head", ["softmax", "equilibrium"])
+def test_fc_and_roi_memories_train_alike_when_the_shared_fcs_are_frozen(make_model, features, proposals, truths, head):
+    """Three steps with the same random numbers, the bank filling up. In fp32: losses to 1e-6, gradients to 1e-5."""
+    results = []
+    for level in ("fc", "roi"):
+        memory = MemoryConfig(enabled=True, level=level, capacity=40, classes_per_draw=8, features_per_class=4)
+        model = make_model(head, memory, freeze="trunk")
+        torch.manual_seed(11)
+        steps = []
+        for _ in range(3):
+            model.zero_grad()
+            losses = model.roi_heads.losses(features, proposals, truths, SIZES)
+            sum(losses.values()).backward()
+            grads = {n: p.grad.clone() for n, p in model.roi_heads.named_parameters() if p.grad is not None}
+            steps.append((losses, grads, model.roi_heads.tracker.scores.clone()))
+        assert bool(model.roi_heads.memory.bank.counts.sum() > 100)
+        results.append(steps)
+    for (losses_a, grads_a, score_a), (losses_b, grads_b, score_b) in zip(*results, strict=True):
+        assert grads_a.keys() == grads_b.keys() and len(grads_a) >= 8
+        torch.testing.assert_close(losses_a, losses_b, rtol=1e-6, atol=0)
+        torch.testing.assert_close(grads_a, grads_b, rtol=1e-5, atol=1e-7)
+        torch.testing.assert_close(score_a, score_b, rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("level", ["fc", "roi"])
+def test_what_is_stored_carries_no_gradient(make_model, features, proposals, truths, level):
+    roi_heads = make_model("softmax", MemoryConfig(enabled=True, level=level, capacity=40)).roi_heads
+    roi_heads.losses(features, proposals, truths, SIZES)
+    assert not roi_heads.memory.bank.features.requires_grad
+
+
+class TestPrior:
+    """Instance counts in place of the mean score (supplement, Sec. 1)."""
+
+    PRIOR = IndicatorConfig(kind="prior", background_count=2.0)
+
+    def test_margins_come_from_the_counts(self, make_model, features, proposals, truths, small_stats):
+        roi_heads = make_model("equilibrium", None, self.PRIOR).roi_heads
+        losses, _, _, _, logits, rois = run(roi_heads, features, proposals, truths)
+        counts = torch.tensor([*small_stats.instance_counts, 2.0], dtype=torch.float64)
+        expected = torch.nn.functional.cross_entropy(logits.detach().double() + counts.log(), rois.labels_N)
+        assert losses["loss_cls"].item() == pytest.approx(float(expected), rel=1e-6)
+
+    def test_the_sampler_uses_the_counts(self, make_model, features, proposals, truths, small_stats):
+        roi_heads = make_model("softmax", MEMORY, self.PRIOR).roi_heads
+        seen, sample = [], roi_heads.memory.bank.sample
+        roi_heads.memory.bank.sample = lambda score, *rest: (seen.append(score), sample(score, *rest))[1]
+        run(roi_heads, features, proposals, truths)
+        assert seen[0].tolist() == [*small_stats.instance_counts.tolist(), 2.0]
+
+    def test_the_mean_score_is_still_kept_for_the_log(self, make_model, features, proposals, truths):
+        roi_heads = make_model("equilibrium", None, self.PRIOR).roi_heads
+        run(roi_heads, features, proposals, truths)
+        assert (roi_heads.tracker.scores[:-1] != 0.01).any()
