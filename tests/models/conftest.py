@@ -11,6 +11,7 @@ from loce.classes import ClassStats
 from loce.config import EvalConfig, IndicatorConfig, MemoryConfig, ModelConfig, RoIConfig, RPNConfig
 from loce.data.masks import CroppedMasks
 from loce.models.mask_rcnn import MaskRCNN, build_roi_heads
+from loce.models.roi_heads import Truth
 
 CLASSES = 6
 SMALL = ModelConfig(
@@ -90,3 +91,41 @@ def batch(make_sample: Callable[..., dict[str, Any]]) -> list[dict[str, Any]]:
         make_sample([[4, 6, 40, 50], [30, 20, 90, 60], [50, 5, 70, 25]], [0, 3, 5], (64, 96), 1),
         make_sample([[10, 10, 60, 50], [5, 30, 35, 62]], [3, 4], (64, 80), 2),
     ]
+
+
+def first(candidates: torch.Tensor, limit: torch.Tensor | int, slots: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Instead of random choice: the first ones."""
+    slots = min(slots, len(candidates))
+    indices = candidates.nonzero()[:, 0][: min(int(limit), slots)]
+    chosen = torch.zeros(slots, dtype=torch.long)
+    chosen[: len(indices)] = indices
+    return chosen, torch.arange(slots) < len(indices)
+
+
+def truth_of(sample: dict[str, Any]) -> Truth:
+    """Ground truth as the second stage gets it, all of it to be stored."""
+    rows = torch.arange(len(sample["labels"]))
+    return Truth(sample["boxes"], sample["labels"], sample["masks"], rows)
+
+
+@pytest.fixture
+def truths(batch: list[dict[str, Any]]) -> list[Truth]:
+    return [truth_of(sample) for sample in batch]
+
+
+@pytest.fixture
+def features() -> list[torch.Tensor]:
+    """P2..P5 of two images."""
+    return [torch.randn(2, 16, 64 // stride, 96 // stride) for stride in (4, 8, 16, 32)]
+
+
+@pytest.fixture
+def proposals(truths: list[Truth]) -> list[torch.Tensor]:
+    """Near the ground truth, and anywhere."""
+    made = []
+    for truth, (height, width) in zip(truths, [(64, 96), (64, 80)], strict=True):
+        near = (truth.boxes.repeat(6, 1) + torch.randn(6 * len(truth.boxes), 4) * 2).clamp(min=0)
+        corner = torch.rand(60, 2) * torch.tensor([width * 0.7, height * 0.7])
+        far = torch.cat([corner, corner + 3 + torch.rand(60, 2) * 20], dim=1)
+        made.append(torch.cat([near, far]))
+    return made

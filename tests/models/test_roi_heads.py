@@ -1,4 +1,4 @@
-"""Second stage: which regions are sampled, what they learn, what the memory adds, and what each loss is divided by."""
+"""Second stage: what sampled regions learn, what the memory adds, and what each loss is divided by."""
 
 import math
 
@@ -10,115 +10,14 @@ from loce.config import IndicatorConfig, MemoryConfig
 from loce.data.masks import CroppedMasks
 from loce.models.boxes import ROI_STDS, encode
 from loce.models.mask_head import mask_targets
+from loce.models.pooling import pool
 from loce.models.roi_heads import Truth
+
+from .conftest import first
 
 CLASSES = 6
 SIZES = [(64, 96), (64, 80)]
 MEMORY = MemoryConfig(enabled=True, capacity=40, classes_per_draw=3, features_per_class=2)
-
-
-def truth_of(sample) -> Truth:
-    rows = torch.arange(len(sample["labels"]))
-    return Truth(sample["boxes"], sample["labels"], sample["masks"], rows)
-
-
-@pytest.fixture
-def truths(batch):
-    return [truth_of(sample) for sample in batch]
-
-
-@pytest.fixture
-def features():
-    return [torch.randn(2, 16, 64 // stride, 96 // stride) for stride in (4, 8, 16, 32)]
-
-
-@pytest.fixture
-def proposals(truths):
-    """Near the ground truth, and anywhere."""
-    made = []
-    for truth, (height, width) in zip(truths, SIZES, strict=True):
-        near = (truth.boxes.repeat(6, 1) + torch.randn(6 * len(truth.boxes), 4) * 2).clamp(min=0)
-        corner = torch.rand(60, 2) * torch.tensor([width * 0.7, height * 0.7])
-        far = torch.cat([corner, corner + 3 + torch.rand(60, 2) * 20], dim=1)
-        made.append(torch.cat([near, far]))
-    return made
-
-
-def first(candidates, limit, slots):
-    """Instead of random choice: the first ones."""
-    slots = min(slots, len(candidates))
-    indices = candidates.nonzero()[:, 0][: min(int(limit), slots)]
-    chosen = torch.zeros(slots, dtype=torch.long)
-    chosen[: len(indices)] = indices
-    return chosen, torch.arange(slots) < len(indices)
-
-
-class TestSelection:
-    """24 regions of an image, at most a quarter of them positive."""
-
-    @pytest.fixture
-    def roi_heads(self, make_model):
-        made = make_model().roi_heads
-        made.choose = first
-        return made
-
-    def test_ground_truth_stands_in_front_as_its_own_positive(self, roi_heads, truths):
-        far = torch.tensor([[0.0, 0, 3, 3]]).repeat(30, 1)
-        found = roi_heads.select(far, truths[0])
-        assert torch.equal(found.boxes[:3], truths[0].boxes)
-        assert found.instances.tolist() == [0, 1, 2] + [-1] * 21
-        assert found.labels.tolist() == truths[0].labels.tolist() + [CLASSES] * 21
-
-    def test_equal_ground_truth_boxes_stay_themselves(self, roi_heads, make_sample):
-        """Two classes on the same box: each of the two keeps its own label; a proposal there goes to the later."""
-        box = [10.0, 10, 50, 50]
-        found = roi_heads.select(torch.tensor([box]), truth_of(make_sample([box, box], [1, 4])))
-        assert found.instances[:3].tolist() == [0, 1, 1] and found.labels[:3].tolist() == [1, 4, 4]
-
-    def test_ground_truth_boxes_take_no_part_in_matching(self, roi_heads, make_sample):
-        """With an IoU of 0.55 the proposal is its instance's best one, although the instance itself has IoU 1."""
-        sample = make_sample([[0, 0, 40, 40], [0, 0, 40, 24]], [1, 4])
-        found = roi_heads.select(torch.tensor([[0.0, 0, 40, 22]]), truth_of(sample))
-        # IoU 0.55 with the first, 0.917 with the second; the best of both is this box: the later one takes it.
-        assert found.instances[:3].tolist() == [0, 1, 1]
-        flipped = make_sample([[0, 0, 40, 24], [0, 0, 40, 40]], [4, 1])
-        found = roi_heads.select(torch.tensor([[0.0, 0, 40, 22]]), truth_of(flipped))
-        assert found.instances[:3].tolist() == [0, 1, 1] and found.labels[2] == 1  # a worse fit, but the later one
-
-    def test_half_an_iou_is_positive(self, roi_heads, make_sample):
-        found = roi_heads.select(
-            torch.tensor([[0.0, 0, 40, 20], [0, 0, 40, 19.9]]), truth_of(make_sample([[0, 0, 40, 40]], [2]))
-        )
-        assert found.labels[:3].tolist() == [2, 2, CLASSES]
-
-    def test_counts(self, roi_heads, truths, proposals):
-        for truth, boxes in zip(truths, proposals, strict=True):
-            found = roi_heads.select(boxes, truth)
-            positive = found.instances >= 0
-            assert len(found.boxes) == 24 and int(positive.sum()) == 6 and positive[:6].all()
-            assert (found.labels[positive] == truth.labels[found.instances[positive]]).all()
-            assert (found.labels[~positive] == CLASSES).all()
-
-    def test_an_image_with_fewer_boxes_than_wanted(self, roi_heads, truths):
-        """3 ground truths and 2 proposals: 5 slots are used, in front."""
-        found = roi_heads.select(torch.tensor([[0.0, 0, 3, 3], [80, 1, 84, 4]]), truths[0])
-        assert (found.labels != IGNORED).tolist() == [True] * 5 + [False] * (len(found.labels) - 5)
-        assert (found.instances[5:] == -1).all()
-
-    def test_no_objects(self, roi_heads, make_sample, proposals):
-        found = roi_heads.select(proposals[0], truth_of(make_sample([], [])))
-        assert found.labels.tolist() == [CLASSES] * 24 and (found.instances == -1).all()
-
-    def test_no_proposals(self, roi_heads, truths, make_sample):
-        found = roi_heads.select(torch.zeros(0, 4), truths[0])
-        assert found.labels[:3].tolist() == truths[0].labels.tolist() and (found.labels[3:] == IGNORED).all()
-        found = roi_heads.select(torch.zeros(0, 4), truth_of(make_sample([], [])))
-        assert (found.labels == IGNORED).all()
-
-    def test_random_choice_keeps_the_order_within_positives_and_negatives(self, make_model, truths, proposals):
-        found = make_model().roi_heads.select(proposals[0], truths[0])
-        positive = found.instances >= 0
-        assert positive[: int(positive.sum())].all() and int(positive.sum()) == 6
 
 
 def run(roi_heads, features, proposals, truths):
@@ -135,6 +34,18 @@ def run(roi_heads, features, proposals, truths):
     losses = roi_heads.losses(features, proposals, truths, SIZES)
     roi_heads.observe = observe
     return losses, seen["regions"], *seen["rows"]
+
+
+def scores_given_to(bank):
+    """A list that gets the scores of every draw to come."""
+    seen, sample = [], bank.sample
+
+    def spy(score, *rest):
+        seen.append(score.clone())
+        return sample(score, *rest)
+
+    bank.sample = spy
+    return seen
 
 
 @pytest.mark.parametrize("memory", [None, MEMORY], ids=["plain", "with memory"])
@@ -175,8 +86,6 @@ def test_box_targets(make_model, features, proposals, truths):
 
 def test_mask_loss_against_loops(make_model, features, proposals, truths):
     """Over the positives of the sampled regions and 28 x 28 pixels; memory rows have no mask."""
-    from loce.models.pooling import pool
-
     roi_heads = make_model("softmax", MEMORY).roi_heads
     losses, regions, *_ = run(roi_heads, features, proposals, truths)
     total, count = 0.0, 0
@@ -250,9 +159,7 @@ def test_the_loss_sees_the_mean_score_of_after_its_update(make_model, features, 
 
 def test_drawing_uses_the_mean_score_of_before_its_update(make_model, features, proposals, truths):
     roi_heads = make_model("equilibrium", MEMORY).roi_heads
-    before, seen = roi_heads.tracker.scores.clone(), []
-    sample = roi_heads.memory.bank.sample
-    roi_heads.memory.bank.sample = lambda score, *rest: (seen.append(score.clone()), sample(score, *rest))[1]
+    before, seen = roi_heads.tracker.scores.clone(), scores_given_to(roi_heads.memory.bank)
     run(roi_heads, features, proposals, truths)
     assert torch.equal(seen[0], before) and not torch.equal(roi_heads.tracker.scores, before)
 
@@ -314,8 +221,7 @@ class TestPrior:
 
     def test_the_sampler_uses_the_counts(self, make_model, features, proposals, truths, small_stats):
         roi_heads = make_model("softmax", MEMORY, self.PRIOR).roi_heads
-        seen, sample = [], roi_heads.memory.bank.sample
-        roi_heads.memory.bank.sample = lambda score, *rest: (seen.append(score), sample(score, *rest))[1]
+        seen = scores_given_to(roi_heads.memory.bank)
         run(roi_heads, features, proposals, truths)
         assert seen[0].tolist() == [*small_stats.instance_counts.tolist(), 2.0]
 

@@ -68,8 +68,7 @@ def test_anchors_sampled_by_the_rpn(model, features, truths, wanted, deviations)
     anchors = torch.cat(model.rpn.anchors(features))
     for index, truth in enumerate(truths):
         maps = zip(features, (4, 8, 16, 32, 64), strict=True)
-        valid = [level_validity(*x.shape[2:], stride, PADDED[index], x.device) for x, stride in maps]
-        valid = torch.cat(valid)
+        valid = torch.cat([level_validity(*x.shape[2:4], stride, PADDED[index], x.device) for x, stride in maps])
         matched = model.rpn.match(anchors, truth.boxes).masked_fill(~valid, BETWEEN)
         positives, positive_valid, negatives, negative_valid = sample(matched, 256, 0.5, official.strided)
         place = valid.cumsum(0) - 1  # the official indices count an image's valid anchors
