@@ -23,6 +23,7 @@ class Options:
     protocol: Literal["auto", "lvis", "fixed", "coco"] = "auto"  # auto: lvis where the file has LVIS's fields
     max_detections: Natural = 0  # per image (lvis), per image and category (coco); 0: the protocol's own
     resamples: Natural = 1000  # of the bootstrap for the intervals; 0: none
+    errors: bool = True  # what became of lost objects: errors.csv, errors.png
 
 
 def evaluate_results(options: Options) -> None:
@@ -40,8 +41,9 @@ def evaluate_results(options: Options) -> None:
         protocol=options.protocol,
         max_detections=options.max_detections or None,
         resamples=options.resamples,
+        errors=options.errors,
     )
-    print(f"written to {output}: metrics.json, evaluation.json, per_category.csv")
+    print(f"written to {output}: metrics.json, evaluation.json, per_category.csv, ...")
 
 
 def main() -> None:

@@ -19,7 +19,7 @@ from loce.files import atomic_write
 METRICS = ("AP", "APr", "APc", "APf")
 LEVEL = 0.95  # of the intervals
 _LATE = np.arange(101) / 100 < RECALLS  # .35, .41, ...: the official grid lies a rounding error above these fractions
-_ELEMENTS = 1 << 22  # numbers of one intermediate array
+_ELEMENTS = 1 << 19  # numbers of one intermediate array: they fit into a cache
 
 
 @dataclass(frozen=True, kw_only=True)

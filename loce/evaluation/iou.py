@@ -50,6 +50,13 @@ def ground_rle(truth: GroundTruth, row: int) -> dict[str, Any]:
         raise UserError(f"{truth.source}: annotation {truth.ids[row]}: the mask cannot be read ({error})") from None
 
 
+def overlaps(boxes: np.ndarray, others: np.ndarray) -> np.ndarray:
+    """(N, M) IoU of boxes (N, 4) with others (M, 4), x, y, width, height."""
+    n, m = len(boxes), len(others)
+    no_crowd = np.zeros(n * m, dtype=bool)
+    return _box_iou(np.repeat(boxes.astype(np.float64), m, axis=0), np.tile(others, (n, 1)), no_crowd).reshape(n, m)
+
+
 def box_pairs(
     boxes: np.ndarray, starts: np.ndarray, counts: np.ndarray, truth: GroundTruth, low: float
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

@@ -138,12 +138,7 @@ def _counted(
     category: np.ndarray,
 ) -> tuple[np.ndarray, np.ndarray]:
     """Rows of the detections that take part, ascending, and their areas: cap first, then the federated rule."""
-    if protocol.per == "image":
-        keep = _best(image, detections.scores, protocol.cap)
-    elif protocol.per == "category":
-        keep = _best(category, detections.scores, protocol.cap)
-    else:
-        keep = _best(image.astype(np.int64) * len(truth.category_ids) + category, detections.scores, protocol.cap)
+    keep = within_cap(protocol, image, category, detections.scores)
     if protocol.federated:
         keep &= truth.counted()[image, category]
     rows = np.flatnonzero(keep)
@@ -155,6 +150,15 @@ def _counted(
     if protocol.federated:
         rows, areas = rows[areas > 0], areas[areas > 0]
     return rows, areas
+
+
+def within_cap(protocol: Protocol, image: np.ndarray, category: np.ndarray, scores: np.ndarray) -> np.ndarray:
+    """(N,) bool: detections (index of image and category, score, all (N,)) that the protocol's cap leaves."""
+    if protocol.per == "image":
+        return _best(image, scores, protocol.cap)
+    if protocol.per == "category":
+        return _best(category, scores, protocol.cap)
+    return _best(image.astype(np.int64) * (int(category.max(initial=0)) + 1) + category, scores, protocol.cap)
 
 
 def _best(group: np.ndarray, scores: np.ndarray, cap: int) -> np.ndarray:

@@ -15,6 +15,8 @@ from loce.errors import UserError
 from loce.evaluation.annotations import GroundTruth, load_annotations
 from loce.evaluation.bootstrap import intervals, tally
 from loce.evaluation.detections import Detections, read_results
+from loce.evaluation.error_report import write_errors
+from loce.evaluation.errors import Removed, explain
 from loce.evaluation.lvis_ap import Evaluation, choose_protocol, evaluate_loaded, load_results
 from loce.evaluation.matching import Protocol
 from loce.files import atomic_write, write_text
@@ -34,14 +36,19 @@ def evaluate_and_report(
     max_detections: int | None = None,
     resamples: int = 1000,
     origin: str = "",
+    errors: bool = True,
+    removed: Removed | None = None,
+    proposals: tuple[np.ndarray, np.ndarray] | None = None,
 ) -> dict[str, Evaluation]:
     """Evaluate, print the tables and write the folder `output`; the result per IoU type, "bbox" first.
 
     annotations, results, max_detections: as for `evaluate_lvis`; iou_types: empty means what the results have;
     protocol "auto": "lvis" for federated ground truth, else "coco"; resamples: of the bootstrap, 0 for none; origin:
-    what made the results (method, checkpoint), written beside the numbers.
-    Writes metrics.json ({"bbox": 13 numbers, "segm": ...}), evaluation.json (what they are of), per_category.csv and
-    tallies_<type>.npz (for scripts/compare.py). UserError for bad input, before anything is written.
+    what made the results (method, checkpoint), written beside the numbers; errors: explain lost objects (of masks
+    where they are evaluated); removed, proposals: what more inference knows for that (`errors.explain`).
+    Writes metrics.json ({"bbox": 13 numbers, "segm": ...}), evaluation.json (what they are of), per_category.csv,
+    tallies_<type>.npz (for scripts/compare.py), errors.csv and errors.png. UserError for bad input, before anything is
+    written.
     """
     if isinstance(results, (str, Path)) and not Path(results).is_dir():
         origin, results = origin or str(results), read_results(results)
@@ -59,6 +66,10 @@ def evaluate_and_report(
         facts["intervals"][kind] = spread
         tallies.save(Path(output) / f"tallies_{kind}.npz")
         print("\n" + table(evaluation, spread))
+    if errors:
+        main = evaluations[max(evaluations)]  # "segm" where there is one
+        fates = explain(main, detections, removed, proposals)
+        print("\n" + "\n".join(write_errors(output, main, fates, detections, origin)))
     print("\n" + "\n".join(markdown(evaluations)))
     write_folder(Path(output), evaluations, facts)
     return evaluations
@@ -122,7 +133,8 @@ def table(evaluation: Evaluation, spread: Mapping[str, tuple[float, float]]) -> 
     for name, value in evaluation.metrics.items():
         low, high = spread.get(name, (math.nan, math.nan))
         between = f"{low:.3f} - {high:.3f}" if math.isfinite(low) else ""
-        lines.append(f"{name:8} {value:6.3f}  {between:14} {describe(name)}")
+        shown = f"{value:6.3f}" if value >= 0 else f"{'-':>6}"  # undefined: no such objects
+        lines.append(f"{name:8} {shown}  {between:14} {describe(name)}")
     return "\n".join(lines)
 
 

@@ -1,0 +1,184 @@
+"""Causes of lost objects: one scene with every cause, and what each gives back against evaluating again."""
+
+import csv
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from cases import random_case, without
+
+from loce.evaluation import Detections, evaluate_lvis, read_results
+from loce.evaluation.errors import CAUSES, Removed, average_precision, confusions, explain, given_back
+from loce.evaluation.report import evaluate_and_report
+
+NAMES = list(CAUSES)
+BOX = [10.0, 10.0, 20.0, 20.0]
+
+
+def scene() -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """One image a cause, named by image id = its number in CAUSES; category 1 is lost, category 2 the other."""
+    ids = [
+        number for number, name in enumerate(NAMES) if name not in ("removed_by_nms", "score_too_low", "no_proposal")
+    ]
+    images = [
+        {"id": i, "height": 100, "width": 100, "neg_category_ids": [2], "not_exhaustive_category_ids": []} for i in ids
+    ]
+    annotations = [{"id": i + 1, "image_id": i, "category_id": 1, "bbox": BOX, "area": 400.0} for i in ids]
+    taken = NAMES.index("taken")  # two objects on one place, one detection
+    annotations.append({**annotations[0], "id": 99, "image_id": taken})
+    categories = [{"id": 1, "name": "cup", "frequency": "r"}, {"id": 2, "name": "bowl", "frequency": "f"}]
+
+    def detection(name: str, category: int, score: float, box: list[float]) -> dict[str, Any]:
+        return {"image_id": NAMES.index(name), "category_id": category, "score": score, "bbox": box}
+
+    far, near = [60.0, 60.0, 9.0, 9.0], [22.0, 10.0, 20.0, 20.0]  # IoU 0 and .25
+    results = [
+        detection("found", 1, 0.9, BOX),
+        detection("outscored", 1, 0.1, BOX),
+        *(detection("outscored", 1, 0.5, far) for _ in range(4)),
+        detection("taken", 1, 0.95, BOX),
+        detection("cut_by_cap", 1, 0.01, BOX),
+        *(detection("cut_by_cap", 2, 0.02, far) for _ in range(300)),
+        detection("classified_as", 2, 0.8, BOX),
+        detection("classified_as", 2, 0.3, BOX),
+        detection("classified_as", 1, 0.04, near),
+        detection("badly_localised", 1, 0.03, near),
+        detection("no_detection", 1, 0.02, far),
+    ]
+    truth = {"images": images, "annotations": annotations, "categories": categories}
+    for annotation in annotations:
+        annotation["segmentation"] = [[10.0, 10.0, 30.0, 10.0, 30.0, 30.0, 10.0, 30.0]]
+    return truth, results
+
+
+def test_every_cause_is_told_apart() -> None:
+    truth, results = scene()
+    evaluation = evaluate_lvis(truth, results)
+    fates = explain(evaluation, read_results(results))
+    image_ids = evaluation.truth.image_ids[evaluation.truth.image]
+    causes: dict[str, list[str]] = {}
+    for image, cause in zip(image_ids.tolist(), fates.cause.tolist(), strict=True):
+        causes.setdefault(NAMES[image], []).append(NAMES[cause])
+    assert sorted(causes.pop("taken")) == ["found", "taken"]
+    assert causes == {name: [name] for name in causes}
+    assert set(causes) == set(NAMES) - {"taken", "removed_by_nms", "score_too_low", "no_proposal"}
+    scores = {NAMES[fates.cause[g]]: fates.score[g] for g in range(len(fates.cause))}
+    assert (scores["cut_by_cap"], scores["classified_as"], scores["no_detection"]) == (0.01, 0.8, np.inf)
+    assert confusions(evaluation, fates, 0) == "bowl (1)"
+    assert fates.unseen == ("removed_by_nms", "score_too_low", "no_proposal")
+
+
+def test_what_inference_can_add() -> None:
+    """The object without detection: its detection was dropped by NMS, or by the cap, or it only had a proposal."""
+    truth, results = scene()
+    evaluation, detections = evaluate_lvis(truth, results), read_results(results)
+    lost = NAMES.index("no_detection")
+
+    def cause(removed: Removed | None, boxes: list[list[float]] | None) -> tuple[str, float]:
+        proposals = None if boxes is None else (np.full(len(boxes), lost), np.array(boxes).reshape(-1, 4))
+        fates = explain(evaluation, detections, removed, proposals)
+        g = int(np.flatnonzero(evaluation.truth.image_ids[evaluation.truth.image] == lost)[0])
+        return NAMES[fates.cause[g]], float(fates.score[g])
+
+    def dropped(by_nms: bool, category: int = 1) -> Removed:
+        ids = np.array([lost, lost]), np.array([category, category])
+        boxes = np.array([[11.0, 10.0, 20.0, 20.0], [0.0, 0.0, 5.0, 5.0]])
+        found = Detections(image_ids=ids[0], category_ids=ids[1], scores=np.array([0.25, 0.5]), boxes=boxes)
+        return Removed(detections=found, by_nms=np.array([by_nms, by_nms]))
+
+    assert cause(None, [[10.0, 12.0, 20.0, 20.0]]) == ("score_too_low", np.inf)
+    assert cause(None, [[50.0, 12.0, 20.0, 20.0]]) == ("no_proposal", np.inf)
+    assert cause(None, []) == ("no_proposal", np.inf)
+    assert cause(dropped(by_nms=True), None) == ("removed_by_nms", 0.25)
+    assert cause(dropped(by_nms=False), [BOX]) == ("cut_by_cap", 0.25)
+    assert cause(dropped(by_nms=True, category=2), None) == ("no_detection", np.inf)
+
+
+@pytest.mark.parametrize("iou_type", ["bbox", "segm"])
+def test_each_object_has_one_fate_and_ap50_is_the_evaluators(iou_type: str) -> None:
+    for seed in range(30):
+        truth, results = random_case(seed)
+        evaluation = evaluate_lvis(truth, results, iou_type)
+        fates = explain(evaluation, read_results(results))
+        assert ((fates.cause >= 0) == ~evaluation.matches.object_ignored[:, 0]).all()
+        for k, row in enumerate(evaluation.per_category):
+            found = (evaluation.truth.category == k) & (fates.cause >= 0) & (fates.cause <= NAMES.index("outscored"))
+            if row["AP50"] >= 0:
+                assert found.sum() == round(evaluation.recall[0, k, 0] * evaluation.matches.objects[0, k])
+
+
+def test_average_precision_is_the_evaluators() -> None:
+    from loce.evaluation.errors import _columns_50
+
+    for seed in range(50):
+        evaluation = evaluate_lvis(*random_case(seed, crowded=seed % 10 == 0))
+        true, false = _columns_50(evaluation)
+        matches = evaluation.matches
+        for k in np.flatnonzero(matches.objects[0]):
+            own = slice(matches.bounds[k], matches.bounds[k + 1])
+            ap = average_precision(matches.score[own], true[own], false[own], int(matches.objects[0, k]))
+            assert ap == pytest.approx(evaluation.per_category[k]["AP50"], abs=1e-9)
+
+
+def test_what_is_given_back_is_what_evaluating_again_gives() -> None:
+    """The slow twin: add a perfect detection, with the score that the cause says, for every object of a cause."""
+    checked = 0
+    for seed in range(60):
+        truth, results = random_case(seed)
+        rng = np.random.default_rng(seed)
+        scores = (rng.permutation(len(results)) + 1) / (len(results) + 1)
+        results = [{**d, "score": float(s)} for d, s in zip(without(results, "segmentation"), scores, strict=True)]
+        evaluation = evaluate_lvis(truth, results)
+        fates = explain(evaluation, read_results(results))
+        back, ground = given_back(evaluation, fates), evaluation.truth
+        for k in np.flatnonzero(evaluation.matches.objects[0]):
+            for name in ("taken", "classified_as", "badly_localised", "no_detection"):
+                chosen = np.flatnonzero((ground.category == k) & (fates.cause == NAMES.index(name)))
+                added = [
+                    {
+                        "image_id": int(ground.image_ids[ground.image[g]]),
+                        "category_id": int(ground.category_ids[k]),
+                        "score": float(min(fates.score[g], 2.0)),
+                        "bbox": ground.boxes[g].tolist(),
+                    }
+                    for g in chosen
+                ]
+                again = evaluate_lvis(truth, results + added)
+                expected = again.per_category[k]["AP50"] - evaluation.per_category[k]["AP50"]
+                flat = (ground.boxes[chosen, 2:] == 0).any()  # a detection like that would not count
+                if len({d["score"] for d in added}) == len(added) and not flat:  # ties would be ordered by image
+                    assert back[name][k] == pytest.approx(expected, abs=1e-9), (seed, k, name)
+                    checked += len(added) > 0
+    assert checked > 50
+
+
+def test_outscored_gives_back_what_false_positives_cost() -> None:
+    truth, results = scene()
+    evaluation = evaluate_lvis(truth, results)
+    back = given_back(evaluation, explain(evaluation, read_results(results)))
+    right = [d for d in results if d["bbox"] == BOX or d["category_id"] == 2]
+    assert evaluate_lvis(truth, right).per_category[0]["AP50"] == pytest.approx(
+        evaluation.per_category[0]["AP50"] + back["outscored"][0]
+    )
+    assert np.isnan(back["outscored"][1])  # no objects
+
+
+def test_files_and_lines(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    truth, results = scene()
+    evaluate_and_report(truth, results, tmp_path, resamples=0)
+    text = capsys.readouterr().out
+    assert "what became of the objects at IoU .5" in text
+    assert "note: the results hold verified categories only" in text
+    with (tmp_path / "errors.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert [row["level"] for row in rows] == ["group"] * 4 + ["category"]
+    assert [row["name"] for row in rows] == ["all", "rare", "common", "frequent", "cup"]
+    assert rows[4]["classified_as_what"] == "bowl (1)"
+    for row in (rows[0], rows[1], rows[4]):
+        assert sum(int(row[name] or 0) for name in CAUSES) == int(row["objects"]) == 8
+        assert row["removed_by_nms"] == row["back_no_proposal"] == ""  # not known, which is not 0
+    assert (tmp_path / "errors.png").read_bytes().startswith(b"\x89PNG")
+    evaluate_and_report(truth, [], tmp_path / "none", resamples=0)
+    with (tmp_path / "none" / "errors.csv").open(newline="") as file:
+        assert next(csv.DictReader(file))["no_detection"] == "8"
