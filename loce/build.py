@@ -18,6 +18,7 @@ def build_model(config: Config, stats: ClassStats, pretrained: bool = True) -> M
     roi_heads = build_roi_heads(section, config.head.name, config.indicator, config.memory, stats)
     edges = (config.data.test_short_edge, config.data.long_edge)
     model = MaskRCNN(section, roi_heads, config.eval, edges)
+    model.stats = stats
     model.freeze(config.train.freeze)
     return model
 
@@ -51,21 +52,4 @@ def val_dataset(config: Config, annotations: LVISAnnotations) -> EvalDataset:
 def build_optimizer(model: torch.nn.Module, train: TrainConfig) -> torch.optim.SGD:
     """SGD over everything that is not frozen, biases and norms included in the weight decay (MMDetection's default)."""
     parameters = [p for p in model.parameters() if p.requires_grad]
-    return torch.optim.SGD(parameters, lr=scaled_lr(train), momentum=train.momentum, weight_decay=train.weight_decay)
-
-
-def scaled_lr(train: TrainConfig) -> float:
-    """The learning rate for the total batch: linear in the batch size (arXiv 1706.02677)."""
-    return train.lr * train.batch_size / train.lr_batch_size
-
-
-def learning_rate(train: TrainConfig, iteration: int, epoch: int) -> float:
-    """The learning rate of an iteration (from 0, over the whole training) in an epoch (from 0).
-
-    Linear warm-up from `warmup_factor`, and a fall by `drop_factor` after each of the epochs in `drops`.
-    """
-    rate = scaled_lr(train) * train.drop_factor ** sum(epoch >= drop for drop in train.drops)
-    if iteration < train.warmup_iterations:
-        share = iteration / train.warmup_iterations
-        rate *= 1 - (1 - share) * (1 - train.warmup_factor)
-    return rate
+    return torch.optim.SGD(parameters, lr=train.lr, momentum=train.momentum, weight_decay=train.weight_decay)

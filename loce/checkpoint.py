@@ -5,6 +5,7 @@ A checkpoint is a folder `checkpoints/000001500/` with `main.pt` (model, optimis
 without it is unfinished and is ignored. All files load with `weights_only=True`.
 """
 
+import dataclasses
 import shutil
 from pathlib import Path
 from typing import Any
@@ -16,8 +17,9 @@ from torch import Tensor, nn
 from loce import distributed
 from loce.build import build_model
 from loce.classes import ClassStats
-from loce.config import Config, UserError, from_dict, to_dict
+from loce.config import Config, EvalConfig, UserError, from_dict, to_dict
 from loce.files import atomic_write
+from loce.models.mask_rcnn import MaskRCNN
 
 FORMAT = 1
 MEMORY_PREFIX = "roi_heads.memory."
@@ -179,16 +181,17 @@ def load_weights(path: Path, model: nn.Module, stats: ClassStats) -> dict[str, l
     }
 
 
-def load_model(path: str | Path, device: str | torch.device = "cpu") -> nn.Module:
+def load_model(path: str | Path, device: str | torch.device = "cpu", evaluation: EvalConfig | None = None) -> MaskRCNN:
     """The model of a checkpoint (file, checkpoint folder or run folder) in evaluation mode, ready to predict.
 
     `model(list of (3, h, w) uint8 RGB images)` gives a list of {boxes, labels, scores, masks}; `model.class_names`
-    names the labels.
+    names the labels. evaluation: takes the place of the checkpoint's thresholds.
     """
     main = read(main_file(Path(path)))
     stats = stats_from_dict(main["classes"])
-    model = build_model(from_dict(main["config"]), stats, pretrained=False)
+    config = from_dict(main["config"])
+    config = dataclasses.replace(config, eval=evaluation or config.eval)
+    model = build_model(config, stats, pretrained=False)
     memory = {k: v for k, v in model.state_dict().items() if k.startswith(MEMORY_PREFIX)}
     model.load_state_dict({**memory, **main["model"]})
-    model.class_names = stats.names
     return model.to(device).eval()

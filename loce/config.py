@@ -179,7 +179,9 @@ class EvalConfig:
     score_threshold: Decay = 1e-4
     nms: Share = 0.5
     detections: Count = 300  # per image
-    protocol: Literal["lvis", "fixed", "coco"] = "lvis"
+    protocol: Literal["auto", "lvis", "fixed", "coco"] = (
+        "auto"  # auto: lvis where the file has LVIS's fields, else coco
+    )
     batch_size: Count = 1  # images per rank
 
 

@@ -6,9 +6,10 @@ from contextlib import nullcontext
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from loce import distributed
 from loce.config import TrainConfig
 from loce.data.loader import TrainDataset, fill_batches
 from loce.models.mask_rcnn import MaskRCNN
@@ -29,7 +30,7 @@ def train_one_epoch(
     optimizer: torch.optim.Optimizer,
     scaler: torch.amp.GradScaler,
     config: TrainConfig,
-    learning_rate: Callable[[int], float],
+    epoch: int,
     iterations: range,
     log: RunLog,
     after_step: Callable[[int], None],
@@ -37,28 +38,49 @@ def train_one_epoch(
     """Run the optimiser steps `iterations` (counted over the whole training); `after_step` gets the steps done."""
     model.train()
     device = next(model.parameters()).device
+    window: list[dict[str, Tensor]] = []  # losses since the last line of the log
+    waited = 0.0
     for iteration in iterations:
         for group in optimizer.param_groups:
-            group["lr"] = learning_rate(iteration)
+            group["lr"] = learning_rate(config, iteration, epoch)
         optimizer.zero_grad(set_to_none=True)
         for micro_step in range(config.accumulate):
             started = time.perf_counter()
             samples = next(batches)
-            log.data_time(time.perf_counter() - started)
+            waited += time.perf_counter() - started
             last = micro_step == config.accumulate - 1
             with nullcontext() if last or not isinstance(model, DistributedDataParallel) else model.no_sync():
                 with torch.autocast(device.type, PRECISION.get(config.precision), config.precision != "fp32"):
                     losses = model(samples)
                 scaler.scale(sum(losses.values()) / config.accumulate).backward()
-            log.add(losses, images=len(samples))
+            window.append({name: loss.detach() for name, loss in losses.items()})
+            log.bar.update(len(samples) * distributed.world_size())
         scaler.unscale_(optimizer)
         if config.clip_norm:
             nn.utils.clip_grad_norm_(model.parameters(), config.clip_norm)
         scaler.step(optimizer)
         scaler.update()
         if (iteration + 1) % config.log_every == 0 or iteration + 1 == iterations.stop:
-            check_finite(log.flush(iteration + 1, learning_rate(iteration)))  # sync: the log line
+            check_finite(log.write(iteration + 1, learning_rate(config, iteration, epoch), window, waited))
+            window, waited = [], 0.0
         after_step(iteration + 1)
+
+
+def scaled_lr(config: TrainConfig) -> float:
+    """The learning rate for the total batch: linear in the batch size (arXiv 1706.02677)."""
+    return config.lr * config.batch_size / config.lr_batch_size
+
+
+def learning_rate(config: TrainConfig, iteration: int, epoch: int) -> float:
+    """The learning rate of an iteration (from 0, over the whole training) in an epoch (from 0).
+
+    Linear warm-up from `warmup_factor`, and a fall by `drop_factor` after each of the epochs in `drops`.
+    """
+    rate = scaled_lr(config) * config.drop_factor ** sum(epoch >= drop for drop in config.drops)
+    if iteration < config.warmup_iterations:
+        share = iteration / config.warmup_iterations
+        rate *= 1 - (1 - share) * (1 - config.warmup_factor)
+    return rate
 
 
 def check_finite(means: dict[str, float]) -> None:

@@ -2,15 +2,17 @@
 
 import csv
 import dataclasses
+import hashlib
 import io
+import shutil
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
-from loce import build, distributed
-from loce.config import Config
+from loce import build, checkpoint, distributed
+from loce.config import Config, from_dict
 from loce.data.loader import EvalDataset, TrainDataset, eval_batches
 from loce.evaluation.annotations import FederatedFilter
 from loce.evaluation.report import evaluate_and_report
@@ -20,28 +22,69 @@ from loce.models.mask_rcnn import MaskRCNN
 from loce.progress import progress
 
 
-def evaluate_model(model: MaskRCNN, config: Config, folder: Path, source: str) -> dict[str, dict[str, float]] | None:
-    """Detect on the validation data, streaming to `folder`/eval/detections, and evaluate; metrics on rank 0, else None.
+def evaluate_checkpoint(
+    path: Path, output: Path | None, data: dict[str, Any], evaluation: dict[str, Any], device: str
+) -> Path:
+    """Evaluate a checkpoint by the options it holds; the folder of the results.
 
-    source: what made the detections, named beside the numbers. Inference that was killed goes on where it stopped.
+    path: run folder, checkpoint folder or file; output: None for the run folder, or one beside the file; data and
+    evaluation: options of `DataConfig` and `EvalConfig` that take the checkpoint's place.
+    """
+    chosen = distributed.setup(device)
+    try:
+        file = checkpoint.main_file(path)
+        stored = from_dict(checkpoint.read(file)["config"], str(file))
+        config = dataclasses.replace(
+            stored,
+            data=dataclasses.replace(stored.data, **data),
+            eval=dataclasses.replace(stored.eval, **evaluation),
+        )
+        model = checkpoint.load_model(file, chosen, config.eval)
+        folder = output or (path if path.is_dir() else file.with_suffix(""))
+        evaluate_model(model, config, folder, str(file))
+        return folder
+    finally:
+        distributed.teardown()
+
+
+def evaluate_model(model: MaskRCNN, config: Config, folder: Path, source: str) -> None:
+    """Detect on the validation data, streaming to `folder`/eval/detections, and evaluate; rank 0 writes `folder`/eval.
+
+    source: what made the detections, named beside the numbers. Inference that was killed goes on where it stopped;
+    detections of other weights or options are replaced.
     """
     annotations = build.val_annotations(config)
+    annotations.require_same_classes(model.stats, "the model")
+    output = folder / "eval"
+    origin = f"{source}, weights {weights_hash(model)}, {dataclasses.asdict(config.eval)}"
+    if distributed.is_main() and _origin(output) != origin:
+        shutil.rmtree(output / "detections", ignore_errors=True)
+        write_text(output / "origin.txt", origin)
+    distributed.barrier()
+    federated = None if config.eval.protocol == "coco" else FederatedFilter(annotations.path)
     dataset = build.val_dataset(config, annotations)
-    federated = FederatedFilter(annotations.path) if config.eval.protocol == "lvis" else None
-    detections = folder / "eval" / "detections"
-    infer(model, dataset, federated, detections, source, config.eval.batch_size, config.data.workers)
+    infer(model, dataset, federated, output / "detections", origin, config.eval.batch_size, config.data.workers)
     scores = ground_truth_scores(model, config, annotations)
     distributed.barrier()
-    if not distributed.is_main():
-        distributed.barrier()
-        return None
-    write_text(folder / "eval" / "mean_scores.csv", scores)
-    found = read_detections(detections, annotations.image_ids.tolist())
-    metrics = evaluate_and_report(
-        annotations.path, found, folder / "eval", protocol=config.eval.protocol, source=source
-    )
+    if distributed.is_main():
+        write_text(output / "mean_scores.csv", scores)
+        found = read_detections(output / "detections", annotations.image_ids.tolist())
+        evaluate_and_report(annotations.path, found, output, protocol=config.eval.protocol, origin=origin)
     distributed.barrier()
-    return metrics
+
+
+def weights_hash(model: MaskRCNN) -> str:
+    """First 12 digits of the SHA-256 of the weights."""
+    digest = hashlib.sha256()
+    for name, parameter in model.named_parameters():
+        digest.update(name.encode())
+        digest.update(parameter.detach().cpu().numpy().tobytes())
+    return digest.hexdigest()[:12]
+
+
+def _origin(output: Path) -> str:
+    file = output / "origin.txt"
+    return file.read_text(encoding="utf-8") if file.is_file() else ""
 
 
 @torch.no_grad()
@@ -62,7 +105,9 @@ def infer(
         distributed.barrier()  # all ranks see the same finished images before any adds one
         batches = eval_batches(dataset, batch_size, workers, skip=finished)
         for samples in progress(batches, len(batches), "inference"):
-            allowed = [None if federated is None else torch.from_numpy(federated(s["image_id"])) for s in samples]
+            allowed = [
+                None if federated is None else torch.from_numpy(federated.allowed(s["image_id"])) for s in samples
+            ]
             detections = model.detect(
                 [s["image"] for s in samples], [s["scale"] for s in samples], [s["size"] for s in samples], allowed
             )
@@ -81,14 +126,14 @@ def ground_truth_scores(model: MaskRCNN, config: Config, annotations: Any) -> st
     still = dataclasses.replace(config.data, short_edges=(config.data.test_short_edge,), flip=0.0)
     dataset = TrainDataset(annotations, Path(config.data.val_images), still, 0)
     keys = [(int(i), 0) for i in annotations.train_images[distributed.rank() :: distributed.world_size()]]
-    stats = annotations.stats
+    stats = model.stats  # of the training set
     sums = np.zeros((3, len(stats)))  # boxes, scores, correct
-    loader = torch.utils.data.DataLoader(
-        dataset,
+    loader = torch.utils.data.DataLoader[Any](
+        dataset,  # type: ignore[arg-type]
         sampler=keys,
         batch_size=1,
         collate_fn=list,
-        num_workers=config.data.workers,  # type: ignore[arg-type]
+        num_workers=config.data.workers,
     )
     for samples in progress(loader, len(keys), "scores of ground-truth boxes"):
         labels, scores, correct = (x.numpy() for x in model.class_scores(samples))

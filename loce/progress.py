@@ -17,51 +17,41 @@ SILENCE = 10.0  # seconds without a line that a phase may last
 
 
 class Progress:
-    """Shows `done` of `total`. Rank 0 only; other ranks show nothing.
+    """Shows `done` of `total`. Rank 0 only; other ranks show nothing."""
 
-    lines: False where the owner prints its own lines and only the bar is wanted.
-    """
-
-    def __init__(self, label: str, total: int, done: int = 0, unit: str = "batches", lines: bool = True) -> None:
+    def __init__(self, label: str, total: int, done: int = 0, unit: str = "batches") -> None:
         self.label, self.total, self.done, self.unit = label, total, done, unit
         self.first, self.started = done, time.monotonic()
         self.printed = self.started
-        main = distributed.is_main()
-        bar = main and sys.stderr.isatty()
-        self.bar = _bar(label, total, done, unit) if bar else None
-        self.lines = main and lines and not bar
+        self.bar = bar(label, total, done, unit)
+        self.lines = distributed.is_main() and self.bar.disable
         if self.lines:
             say(f"{label}: {done}/{total} {unit}")
 
     def advance(self, amount: int = 1) -> None:
         """`amount` more is done."""
         self.done += amount
-        if self.bar is not None:
-            self.bar.update(amount)
-        elif self.lines and time.monotonic() - self.printed >= SILENCE:
+        self.bar.update(amount)
+        if self.lines and time.monotonic() - self.printed >= SILENCE:
             self.printed = time.monotonic()
             left = eta(self.started, self.done - self.first, self.total - self.done)
             say(f"{self.label}: {self.done}/{self.total} {self.unit}, eta {left}, {peak_memory():.1f} GiB")
 
-    def note(self, text: str) -> None:
-        """A few words behind the bar."""
-        if self.bar is not None:
-            self.bar.set_postfix_str(text)
-
     def close(self) -> None:
         """The last line: how much in how long."""
-        if self.bar is not None:
-            self.bar.close()
+        self.bar.close()
         if self.lines:
             took = clock(time.monotonic() - self.started)
             say(f"{self.label}: {self.done}/{self.total} {self.unit} in {took}, {peak_memory():.1f} GiB")
 
 
-def _bar(label: str, total: int, done: int, unit: str) -> "tqdm[Any]":
+def bar(label: str, total: int, done: int, unit: str) -> "tqdm[Any]":
+    """A tqdm bar on rank 0 of a terminal; elsewhere one that shows nothing (`disable` is true)."""
+    if not (distributed.is_main() and sys.stderr.isatty()):
+        return tqdm(total=total, initial=done, disable=True)
     columns, _ = os.get_terminal_size(sys.stderr.fileno())
-    size: dict[str, Any] = (
-        {"dynamic_ncols": True} if columns else {"ncols": 80, "nrows": 24}
-    )  # some terminals say 0 x 0
+    # Some terminals say that they are 0 x 0.
+    size: dict[str, Any] = {"dynamic_ncols": True} if columns else {"ncols": 80, "nrows": 24}
     return tqdm(desc=label, total=total, initial=done, unit=f" {unit}", **size)
 
 

@@ -2,6 +2,7 @@
 
 import hashlib
 import sys
+import warnings
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -15,10 +16,11 @@ from loce.config import Config, UserError, dump, images_per_rank
 from loce.data.loader import TrainDataset, train_batches, training_plan
 from loce.data.lvis import LVISAnnotations
 from loce.data.samplers import TrainingPlan
-from loce.engine import DivergedError, fill_memory, train_one_epoch
+from loce.engine import DivergedError, fill_memory, scaled_lr, train_one_epoch
 from loce.inference import evaluate_model
 from loce.models.mask_rcnn import MaskRCNN
-from loce.runlog import RunLog, check_run_folder, say
+from loce.progress import say
+from loce.runlog import RunLog, check_run_folder
 
 
 @dataclass
@@ -105,8 +107,7 @@ def _train(job: Job) -> None:
     log = RunLog(
         job.folder,
         dump(config),
-        iterations=sum(job.lengths),
-        epoch_length=job.lengths[0],
+        epoch_lengths=job.lengths,
         batch_size=train.batch_size,
         start=job.done,
         device=job.device,
@@ -120,7 +121,9 @@ def _train(job: Job) -> None:
         log.line(filled(job.model))
     wrapped: torch.nn.Module = job.model
     if distributed.world_size() > 1:
-        wrapped = DistributedDataParallel(job.model, broadcast_buffers=False)
+        with warnings.catch_warnings():  # torch 2.15 renames the option; the new name would share rank 0's memory bank
+            warnings.simplefilter("ignore", FutureWarning)
+            wrapped = DistributedDataParallel(job.model, broadcast_buffers=False)
     batches = train_batches(
         job.dataset,
         job.plan,
@@ -134,9 +137,8 @@ def _train(job: Job) -> None:
     for epoch, length in enumerate(job.lengths):
         end += length
         if job.done < end:
-            rate = partial(build.learning_rate, train, epoch=epoch)
             after = partial(_after_step, job, end)
-            train_one_epoch(wrapped, stream, job.optimizer, job.scaler, train, rate, range(job.done, end), log, after)
+            train_one_epoch(wrapped, stream, job.optimizer, job.scaler, train, epoch, range(job.done, end), log, after)
     log.close()
 
 
@@ -190,7 +192,7 @@ def header(job: Job) -> list[str]:
         f"model: {config.model.backbone}, {trained / 1e6:.2f} of {every / 1e6:.2f} M parameters train "
         f"(train.freeze={train.freeze})",
         f"batch: {train.batch_size} = {world} ranks x {each} images x {train.accumulate} steps; "
-        f"learning rate {build.scaled_lr(train):.4g} ({train.lr:g} at {train.lr_batch_size}, scaled linearly)",
+        f"learning rate {scaled_lr(train):.4g} ({train.lr:g} at {train.lr_batch_size}, scaled linearly)",
         f"schedule: {train.epochs} epochs, {total} iterations, drops after {list(train.drops)}, {train.precision}, "
         f"seed {config.seed}; run folder {job.folder}",
     ]

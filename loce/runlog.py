@@ -4,7 +4,9 @@ import json
 import math
 import os
 import time
-from collections.abc import Callable
+from bisect import bisect_left
+from collections.abc import Callable, Sequence
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +17,9 @@ from loce import distributed
 from loce.environment import environment
 from loce.errors import UserError
 from loce.files import write_text
-from loce.progress import Progress, clock, eta, peak_memory, progress, say
+from loce.progress import bar, clock, eta, peak_memory, say
 from loce.yaml_text import load_yaml, show
 
-__all__ = ["RunLog", "check_run_folder", "environment", "progress", "say"]
 # What may differ when a run goes on: it changes how fast a run goes and what it writes, not what it learns.
 MAY_CHANGE = {"data.workers", "eval.batch_size", "train.evaluate"} | {
     f"train.{name}" for name in ("log_every", "checkpoint_every", "keep_checkpoints")
@@ -26,11 +27,12 @@ MAY_CHANGE = {"data.workers", "eval.batch_size", "train.evaluate"} | {
 
 
 class RunLog:
-    """Collects the losses of each step and writes them every few iterations. Rank 0 writes; all ranks must call.
+    """Writes the mean losses of every few iterations, and what else is worth knowing. Rank 0 writes; all must call.
 
-    iterations: of the whole training; start: how many are done (0: from the beginning; else the log is cut there, so
-    that no line is lost or doubled); epoch_length: iterations; batch_size: images of an iteration over all ranks;
-    extra: called when a line is written, by every rank; gives more numbers for it ("mean_score/r": 0.02).
+    epoch_lengths: iterations of each epoch; start: iterations that are done (0: from the beginning; else the log is cut
+    there, so that no line is lost or doubled); batch_size: images of an iteration over all ranks; extra: called when a
+    line is written, by every rank; gives more numbers for it ("mean_score/r": 0.02). `bar` is a tqdm bar of images, to
+    be moved by whoever trains; it shows on terminals only.
     """
 
     def __init__(
@@ -38,24 +40,22 @@ class RunLog:
         folder: Path | str,
         config_text: str,
         *,
-        iterations: int,
-        epoch_length: int,
+        epoch_lengths: Sequence[int],
         batch_size: int,
         start: int = 0,
         device: torch.device | str = "cpu",
         extra: Callable[[], dict[str, float]] | None = None,
     ) -> None:
         self.folder = Path(folder)
-        self.iterations, self.epoch_length, self.batch_size = iterations, epoch_length, batch_size
+        self.ends, self.batch_size = list(accumulate(epoch_lengths)), batch_size
+        self.iterations = self.ends[-1]
         self.start, self.done, self.extra = start, start, extra
         check_run_folder(self.folder, config_text)
         self.writing = distributed.is_main()
         if self.writing:
             self._open(config_text, device)
-        images = (iterations * batch_size, start * batch_size)
-        self.display = Progress("training", *images, unit="images", lines=False)
-        self.started = time.monotonic()
-        self._clear()
+        self.bar = bar("training", self.iterations * batch_size, start * batch_size, "images")
+        self.started = self.since = time.monotonic()
 
     def _open(self, config_text: str, device: torch.device | str) -> None:
         from torch.utils.tensorboard import SummaryWriter  # takes seconds to import, one rank needs it
@@ -69,61 +69,44 @@ class RunLog:
         self.text = (self.folder / "log.txt").open("a", encoding="utf-8")
         self.board = SummaryWriter(str(self.folder / "tensorboard"), purge_step=self.start + 1)
 
-    def _clear(self) -> None:
-        self.sums: dict[str, Tensor] = {}
-        self.adds, self.data_seconds, self.since = 0, 0.0, time.monotonic()
+    def write(self, iteration: int, lr: float, window: list[dict[str, Tensor]], waited: float) -> dict[str, float]:
+        """Write the line of `iteration` (steps done over the whole training); the mean losses, equal on all ranks.
 
-    def data_time(self, seconds: float) -> None:
-        """Seconds that the step waited for its images."""
-        self.data_seconds += seconds
-
-    def add(self, losses: dict[str, Tensor], images: int) -> None:
-        """Losses of one forward pass, scalars on the device, and its images on this rank. Does not wait for the device.
-
-        The names must be the same on all ranks.
+        window: the losses of each forward pass since the last line, scalars on the device, with the same names on all
+        ranks; waited: seconds that these steps waited for their images.
         """
-        for name, value in losses.items():
-            value = value.detach().float()
-            self.sums[name] = self.sums[name] + value if name in self.sums else value
-        self.adds += 1
-        self.display.advance(images * distributed.world_size())
-
-    def means(self) -> dict[str, float]:
-        """Mean of each loss over the steps since the last line and over ranks, and their sum as `loss`."""
-        names = sorted(self.sums)
-        totals = torch.stack([self.sums[name] for name in names]).double() / max(self.adds, 1)
-        means = (distributed.all_reduce_sum(totals) / distributed.world_size()).tolist()  # sync: log line
-        return {"loss": sum(means), **dict(zip(names, means, strict=True))}
-
-    def flush(self, iteration: int, lr: float) -> dict[str, float]:
-        """Write the line of `iteration` (steps done over the whole training); the mean losses, equal on all ranks."""
-        means = self.means()
+        means = mean_losses(window)
         values = {**means, "lr": lr, **(self.extra() if self.extra else {})}
         seconds = max(time.monotonic() - self.since, 1e-9)
         values["images_per_second"] = (iteration - self.done) * self.batch_size / seconds
-        values["data_share"] = min(self.data_seconds / seconds, 1.0)
+        values["data_share"] = min(waited / seconds, 1.0)
         values["peak_memory_gib"] = peak_memory()
         self.scalars(iteration, values)
-        epoch = (iteration - 1) // self.epoch_length + 1
-        epochs = math.ceil(self.iterations / self.epoch_length)
+        epoch, step, length = self.place(iteration)
         losses = " ".join(f"{name} {value:.4g}" for name, value in means.items())
-        self.display.note(f"epoch {epoch}/{epochs} loss {means['loss']:.4g} lr {lr:.3g}")
+        self.bar.set_postfix_str(f"epoch {epoch}/{len(self.ends)} loss {means['loss']:.4g} lr {lr:.3g}")
         self.line(
-            f"epoch {epoch}/{epochs} iter {iteration - (epoch - 1) * self.epoch_length}/{self.epoch_length} {losses} "
-            f"lr {lr:.3g} {values['images_per_second']:.1f} images/s data {values['data_share']:.0%} "
+            f"epoch {epoch}/{len(self.ends)} iter {step}/{length} {losses} lr {lr:.3g} "
+            f"{values['images_per_second']:.1f} images/s data {values['data_share']:.0%} "
             f"{values['peak_memory_gib']:.1f} GiB "
             f"eta {eta(self.started, iteration - self.start, self.iterations - iteration)}",
-            shown=self.display.bar is None,
+            shown=bool(self.bar.disable),
         )
-        self.done = iteration
-        self._clear()
+        self.done, self.since = iteration, time.monotonic()
         return means
+
+    def place(self, iteration: int) -> tuple[int, int, int]:
+        """(epoch from 1, iteration within it from 1, the epoch's iterations) of the iteration that was the n-th."""
+        epoch = bisect_left(self.ends, iteration)
+        first = self.ends[epoch - 1] if epoch else 0
+        return epoch + 1, iteration - first, self.ends[epoch] - first
 
     def scalars(self, iteration: int, values: dict[str, float]) -> None:
         """One line of metrics.jsonl and TensorBoard points. JSON has no infinity and no NaN: they become null."""
         if not self.writing:
             return
-        record: dict[str, Any] = {"iteration": iteration, "epoch": iteration / self.epoch_length}
+        epoch, step, length = self.place(iteration)
+        record: dict[str, Any] = {"iteration": iteration, "epoch": epoch - 1 + step / length}
         record |= {name: value if math.isfinite(value) else None for name, value in values.items()}
         self.metrics.write(json.dumps(record, allow_nan=False) + "\n")
         self.metrics.flush()
@@ -142,12 +125,20 @@ class RunLog:
 
     def close(self) -> None:
         """Close bar and files; may be called twice."""
-        self.display.close()
+        self.bar.close()
         if self.writing:
             self.line(f"{self.done}/{self.iterations} iterations done, {clock(time.monotonic() - self.started)}")
             for file in (self.metrics, self.text, self.board):
                 file.close()
             self.writing = False
+
+
+def mean_losses(window: list[dict[str, Tensor]]) -> dict[str, float]:
+    """Mean of each loss over the passes in `window` and over ranks, and their sum as `loss`."""
+    names = sorted(window[0])
+    totals = torch.stack([torch.stack([losses[name].float() for losses in window]).mean() for name in names]).double()
+    means = (distributed.all_reduce_sum(totals) / distributed.world_size()).tolist()  # sync: log line
+    return {"loss": sum(means), **dict(zip(names, means, strict=True))}
 
 
 def check_run_folder(folder: Path | str, config_text: str) -> None:

@@ -1,6 +1,7 @@
-"""Evaluate the results of any model: a table on the screen, metrics.json and per_category.csv in a folder.
+"""Evaluate a checkpoint, or the results of any model: tables on the screen and in a folder.
 
-python scripts/evaluate.py annotations=A.json results=R.json output=DIR
+python scripts/evaluate.py annotations=A.json results=R.json [output=DIR]
+python (or torchrun --nproc_per_node=N) scripts/evaluate.py [checkpoint=RUN_OR_FILE] [annotations=A.json images=DIR]
 """
 
 import sys
@@ -14,11 +15,14 @@ from loce.evaluation.report import evaluate_and_report
 
 @dataclass(frozen=True, kw_only=True)
 class Options:
-    """Evaluate results on LVIS- or COCO-style ground truth."""
+    """Evaluate a checkpoint, or results, on LVIS- or COCO-style ground truth."""
 
-    annotations: str = ""  # ground truth, JSON
+    checkpoint: str = ""  # run folder or checkpoint; with no results either: the newest run below runs/
     results: str = ""  # results JSON, or the folder of detections that inference wrote
-    output: str = ""  # folder for the numbers; empty: beside the results
+    annotations: str = ""  # ground truth, JSON; empty: the checkpoint's validation data
+    images: str = ""  # folder of the images, for a checkpoint; empty: the checkpoint's
+    output: str = ""  # folder for the numbers; empty: in the run folder, or beside the results
+    device: Literal["auto", "cpu", "cuda"] = "auto"  # for a checkpoint
     iou_types: Literal["auto", "bbox", "segm", "bbox,segm"] = "auto"  # auto: what the results have
     protocol: Literal["auto", "lvis", "fixed", "coco"] = "auto"  # auto: lvis where the file has LVIS's fields
     max_detections: Natural = 0  # per image (lvis), per image and category (coco); 0: the protocol's own
@@ -30,7 +34,9 @@ def evaluate_results(options: Options) -> None:
     """Results from a file or folder."""
     missing = [name for name in ("annotations", "results") if not getattr(options, name)]
     if missing:
-        raise UserError(f"{' and '.join(missing)} must be given: {__doc__.splitlines()[2]}")
+        raise UserError(
+            f"{' and '.join(missing)} must be given: python scripts/evaluate.py annotations=A.json results=R.json"
+        )
     results = Path(options.results)
     output = options.output or str(results.with_name(results.stem + "_evaluation"))
     evaluate_and_report(
@@ -46,8 +52,32 @@ def evaluate_results(options: Options) -> None:
     print(f"written to {output}: metrics.json, evaluation.json, per_category.csv, ...")
 
 
+def evaluate_a_checkpoint(options: Options) -> None:
+    """Inference, then the same evaluation."""
+    from loce.inference import evaluate_checkpoint  # torch is not needed to evaluate results
+
+    path = Path(options.checkpoint) if options.checkpoint else newest_run(Path("runs"))
+    data = {"val_annotations": options.annotations, "val_images": options.images}
+    evaluation = {} if options.protocol == "auto" else {"protocol": options.protocol}
+    output = Path(options.output) if options.output else None
+    evaluate_checkpoint(path, output, {k: v for k, v in data.items() if v}, evaluation, options.device)
+
+
+def newest_run(runs: Path) -> Path:
+    """The run folder with the checkpoint written last."""
+    files = sorted(runs.glob("**/checkpoints/*/main.pt"), key=lambda file: file.stat().st_mtime)
+    if not files:
+        raise UserError(
+            f"no checkpoint below {runs}/; give checkpoint=RUN_OR_FILE, or results=R.json annotations=A.json"
+        )
+    return files[-1].parents[2]
+
+
 def main() -> None:
-    evaluate_results(read_options(Options, sys.argv[1:]))
+    options = read_options(Options, sys.argv[1:])
+    if options.checkpoint and options.results:
+        raise UserError("checkpoint and results: give one of them")
+    evaluate_results(options) if options.results else evaluate_a_checkpoint(options)
 
 
 if __name__ == "__main__":

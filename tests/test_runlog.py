@@ -22,16 +22,17 @@ from loce.runlog import RunLog, check_run_folder, cut_metrics
 
 
 def open_log(folder: Path, start: int = 0, text: str = "seed: 0\n", **more) -> RunLog:
-    return RunLog(folder, text, iterations=8, epoch_length=4, batch_size=2, start=start, **more)
+    return RunLog(folder, text, epoch_lengths=[4, 4], batch_size=2, start=start, **more)
 
 
 def train(log: RunLog, iterations: range) -> None:
     """Losses a = i and b = 2 i at iteration i, a line every two iterations."""
+    window = []
     for i in iterations:
-        log.data_time(0.0)
-        log.add({"b": torch.tensor(2.0 * i), "a": torch.tensor(float(i), requires_grad=True)}, images=2)
+        window.append({"b": torch.tensor(2.0 * i), "a": torch.tensor(float(i))})
         if i % 2:
-            log.flush(i + 1, lr=0.1)
+            log.write(i + 1, 0.1, window, 0.0)
+            window = []
 
 
 def records(folder: Path) -> list[dict]:
@@ -68,24 +69,22 @@ def test_a_run_folder(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     assert (tmp_path / "run" / "log.txt").read_text().splitlines() == printed
 
 
-def test_flush_returns_the_means_since_the_last_line(tmp_path: Path):
+def test_means_of_the_window(tmp_path: Path):
     log = open_log(tmp_path)
-    log.add({"a": torch.tensor(1.0), "b": torch.tensor(5.0, dtype=torch.bfloat16)}, images=1)
-    log.add({"a": torch.tensor(3.0), "b": torch.tensor(6.0)}, images=1)
-    assert log.flush(1, 0.1) == {"loss": 7.5, "a": 2.0, "b": 5.5}
-    log.add({"a": torch.tensor(math.nan), "b": torch.tensor(0.0)}, images=2)
-    means = log.flush(2, 0.1)
+    window = [
+        {"a": torch.tensor(1.0), "b": torch.tensor(5.0, dtype=torch.bfloat16)},
+        {"a": torch.tensor(3.0), "b": torch.tensor(6.0)},
+    ]
+    assert log.write(1, 0.1, window, 0.0) == {"loss": 7.5, "a": 2.0, "b": 5.5}
+    means = log.write(2, 0.1, [{"a": torch.tensor(math.nan), "b": torch.tensor(0.0)}], 0.0)
     log.close()
     assert math.isnan(means["a"]) and math.isnan(means["loss"])
     assert records(tmp_path)[1]["a"] is None and records(tmp_path)[1]["b"] == 0.0
 
 
-def test_adding_does_not_keep_the_graph_or_change_the_losses(tmp_path: Path):
-    log = open_log(tmp_path)
-    loss = torch.tensor(1.0, requires_grad=True) * 1
-    for _ in range(3):
-        log.add({"a": loss}, images=2)
-    assert loss.item() == 1.0 and not log.sums["a"].requires_grad
+def test_epochs_may_differ_in_length(tmp_path: Path):
+    log = RunLog(tmp_path, "seed: 0\n", epoch_lengths=[3, 1, 4], batch_size=2)
+    assert [log.place(i) for i in (1, 3, 4, 5, 8)] == [(1, 1, 3), (1, 3, 3), (2, 1, 1), (3, 1, 4), (3, 4, 4)]
     log.close()
 
 

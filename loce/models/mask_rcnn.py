@@ -5,12 +5,14 @@ Samples are the data sets' dicts with host tensors; the model moves them to its 
 
 from typing import Any
 
+import numpy as np
 import torch
-import torch.nn.functional as F
+from pycocotools import mask as coco_mask
 from torch import Tensor, nn
 
 from loce.classes import ClassStats
 from loce.config import EvalConfig, IndicatorConfig, MemoryConfig, ModelConfig, UserError
+from loce.data.transforms import Geometry, resized
 from loce.heads import HEADS
 from loce.mean_score import MeanScoreTracker
 from loce.models.backbone import build_backbone
@@ -59,6 +61,7 @@ class MaskRCNN(nn.Module):
 
     pixel_mean: Tensor
     pixel_std: Tensor
+    stats: ClassStats  # of the training set; set by whoever builds the model
 
     def __init__(
         self, config: ModelConfig, roi_heads: RoIHeads, evaluation: EvalConfig, test_edges: tuple[int, int]
@@ -66,12 +69,16 @@ class MaskRCNN(nn.Module):
         """test_edges: (short, long) in pixels, what images are resized to in `predict`."""
         super().__init__()
         self.config, self.evaluation, self.test_edges = config, evaluation, test_edges
-        self.class_names: tuple[str, ...] = ()
         self.backbone = build_backbone(config)
         self.rpn = RPN(config.fpn_channels, config.rpn)
         self.roi_heads = roi_heads
         self.register_buffer("pixel_mean", torch.tensor(PIXEL_MEAN).view(3, 1, 1), persistent=False)
         self.register_buffer("pixel_std", torch.tensor(PIXEL_STD).view(3, 1, 1), persistent=False)
+
+    @property
+    def class_names(self) -> tuple[str, ...]:
+        """The name of each label."""
+        return self.stats.names
 
     def train(self, mode: bool = True) -> "MaskRCNN":
         """As usual, but batch norms with frozen statistics stay in evaluation mode; their affine weights train."""
@@ -212,20 +219,16 @@ class MaskRCNN(nn.Module):
     @torch.no_grad()
     def predict(self, images: list[Tensor]) -> list[dict[str, Tensor]]:
         """Detections of uint8 RGB images (3, h, w) of any size: boxes, labels, scores and full-size bool masks."""
-        from pycocotools import mask as coco_mask
-
-        resized, scales, originals = [], [], []
+        pixels, scales, originals = [], [], []
         for image in images:
-            height, width = image.shape[1:]
-            short, long = self.test_edges
-            factor = min(long / max(height, width), short / min(height, width))
-            new_h, new_w = int(height * factor + 0.5), int(width * factor + 0.5)
-            pixels = F.interpolate(image[None].float(), (new_h, new_w), mode="bilinear", align_corners=False)[0]
-            resized.append(pixels.round().to(torch.uint8))
-            scales.append((new_w / width, new_h / height))
-            originals.append((height, width))
+            old = (image.shape[1], image.shape[2])
+            geometry = Geometry(old, resized(old, *self.test_edges))
+            rows = geometry.image(np.ascontiguousarray(image.permute(1, 2, 0).cpu().numpy()))
+            pixels.append(torch.from_numpy(rows).permute(2, 0, 1))
+            scales.append(geometry.scale)
+            originals.append(old)
         results = []
-        for detections, size in zip(self.detect(resized, scales, originals), originals, strict=True):
+        for detections, size in zip(self.detect(pixels, scales, originals), originals, strict=True):
             rles = [{"size": size, "counts": counts} for counts in detections.pop("rles")]
             masks = torch.from_numpy(coco_mask.decode(rles)).permute(2, 0, 1) if rles else torch.zeros((0, *size))
             results.append({**detections, "masks": masks.bool()})

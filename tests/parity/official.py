@@ -58,12 +58,14 @@ def weights(backbone: str = "ResNet-50", classes: int = 20) -> dict[str, Tensor]
     return ours
 
 
-def model(head: str = "softmax", memory: MemoryConfig | None = None) -> MaskRCNN:
-    """The paper's R-50 model for 20 classes with the rule's weights; samplers that take evenly strided candidates."""
-    options, classes = ModelConfig(weights="none"), stats(20)
-    roi_heads = build_roi_heads(options, head, IndicatorConfig(), memory or MemoryConfig(), classes)
+def model(
+    head: str = "softmax", memory: MemoryConfig | None = None, backbone: str = "ResNet-50", classes: int = 20
+) -> MaskRCNN:
+    """The paper's model with the rule's weights; samplers that take evenly strided candidates."""
+    options = ModelConfig(weights="none", backbone="resnet50" if backbone == "ResNet-50" else "resnet101")
+    roi_heads = build_roi_heads(options, head, IndicatorConfig(), memory or MemoryConfig(), stats(classes))
     detector = MaskRCNN(options, roi_heads, EvalConfig(), (800, 1333))
-    result = detector.load_state_dict(weights(), strict=False)
+    result = detector.load_state_dict(weights(backbone, classes), strict=False)
     assert not result.unexpected_keys
     assert all(key.startswith(("roi_heads.tracker.", "roi_heads.memory.")) for key in result.missing_keys)
     detector.rpn.choose = detector.roi_heads.choose = strided

@@ -1,0 +1,128 @@
+"""Pictures of a run: the paper's Figure 4 (mean score and AP of every class) and predictions beside ground truth."""
+
+import csv
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+import numpy as np
+from pycocotools import mask as coco_mask
+
+from loce.data.lvis import LVISAnnotations
+from loce.data.transforms import read_image
+from loce.evaluation.stream import read_detections
+from loce.files import atomic_write
+
+matplotlib.use("Agg")
+from matplotlib import pyplot as plt
+
+GROUP_COLOURS = {"r": "#d1495b", "c": "#edae49", "f": "#30638e"}
+GROUP_NAMES = {"r": "rare", "c": "common", "f": "frequent"}
+SHOWN_SCORE = 0.3  # predictions below it are not drawn
+
+
+def read_table(path: Path) -> list[dict[str, str]]:
+    """Rows of a CSV file with a header."""
+    with path.open(newline="", encoding="utf-8") as file:
+        return list(csv.DictReader(file))
+
+
+def equilibrium_figure(runs: Mapping[str, Path], output: Path) -> None:
+    """Mean score and mask AP of every class, most frequent in training first, one column per run (Figure 4).
+
+    runs: title -> evaluation folder with mean_scores.csv and per_category.csv.
+    """
+    figure, axes = plt.subplots(2, len(runs), figsize=(4.6 * len(runs), 5.2), sharex=True, sharey="row", squeeze=False)
+    for column, (title, folder) in zip(axes.T, runs.items(), strict=True):
+        scores = {int(row["id"]): row for row in read_table(folder / "mean_scores.csv")}
+        ap = {int(row["id"]): float(row["AP"] or "nan") for row in read_table(folder / "per_category.csv")}
+        order = sorted(scores, key=lambda c: -int(scores[c]["training_instances"]))
+        groups = [scores[c]["group"] for c in order]
+        _bars(column[0], np.array([float(scores[c]["mean_score"]) for c in order]), groups)
+        _bars(column[1], np.array([max(ap.get(c, 0.0), 0.0) for c in order]), groups)
+        column[0].set_title(title)
+        column[1].set_xlabel("classes, most training instances first")
+    axes[0, 0].set_ylabel("mean score of own class")
+    axes[1, 0].set_ylabel("mask AP")
+    handles = [plt.Rectangle((0, 0), 1, 1, color=GROUP_COLOURS[g]) for g in GROUP_COLOURS]
+    figure.legend(handles, GROUP_NAMES.values(), loc="lower center", ncols=3, frameon=False)
+    figure.tight_layout(rect=(0, 0.05, 1, 1))
+    _save(figure, output)
+
+
+def _bars(axis: Any, values: np.ndarray, groups: Sequence[str]) -> None:
+    axis.bar(range(len(values)), values, width=1.0, color=[GROUP_COLOURS[g] for g in groups])
+    for group in GROUP_COLOURS:
+        places = [i for i, g in enumerate(groups) if g == group]
+        if places:
+            mean = values[places].mean()
+            axis.hlines(mean, min(places) - 0.5, max(places) + 0.5, colors="black", linewidth=1.2)
+            axis.text(np.mean(places), mean + 0.02, f"{mean:.2f}", ha="center", fontsize=8)
+    axis.set_ylim(0, 1)
+    axis.spines[["top", "right"]].set_visible(False)
+
+
+def prediction_sheet(
+    annotations: LVISAnnotations, images: str, runs: Mapping[str, Path], output: Path, rows: int = 6
+) -> None:
+    """Validation images: ground truth, then one column of predictions per run; images with rare classes come first.
+
+    runs: title -> folder with streamed detections.
+    """
+    chosen = _telling_images(annotations, rows)
+    ids = annotations.image_ids.tolist()
+    label_of = {int(c): label for label, c in enumerate(annotations.stats.category_ids)}
+    found = {title: read_detections(folder, ids) for title, folder in runs.items()}
+    figure, axes = plt.subplots(rows, 1 + len(runs), figsize=(3.4 * (1 + len(runs)), 3.4 * rows), squeeze=False)
+    for line, index in zip(axes, chosen, strict=True):
+        height, width = (int(side) for side in annotations.image_sizes[index])
+        image = read_image(annotations.image_path(index, images), (height, width))
+        own = annotations.rows(index)
+        runs_of = annotations.segmentations.runs(own, height, width)
+        masks = [coco_mask.frPyObjects({"counts": r.tolist(), "size": [height, width]}, height, width) for r in runs_of]
+        _draw(line[0], image, annotations, annotations.labels[own], masks, None)
+        for axis, detections in zip(line[1:], found.values(), strict=True):
+            mine = np.flatnonzero((detections.image_ids == ids[index]) & (detections.scores >= SHOWN_SCORE))
+            labels = np.array([label_of[c] for c in detections.category_ids[mine].tolist()], np.int64)
+            codes = detections.masks.rles(mine) if detections.masks is not None else []
+            _draw(axis, image, annotations, labels, codes, detections.scores[mine])
+    for axis, title in zip(axes[0], ["ground truth", *runs], strict=True):
+        axis.set_title(title)
+    figure.tight_layout()
+    _save(figure, output)
+
+
+def _telling_images(annotations: LVISAnnotations, count: int) -> list[int]:
+    rare = annotations.stats.group_mask("r")
+    rare_per_image = [int(rare[annotations.labels[annotations.rows(i)]].sum()) for i in range(len(annotations))]
+    return sorted(range(len(annotations)), key=lambda i: (-rare_per_image[i], i))[:count]
+
+
+def _draw(
+    axis: Any,
+    image: np.ndarray,
+    annotations: LVISAnnotations,
+    labels: np.ndarray,
+    masks: Sequence[dict[str, Any]],
+    scores: np.ndarray | None,
+) -> None:
+    """One image with masks tinted by frequency group, and names (and scores)."""
+    canvas = image.astype(np.float32) / 255
+    for place, (label, code) in enumerate(zip(labels, masks, strict=True)):
+        colour = np.array(matplotlib.colors.to_rgb(GROUP_COLOURS[str(annotations.stats.groups[label])]))
+        mask = coco_mask.decode(code).astype(bool)
+        canvas[mask] = 0.45 * canvas[mask] + 0.55 * colour
+        if mask.any():
+            x, y, _, _ = coco_mask.toBbox(code)
+            text = annotations.stats.names[label] + ("" if scores is None else f" {scores[place]:.2f}")
+            box = {"facecolor": colour, "alpha": 0.8, "pad": 0.8, "edgecolor": "none"}
+            axis.text(x, y, text, fontsize=7, color="white", bbox=box, clip_on=True)
+    axis.imshow(canvas)
+    axis.axis("off")
+
+
+def _save(figure: Any, output: Path) -> None:
+    with atomic_write(output) as temporary:
+        figure.savefig(temporary, dpi=110)
+    plt.close(figure)

@@ -1,0 +1,197 @@
+"""Whole runs on a tiny Glyph-LVIS, through the scripts that users start, in processes of their own."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from loce.data.glyphs import GlyphOptions, make_glyphs
+
+ROOT = Path(__file__).resolve().parent.parent
+CONFIG = """
+data: {{train_annotations: {0}/annotations/train.json, train_images: {0}, val_annotations: {0}/annotations/val.json,
+  val_images: {0}, short_edges: [64], test_short_edge: 64, workers: 0}}
+model: {{backbone: tiny, weights: none, norm: group, frozen_stages: 0, fpn_channels: 16, fc_features: 32,
+  mask_channels: 8, mask_convs: 1, rpn: {{anchor_scale: 4, pre_nms_train: 100, pre_nms_test: 50, post_nms: 50,
+  batch_per_image: 32}}, roi: {{batch_per_image: 32, finest_scale: 14}}}}
+train: {{batch_size: 4, lr: 0.01, warmup_iterations: 2, epochs: 2, drops: [1], log_every: 1, clip_norm: 10}}
+"""
+LOCE = ("head.name=equilibrium", "memory.enabled=true", "train.freeze=trunk")
+
+
+@pytest.fixture(scope="module")
+def glyphs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("glyphs")
+    sizes = {"classes": 6, "train_images": 12, "val_images": 6, "size": 64, "smallest": 0.26, "largest": 0.4}
+    make_glyphs(GlyphOptions(out=str(folder), workers=1, **sizes))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def config(glyphs: Path) -> Path:
+    path = glyphs / "tiny.yaml"
+    path.write_text(CONFIG.format(glyphs))
+    return path
+
+
+def run(script: str, *words: str | Path, processes: int = 1, code: int = 0) -> str:
+    """Output of a script of ours, which must end with `code`."""
+    launch = [sys.executable]
+    if processes > 1:
+        launch = [sys.executable, "-m", "torch.distributed.run", f"--nproc_per_node={processes}", "--standalone"]
+    command = [*launch, str(ROOT / "scripts" / script), *map(str, words)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=ROOT)
+    assert done.returncode == code, done.stdout + done.stderr
+    return done.stdout + done.stderr
+
+
+@pytest.fixture(scope="module")
+def stage1(config: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("runs") / "stage1"
+    run("train.py", config, f"output={folder}")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def stage2(config: Path, stage1: Path) -> Path:
+    folder = stage1.with_name("stage2")
+    text = run("finetune.py", config, *LOCE, f"train.init={stage1}", f"output={folder}", "train.evaluate=false")
+    assert "0 new, 0 dropped" in text
+    assert "feature memory:" in text
+    return folder
+
+
+def metrics(folder: Path) -> list[dict[str, float]]:
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def main_file(folder: Path) -> Path:
+    return max(folder.glob("checkpoints/*/main.pt"))
+
+
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    state = torch.load(main_file(folder), weights_only=True)["model"]
+    return {**state, **torch.load(main_file(folder).with_name("rank0.pt"), weights_only=True)["memory"]}
+
+
+def test_a_run_leaves_everything_that_is_promised(stage1: Path) -> None:
+    lines = metrics(stage1)
+    assert [line["iteration"] for line in lines] == [1, 2, 3, 4, 5, 6]
+    losses = {"loss", "loss_rpn_cls", "loss_rpn_box", "loss_cls", "loss_box", "loss_mask"}
+    expected = losses | {"lr", "images_per_second", "data_share", "peak_memory_gib", "mean_score/r"}
+    assert all(expected <= set(line) for line in lines)
+    # 2 warm-up iterations from a thousandth, then a tenth after epoch 1; 0.01 at batch 16 is 0.0025 at batch 4
+    assert [line["lr"] for line in lines] == pytest.approx([2.5e-6, 0.00125125, 2.5e-3, 2.5e-4, 2.5e-4, 2.5e-4])
+    for name in ("config.yaml", "env.txt", "log.txt", "eval/metrics.json", "eval/mean_scores.csv"):
+        assert (stage1 / name).stat().st_size, name
+    assert list((stage1 / "tensorboard").iterdir())
+    found = json.loads((stage1 / "eval/metrics.json").read_text())
+    assert set(found) == {"bbox", "segm"} and all(-1 <= value <= 1 for value in found["segm"].values())
+
+
+def test_stage_2_trains_the_four_parts_and_nothing_else(stage1: Path, stage2: Path) -> None:
+    before, after = weights(stage1), weights(stage2)
+    changed = {name for name in before if not torch.equal(before[name], after[name])}
+    parts = ("roi_heads.head.", "roi_heads.fc_reg.", "roi_heads.mask_head.", "rpn.")
+    assert changed - {"roi_heads.tracker.scores"} == {name for name in before if name.startswith(parts)}
+    assert after["roi_heads.memory.bank.written"].min() > 0  # every class has a training image
+    assert all({"memory_fill/r", "mean_score/r"} <= set(line) for line in metrics(stage2))
+
+
+def test_stopped_and_resumed_is_bit_identical(config: Path, stage1: Path, stage2: Path) -> None:
+    folder = stage1.with_name("resumed")
+    words = (config, *LOCE, f"train.init={stage1}", f"output={folder}", "train.evaluate=false")
+    run("finetune.py", *words, "train.checkpoint_every=1", "train.keep_checkpoints=9")
+    whole = {path.parent.name for path in folder.glob("checkpoints/*/main.pt")}
+    for path in sorted(folder.glob("checkpoints/*/main.pt"))[2:]:  # as if it had been killed in iteration 3 of 6
+        path.unlink()
+    text = run("finetune.py", *words, "train.keep_checkpoints=9")
+    assert "2 of 6 iterations are done" in text
+    assert len(whole) == 6
+    timing = ("images_per_second", "data_share", "peak_memory_gib")
+    for resumed, straight in zip(metrics(folder), metrics(stage2), strict=True):
+        assert {k: v for k, v in resumed.items() if k not in timing} == {
+            k: v for k, v in straight.items() if k not in timing
+        }
+    resumed_state, straight_state = weights(folder), weights(stage2)
+    assert all(torch.equal(resumed_state[name], value) for name, value in straight_state.items())
+
+
+def test_two_processes_train_and_evaluate_like_one(config: Path, stage1: Path) -> None:
+    folder = stage1.with_name("two")
+    text = run("train.py", config, f"output={folder}", processes=2)
+    assert "batch: 4 = 2 ranks x 2 images x 1 steps" in text
+    one, two = metrics(stage1), metrics(folder)
+    assert len(one) == len(two)
+    # The same batches and starting weights; only the drawn regions differ.
+    assert two[0]["loss_rpn_cls"] == pytest.approx(one[0]["loss_rpn_cls"], rel=0.02)
+    assert two[0]["loss"] == pytest.approx(one[0]["loss"], rel=0.2)
+    assert len(list((folder / "eval/detections").glob("detections_000[01]_*.npz"))) == 2
+
+
+def test_shared_memory_is_the_same_on_both_ranks(config: Path, stage1: Path) -> None:
+    folder = stage1.with_name("shared")
+    words = (*LOCE, "memory.shared=true", f"train.init={stage1}", f"output={folder}", "train.evaluate=false")
+    run("finetune.py", config, *words, processes=2)
+    main = torch.load(main_file(folder), weights_only=True)
+    assert main["model"]["roi_heads.memory.bank.written"].min() > 0
+    own = torch.load(main_file(folder).with_name("rank1.pt"), weights_only=True)
+    assert own["memory"] == {}
+
+
+def test_accumulation_sees_the_same_images(config: Path, stage1: Path) -> None:
+    folder = stage1.with_name("accumulate")
+    run("train.py", config, f"output={folder}", "train.accumulate=2", "train.evaluate=false")
+    assert metrics(folder)[0]["loss_rpn_cls"] == pytest.approx(metrics(stage1)[0]["loss_rpn_cls"], rel=0.02)
+
+
+def test_bf16_trains(config: Path, stage1: Path) -> None:
+    folder = stage1.with_name("bf16")
+    run("train.py", config, f"output={folder}", "train.precision=bf16", "train.evaluate=false")
+    assert metrics(folder)[0]["loss"] == pytest.approx(metrics(stage1)[0]["loss"], rel=0.1)
+
+
+@pytest.mark.parametrize(
+    ("script", "words", "message"),
+    [
+        ("train.py", ("data.train_annotations=nowhere/train.json",), "nowhere/train.json"),
+        ("train.py", ("data.train_images=nowhere",), "12 of 12 images are missing"),
+        ("train.py", ("train.epocs=3",), "train.epochs"),
+        ("finetune.py", (), "scripts/train.py stage1.yaml"),
+        ("finetune.py", ("train.init=runs/never",), "no finished checkpoint there"),
+        ("train.py", ("train.batch_size=3", "train.accumulate=2"), "divisible"),
+    ],
+)
+def test_mistakes_are_told_without_traceback(config: Path, script: str, words: tuple[str, ...], message: str) -> None:
+    text = run(script, config, f"output={config.parent}/never", *words, code=2)
+    assert message in text
+    assert "Traceback" not in text
+    assert not (config.parent / "never").exists()
+
+
+def test_checkpoint_of_other_classes_is_refused(config: Path, stage1: Path, tmp_path: Path) -> None:
+    data = tmp_path / "data"
+    sizes = {"classes": 5, "train_images": 6, "val_images": 4, "size": 64, "smallest": 0.26, "largest": 0.4}
+    make_glyphs(GlyphOptions(out=str(data), workers=1, **sizes))
+    other = tmp_path / "other.yaml"
+    other.write_text(CONFIG.format(data))
+    text = run("finetune.py", other, *LOCE, f"train.init={stage1}", f"output={tmp_path}/run", code=2)
+    assert "has 6 classes, the training data has 5" in text
+    assert "Traceback" not in text
+
+
+def test_load_model_predicts(stage1: Path) -> None:
+    import loce
+
+    model = loce.load_model(stage1)
+    image = torch.randint(0, 255, (3, 50, 70), dtype=torch.uint8)
+    found = model([image])[0]
+    assert set(found) == {"boxes", "labels", "scores", "masks"}
+    count = len(found["scores"])
+    assert found["boxes"].shape == (count, 4) and found["masks"].shape == (count, 50, 70)
+    assert len(model.class_names) == 6
