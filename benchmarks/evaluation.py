@@ -2,12 +2,14 @@
 
 python benchmarks/evaluation.py [sizes=[500,2000,5000]] [full=true] [rounds=1] [tools=...]
 Each number is one process: CPU seconds from the moment the detections are in memory (ground truth is read from its
-file), and the most memory the process ever held. Tools take turns. Results go to benchmarks/results/evaluation.json.
+file), and the most memory the process ever held. Tools take turns. The tool "resamples" is the bootstrap alone (1000
+resamples of the images), without the evaluation before it. Results go to benchmarks/results/evaluation.json.
 """
 
 import contextlib
 import io
 import json
+import os
 import platform
 import subprocess
 import sys
@@ -21,12 +23,14 @@ import numpy as np
 from pycocotools import mask as mask_utils
 
 from loce.config import Count, UserError, read_options, run_script
-from loce.evaluation.detections import Detections, Masks
+from loce.evaluation import Detections, Masks, evaluate_lvis
+from loce.evaluation.bootstrap import intervals, tally
 from loce.files import write_text
 
 HEIGHT, WIDTH, CATEGORIES = 480, 640, 1203
 FULL = 19_809  # images of LVIS v1 val
 TOOLS = ("official", "faster", "ours")
+AT_FULL_SIZE = ("ours", "resamples")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,7 +40,7 @@ class Options:
     sizes: tuple[Count, ...] = (500, 2000, 5000)  # images
     types: tuple[str, ...] = ("bbox", "segm")
     tools: tuple[str, ...] = TOOLS  # faster needs `pip install faster-coco-eval`
-    full: bool = True  # also ours at 19,809 images
+    full: bool = True  # also ours, and the bootstrap, at 19,809 images
     rounds: Count = 1
     faster_up_to: Count = 2000  # images; faster-coco-eval needs 8 GB for 5000
     output: str = "benchmarks/results/evaluation.json"
@@ -167,12 +171,17 @@ def load(folder: Path, iou_type: str) -> Detections:
 def measure(tool: str, iou_type: str, folder: Path) -> dict[str, float]:
     """Run one tool in this process; CPU seconds, peak memory and AP."""
     detections: Any = load(folder, iou_type)
-    if tool != "ours":
+    if tool in ("official", "faster"):
         detections = list(detections._dicts(np.arange(len(detections))))
     annotations = str(folder / "annotations.json")
+    if tool == "resamples":
+        tallies = tally(evaluate_lvis(annotations, detections, iou_type))
     start, wall = time.process_time(), time.perf_counter()
     with contextlib.redirect_stdout(io.StringIO()):
-        ap = {"official": _official, "faster": _faster, "ours": _ours}[tool](annotations, detections, iou_type)
+        if tool == "resamples":
+            ap = sum(intervals(tallies, 1000)["AP"]) / 2
+        else:
+            ap = {"official": _official, "faster": _faster, "ours": _ours}[tool](annotations, detections, iou_type)
     cpu = time.process_time() - start
     return {"cpu_seconds": cpu, "wall_seconds": time.perf_counter() - wall, "peak_mb": peak_mb(), "AP": ap}
 
@@ -204,8 +213,6 @@ def _faster(annotations: str, detections: list[dict[str, Any]], iou_type: str) -
 
 
 def _ours(annotations: str, detections: Detections, iou_type: str) -> float:
-    from loce.evaluation import evaluate_lvis
-
     return evaluate_lvis(annotations, detections, iou_type).metrics["AP"]
 
 
@@ -228,6 +235,7 @@ def hardware() -> dict[str, Any]:
     return {
         "commit": commit + ("+changes" if changed.strip() else ""),
         "cpu": model[0].partition(":")[2].strip() if model else platform.processor(),
+        "cores": os.cpu_count(),
         "python": platform.python_version(),
         "numpy": np.__version__,
         "pycocotools": getattr(pycocotools, "__version__", "unknown"),
@@ -259,8 +267,8 @@ def main() -> None:
             draw_data(Path(name), images)
             for iou_type in options.types:
                 for turn in range(options.rounds):
-                    tools = [t for t in options.tools if images < FULL or t == "ours"]
-                    tools = [t for t in tools if t != "faster" or images <= options.faster_up_to]
+                    chosen = options.tools if images < FULL else AT_FULL_SIZE
+                    tools = [t for t in chosen if t != "faster" or images <= options.faster_up_to]
                     for tool in tools if turn % 2 == 0 else tools[::-1]:
                         rows.append(
                             {"images": images, "type": iou_type, "tool": tool, **in_process(tool, iou_type, Path(name))}

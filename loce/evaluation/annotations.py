@@ -4,6 +4,7 @@ Legend: I images and K categories, both in ascending order of id; G annotations,
 """
 
 from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -97,7 +98,8 @@ class _Annotations:
         if "image_id" not in value or "category_id" not in value:
             return value
         if self.masks and isinstance(value.get("segmentation"), list):
-            value["segmentation"] = [np.asarray(polygon, dtype=np.float64) for polygon in value["segmentation"]]
+            with suppress(TypeError, ValueError):  # what is no polygon stays, and is reported when it is needed
+                value["segmentation"] = [np.asarray(polygon, dtype=np.float64) for polygon in value["segmentation"]]
         elif not self.masks:
             value.pop("segmentation", None)
         self.pending.append(value)

@@ -50,8 +50,9 @@ def evaluate_and_report(
     tallies_<type>.npz (for scripts/compare.py), errors.csv and errors.png. UserError for bad input, before anything is
     written.
     """
-    if isinstance(results, (str, Path)) and not Path(results).is_dir():
-        origin, results = origin or str(results), read_results(results)
+    if isinstance(results, (str, Path)):
+        origin = origin or str(results)
+        results = results if Path(results).is_dir() else read_results(results)
     wanted = tuple(iou_types) or (results.iou_types if isinstance(results, Detections) else ("bbox", "segm"))
     truth = load_annotations(annotations, masks="segm" in wanted)
     detections = load_results(results, truth)
@@ -114,6 +115,8 @@ def header(facts: Mapping[str, Any]) -> list[str]:
     ]
     if not facts["detections"]:
         lines.append("warning: there are no detections at all, so every number is 0")
+    elif facts["images_with_detections"] < 0.5 * facts["images"]:
+        lines.append("warning: most images have no detections; are these the results of a part of the data set only?")
     return lines
 
 

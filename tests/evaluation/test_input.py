@@ -14,7 +14,7 @@ from cases import random_case
 from pycocotools import mask as mask_utils
 
 from loce.errors import UserError
-from loce.evaluation import FederatedFilter, evaluate_lvis, load_annotations, read_results, reading
+from loce.evaluation import Detections, FederatedFilter, evaluate_lvis, load_annotations, read_results, reading
 
 HIT = {"image_id": 7, "category_id": 2, "score": 0.5, "bbox": [10.0, 10.0, 40.0, 40.0]}
 RLE = {"size": [100, 100], "counts": mask_utils.encode(np.eye(100, dtype=np.uint8, order="F"))["counts"]}
@@ -184,6 +184,14 @@ def test_annotations_in_the_file_in_any_order(tmp_path: Path) -> None:
         assert evaluate_lvis(tmp_path / "a.json", results, "segm").metrics == expected
 
 
+def test_what_is_no_polygon_is_reported_when_it_is_needed(tmp_path: Path, small: dict[str, Any]) -> None:
+    small["annotations"][0]["segmentation"] = [["a", "b"]]
+    (tmp_path / "a.json").write_text(json.dumps(small))
+    assert evaluate_lvis(tmp_path / "a.json", [HIT]).metrics["AP"] > 0
+    with pytest.raises(UserError, match="annotation 1: the mask cannot be read"):
+        evaluate_lvis(tmp_path / "a.json", [{**HIT, "segmentation": {**RLE, "counts": RLE["counts"].decode()}}], "segm")
+
+
 def test_notes_say_what_was_assumed(small: dict[str, Any]) -> None:
     small["annotations"].append({**small["annotations"][0], "id": 9, "image_id": 1000})
     small["categories"] = [
@@ -219,3 +227,19 @@ def test_federated_filter_is_the_evaluators_rule(small: dict[str, Any]) -> None:
         label = {int(c): n for n, c in enumerate(rule.label_ids)}
         kept = [d for d in results if rule.allowed(d["image_id"])[label[d["category_id"]]]]
         assert evaluate_lvis(truth, kept).metrics == evaluate_lvis(truth, results).metrics
+
+
+def test_unknown_choices_are_named(small: dict[str, Any]) -> None:
+    with pytest.raises(UserError, match="iou_type: 'mask'"):
+        evaluate_lvis(small, [], "mask")
+    with pytest.raises(UserError, match="protocol: 'voc' is not known; choose one of lvis, fixed, coco"):
+        evaluate_lvis(small, [], protocol="voc")
+    with pytest.raises(UserError, match="max_detections: 0"):
+        evaluate_lvis(small, [], max_detections=0)
+    box = Detections(image_ids=np.array([7]), category_ids=np.array([2]), scores=np.ones(1), boxes=np.ones((1, 4)))
+    with pytest.raises(UserError, match="iou_type=segm: the results have no segmentation"):
+        evaluate_lvis(small, box, "segm")
+    coco = {**small, "images": [{"id": i["id"], "height": 100, "width": 100} for i in small["images"]]}
+    with pytest.raises(UserError, match="has no neg_category_ids, so protocol=lvis is not possible; use protocol=coco"):
+        evaluate_lvis(coco, box)
+    assert evaluate_lvis(coco, box, protocol="coco").metrics["AP"] == 0.0

@@ -98,6 +98,15 @@ def test_empty_results_are_warned_about(
     assert "warning: there are no detections at all" in capsys.readouterr().out
 
 
+def test_results_of_a_part_are_warned_about(
+    tmp_path: Path, small: dict[str, Any], capsys: pytest.CaptureFixture[str]
+) -> None:
+    small["images"] += [{**small["images"][0], "id": 100 + n} for n in range(5)]
+    results = [{"image_id": i, "category_id": 2, "score": 0.5, "bbox": [1.0, 1.0, 2.0, 2.0]} for i in (3, 7)]
+    evaluate_and_report(small, results, tmp_path, resamples=0)
+    assert "warning: most images have no detections" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [
