@@ -28,6 +28,7 @@ class Options:
     max_detections: Natural = 0  # per image (lvis), per image and category (coco); 0: the protocol's own
     resamples: Natural = 1000  # of the bootstrap for the intervals; 0: none
     errors: bool = True  # what became of lost objects: errors.csv, errors.png
+    save_json: bool = False  # also write the detections as results.json, in the official format
 
 
 def evaluate_results(options: Options) -> None:
@@ -48,6 +49,7 @@ def evaluate_results(options: Options) -> None:
         max_detections=options.max_detections or None,
         resamples=options.resamples,
         errors=options.errors,
+        save_json=options.save_json,
     )
     print(f"written to {output}: metrics.json, evaluation.json, per_category.csv, ...")
 

@@ -39,13 +39,15 @@ def evaluate_and_report(
     errors: bool = True,
     removed: Removed | None = None,
     proposals: tuple[np.ndarray, np.ndarray] | None = None,
+    save_json: bool = False,
 ) -> dict[str, Evaluation]:
     """Evaluate, print the tables and write the folder `output`; the result per IoU type, "bbox" first.
 
     annotations, results, max_detections: as for `evaluate_lvis`; iou_types: empty means what the results have;
     protocol "auto": "lvis" for federated ground truth, else "coco"; resamples: of the bootstrap, 0 for none; origin:
     what made the results (method, checkpoint), written beside the numbers; errors: explain lost objects (of masks
-    where they are evaluated); removed, proposals: what more inference knows for that (`errors.explain`).
+    where they are evaluated); removed, proposals: what more inference knows for that (`errors.explain`);
+    save_json: also write results.json, the official results format.
     Writes metrics.json ({"bbox": 13 numbers, "segm": ...}), evaluation.json (what they are of), per_category.csv,
     tallies_<type>.npz (for scripts/compare.py), errors.csv and errors.png. UserError for bad input, before anything is
     written.
@@ -73,6 +75,8 @@ def evaluate_and_report(
         print("\n" + "\n".join(write_errors(output, main, fates, detections, origin)))
     print("\n" + "\n".join(markdown(evaluations)))
     write_folder(Path(output), evaluations, facts)
+    if save_json:
+        detections.save_json(Path(output) / "results.json")
     return evaluations
 
 

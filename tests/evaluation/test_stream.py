@@ -17,6 +17,7 @@ from loce.evaluation import (
     read_detections,
     read_results,
 )
+from loce.evaluation.report import evaluate_and_report
 
 
 def write(folder: Path, detections: Detections, images: list[int], rank: int = 0, **options: Any) -> None:
@@ -106,6 +107,15 @@ def test_broken_chunk_is_named(tmp_path: Path) -> None:
     (tmp_path / "detections_0000_000000.npz").write_bytes(b"half a fi")
     with pytest.raises(UserError, match=r"detections_0000_000000.npz: cannot be read .*; delete it"):
         read_detections(tmp_path, [1])
+
+
+def test_folder_of_detections_becomes_a_results_file(tmp_path: Path, case: tuple[dict[str, Any], Detections]) -> None:
+    """What is submitted to a server: the official format, from what inference streamed."""
+    truth, detections = case
+    write(tmp_path / "detections", detections, [image["id"] for image in truth["images"]])
+    streamed = evaluate_and_report(truth, tmp_path / "detections", tmp_path / "out", resamples=0, save_json=True)
+    for iou_type, evaluation in streamed.items():
+        assert evaluate_lvis(truth, tmp_path / "out" / "results.json", iou_type).metrics == evaluation.metrics
 
 
 def test_no_detections_at_all(tmp_path: Path, small: dict[str, Any]) -> None:
