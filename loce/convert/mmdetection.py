@@ -63,7 +63,9 @@ def convert(
     names = [str(name) for name in names] if isinstance(names, (list, tuple)) and len(names) == count else None
     if stats is None:
         report.append(f"class names: {'as in the file' if names else 'placeholders'}, category ids 1 to {count}")
-        report.append("  annotations=A.json would give the data set's own, which training (train.init) asks for")
+        report.append(
+            "  evaluation and training want the data set's own names and ids: convert with annotations=A.json"
+        )
         stats = bare_stats(names or [f"class {label}" for label in range(count)], range(1, count + 1))
     elif len(stats) != count:
         raise UserError(

@@ -25,7 +25,7 @@ def test_pyramid_sizes(size):
 
 
 def test_the_pyramid_against_its_definition():
-    """Lateral 1 x 1, nearest upsampling of the coarser level added, then 3 x 3; no norm, no activation."""
+    """Lateral 1 x 1, nearest upsampling of the coarser level added, then 3 x 3; no activation."""
     backbone = build_backbone(TINY).eval()
     image = torch.randn(1, 3, 64, 96)
     fpn, body = backbone.fpn, list(backbone.body(image).values())
@@ -37,6 +37,14 @@ def test_the_pyramid_against_its_definition():
         outputs.insert(0, fpn.layer_blocks[level](merged))
     for own, expected in zip(backbone(image).values(), outputs, strict=False):
         torch.testing.assert_close(own, expected)
+
+
+def test_only_a_group_normalised_model_normalises_its_pyramid():
+    """Official weights have biases and no norm there."""
+    for norm, expected in (("frozen", 0), ("batch", 0), ("group", 8)):
+        fpn = build_backbone(ModelConfig(weights="none", norm=norm, fpn_channels=16)).fpn
+        assert sum(isinstance(m, nn.GroupNorm | nn.BatchNorm2d) for m in fpn.modules()) == expected
+        assert sum(name.endswith("0.0.bias") for name, _ in fpn.named_parameters()) == (0 if expected else 2)
 
 
 @pytest.mark.parametrize(("stages", "frozen"), [(0, ()), (1, ("stem", "layer1")), (2, ("stem", "layer1", "layer2"))])
