@@ -71,11 +71,14 @@ def build_backbone(config: ModelConfig) -> BackboneWithFPN:
     tiny = config.backbone == "tiny"
     body = _tiny() if tiny else _resnet(config)
     channels = list(TINY_CHANNELS[1:]) if tiny else [256, 512, 1024, 2048]
-    backbone = BackboneWithFPN(body, dict(LAYERS), channels, config.fpn_channels, LastLevelMaxPool())
+    # Trained from scratch, the pyramid is normalised too (arXiv 1803.08494, Sec. 4.2.1).
+    norm = _group_norm if config.norm == "group" else None
+    backbone = BackboneWithFPN(body, dict(LAYERS), channels, config.fpn_channels, LastLevelMaxPool(), norm)
     for layer in backbone.fpn.modules():
         if isinstance(layer, nn.Conv2d):
             nn.init.xavier_uniform_(layer.weight)
-            nn.init.constant_(layer.bias, 0.0)  # type: ignore[arg-type]
+            if layer.bias is not None:
+                nn.init.zeros_(layer.bias)
     for name in ("stem", "conv1", "bn1", *LAYERS)[: 3 + config.frozen_stages if config.frozen_stages else 0]:
         for parameter in getattr(backbone.body, name, nn.Identity()).parameters():
             parameter.requires_grad_(False)

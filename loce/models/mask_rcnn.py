@@ -21,8 +21,7 @@ from loce.models.detection import detect
 from loce.models.mask_head import MaskHead
 from loce.models.memory_sampling import MemorySampling
 from loce.models.paste import paste_and_encode
-from loce.models.pooling import pool
-from loce.models.roi_heads import BOX_SIDE, MASK_SIDE, BoxHead, RoIHeads, Truth
+from loce.models.roi_heads import BOX_SIDE, MASK_SIDE, BoxHead, RoIHeads, Truth, pool
 from loce.models.rpn import RPN
 
 PIXEL_MEAN = (123.675, 116.28, 103.53)  # RGB, ImageNet

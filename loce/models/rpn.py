@@ -10,8 +10,7 @@ from torchvision.models.detection.rpn import RPNHead
 from torchvision.ops import nms
 
 from loce.config import RPNConfig
-from loce.models.boxes import RPN_STDS, box_iou, decode, encode
-from loce.models.matching import BETWEEN, choose_random, match, sample
+from loce.models.boxes import BETWEEN, RPN_STDS, box_iou, choose_random, decode, encode, match, sample
 
 RATIOS = (0.5, 1.0, 2.0)  # height / width
 STRIDES = (4, 8, 16, 32, 64)

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from loce.models.matching import BETWEEN, NEGATIVE, choose_random, match, sample
+from loce.models.boxes import BETWEEN, NEGATIVE, choose_random, match, sample
 
 
 def slow_match(iou: list[list[float]], positive: float, negative: float, low: float) -> list[int]:

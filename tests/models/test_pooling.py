@@ -6,7 +6,7 @@ import pytest
 import torch
 from torchvision.ops import roi_align
 
-from loce.models.pooling import pool, pyramid_level
+from loce.models.roi_heads import pool, pyramid_level
 
 
 def slow_level(box: list[float], finest: float) -> int:

@@ -10,8 +10,7 @@ from loce.config import IndicatorConfig, MemoryConfig
 from loce.data.masks import CroppedMasks
 from loce.models.boxes import ROI_STDS, encode
 from loce.models.mask_head import mask_targets
-from loce.models.pooling import pool
-from loce.models.roi_heads import Truth
+from loce.models.roi_heads import Truth, pool
 
 from .conftest import first
 

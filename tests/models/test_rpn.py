@@ -6,8 +6,7 @@ import pytest
 import torch
 
 from loce.config import RPNConfig
-from loce.models.boxes import RPN_STDS, decode, encode
-from loce.models.matching import BETWEEN, NEGATIVE
+from loce.models.boxes import BETWEEN, NEGATIVE, RPN_STDS, decode, encode
 from loce.models.rpn import RPN, STRIDES, level_anchors, level_validity
 
 CPU = torch.device("cpu")

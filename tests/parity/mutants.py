@@ -37,9 +37,9 @@ class Mutant:
 
 
 MUTANTS = (
-    Mutant("RoIAlign not aligned", "models/pooling.py", "1 / stride, 0, True)", "1 / stride, 0, False)"),
-    Mutant("RoIAlign with 2 samples a bin", "models/pooling.py", "1 / stride, 0, True)", "1 / stride, 2, True)"),
-    Mutant("level by rounding", "models/pooling.py", ".log2().floor()", ".log2().round()"),
+    Mutant("RoIAlign not aligned", "models/roi_heads.py", "1 / stride, 0, True)", "1 / stride, 0, False)"),
+    Mutant("RoIAlign with 2 samples a bin", "models/roi_heads.py", "1 / stride, 0, True)", "1 / stride, 2, True)"),
+    Mutant("level by rounding", "models/roi_heads.py", ".log2().floor()", ".log2().round()"),
     Mutant("anchors rounded to pixels", "models/rpn.py", "(centres + cell_R4)", "(centres + cell_R4.round())"),
     Mutant("anchors at cell centres", "models/rpn.py", "(centres + cell_R4)", "(centres + stride / 2 + cell_R4)"),
     Mutant(
@@ -88,12 +88,12 @@ MUTANTS = (
     Mutant("boxes clipped to the last pixel", "models/boxes.py", "clamp(0, width), ", "clamp(0, width - 1), "),
     Mutant(
         "an earlier ground truth keeps its box",
-        "models/matching.py",
+        "models/boxes.py",
         "torch.where(last_N >= 0, last_N, matched_N)",
         "torch.where((last_N >= 0) & (matched_N < 0), last_N, matched_N)",
     ),
-    Mutant("low-quality matches at any IoU", "models/matching.py", "(best_G >= low_quality)", "(best_G >= 0)"),
-    Mutant("no low-quality matches", "models/matching.py", "(best_G >= low_quality)", "(best_G >= 2)"),
+    Mutant("low-quality matches at any IoU", "models/boxes.py", "(best_G >= low_quality)", "(best_G >= 0)"),
+    Mutant("no low-quality matches", "models/boxes.py", "(best_G >= low_quality)", "(best_G >= 2)"),
     Mutant(
         "ground truth behind the proposals",
         "models/roi_heads.py",

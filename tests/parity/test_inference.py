@@ -13,7 +13,7 @@ from pycocotools import mask as coco_mask
 from torch import Tensor
 
 from loce.models.boxes import ROI_STDS, decode
-from loce.models.pooling import pool, pyramid_level
+from loce.models.roi_heads import pool, pyramid_level
 from parity import official, rule
 
 MAPS = {  # stage -> (channel step, position step of the stored part, tolerance)

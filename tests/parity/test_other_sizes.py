@@ -12,7 +12,7 @@ from torchvision.ops import nms
 
 from loce.config import MemoryConfig
 from loce.models.boxes import ROI_STDS, decode
-from loce.models.pooling import pool
+from loce.models.roi_heads import pool
 from parity import official, rule
 from parity.test_inference import FINEST
 from parity.test_training import CONTENT, PADDED

@@ -10,11 +10,9 @@ import torch
 
 from loce.convert import mmdetection
 from loce.convert.source import rename
-from loce.models.boxes import RPN_STDS, encode
+from loce.models.boxes import BETWEEN, RPN_STDS, encode, sample
 from loce.models.mask_head import mask_targets
-from loce.models.matching import BETWEEN, sample
-from loce.models.pooling import pool
-from loce.models.roi_heads import _box_targets
+from loce.models.roi_heads import _box_targets, pool
 from loce.models.rpn import level_validity
 from parity import official, rule
 
