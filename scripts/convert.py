@@ -31,17 +31,19 @@ CONFLICTS = (
 
 
 def read_words(words: list[str]) -> tuple[Path, Path, ConvertOptions]:
-    """SOURCE, OUT and the options of a command line; `--to X` means to=X."""
+    """SOURCE, OUT and the options of a command line; `--to X` and `--to=X` mean to=X."""
     if "--to" in words[:-1]:
         at = words.index("--to")
         words = [*words[:at], f"to={words[at + 1]}", *words[at + 2 :]]
+    words = [f"to={word[5:]}" if word.startswith("--to=") else word for word in words]
     if "-h" in words or "--help" in words:
         print(__doc__)
         read_options(ConvertOptions, ["-h"])
-    paths = [word for word in words[:2] if "=" not in word and not word.startswith("-")]
+    paths = [word for word in words if "=" not in word and not word.startswith("-")]
     if len(paths) != 2:
         raise UserError("usage: python scripts/convert.py SOURCE OUT [key=value ...]; --help lists the keys")
-    return Path(paths[0]), Path(paths[1]), read_options(ConvertOptions, words[2:], CONFLICTS)
+    rest = [word for word in words if word not in paths]
+    return Path(paths[0]), Path(paths[1]), read_options(ConvertOptions, rest, CONFLICTS)
 
 
 def main() -> None:

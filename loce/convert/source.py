@@ -77,7 +77,9 @@ def state_dict(content: Mapping[str, Any], path: Path) -> tuple[Weights, list[st
     """The weights in a file's dictionary, bare or under `state_dict` or `model`, and what stands beside them."""
     key = next((k for k in ("state_dict", "model") if isinstance(content.get(k), Mapping)), None)
     wrapped = content if key is None else content[key]
-    strange = [str(key) for key, value in wrapped.items() if not isinstance(value, Tensor)]
+    strange = [
+        str(name) for name, value in wrapped.items() if not (isinstance(name, str) and isinstance(value, Tensor))
+    ]
     if strange:
         raise UserError(
             f"{path}: no dictionary of weights; {some(strange)} {'is' if len(strange) == 1 else 'are'} none"
