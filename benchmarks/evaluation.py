@@ -262,6 +262,7 @@ def main() -> None:
     if unknown := set(options.tools) - set(TOOLS):
         raise UserError(f"tools: {', '.join(sorted(unknown))} not known; choose from {', '.join(TOOLS)}")
     rows: list[dict[str, Any]] = []
+    machine = hardware()
     for images in (*options.sizes, *((FULL,) if options.full else ())):
         with tempfile.TemporaryDirectory() as name:
             draw_data(Path(name), images)
@@ -274,7 +275,7 @@ def main() -> None:
                             {"images": images, "type": iou_type, "tool": tool, **in_process(tool, iou_type, Path(name))}
                         )
                         print(json.dumps(rows[-1]), flush=True)
-    write_text(options.output, json.dumps({**hardware(), "rows": rows}, indent=1) + "\n")
+    write_text(options.output, json.dumps({**machine, "rows": rows}, indent=1) + "\n")
     print(report(rows))
 
 

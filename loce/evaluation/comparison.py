@@ -1,6 +1,7 @@
 """Is B better than A? Paired differences of two evaluations with intervals, and the categories that moved most.
 
-Both are resampled with the same images (Efron & Tibshirani 1993), so that what is hard for both cancels out.
+Both are resampled with the same images (Efron & Tibshirani 1993), so that what is hard for both cancels out; the
+resampled differences are shifted to the difference itself, as in `bootstrap`.
 """
 
 import csv
@@ -9,7 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from loce.errors import UserError
-from loce.evaluation.bootstrap import METRICS, Tallies, draw_weights, group_means, interval, load_tallies, resampled_ap
+from loce.evaluation.bootstrap import METRICS, Tallies, draw_weights, interval, load_tallies, means_under
 
 
 def compare(first: Tallies, second: Tallies, resamples: int = 1000, seed: int = 0) -> dict[str, dict[str, float]]:
@@ -26,15 +27,16 @@ def compare(first: Tallies, second: Tallies, resamples: int = 1000, seed: int = 
             )
     ones = np.ones((len(first.image_ids), 1), dtype=np.int32)
     weights = draw_weights(len(first.image_ids), resamples, seed)
-    whole = [group_means(resampled_ap(tallies, ones), tallies.frequency) for tallies in (first, second)]
-    drawn = [group_means(resampled_ap(tallies, weights), tallies.frequency) for tallies in (first, second)]
+    whole = [means_under(tallies, ones) for tallies in (first, second)]
+    drawn = [means_under(tallies, weights) for tallies in (first, second)]
     rows = {}
     for name in METRICS:
         values = float(whole[0][name][0]), float(whole[1][name][0])
         differences = drawn[1][name] - drawn[0][name]
-        low, high = interval(differences)
+        low, high = interval(differences, values[1] - values[0])
         finite = differences[np.isfinite(differences)]
-        better = float((finite > 0).mean()) if len(finite) else float("nan")
+        shifted = finite - finite.mean() + values[1] - values[0] if len(finite) else finite
+        better = float((shifted > 0).mean()) if len(finite) else float("nan")
         rows[name] = {
             "first": values[0],
             "second": values[1],

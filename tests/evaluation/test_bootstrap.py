@@ -14,6 +14,7 @@ from loce.evaluation.bootstrap import (
     interval,
     intervals,
     load_tallies,
+    means_under,
     resampled_ap,
     tally,
 )
@@ -108,10 +109,25 @@ def test_interval_covers_the_truth_about_as_often_as_it_says() -> None:
     assert 88 <= covered <= 100
 
 
+def test_intervals_lie_around_the_number() -> None:
+    """With categories of few objects the resampled AP lies beside the AP; the interval must not."""
+    beside = 0
+    for seed in range(20):
+        evaluation = evaluate_lvis(*random_case(seed))
+        tallies = tally(evaluation)
+        drawn = means_under(tallies, draw_weights(len(tallies.image_ids), 100, 0))["AP"]
+        low, high = intervals(tallies, 100)["AP"]
+        if evaluation.metrics["AP"] > 0:
+            assert low - 1e-6 <= evaluation.metrics["AP"] <= high + 1e-6
+            beside += abs(np.nanmean(drawn) - evaluation.metrics["AP"]) > 0.01
+    assert beside > 5  # or the test above shows nothing
+
+
 def test_interval_of_nothing_is_nan() -> None:
-    assert np.isnan(interval(np.array([np.nan]))).all()
-    low, high = interval(np.linspace(0, 1, 1001))
-    assert (low, high) == pytest.approx((0.025, 0.975))
+    assert np.isnan(interval(np.array([np.nan]), 0.0)).all()
+    assert np.isnan(interval(np.array([1.0]), float("nan"))).all()
+    assert interval(np.linspace(0, 1, 1001), 0.5) == pytest.approx((0.025, 0.975))
+    assert interval(np.linspace(0, 1, 1001), 0.7) == pytest.approx((0.225, 1.175))
 
 
 def test_saved_and_loaded(tmp_path: Any) -> None:
