@@ -60,10 +60,12 @@ def train_one_epoch(
             nn.utils.clip_grad_norm_(model.parameters(), config.clip_norm)
         scaler.step(optimizer)
         scaler.update()
-        if (iteration + 1) % config.log_every == 0 or iteration + 1 == iterations.stop:
-            check_finite(log.write(iteration + 1, learning_rate(config, iteration, epoch), window, waited))
+        done = iteration + 1
+        # A line before every checkpoint: no loss waits in `window`, so that a resumed run writes the same lines.
+        if done % config.log_every == 0 or done % config.checkpoint_every == 0 or done == iterations.stop:
+            check_finite(log.write(done, learning_rate(config, iteration, epoch), window, waited))
             window, waited = [], 0.0
-        after_step(iteration + 1)
+        after_step(done)
 
 
 def scaled_lr(config: TrainConfig) -> float:

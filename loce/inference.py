@@ -12,9 +12,10 @@ import numpy as np
 import torch
 
 from loce import build, checkpoint, distributed
+from loce.classes import ClassStats
 from loce.config import Config, from_dict
 from loce.data.loader import EvalDataset, TrainDataset, eval_batches
-from loce.evaluation.annotations import FederatedFilter
+from loce.evaluation.annotations import FederatedFilter, GroundTruth, load_annotations
 from loce.evaluation.report import evaluate_and_report
 from loce.evaluation.stream import DetectionWriter, read_detections
 from loce.files import write_text
@@ -69,8 +70,17 @@ def evaluate_model(model: MaskRCNN, config: Config, folder: Path, source: str) -
     if distributed.is_main():
         write_text(output / "mean_scores.csv", scores)
         found = read_detections(output / "detections", annotations.image_ids.tolist())
-        evaluate_and_report(annotations.path, found, output, protocol=config.eval.protocol, origin=origin)
+        truth = with_training_groups(load_annotations(annotations.path), model.stats)
+        evaluate_and_report(truth, found, output, protocol=config.eval.protocol, origin=origin)
     distributed.barrier()
+
+
+def with_training_groups(truth: GroundTruth, stats: ClassStats) -> GroundTruth:
+    """Rare, common and frequent are facts of the training set, also where the validation file says nothing of it."""
+    group_of = dict(zip(stats.category_ids.tolist(), stats.groups.tolist(), strict=True))
+    groups = np.array([group_of[c] for c in truth.category_ids.tolist()])
+    notes = [note for note in truth.notes if not note.startswith("no frequency")]
+    return dataclasses.replace(truth, frequency=groups, notes=notes)
 
 
 def weights_hash(model: MaskRCNN) -> str:

@@ -60,8 +60,13 @@ class RunLog:
     def _open(self, config_text: str, device: torch.device | str) -> None:
         from torch.utils.tensorboard import SummaryWriter  # takes seconds to import, one rank needs it
 
-        self.folder.mkdir(parents=True, exist_ok=True)
-        write_text(self.folder / "config.yaml", config_text)
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            write_text(self.folder / "config.yaml", config_text)
+        except OSError as error:
+            raise UserError(
+                f"output = {self.folder}: cannot be written ({error}); choose another with output=..."
+            ) from error
         with (self.folder / "env.txt").open("a", encoding="utf-8") as file:
             file.write(environment(device) + "\n\n")
         cut_metrics(self.folder / "metrics.jsonl", self.start)

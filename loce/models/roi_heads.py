@@ -227,9 +227,9 @@ def pool(features: list[Tensor], boxes: list[Tensor], side: int, finest_scale: f
     boxes_N4 = torch.cat(boxes)
     level_N = pyramid_level(boxes_N4, finest_scale)
     regions_N5 = torch.cat([image_N[:, None], boxes_N4], dim=1)
-    pooled = features[0].new_zeros((len(boxes_N4), features[0].shape[1], side, side))
+    rows, parts = [], []
     for level, stride in enumerate(POOL_STRIDES):
-        rows = (level_N == level).nonzero()[:, 0]  # sync: how many boxes each level gets
-        part = roi_align(features[level].float(), regions_N5[rows], side, 1 / stride, 0, True)
-        pooled = pooled.index_copy(0, rows, part.to(pooled.dtype))
-    return pooled
+        rows.append((level_N == level).nonzero()[:, 0])  # sync: how many boxes each level gets
+        parts.append(roi_align(features[level].float(), regions_N5[rows[-1]], side, 1 / stride, 0, True))
+    back_N = torch.cat(rows).argsort()
+    return torch.cat(parts).to(features[0].dtype).index_select(0, back_N)
