@@ -3,8 +3,7 @@
 Legend: I images and K categories, both in ascending order of id; G annotations, ordered by image and category.
 """
 
-from collections.abc import Iterable, Mapping
-from contextlib import suppress
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -13,10 +12,10 @@ import numpy as np
 
 from loce.classes import frequency_groups
 from loce.errors import raise_problems
+from loce.evaluation.gathering import Gathered, has_all
 from loce.evaluation.reading import offenders, read_json
 
 FEDERATED_KEYS = ("neg_category_ids", "not_exhaustive_category_ids")
-_PART = 10_000  # annotations that are held as Python objects at a time while a file is read
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -85,64 +84,6 @@ class FederatedFilter:
         return self._counted[self._row[image_id]][self._column]
 
 
-class _Annotations:
-    """Gathers annotation dicts into arrays part by part, so that a large file never stands in memory as objects."""
-
-    def __init__(self, masks: bool):
-        self.masks, self.pending, self.parts = masks, [], []  # type: bool, list[Mapping[str, Any]], list[dict[str, np.ndarray]]
-        self.segmentations: list[Any] = []
-        self.problems: list[str] = []
-
-    def hook(self, value: dict[str, Any]) -> Any:
-        """For `read_json`: takes annotations out of the stream, leaves everything else."""
-        if "image_id" not in value or "category_id" not in value:
-            return value
-        if self.masks and isinstance(value.get("segmentation"), list):
-            with suppress(TypeError, ValueError):  # what is no polygon stays, and is reported when it is needed
-                value["segmentation"] = [np.asarray(polygon, dtype=np.float64) for polygon in value["segmentation"]]
-        elif not self.masks:
-            value.pop("segmentation", None)
-        self.pending.append(value)
-        if len(self.pending) >= _PART:
-            self.flush()
-        return None
-
-    def extend(self, annotations: Iterable[Mapping[str, Any]]) -> None:
-        """Take annotations that are already objects; they are read, never changed."""
-        self.pending.extend(annotations)
-        self.flush()
-
-    def flush(self) -> None:
-        part, self.pending = self.pending, []
-        needed = ("id", "image_id", "category_id", "bbox", "area", *(["segmentation"] if self.masks else []))
-        bad = [a.get("id", a) for a in part if not all(key in a for key in needed)]
-        if bad:
-            self.problems.append(f"annotations without all of {', '.join(needed)}: {offenders(bad)}")
-        part = [a for a in part if all(key in a for key in needed)]
-        bad = [a["id"] for a in part if np.shape(a["bbox"]) != (4,)]
-        if bad:
-            self.problems.append(f"annotations whose bbox is not [x, y, width, height]: {offenders(bad)}")
-        if not part or self.problems:
-            return
-        flag = {key: np.array([bool(a.get(key, 0)) for a in part]) for key in ("ignore", "iscrowd")}
-        integers = {key: np.array([a[key] for a in part]) for key in ("id", "image_id", "category_id")}
-        reals = {key: np.array([a[key] for a in part], dtype=np.float64) for key in ("area", "bbox")}
-        self.problems += [
-            f"annotations: {key} must be an integer" for key, v in integers.items() if v.dtype.kind != "i"
-        ]
-        self.parts.append(flag | integers | reals)
-        if self.masks:
-            self.segmentations += [a["segmentation"] for a in part]
-
-    def columns(self) -> dict[str, np.ndarray]:
-        """All annotations so far as arrays, in their order."""
-        self.flush()
-        empty: dict[str, np.ndarray] = {k: np.zeros(0, dtype=np.int64) for k in ("id", "image_id", "category_id")}
-        empty |= {"ignore": np.zeros(0, bool), "iscrowd": np.zeros(0, bool), "area": np.zeros(0)}
-        parts = [{**empty, "bbox": np.zeros((0, 4))}, *self.parts]
-        return {key: np.concatenate([part[key] for part in parts]) for key in parts[0]}
-
-
 def load_annotations(annotations: "str | Path | Mapping[str, Any] | GroundTruth", masks: bool = True) -> GroundTruth:
     """Ground truth from a path, a loaded dict (left as it is) or itself; `masks=False` leaves segmentations out.
 
@@ -150,7 +91,7 @@ def load_annotations(annotations: "str | Path | Mapping[str, Any] | GroundTruth"
     """
     if isinstance(annotations, GroundTruth):
         return annotations
-    gathered = _Annotations(masks)
+    gathered = Gathered(masks)
     if isinstance(annotations, Mapping):
         source, data = "annotations", annotations
     else:
@@ -171,20 +112,26 @@ def _problems(data: Mapping[str, Any]) -> list[str]:
     for kind, keys in (("images", ("id", "height", "width")), ("categories", ("id", "name"))):
         if not data[kind]:
             problems.append(f"{kind} is empty")
-        bad = [entry.get("id", entry) for entry in data[kind] if not all(key in entry for key in keys)]
+        bad = [e.get("id", e) if isinstance(e, Mapping) else e for e in data[kind] if not has_all(e, keys)]
         if bad:
             problems.append(f"{kind} without all of {', '.join(keys)}: {offenders(bad)}")
-        ids = [entry.get("id") for entry in data[kind]]
-        bad = [i for i in ids if not isinstance(i, (int, np.integer)) or isinstance(i, bool)]
-        if bad:
-            problems.append(f"{kind} whose id is not an integer: {offenders(map(repr, bad))}")
-        elif len(set(ids)) < len(ids):
-            unique, counts = np.unique(ids, return_counts=True)
-            problems.append(f"{kind} with the same id twice: {offenders(unique[counts > 1])}")
+            continue
+        for key in ("id", "height", "width") if kind == "images" else ("id",):
+            values = [entry[key] for entry in data[kind]]
+            bad = [v for v in values if not isinstance(v, (int, np.integer)) or isinstance(v, bool)]
+            if bad:
+                problems.append(f"{kind} whose {key} is not an integer: {offenders(map(repr, bad))}")
+            elif key == "id" and len(set(values)) < len(values):
+                unique, counts = np.unique(values, return_counts=True)
+                problems.append(f"{kind} with the same id twice: {offenders(unique[counts > 1])}")
+    for key in FEDERATED_KEYS:
+        lists = ((e["id"], e.get(key, [])) for e in data["images"] if has_all(e, ("id",)))
+        if bad := [i for i, ids in lists if not isinstance(ids, list) or not all(isinstance(c, int) for c in ids)]:
+            problems.append(f"images whose {key} is not a list of category ids: {offenders(bad)}")
     return problems
 
 
-def _assemble(data: Mapping[str, Any], gathered: _Annotations, masks: bool, source: str) -> GroundTruth:
+def _assemble(data: Mapping[str, Any], gathered: Gathered, masks: bool, source: str) -> GroundTruth:
     """Arrays in ascending order of image and category id."""
     images = sorted(data["images"], key=lambda image: image["id"])
     label_ids = np.array([category["id"] for category in data["categories"]], dtype=np.int64)
