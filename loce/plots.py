@@ -7,10 +7,13 @@ from typing import Any
 
 import matplotlib
 import numpy as np
+import torch
 from pycocotools import mask as coco_mask
+from torchvision.ops import nms
 
 from loce.data.lvis import LVISAnnotations
 from loce.data.transforms import read_image
+from loce.evaluation.detections import Detections
 from loce.evaluation.stream import read_detections
 from loce.files import atomic_write
 
@@ -19,7 +22,8 @@ from matplotlib import pyplot as plt
 
 GROUP_COLOURS = {"r": "#d1495b", "c": "#edae49", "f": "#30638e"}
 GROUP_NAMES = {"r": "rare", "c": "common", "f": "frequent"}
-SHOWN_SCORE = 0.3  # predictions below it are not drawn
+SHOWN_SCORE = 0.1  # predictions below it are not drawn
+SHOWN_OVERLAP = 0.5  # of two predictions that overlap more, whatever their classes, the better one is drawn
 
 
 def read_table(path: Path) -> list[dict[str, str]]:
@@ -34,6 +38,7 @@ def equilibrium_figure(runs: Mapping[str, Path], output: Path) -> None:
     runs: title -> evaluation folder with mean_scores.csv and per_category.csv.
     """
     figure, axes = plt.subplots(2, len(runs), figsize=(4.6 * len(runs), 5.2), sharex=True, sharey="row", squeeze=False)
+    # Rows share their axis, so each panel only raises the common limit.
     for column, (title, folder) in zip(axes.T, runs.items(), strict=True):
         scores = {int(row["id"]): row for row in read_table(folder / "mean_scores.csv")}
         ap = {int(row["id"]): float(row["AP"] or "nan") for row in read_table(folder / "per_category.csv")}
@@ -58,8 +63,8 @@ def _bars(axis: Any, values: np.ndarray, groups: Sequence[str]) -> None:
         if places:
             mean = values[places].mean()
             axis.hlines(mean, min(places) - 0.5, max(places) + 0.5, colors="black", linewidth=1.2)
-            axis.text(np.mean(places), mean + 0.02, f"{mean:.2f}", ha="center", fontsize=8)
-    axis.set_ylim(0, 1)
+            axis.text(max(places) + 0.5, mean, f" {mean:.2f}", va="bottom", ha="right", fontsize=9, weight="bold")
+    axis.set_ylim(0, max(axis.get_ylim()[1] if axis.get_ylim()[1] < 1 else 0, min(1.0, values.max() * 1.1)))
     axis.spines[["top", "right"]].set_visible(False)
 
 
@@ -83,7 +88,7 @@ def prediction_sheet(
         masks = [coco_mask.frPyObjects({"counts": r.tolist(), "size": [height, width]}, height, width) for r in runs_of]
         _draw(line[0], image, annotations, annotations.labels[own], masks, None)
         for axis, detections in zip(line[1:], found.values(), strict=True):
-            mine = np.flatnonzero((detections.image_ids == ids[index]) & (detections.scores >= SHOWN_SCORE))
+            mine = _shown(detections, ids[index])
             labels = np.array([label_of[c] for c in detections.category_ids[mine].tolist()], np.int64)
             codes = detections.masks.rles(mine) if detections.masks is not None else []
             _draw(axis, image, annotations, labels, codes, detections.scores[mine])
@@ -91,6 +96,13 @@ def prediction_sheet(
         axis.set_title(title)
     figure.tight_layout()
     _save(figure, output)
+
+
+def _shown(detections: Detections, image_id: int) -> np.ndarray:
+    """Rows of an image's predictions that are worth drawing: one for each place, good enough, best first."""
+    mine = np.flatnonzero((detections.image_ids == image_id) & (detections.scores >= SHOWN_SCORE))
+    boxes, scores = torch.from_numpy(detections.corners()[mine]), torch.from_numpy(detections.scores[mine])
+    return mine[nms(boxes, scores, SHOWN_OVERLAP).numpy()]
 
 
 def _telling_images(annotations: LVISAnnotations, count: int) -> list[int]:
