@@ -9,7 +9,7 @@ LAUNCH := $(if $(filter-out 0 1,$(GPUS)),$(VENV)/bin/torchrun --nproc_per_node=$
 ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-slow test-gpu lint train finetune eval glyphs clean
+.PHONY: help setup demo test test-slow test-gpu lint train finetune eval data check-data glyphs clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "make %-10s %s\n", $$1, $$2}'
@@ -61,6 +61,12 @@ eval: setup  ## evaluate the newest run, or CKPT=..., or a results file: PRED=re
 
 glyphs: setup  ## draw Glyph-LVIS, the demo's data (OUT=runs/glyphs50 CLASSES=50)
 	$(RUN) scripts/make_glyphs.py out=$(or $(OUT),runs/glyphs50) classes=$(or $(CLASSES),50) $(ARGS)
+
+data: setup  ## fetch LVIS annotations and COCO images, 20 GB (VERSION=0.5, OUT=data, ARGS="only=annotations")
+	$(RUN) scripts/fetch_data.py version=$(or $(VERSION),1.0) out=$(or $(OUT),data) $(ARGS)
+
+check-data: setup  ## check a data set read-only (DATA=CONFIG.yaml, or DATA=annotations.json IMAGES=folder)
+	$(RUN) scripts/check_data.py $(DATA) $(if $(IMAGES),images='$(IMAGES)') $(ARGS)
 
 clean:  ## remove caches of tools and builds; never runs/, data/ or .venv
 	rm -rf build dist .pytest_cache .ruff_cache .mypy_cache
