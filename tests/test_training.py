@@ -156,6 +156,24 @@ def test_bf16_trains(config: Path, stage1: Path) -> None:
     assert metrics(folder)[0]["loss"] == pytest.approx(metrics(stage1)[0]["loss"], rel=0.1)
 
 
+@pytest.mark.parametrize("words", [("memory.dtype=bfloat16",), ("memory.level=roi",)])
+def test_stage_2_in_bf16(config: Path, stage1: Path, stage2: Path, words: tuple[str, ...]) -> None:
+    folder = stage1.with_name("bf16" + words[0])
+    common = (f"train.init={stage1}", f"output={folder}", "train.evaluate=false", "train.precision=bf16")
+    run("finetune.py", config, *LOCE, *words, *common)
+    assert metrics(folder)[0]["loss"] == pytest.approx(metrics(stage2)[0]["loss"], rel=0.1)
+    bank = torch.load(main_file(folder).with_name("rank0.pt"), weights_only=True)["memory"]
+    wanted = torch.bfloat16 if "bfloat16" in words[0] else torch.float32
+    assert bank["roi_heads.memory.bank.features"].dtype == wanted
+
+
+def test_one_and_three_ranks_evaluate_to_the_same_numbers(config: Path, stage1: Path) -> None:
+    alone = json.loads((stage1 / "eval/metrics.json").read_text())
+    output = stage1.with_name("evaluated")
+    run("evaluate.py", f"checkpoint={stage1}", f"output={output}", processes=3)
+    assert json.loads((output / "eval/metrics.json").read_text()) == alone
+
+
 @pytest.mark.parametrize(
     ("script", "words", "message"),
     [
