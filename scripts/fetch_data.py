@@ -1,4 +1,4 @@
-"""Fetch LVIS annotations and COCO images: python scripts/fetch_data.py [version=0.5] [out=data] [key=value ...]
+"""Fetch annotations and COCO images: python scripts/fetch_data.py [version=1.0|0.5|coco] [out=data] [key=value ...]
 
 Goes on where it stopped, skips what is there, checks sizes and checksums (loce/data/lvis_files.py has them).
 """
@@ -15,7 +15,7 @@ from loce.config import read_options, run_script
 class Options:
     """Options of scripts/fetch_data.py."""
 
-    version: Literal["1.0", "0.5"] = "1.0"  # of LVIS
+    version: Literal["1.0", "0.5", "coco"] = "1.0"  # annotations of LVIS v1 or v0.5, or of COCO 2017
     out: str = "data"  # folder; configs/ expect data
     only: Literal["all", "annotations", "images"] = "all"
     mirror: str = ""  # URL of a folder that holds the archives; nothing else is asked then

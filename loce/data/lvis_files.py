@@ -1,6 +1,6 @@
-"""Where LVIS's annotations and COCO's images are on the network, how they are recognised, and putting them in place.
+"""Where LVIS's and COCO's files are on the network, how they are recognised, and putting them in place.
 
-What is known of the files: size and SHA-256 of COCO's archives, MD5 of LVIS v1's, size of its training archive, as
+What is known of them: size and SHA-256 of COCO's archives, MD5 of LVIS v1's, size of its training archive, as
 published by many users of them. No checksum of LVIS v0.5 is known: every member's CRC is checked, as in all archives
 when they are unpacked. All annotation files must have the published numbers of images, annotations and categories (as
 far as they are known) before they get their name, and image folders the published number of files.
@@ -55,14 +55,29 @@ def _lvis(name: str) -> tuple[str, ...]:
 
 
 def _coco(name: str) -> tuple[str, ...]:
-    folder = "images.cocodataset.org/zips"
+    path = f"images.cocodataset.org/{name}.zip"
     # The first host has no valid certificate, so only the second is asked by https.
-    return f"http://{folder}/{name}.zip", f"https://s3.amazonaws.com/{folder}/{name}.zip"
+    return f"http://{path}", f"https://s3.amazonaws.com/{path}"
+
+
+def _coco_instances(content: str, unpacked: int, images: int, annotations: int) -> Archive:
+    """One of the two files that are wanted from COCO's archive of annotations."""
+    return Archive(
+        urls=_coco("annotations/annotations_trainval2017"),
+        folder="coco/annotations",
+        content=content,
+        unpacked=unpacked,
+        size=252_907_541,
+        checksum="sha256:113a836d90195ee1f884e704da6304dfaaecff1f023f49b6ca93c4aaae470268",
+        images=images,
+        annotations=annotations,
+        categories=80,
+    )
 
 
 IMAGES = (
     Archive(
-        urls=_coco("val2017"),
+        urls=_coco("zips/val2017"),
         folder="coco",
         content="val2017",
         unpacked=830_000_000,
@@ -71,7 +86,7 @@ IMAGES = (
         images=5000,
     ),
     Archive(
-        urls=_coco("train2017"),
+        urls=_coco("zips/train2017"),
         folder="coco",
         content="train2017",
         unpacked=19_700_000_000,
@@ -122,6 +137,10 @@ ANNOTATIONS = {
             categories=1230,
         ),
     ),
+    "coco": (
+        _coco_instances("instances_val2017.json", 25_000_000, images=5000, annotations=36_781),
+        _coco_instances("instances_train2017.json", 500_000_000, images=118_287, annotations=860_001),
+    ),
 }
 _ARCHIVE_GUESS = 500_000_000  # bytes to allow for an archive whose size is not known
 
@@ -143,14 +162,14 @@ def fetch_all(archives: Sequence[Archive], out: Path, keep: bool = False, wait: 
         else:
             missing.append(archive)
     require_space(_needs(missing, out, keep))
-    for archive in missing:
+    for number, archive in enumerate(missing):
         path = Path(out, archive.folder, archive.name)
         if path.exists():
             _recheck(archive, path)
         else:
             download(archive.urls, path, archive.size, archive.checksum, wait)
         _unpack(archive, path)
-        if not keep:
+        if not keep and archive.urls not in [later.urls for later in missing[number + 1 :]]:
             path.unlink()
         say(f"{path.with_name(archive.content)}: done")
 
@@ -178,7 +197,7 @@ def _needs(archives: Sequence[Archive], out: Path, keep: bool) -> list[tuple[Pat
         unpacked = sum(entry.stat().st_size for entry in os.scandir(target)) if target.is_dir() else 0
         needs.append((folder, max(0, archive.unpacked - unpacked)))
         downloads.append((folder, max(0, (archive.size or _ARCHIVE_GUESS) - arrived)))
-    return needs + (downloads if keep else sorted(downloads, key=lambda need: need[1])[-1:])
+    return needs + (list(set(downloads)) if keep else sorted(downloads, key=lambda need: need[1])[-1:])
 
 
 def _recheck(archive: Archive, path: Path) -> None:
@@ -194,7 +213,9 @@ def _unpack(archive: Archive, path: Path) -> None:
         with zipfile.ZipFile(path) as source:
             members = safe_members(source)
             if archive.is_annotations:
-                _unpack_annotations(archive, source, [m for m in members if m.filename == archive.content])
+                _unpack_annotations(
+                    archive, source, [m for m in members if m.filename.rpartition("/")[2] == archive.content]
+                )
             else:
                 _unpack_images(archive, source, members)
     except zipfile.BadZipFile as error:

@@ -144,6 +144,14 @@ def test_everything_is_fetched_and_unpacked_and_a_second_run_does_nothing(
     assert capsys.readouterr().out.count("is there") == 2
 
 
+def test_two_files_of_one_archive_are_one_download(server, annotations, tmp_path):
+    made = json.dumps(as_format(content(6), "coco")).encode()
+    server.files["a.json.zip"] = zipped({"annotations/a.json": made, "annotations/b.json": made, "annotations/c": b"c"})
+    fetch_all([annotations, replace(annotations, content="b.json")], tmp_path)
+    assert tree(tmp_path) == {"lvis/annotations/a.json": made, "lvis/annotations/b.json": made}
+    assert len(server.requests) == 1
+
+
 def test_archives_may_be_kept_and_are_used_again(server, images, tmp_path):
     fetch_all([images], tmp_path, keep=True)
     (tmp_path / "coco/train2017/000000000002.jpg").unlink()
@@ -373,7 +381,7 @@ def test_the_table_names_what_the_configs_expect():
     places = {f"data/{a.folder}/{a.content}" for a in (*ANNOTATIONS["1.0"], *IMAGES)}
     assert {data.train_annotations, data.val_annotations} <= places
     assert {f"{data.train_images}/train2017", f"{data.val_images}/val2017"} <= places
-    for archive in (*IMAGES, *ANNOTATIONS["1.0"], *ANNOTATIONS["0.5"]):
+    for archive in (*IMAGES, *ANNOTATIONS["1.0"], *ANNOTATIONS["0.5"], *ANNOTATIONS["coco"]):
         assert len(archive.urls) > 1 and len({url.rpartition("/")[2] for url in archive.urls}) == 1
         kind, _, digest = archive.checksum.partition(":")
         assert len(digest) == {"sha256": 64, "md5": 32, "": 0}[kind]

@@ -1,0 +1,192 @@
+"""What a data set holds and what is wrong with it, found by reading only.
+
+Problems are what must be mended before a training or an evaluation means anything; the rest is told, since training
+deals with it (loce/data/training_rows.py says how).
+"""
+
+import os
+from collections import Counter
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+
+from loce.classes import GROUPS
+from loce.data.lvis import LVISAnnotations
+from loce.data.lvis_files import ANNOTATIONS, IMAGES
+from loce.data.transforms import ImageError, read_image
+from loce.errors import UserError
+from loce.progress import progress
+
+FEW = 5  # instances; a class with fewer is named
+NAMED = 5  # examples of each kind
+MANY_OUTSIDE = 0.1  # of the boxes beyond the border: the file's boxes mean something else
+
+
+@dataclass
+class Report:
+    """Lines to print, and problems (how many, where, the fix)."""
+
+    lines: list[str] = field(default_factory=list)
+    problems: list[str] = field(default_factory=list)
+
+    def add(self, label: str, text: str) -> None:
+        """A line with a label."""
+        self.lines.append(f"  {label:<12} {text}")
+
+
+def check_set(
+    path: str, images: str, report: Report, sample: int, workers: int = 4, bounds: tuple[int, int] = (10, 100)
+) -> LVISAnnotations | None:
+    """Check an annotation file and its images; gives the annotations, None where they cannot be read.
+
+    images: folder, "" to leave images out. sample: how many images are decoded, evenly over the file. bounds: of the
+    groups r and c in images, where the file has no `frequency`.
+    """
+    report.lines.append(path)
+    try:
+        annotations = LVISAnnotations.open(path, *bounds)
+    except UserError as error:
+        version = next((v for v, archives in ANNOTATIONS.items() for a in archives if a.content == Path(path).name), "")
+        fix = f". `make data VERSION={version} ARGS=only=annotations` fetches it into data/" if version else ""
+        report.problems.append(f"{error}{fix}")
+        report.add("unreadable", "see below")
+        return None
+    _check_counts(annotations, report)
+    _check_boxes(annotations, report)
+    if images:
+        present = _check_missing(annotations, images, report)
+        _check_files(annotations, images, present[_evenly(len(present), sample)], workers, report)
+    return annotations
+
+
+def check_pair(
+    train: LVISAnnotations, val: LVISAnnotations, train_images: str, val_images: str, report: Report
+) -> None:
+    """What must hold between a training and a validation set: the same classes, no image in both."""
+    report.lines.append("training and validation")
+    try:
+        val.require_same_classes(train.stats, train.path)
+    except UserError as error:
+        report.problems.append(f"{error}. Labels are positions in that list: give both files the same one")
+    else:
+        unseen = (train.stats.instance_counts == 0) & (val.stats.instance_counts > 0)
+        untested = val.stats.instance_counts == 0
+        report.add("classes", f"the same; {untested.sum()} have no validation instance, {unseen.sum()} only those")
+    if Path(train.path).resolve() == Path(val.path).resolve():
+        report.add("images", "the same file for both")
+        return
+    both = sorted(_paths(train, train_images) & _paths(val, val_images))
+    report.add("images", f"{len(both)} in both")
+    if both:
+        report.problems.append(
+            f"{len(both)} images are in {train.path} and in {val.path} (the first: {both[0]}): the result would not be "
+            "one of unseen images; remove them from one of the files"
+        )
+
+
+def _paths(annotations: LVISAnnotations, images: str) -> set[str]:
+    folder = Path(images).resolve()
+    return {str(folder / annotations.name(index)) for index in range(len(annotations))}
+
+
+def _check_counts(annotations: LVISAnnotations, report: Report) -> None:
+    stats = annotations.stats
+    counts = stats.instance_counts
+    total, used = len(annotations), len(annotations.train_images)
+    report.add("images", f"{total}, of which training uses {used}")
+    report.add("annotations", f"{len(annotations.labels)}, of which training uses {len(annotations.train_rows)}")
+    groups = [(group, stats.group_mask(group)) for group in GROUPS]
+    report.add(
+        f"{len(stats)} classes",
+        "; ".join(f"{g}: {mask.sum()} with {counts[mask].sum()} instances" for g, mask in groups),
+    )
+    few = [int(label) for label in np.argsort(counts, kind="stable") if counts[label] < FEW]
+    named = ", ".join(f"{stats.names[label]} ({counts[label]})" for label in few[:NAMED])
+    report.add(f"under {FEW}", f"{len(few)} classes{': ' + named if few else ''}{', ...' if len(few) > NAMED else ''}")
+    names = Counter(annotations.name(index) for index in range(total))
+    twice = [name for name, number in names.items() if number > 1]
+    if twice:
+        report.problems.append(
+            f"{annotations.path}: {len(twice)} image files are listed more than once ({', '.join(twice[:NAMED])}"
+            f"{', ...' if len(twice) > NAMED else ''}): merge their entries, else one lacks the other's annotations"
+        )
+    if not used:
+        report.problems.append(f"{annotations.path}: training could use none of its images; see the reasons above")
+
+
+def _check_boxes(annotations: LVISAnnotations, report: Report) -> None:
+    sizes = annotations.image_sizes[annotations.image_of][:, ::-1].astype(np.float32)
+    boxes = annotations.boxes
+    with np.errstate(invalid="ignore"):
+        beyond = np.maximum(-boxes[:, :2], boxes[:, 2:] - sizes).max(axis=1, initial=0) > 1  # NaN: not beyond
+    report.add("boxes", f"{beyond.sum()} reach more than 1 pixel over their image's border (they are cut there)")
+    if beyond.sum() > MANY_OUTSIDE * len(boxes):
+        first = annotations.annotation_ids[np.flatnonzero(beyond)[0]]
+        report.problems.append(
+            f"{annotations.path}: {beyond.sum()} of {len(boxes)} boxes reach over their image's border (the first: "
+            f"annotation {first}). `bbox` must be x, y, width, height in pixels; are these corners (x1, y1, x2, y2)?"
+        )
+    for reason, number in annotations.dropped.items():
+        report.add("left out", f"{number} {reason}")
+
+
+def _check_missing(annotations: LVISAnnotations, images: str, report: Report) -> np.ndarray:
+    """Counts per folder; gives the indices of the images that are there."""
+    missing = annotations.missing_images(images)
+    total = Counter(os.path.dirname(annotations.name(index)) for index in range(len(annotations)))
+    lacking = Counter(os.path.dirname(annotations.name(index)) for index in missing)
+    for split, number in sorted(total.items()):
+        report.add("folder", f"{Path(images, split)}: {number} images, {lacking[split]} missing")
+    for split, number in sorted(lacking.items()):
+        first = next(i for i in missing if os.path.dirname(annotations.name(i)) == split)
+        report.problems.append(
+            f"{annotations.path}: {number} of {total[split]} images are missing in {Path(images, split)} "
+            f"(the first: {Path(annotations.name(first)).name}). {_where_from(Path(images, split))}"
+        )
+    return np.setdiff1d(np.arange(len(annotations)), missing)
+
+
+def _where_from(folder: Path) -> str:
+    """How to get the images of a folder."""
+    for archive in IMAGES:
+        if archive.content == folder.name:
+            return (
+                f"They are COCO's: `make data ARGS=only=images` fetches them into data/coco, "
+                f"or unpack {archive.urls[0]} in {folder.parent}, "
+                f"or link a folder that has them: ln -s /path/to/{folder.name} {folder}"
+            )
+    return f"Put or link them there, or name the folder that has them{'' if folder.is_dir() else ' (there is none)'}"
+
+
+def _evenly(total: int, number: int) -> np.ndarray:
+    """At most `number` indices, evenly over range(total), first and last included."""
+    return np.unique(np.linspace(0, max(total - 1, 0), min(total, number)).round().astype(np.int64))
+
+
+def _check_files(
+    annotations: LVISAnnotations, images: str, indices: Sequence[int] | np.ndarray, workers: int, report: Report
+) -> None:
+    """Decode images: damaged ones, and those of another size than the file says."""
+
+    def complaint(index: int) -> str:
+        try:
+            read_image(annotations.image_path(index, images), tuple(annotations.image_sizes[index].tolist()))
+        except ImageError as error:
+            return str(error)
+        return ""
+
+    with ThreadPoolExecutor(max(1, workers)) as pool:
+        looked = pool.map(complaint, [int(index) for index in indices])
+        found = list(progress(looked, len(indices), "decoding", "images")) if len(indices) else []
+    wrong = [text for text in found if text]
+    report.add("decoded", f"{len(indices)} of {len(annotations)} images, {len(wrong)} cannot be used")
+    if wrong:
+        report.problems.append(
+            f"{annotations.path}: {len(wrong)} of the {len(indices)} images decoded cannot be used. Fetch damaged ones "
+            "again; where sizes differ, correct the file's `height` and `width` or take the images it was made for:"
+            + "".join(f"\n    {text}" for text in wrong[:NAMED])
+            + ("\n    ..." if len(wrong) > NAMED else "")
+        )

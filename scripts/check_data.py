@@ -1,0 +1,66 @@
+"""Check a data set without changing anything; exit code 2 where something must be mended.
+
+python scripts/check_data.py CONFIG.yaml [data.train_images=DIR ...] [decode=all] [key=value ...]
+python scripts/check_data.py annotations=A.json images=DIR [key=value ...]     # or A.json images=DIR
+"""
+
+import sys
+from dataclasses import dataclass, fields
+from typing import Literal
+
+from loce.config import Count, Natural, UserError, load_config, raise_problems, read_options, run_script
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    """Options of scripts/check_data.py, besides those of a CONFIG."""
+
+    annotations: str = ""  # annotation file, in place of a CONFIG
+    images: str = ""  # its image folder; without one no image is looked at
+    decode: Literal["sample", "all", "none"] = "sample"  # images that are decoded: damaged ones, sizes
+    sample: Count = 1000  # images of each file, with decode=sample
+    workers: Natural = 4  # threads that decode
+
+
+def read_words(words: list[str]) -> tuple[Options, list[tuple[str, str]], tuple[int, int]]:
+    """The options, the (annotation file, image folder) pairs to check, and the bounds of the groups r and c."""
+    if "-h" in words or "--help" in words:
+        print(__doc__)
+        read_options(Options, ["-h"])
+    words = [f"annotations={word}" if word.endswith(".json") and "=" not in word else word for word in words]
+    names = {field.name for field in fields(Options)}
+    own = [word for word in words if word.partition("=")[0] in names]
+    options = read_options(Options, own)
+    rest = [word for word in words if word not in own]
+    if options.annotations:
+        if rest:
+            raise UserError(f"command line: {' '.join(rest)}: does not go with annotations={options.annotations}")
+        return options, [(options.annotations, options.images)], (10, 100)
+    if options.images:
+        raise UserError("command line: images=: needs annotations=; with a CONFIG: data.train_images, data.val_images")
+    data = load_config(rest if rest and "=" not in rest[0] else ["stage1.yaml", *rest]).data
+    pairs = [(data.train_annotations, data.train_images), (data.val_annotations, data.val_images)]
+    return options, pairs, (data.rare_max, data.common_max)
+
+
+def main() -> None:
+    options, pairs, bounds = read_words(sys.argv[1:])
+    from loce.data.check import Report, check_pair, check_set  # after the command line is right
+
+    sample = {"sample": options.sample, "all": sys.maxsize, "none": 0}[options.decode]
+    report = Report()
+    found = []
+    for path, images in pairs:
+        printed = len(report.lines)
+        found.append(check_set(path, images, report, sample, options.workers, bounds))
+        print("\n".join(report.lines[printed:]), flush=True)
+    if len(pairs) == 2 and found[0] is not None and found[1] is not None:
+        printed = len(report.lines)
+        check_pair(found[0], found[1], pairs[0][1], pairs[1][1], report)
+        print("\n".join(report.lines[printed:]), flush=True)
+    raise_problems(report.problems)
+    print("nothing to mend")
+
+
+if __name__ == "__main__":
+    run_script(main)
