@@ -123,7 +123,7 @@ def build(cls: type[T], given: Sequence[Given], conflicts: Sequence[Conflict] = 
             found.append(f"{source}: {key} = {show(value)}: {_complaint(key, types)}")
     missing = [key for key in _required(cls) if key not in sources]
     found += [f"command line: {key} is missing: {_allowed(types[key])}" for key in missing]
-    if not missing:
+    if not missing and wrong.isdisjoint(_required(cls)):
         options = _assemble(cls, {key: value for key, value in values.items() if key not in wrong})
         for keys, is_wrong, reason in conflicts:
             if wrong.isdisjoint(keys) and is_wrong(options):
