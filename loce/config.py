@@ -251,7 +251,8 @@ def _config_folders() -> list[Path]:
 
 
 def _config_names() -> list[str]:
-    return sorted({str(path.relative_to(folder)) for folder in _config_folders() for path in folder.rglob("*.yaml")})
+    names = {str(path.relative_to(folder)) for folder in _config_folders() for path in folder.rglob("*.yaml")}
+    return sorted(names - {"tables.yaml"})  # which lists runs, and is none
 
 
 def _known_configs() -> str:

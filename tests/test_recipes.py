@@ -1,0 +1,169 @@
+"""The recipes are what their headers and the paper's Sec. 4.1 say; configs/tables.yaml holds the paper's Tables 1-4."""
+
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from loce.config import Config, load_config, to_dict
+from loce.options import flatten, schema
+from loce.yaml_text import load_yaml
+
+ROOT = Path(__file__).resolve().parent.parent
+CONFIGS = ROOT / "configs"
+LOCE = {
+    "head.name": "equilibrium",
+    "memory.enabled": True,
+    "train.freeze": "trunk",
+    "train.epochs": 6,
+    "train.drops": [3, 5],
+}
+V05 = {
+    "data.train_annotations": "data/lvis_v0.5/annotations/lvis_v0.5_train.json",
+    "data.train_images": "data/coco/train2017",
+    "data.val_annotations": "data/lvis_v0.5/annotations/lvis_v0.5_val.json",
+    "data.val_images": "data/coco/val2017",
+}
+R101 = {"model.backbone": "resnet101"}
+# Recipe -> all that differs from the defaults, which are Sec. 4.1's stage 1 on LVIS v1 with R-50 (test_config.py).
+DIFFERENCES: dict[str, dict[str, Any]] = {
+    "stage1": {},
+    "stage1_r101": R101,
+    "stage1_v05": V05,
+    "loce": {**LOCE, "train.init": "runs/stage1"},
+    "loce_r101": {**R101, **LOCE, "train.init": "runs/stage1_r101"},
+    "loce_v05": {**V05, **LOCE, "train.init": "runs/stage1_v05"},
+    "baseline": {"train.epochs": 30, "train.drops": [22, 28]},
+    "coco": {
+        "data.train_annotations": "data/coco/annotations/instances_train2017.json",
+        "data.val_annotations": "data/coco/annotations/instances_val2017.json",
+        "eval.detections": 100,
+    },
+}
+# Tables 1 and 5: box AP, mask AP, APr, APc, APf of the recipes that the paper has numbers for.
+EXPECTED = {
+    "baseline": (20.4, 20.2, 2.9, 18.2, 30.1),
+    "loce": (27.4, 26.6, 18.5, 26.2, 30.7),
+    "loce_r101": (29.0, 28.0, 19.5, 27.8, 32.0),
+    "loce_v05": (28.2, 28.4, 22.0, 29.0, 30.2),
+}
+EACH = pytest.mark.parametrize("name", DIFFERENCES)
+
+
+def header(name: str) -> str:
+    """The comments on top of a recipe."""
+    lines = (CONFIGS / f"{name}.yaml").read_text().splitlines()
+    return "\n".join(line for line in lines if line.startswith("#"))
+
+
+def flat(config: Config) -> dict[str, Any]:
+    sections = {key for key in schema(Config) if any(other.startswith(f"{key}.") for other in schema(Config))}
+    return {key: value for key, value, _ in flatten(Config, to_dict(config), "") if key not in sections}
+
+
+def test_no_recipe_is_left_out():
+    assert set(DIFFERENCES) == {path.stem for path in CONFIGS.glob("*.yaml")} - {"tables"}
+
+
+@EACH
+def test_recipes_change_this_and_nothing_else(name: str):
+    defaults, config = flat(Config()), flat(load_config([name]))
+    changed = {key: value for key, value in config.items() if value != defaults[key]}
+    assert changed == {**DIFFERENCES[name], "output": f"runs/{name}"}
+
+
+@EACH
+def test_headers_say_what_the_recipe_is(name: str):
+    text, config = header(name), load_config([name])
+    script = "finetune.py" if config.train.init else "train.py"
+    assert f"--nproc_per_node=8 scripts/{script} {name}.yaml" in text
+    assert f"# Writes to: {config.output}\n" in text
+    assert f"# Length:    {config.train.epochs} epochs, about " in text
+    if config.train.init:
+        assert f"(after {Path(config.train.init).name}.yaml)" in text
+        assert load_config([Path(config.train.init).name]).output == config.train.init
+
+
+@EACH
+def test_headers_expect_what_the_paper_publishes(name: str):
+    expected = header(name).partition("# Expected:")[2]
+    if name not in EXPECTED:
+        assert re.match(r"  (not published|no number is published)", expected)
+        return
+    box, mask, rare, common, frequent = EXPECTED[name]
+    numbers = f"box AP {box}, mask AP {mask} (rare {rare}, common {common}, frequent {frequent}), Table "
+    assert numbers in expected.splitlines()[0]
+
+
+@pytest.mark.parametrize(
+    ("name", "per_epoch"), [("stage1", 99388 / 16), ("stage1_v05", 56740 / 16), ("coco", 117266 / 16)]
+)
+def test_lengths_follow_from_the_images_with_annotations(name: str, per_epoch: float):
+    variants = {"stage1": ["stage1", "stage1_r101", "loce", "loce_r101", "baseline"], "stage1_v05": [name, "loce_v05"]}
+    for variant in variants.get(name, [name]):
+        said = re.search(r"about ([\d,]+) iterations", header(variant))
+        iterations = load_config([variant]).train.epochs * per_epoch
+        assert said and int(said[1].replace(",", "")) == round(iterations, -3), variant
+
+
+# The tables of the paper, row by row: words that make the row from the recipe `loce`, and the numbers.
+DEFAULT = (27.4, 26.6, 18.5, 26.2, 30.7)
+PAPER: dict[str, list[tuple[str, dict[str, Any], tuple[float, ...]]]] = {
+    "table1": [
+        ("baseline", {}, (20.4, 20.2, 2.9, 18.2, 30.1)),
+        ("loce", {"memory.enabled": False}, (24.0, 23.8, 8.3, 23.7, 30.7)),
+        ("loce", {"head.name": "softmax"}, (26.0, 25.7, 18.4, 25.0, 29.8)),
+        ("loce", {}, DEFAULT),
+        ("loce", {"indicator.kind": "prior"}, (23.4, 23.1, 20.8, 23.1, 24.1)),
+    ],
+    "table2": [
+        ("loce", {"indicator.momentum": 0.8}, (27.2, 26.4, 17.2, 26.3, 30.7)),
+        ("loce", {"indicator.momentum": 0.9}, DEFAULT),
+        ("loce", {"indicator.momentum": 0.95}, (27.3, 26.6, 18.1, 26.4, 30.7)),
+    ],
+    "table3": [
+        ("loce", {"indicator.background_score": 0.1}, (26.7, 26.0, 17.8, 25.5, 30.3)),
+        ("loce", {"indicator.background_score": 0.01}, DEFAULT),
+        ("loce", {"indicator.background_score": 0.001}, (27.4, 26.5, 18.4, 26.0, 30.7)),
+    ],
+    "table4": [
+        ("loce", {"memory.classes_per_draw": k, "memory.features_per_class": m}, numbers)
+        for k, m, numbers in [
+            (2, 2, (27.1, 26.3, 17.8, 26.1, 30.6)),
+            (4, 4, (27.2, 26.5, 18.3, 26.1, 30.6)),
+            (4, 8, (27.3, 26.6, 18.5, 26.3, 30.6)),
+            (8, 4, DEFAULT),
+            (8, 8, (27.2, 26.5, 17.5, 26.3, 30.7)),
+        ]
+    ],
+}
+TABLES = load_yaml((CONFIGS / "tables.yaml").read_text(), "tables.yaml")
+
+
+def test_tables_are_the_papers():
+    assert set(TABLES) == {"recipes", *PAPER}
+    for table, rows in PAPER.items():
+        ours = [(row["recipe"], tuple(row["paper"])) for row in TABLES[table]["rows"]]
+        assert ours == [(recipe, numbers) for recipe, _, numbers in rows], table
+
+
+@pytest.mark.parametrize("data", ["glyphs", "lvis"])
+@pytest.mark.parametrize("table", PAPER)
+def test_rows_differ_from_their_recipe_by_what_the_paper_varies(table: str, data: str):
+    for row, (recipe, changes, _) in zip(TABLES[table]["rows"], PAPER[table], strict=True):
+        file = TABLES["recipes"][data][recipe]
+        whole = flat(load_config([file]))
+        assert flat(load_config([file, *row.get("words", [])])) == {**whole, **changes}, row["name"]
+
+
+def test_rows_start_from_the_stage_1_of_their_data():
+    for data, recipes in TABLES["recipes"].items():
+        stage1 = load_config([recipes["stage1"]])
+        assert load_config([recipes["loce"]]).train.init == stage1.output
+        assert load_config([recipes["baseline"]]).train.init == (stage1.output if data == "glyphs" else "")
+
+
+def test_the_glyph_baseline_is_trained_as_long_as_loce():
+    softmax, loce = (flat(load_config([f"glyphs/{name}"])) for name in ("softmax", "loce"))
+    assert {key for key in loce if loce[key] != softmax[key]} == {"output", "head.name", "memory.enabled"}
