@@ -1,0 +1,46 @@
+"""For scripts that start others: run one, run it unless it is finished, and the numbers that it left."""
+
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+from loce.files import write_text
+
+SCRIPTS = Path(__file__).resolve().parent
+
+
+def run(name: str, *words: str, processes: int = 1) -> float:
+    """Run a script of ours; minutes it took. Ends this process with the script's exit code when it fails."""
+    torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"] if processes > 1 else []
+    launch = f"torchrun --nproc_per_node={processes}" if torchrun else "python"
+    print(f"\n$ {launch} scripts/{name} {' '.join(words)}", flush=True)
+    started = time.monotonic()
+    code = subprocess.run([sys.executable, *torchrun, str(SCRIPTS / name), *words]).returncode
+    if code:
+        sys.exit(code)
+    return (time.monotonic() - started) / 60
+
+
+def step(folder: Path, script: str, *words: str, processes: int = 1) -> float:
+    """Train and evaluate into the run folder `folder`, unless that is done; minutes it took, now or then."""
+    note = folder / "minutes.txt"
+    if is_evaluated(folder) and note.exists():
+        print(f"{folder}: finished before, used as it is", flush=True)
+        return float(note.read_text())
+    minutes = run(script, *words, processes=processes)
+    write_text(note, f"{minutes:.3f}\n")
+    return minutes
+
+
+def is_evaluated(folder: Path) -> bool:
+    """Whether the run is trained to its end and evaluated."""
+    return (folder / "eval/metrics.json").exists()
+
+
+def average_precisions(folder: Path) -> list[str]:
+    """Box AP, then mask AP, APr, APc and APf of an evaluated run, in percent."""
+    metrics = json.loads((folder / "eval/metrics.json").read_text())
+    box, mask = metrics["bbox"], metrics["segm"]
+    return [f"{100 * value:.1f}" for value in (box["AP"], mask["AP"], mask["APr"], mask["APc"], mask["APf"])]

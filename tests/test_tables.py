@@ -1,0 +1,139 @@
+"""scripts/tables.py on a tiny Glyph-LVIS: rows are trained once and printed beside the paper's; mistakes come first."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from loce.data.glyphs import GlyphOptions, make_glyphs
+from tests.test_training import CONFIG
+
+ROOT = Path(__file__).resolve().parent.parent
+STAGE1 = CONFIG.format("glyphs").replace("epochs: 2, drops: [1]", "epochs: 1, drops: []")
+LOCE = STAGE1.replace("train: {", "head: {name: equilibrium}\ntrain: {init: runs/tiny/stage1, freeze: trunk, ")
+ROWS = """
+recipes:
+  glyphs: {stage1: tiny/stage1.yaml, baseline: tiny/stage1.yaml, loce: tiny/loce.yaml}
+table1:
+  title: the last row cannot be trained
+  rows:
+    - {name: EBL, recipe: loce, paper: [24.0, 23.8, 8.3, 23.7, 30.7]}
+    - {name: MFS, recipe: loce, words: [head.name=softmax, memory.enabled=true], paper: [26, 25.7, 18.4, 25, 29.8]}
+    - {name: broken, recipe: loce, words: [data.train_images=nowhere], paper: [1, 2, 3, 4, 5]}
+table2:
+  title: the same rows again
+  rows:
+    - {name: one, recipe: loce, paper: [24.0, 23.8, 8.3, 23.7, 30.7]}
+    - {name: two, recipe: loce, words: [head.name=softmax, memory.enabled=true], paper: [26, 25.7, 18.4, 25, 29.8]}
+table3:
+  title: mistakes
+  rows:
+    - {name: key, recipe: loce, words: [memory.enbled=true], paper: [1, 2, 3, 4, 5]}
+    - {name: numbers, recipe: loce, paper: [1, 2]}
+    - {name: recipe, recipe: sgd, paper: [1, 2, 3, 4, 5]}
+"""
+
+
+@pytest.fixture(scope="module")
+def workplace(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with data, two recipes and a file of tables."""
+    folder = tmp_path_factory.mktemp("tables")
+    sizes = {"classes": 4, "train_images": 8, "val_images": 4, "size": 64, "smallest": 0.26, "largest": 0.4}
+    make_glyphs(GlyphOptions(out=str(folder / "glyphs"), workers=1, **sizes))
+    (folder / "configs/tiny").mkdir(parents=True)
+    (folder / "configs/tables.yaml").write_text(ROWS)
+    (folder / "configs/tiny/stage1.yaml").write_text(STAGE1)
+    (folder / "configs/tiny/loce.yaml").write_text(LOCE)
+    return folder
+
+
+def run(folder: Path, *words: str, code: int = 0) -> str:
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, str(ROOT / "scripts/tables.py"), *words]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=folder, env=environment)
+    assert done.returncode == code, done.stdout + done.stderr
+    return done.stdout + done.stderr
+
+
+@pytest.fixture(scope="module")
+def first(workplace: Path) -> str:
+    """What the first call prints; stage 1 and two rows are trained after it, the third has failed."""
+    return run(workplace, "table=1", code=2)
+
+
+def commands(text: str) -> list[str]:
+    return [line for line in text.splitlines() if line.startswith("$ ")]
+
+
+def cells(workplace: Path, table: int) -> list[list[str]]:
+    """The rows of a written table, without its head."""
+    lines = (workplace / f"runs/tables/glyphs/table{table}.md").read_text().splitlines()
+    return [[cell.strip() for cell in line.strip("|").split("|")] for line in lines if line.startswith("| ")][1:]
+
+
+def test_stage_1_and_every_row_are_trained_until_one_fails(workplace: Path, first: str) -> None:
+    below = "runs/tables/glyphs/loce"
+    changes = ("head.name=softmax", "memory.enabled=true"), ("data.train_images=nowhere",)
+    assert commands(first) == [
+        "$ python scripts/train.py tiny/stage1.yaml",
+        "$ python scripts/finetune.py tiny/loce.yaml",
+        *(f"$ python scripts/finetune.py tiny/loce.yaml {' '.join(c)} output={'+'.join((below, *c))}" for c in changes),
+    ]
+    assert "8 of 8 images are missing" in first and "Traceback" not in first
+    rows = cells(workplace, 1)
+    assert [row[0] for row in rows] == ["EBL", "MFS", "broken"]
+    assert [row[6:] for row in rows[:2]] == [
+        ["24.0", "23.8", "8.3", "23.7", "30.7", "runs/tiny/loce"],
+        ["26.0", "25.7", "18.4", "25.0", "29.8", "+".join((below, *changes[0]))],
+    ]
+    for row in rows[:2]:
+        metrics = json.loads((workplace / row[11] / "eval/metrics.json").read_text())
+        mask = [metrics["segm"][name] for name in ("AP", "APr", "APc", "APf")]
+        assert row[1:6] == [f"{100 * value:.1f}" for value in (metrics["bbox"]["AP"], *mask)]
+    assert rows[2][1:6] == ["not run"] * 5
+
+
+def test_runs_of_another_table_are_not_trained_again(workplace: Path, first: str) -> None:
+    before = {path: path.stat().st_mtime_ns for path in (workplace / "runs").rglob("*") if path.is_file()}
+    text = run(workplace, "table=2")
+    assert commands(text) == [] and text.count("finished before") == 2
+    assert {path: path.stat().st_mtime_ns for path in before} == before
+    assert [row[1:] for row in cells(workplace, 2)] == [row[1:] for row in cells(workplace, 1)[:2]]
+    written = (workplace / "runs/tables/glyphs/table2.md").read_text()
+    assert written in text and written.startswith("**Table 2: the same rows again**\n")
+    assert "data: glyphs/annotations/val.json, 4 images, 4 categories\n" in written
+    assert "protocol: lvis" in written and "code: loce " in written
+    assert "plain softmax and a frozen trunk" in written
+
+
+def test_a_finished_run_of_other_options_is_no_row(workplace: Path, first: str) -> None:
+    shutil.copytree(workplace / "runs/tiny/loce", workplace / "runs/seed1/glyphs/loce")
+    text = run(workplace, "table=2", "runs=runs/seed1", "words=[seed=1]", code=2)
+    assert "runs/seed1/glyphs/loce: holds another run" in text and "seed: 0 there, 1 now" in text
+
+
+def test_mistakes_in_rows_are_all_found_before_anything_starts(workplace: Path) -> None:
+    text = run(workplace, "table=3", code=2)
+    assert "row 1: command line: memory.enbled = true: unknown key; did you mean memory.enabled?" in text
+    assert "row 2: " in text and "must be 5 numbers: box AP, AP, APr, APc, APf" in text
+    assert "row 3: " in text and "must be baseline | loce" in text
+    assert commands(text) == [] and "Traceback" not in text
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (("table=9",), "has table1, table2, table3"),
+        ((), "table is missing"),
+        (("table=x",), "table = x: must be a whole number >= 1"),
+        (("table=1", "words=[output=x]"), "every row has its own run folder; runs=... chooses where"),
+        (("table=1", "gpus=3"), "train.batch_size = 4: must be divisible by processes"),
+    ],
+)
+def test_wrong_words(workplace: Path, words: tuple[str, ...], message: str) -> None:
+    text = run(workplace, *words, code=2)
+    assert message in text and "Traceback" not in text
