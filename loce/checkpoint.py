@@ -23,6 +23,7 @@ from loce.models.mask_rcnn import MaskRCNN
 
 FORMAT = 1
 MEMORY_PREFIX = "roi_heads.memory."
+METHOD_STATE = (MEMORY_PREFIX, "roi_heads.tracker.")  # belongs to the stage that made it
 
 
 def stats_to_dict(stats: ClassStats) -> dict[str, Any]:
@@ -49,15 +50,37 @@ def stats_from_dict(values: dict[str, Any]) -> ClassStats:
     )
 
 
-def read(path: Path) -> dict[str, Any]:
-    """The dictionary in a checkpoint file. UserError where the file is missing, damaged or needs code to be run."""
+def load_file(path: Path) -> dict[str, Any]:
+    """The dictionary in a file. UserError where the file is missing, damaged, or needs code to be run."""
     if not path.is_file():
         raise UserError(f"checkpoint {path}: there is no such file")
     try:
-        return torch.load(path, map_location="cpu", weights_only=True)
+        content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch raises a dozen kinds here
         reason = str(error).strip().splitlines()[0]
         raise UserError(f"checkpoint {path}: cannot be read, damaged or not a checkpoint ({reason})") from error
+    if not isinstance(content, dict):
+        raise UserError(f"checkpoint {path}: holds a {type(content).__name__}, not a checkpoint")
+    return content
+
+
+def read(path: Path) -> dict[str, Any]:
+    """A `main.pt`. UserError where it is none of ours, or of a version of loce that this one does not know."""
+    content = load_file(path)
+    missing = [key for key in ("format", "config", "classes", "model") if key not in content]
+    if missing:
+        raise UserError(
+            f"checkpoint {path}: not written by loce (it has no {', '.join(missing)}).\n"
+            "  A checkpoint of MMDetection or torchvision is converted by scripts/convert.py SOURCE.pth OUT.pt."
+        )
+    if content["format"] != FORMAT:
+        raise UserError(f"checkpoint {path}: format {content['format']}, this loce reads format {FORMAT}")
+    return content
+
+
+def stats_of(path: Path) -> ClassStats:
+    """The classes of a checkpoint file."""
+    return stats_from_dict(read(path)["classes"])
 
 
 def main_file(path: Path) -> Path:
@@ -67,7 +90,10 @@ def main_file(path: Path) -> Path:
     for candidate in (path / "main.pt", *(folder / "main.pt" for folder in finished(path))):
         if candidate.is_file():
             return candidate
-    raise UserError(f"{path}: no finished checkpoint there (looked for main.pt and checkpoints/*/main.pt)")
+    raise UserError(
+        f"{path}: no finished checkpoint there (looked for main.pt and checkpoints/*/main.pt).\n"
+        "  Stage 2 starts from stage 1: scripts/train.py stage1.yaml makes runs/stage1."
+    )
 
 
 def finished(run: Path) -> list[Path]:
@@ -113,11 +139,18 @@ def save(
             **state,
         }
         _write(folder / "main.pt", main)
-        for old in finished(run)[config.train.keep_checkpoints :]:
-            (old / "main.pt").unlink()
-            shutil.rmtree(old)
+        _tidy(run, folder, config.train.keep_checkpoints)
     distributed.barrier()
     return folder
+
+
+def _tidy(run: Path, newest: Path, keep: int) -> None:
+    """Delete all but the newest `keep` finished checkpoints, and older ones that were never finished."""
+    kept = finished(run)[:keep]
+    for folder in (run / "checkpoints").glob("[0-9]*"):
+        if folder not in kept and int(folder.name) < int(newest.name):
+            (folder / "main.pt").unlink(missing_ok=True)  # first: a half-deleted folder is an unfinished one
+            shutil.rmtree(folder)
 
 
 def _write(path: Path, content: dict[str, Any]) -> None:
@@ -137,7 +170,7 @@ def restore(folder: Path, model: nn.Module, device: torch.device) -> dict[str, A
             f"{folder} was written by {main['world_size']} processes, this run has {distributed.world_size()}.\n"
             f"  Resume with --nproc_per_node={main['world_size']}, or start anew with another output=..."
         )
-    own = read(folder / f"rank{distributed.rank()}.pt")
+    own = load_file(folder / f"rank{distributed.rank()}.pt")
     model.load_state_dict({**main["model"], **own["memory"]})
     set_rng_state(own["rng"], device)
     return main
@@ -151,8 +184,6 @@ def load_weights(path: Path, model: nn.Module, stats: ClassStats) -> dict[str, l
     """
     file = main_file(path)
     main = read(file)
-    if "model" not in main or "classes" not in main:
-        raise UserError(f"checkpoint {file}: not written by loce (no model and classes in it)")
     names = main["classes"]["names"]
     if len(names) != len(stats):
         raise UserError(
@@ -166,8 +197,7 @@ def load_weights(path: Path, model: nn.Module, stats: ClassStats) -> dict[str, l
             f"checkpoint {file}: its classes are not those of the training data; the first that differs is class "
             f"{first[0]}: {first[1]!r} in the checkpoint, {first[2]!r} in the data"
         )
-    state_of_method = (MEMORY_PREFIX, "roi_heads.tracker.")
-    source = {k: v for k, v in main["model"].items() if not k.startswith(state_of_method)}
+    source = {k: v for k, v in main["model"].items() if not k.startswith(METHOD_STATE)}
     target = model.state_dict()
     wrong = [k for k, v in source.items() if k in target and target[k].shape != v.shape]
     if wrong:
@@ -176,7 +206,7 @@ def load_weights(path: Path, model: nn.Module, stats: ClassStats) -> dict[str, l
     model.load_state_dict(source, strict=False)
     return {
         "loaded": [k for k in source if k in target],
-        "new": [k for k in target if k not in source and not k.startswith(state_of_method)],
+        "new": [k for k in target if k not in source and not k.startswith(METHOD_STATE)],
         "dropped": [k for k in source if k not in target],
     }
 

@@ -1,5 +1,6 @@
 """Writing files so that a kill at any moment leaves the old file or the new one, never half of one."""
 
+import hashlib
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -29,6 +30,15 @@ def write_text(path: Path | str, text: str) -> None:
     """`text` as the whole file, UTF-8, by `atomic_write`."""
     with atomic_write(path) as temporary:
         temporary.write_text(text, encoding="utf-8")
+
+
+def file_hash(path: Path | str) -> str:
+    """First 12 digits of the SHA-256 of a file."""
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()[:12]
 
 
 def _sync(path: Path) -> None:

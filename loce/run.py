@@ -1,6 +1,6 @@
 """One run from its options to its results: set up, train (or go on), evaluate. Both training scripts call `train`."""
 
-import hashlib
+import math
 import sys
 import warnings
 from dataclasses import dataclass
@@ -17,7 +17,8 @@ from loce.data.loader import TrainDataset, train_batches, training_plan
 from loce.data.lvis import LVISAnnotations
 from loce.data.samplers import TrainingPlan
 from loce.engine import DivergedError, fill_memory, scaled_lr, train_one_epoch
-from loce.inference import evaluate_model
+from loce.files import file_hash
+from loce.inference import check_evaluation, evaluate_model
 from loce.models.mask_rcnn import MaskRCNN
 from loce.progress import say
 from loce.runlog import RunLog, check_run_folder
@@ -36,7 +37,9 @@ class Job:
     model: MaskRCNN
     optimizer: torch.optim.SGD
     scaler: torch.amp.GradScaler
+    report: list[str]  # lines on what was loaded
     done: int = 0  # iterations
+    resumed: bool = False
 
     @property
     def stats(self) -> ClassStats:
@@ -57,7 +60,7 @@ def train(config: Config) -> None:
         elif distributed.is_main():
             say(f"{job.folder}: training is finished already")
         if config.train.evaluate:
-            evaluate_model(job.model, config, job.folder, f"{job.done} iterations of {job.folder}")
+            evaluate_model(job.model, config, job.folder / "eval", f"{job.folder} after {job.done} iterations")
     except DivergedError as error:
         if distributed.is_main():
             print(f"error: {error}", file=sys.stderr)
@@ -70,34 +73,45 @@ def _prepare(config: Config, device: torch.device) -> Job:
     """Everything that can be wrong is found here, before the first step."""
     images_per_rank(config.train, distributed.world_size())
     check_run_folder(config.output, dump(config))
+    newest = newest_checkpoint(Path(config.output))  # a barrier, too: rank 0 writes only after all have checked
+    if config.train.init and newest is None:
+        checkpoint.main_file(Path(config.train.init))
     annotations = build.train_annotations(config)
     if config.train.evaluate:
-        build.val_annotations(config)
+        check_evaluation(config, build.val_annotations(config), annotations.stats, "the training data")
     dataset = build.train_dataset(config, annotations)
     plan = training_plan(dataset, config.sampler, config.data, config.train.batch_size, config.seed)
-    resumed = checkpoint.finished(Path(config.output))
     torch.manual_seed(config.seed)
-    model = build.build_model(config, annotations.stats, pretrained=not resumed and not config.train.init)
-    if config.train.init and not resumed:
-        report = checkpoint.load_weights(Path(config.train.init), model, annotations.stats)
-        _say_loaded(config, model, report)
+    model = build.build_model(config, annotations.stats, pretrained=newest is None and not config.train.init)
+    report = []
+    if config.train.init and newest is None:
+        report = _load(config, model, annotations.stats)
     model.to(device)
     optimizer = build.build_optimizer(model, config.train)
     scaler = torch.amp.GradScaler(device.type, enabled=config.train.precision == "fp16")
     lengths = plan.iterations(config.train.epochs)
-    job = Job(config, device, annotations, dataset, plan, lengths, model, optimizer, scaler)
+    job = Job(config, device, annotations, dataset, plan, lengths, model, optimizer, scaler, report)
     # Each rank draws its own numbers from here on: regions, jittered boxes, memory rows.
     torch.manual_seed(config.seed * 1000003 + distributed.rank())
-    if resumed:
-        _resume(job, resumed[0])
+    if newest is not None:
+        _resume(job, newest)
     return job
+
+
+def newest_checkpoint(folder: Path) -> Path | None:
+    """The newest finished checkpoint of a run: rank 0 looks, so that all ranks go on from the same place."""
+    distributed.barrier()
+    found = checkpoint.finished(folder)
+    path = distributed.broadcast_text(str(found[0]) if found else "")
+    return Path(path) if path else None
 
 
 def _resume(job: Job, folder: Path) -> None:
     state = checkpoint.restore(folder, job.model, job.device)
     job.optimizer.load_state_dict(state["optimizer"])
     job.scaler.load_state_dict(state["scaler"])
-    job.done = state["iteration"]
+    job.model.roi_heads.progress = state["iteration"] / sum(job.lengths)
+    job.done, job.resumed = state["iteration"], True
     if distributed.is_main():
         say(f"going on from {folder}, {job.done} of {sum(job.lengths)} iterations are done")
 
@@ -113,12 +127,13 @@ def _train(job: Job) -> None:
         device=job.device,
         extra=partial(equilibrium_scalars, job.model, job.stats),
     )
-    for line in header(job):
+    for line in [*job.report, *header(job)]:
         log.line(line)
-    if config.memory.enabled and job.done == 0:
+    if config.memory.enabled and not job.resumed:
         memory = config.memory
         fill_memory(job.model, job.dataset, memory.fill_instances, memory.shared, config.seed, config.data.workers)
         log.line(filled(job.model))
+        _save(job)  # filling takes long on LVIS and is never done twice
     wrapped: torch.nn.Module = job.model
     if distributed.world_size() > 1:
         with warnings.catch_warnings():  # torch 2.15 renames the option; the new name would share rank 0's memory bank
@@ -146,8 +161,15 @@ def _after_step(job: Job, epoch_end: int, done: int) -> None:
     job.done = done
     job.model.roi_heads.progress = done / sum(job.lengths)
     if done == epoch_end or done % job.config.train.checkpoint_every == 0:
-        state = {"iteration": done, "optimizer": job.optimizer.state_dict(), "scaler": job.scaler.state_dict()}
-        checkpoint.save(job.folder, job.config, job.stats, job.model, state, job.device)
+        _save(job)
+
+
+def _save(job: Job) -> None:
+    largest = torch.stack([p.detach().abs().max() for p in job.model.parameters()]).max().item()
+    if not math.isfinite(largest):
+        raise DivergedError("training diverged: a weight is not finite; the checkpoints before are good")
+    state = {"iteration": job.done, "optimizer": job.optimizer.state_dict(), "scaler": job.scaler.state_dict()}
+    checkpoint.save(job.folder, job.config, job.stats, job.model, state, job.device)
 
 
 def equilibrium_scalars(model: MaskRCNN, stats: ClassStats) -> dict[str, float]:
@@ -198,23 +220,16 @@ def header(job: Job) -> list[str]:
     ]
 
 
-def file_hash(path: str) -> str:
-    """First 12 digits of the SHA-256 of a file."""
-    digest = hashlib.sha256()
-    with open(path, "rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()[:12]
-
-
-def _say_loaded(config: Config, model: MaskRCNN, report: dict[str, list[str]]) -> None:
-    if not distributed.is_main():
-        return
-    frozen = [name for name, p in model.named_parameters() if not p.requires_grad]
-    counts = ", ".join(f"{len(names)} {what}" for what, names in report.items())
-    say(f"{config.train.init}: {counts}, {len(frozen)} frozen tensors")
-    for what in ("new", "dropped"):
-        for name in report[what]:
-            say(f"  {what}: {name}")
-    if any(name.startswith(("backbone.", "rpn.")) for name in report["new"]):
-        raise UserError(f"{config.train.init}: lacks parts of the backbone or RPN; another architecture?")
+def _load(config: Config, model: MaskRCNN, stats: ClassStats) -> list[str]:
+    """Take over the weights of `train.init`; lines that say what was loaded. UserError where frozen parts lack."""
+    init = config.train.init
+    found = checkpoint.load_weights(Path(init), model, stats)
+    frozen = {name for name, p in model.named_parameters() if not p.requires_grad}
+    lacking = sorted(frozen & set(found["new"]))
+    if lacking:
+        raise UserError(
+            f"train.init = {init}: has no {', '.join(lacking[:5])}, which would stay random: they are frozen"
+        )
+    counts = ", ".join(f"{len(names)} {what}" for what, names in found.items())
+    lines = [f"weights from {init}: {counts}; {len(frozen)} tensors are frozen"]
+    return lines + [f"weights: {what}: {name}" for what in ("new", "dropped") for name in found[what]]

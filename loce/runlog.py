@@ -21,8 +21,8 @@ from loce.progress import bar, clock, eta, peak_memory, say
 from loce.yaml_text import load_yaml, show
 
 # What may differ when a run goes on: it changes how fast a run goes and what it writes, not what it learns.
-MAY_CHANGE = {"data.workers", "eval.batch_size", "train.evaluate"} | {
-    f"train.{name}" for name in ("log_every", "checkpoint_every", "keep_checkpoints")
+MAY_CHANGE = {"output", "device", "data.workers", "data.train_images", "data.val_images", "eval.batch_size"} | {
+    f"train.{name}" for name in ("log_every", "checkpoint_every", "keep_checkpoints", "evaluate")
 }
 
 
@@ -50,9 +50,9 @@ class RunLog:
         self.ends, self.batch_size = list(accumulate(epoch_lengths)), batch_size
         self.iterations = self.ends[-1]
         self.start, self.done, self.extra = start, start, extra
-        check_run_folder(self.folder, config_text)
         self.writing = distributed.is_main()
         if self.writing:
+            check_run_folder(self.folder, config_text)
             self._open(config_text, device)
         self.bar = bar("training", self.iterations * batch_size, start * batch_size, "images")
         self.started = self.since = time.monotonic()

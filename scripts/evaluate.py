@@ -7,10 +7,12 @@ python (or torchrun --nproc_per_node=N) scripts/evaluate.py [checkpoint=RUN_OR_F
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from loce.config import Natural, UserError, read_options, run_script
 from loce.evaluation.report import evaluate_and_report
+
+WRITTEN = "metrics.json, evaluation.json, per_category.csv and more are in"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -23,6 +25,7 @@ class Options:
     images: str = ""  # folder of the images, for a checkpoint; empty: the checkpoint's
     output: str = ""  # folder for the numbers; empty: in the run folder, or beside the results
     device: Literal["auto", "cpu", "cuda"] = "auto"  # for a checkpoint
+    detections: Natural = 0  # kept of an image, for a checkpoint; 0: the checkpoint's (300)
     iou_types: Literal["auto", "bbox", "segm", "bbox,segm"] = "auto"  # auto: what the results have
     protocol: Literal["auto", "lvis", "fixed", "coco"] = "auto"  # auto: lvis where the file has LVIS's fields
     max_detections: Natural = 0  # per image (lvis), per image and category (coco); 0: the protocol's own
@@ -44,14 +47,21 @@ def evaluate_results(options: Options) -> None:
         options.annotations,
         results,
         output,
-        iou_types=() if options.iou_types == "auto" else options.iou_types.split(","),
         protocol=options.protocol,
-        max_detections=options.max_detections or None,
-        resamples=options.resamples,
-        errors=options.errors,
-        save_json=options.save_json,
+        **report_options(options),
     )
-    print(f"written to {output}: metrics.json, evaluation.json, per_category.csv, ...")
+    print(f"{WRITTEN} {output}")
+
+
+def report_options(options: Options) -> dict[str, Any]:
+    """What is evaluated and written, whoever made the detections."""
+    return {
+        "iou_types": () if options.iou_types == "auto" else options.iou_types.split(","),
+        "max_detections": options.max_detections or None,
+        "resamples": options.resamples,
+        "errors": options.errors,
+        "save_json": options.save_json,
+    }
 
 
 def evaluate_a_checkpoint(options: Options) -> None:
@@ -60,9 +70,13 @@ def evaluate_a_checkpoint(options: Options) -> None:
 
     path = Path(options.checkpoint) if options.checkpoint else newest_run(Path("runs"))
     data = {"val_annotations": options.annotations, "val_images": options.images}
-    evaluation = {} if options.protocol == "auto" else {"protocol": options.protocol}
+    evaluation: dict[str, Any] = {} if options.protocol == "auto" else {"protocol": options.protocol}
+    if options.detections:
+        evaluation["detections"] = options.detections
     output = Path(options.output) if options.output else None
-    evaluate_checkpoint(path, output, {k: v for k, v in data.items() if v}, evaluation, options.device)
+    given = {k: v for k, v in data.items() if v}
+    output = evaluate_checkpoint(path, output, given, evaluation, options.device, **report_options(options))
+    print(f"{WRITTEN} {output}")
 
 
 def newest_run(runs: Path) -> Path:
@@ -79,6 +93,8 @@ def main() -> None:
     options = read_options(Options, sys.argv[1:])
     if options.checkpoint and options.results:
         raise UserError("checkpoint and results: give one of them")
+    if options.results and (options.images or options.detections or options.device != "auto"):
+        raise UserError("images, detections and device are for checkpoints; results need no inference")
     evaluate_results(options) if options.results else evaluate_a_checkpoint(options)
 
 

@@ -108,11 +108,12 @@ def test_stopped_and_resumed_is_bit_identical(config: Path, stage1: Path, stage2
     words = (config, *LOCE, f"train.init={stage1}", f"output={folder}", "train.evaluate=false")
     run("finetune.py", *words, "train.checkpoint_every=1", "train.keep_checkpoints=9")
     whole = {path.parent.name for path in folder.glob("checkpoints/*/main.pt")}
-    for path in sorted(folder.glob("checkpoints/*/main.pt"))[2:]:  # as if it had been killed in iteration 3 of 6
+    for path in sorted(folder.glob("checkpoints/*/main.pt"))[3:]:  # as if it had been killed in iteration 3 of 6
         path.unlink()
     text = run("finetune.py", *words, "train.keep_checkpoints=9")
     assert "2 of 6 iterations are done" in text
-    assert len(whole) == 6
+    assert len(whole) == 7  # one after the memory was filled
+    assert "filling the feature memory" not in text
     timing = ("images_per_second", "data_share", "peak_memory_gib")
     for resumed, straight in zip(metrics(folder), metrics(stage2), strict=True):
         assert {k: v for k, v in resumed.items() if k not in timing} == {
@@ -171,7 +172,7 @@ def test_one_and_three_ranks_evaluate_to_the_same_numbers(config: Path, stage1: 
     alone = json.loads((stage1 / "eval/metrics.json").read_text())
     output = stage1.with_name("evaluated")
     run("evaluate.py", f"checkpoint={stage1}", f"output={output}", processes=3)
-    assert json.loads((output / "eval/metrics.json").read_text()) == alone
+    assert json.loads((output / "metrics.json").read_text()) == alone
 
 
 @pytest.mark.parametrize(
