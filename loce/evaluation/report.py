@@ -11,7 +11,6 @@ from typing import Any
 import numpy as np
 
 from loce.classes import GROUPS
-from loce.errors import UserError
 from loce.evaluation.annotations import GroundTruth, load_annotations
 from loce.evaluation.bootstrap import intervals, tally
 from loce.evaluation.detections import Detections, read_results
@@ -63,6 +62,7 @@ def evaluate_and_report(
     evaluations = {kind: evaluate_loaded(truth, detections, kind, rules) for kind in sorted(wanted)}
     facts = _facts(truth, detections, rules, evaluations, origin)
     print("\n".join(header(facts)))
+    write_folder(Path(output), evaluations, facts)  # before all that may still take a minute
     for kind, evaluation in evaluations.items():
         tallies = tally(evaluation)
         spread = intervals(tallies, resamples) if resamples else {}
@@ -74,7 +74,7 @@ def evaluate_and_report(
         fates = explain(main, detections, removed, proposals)
         print("\n" + "\n".join(write_errors(output, main, fates, detections, origin)))
     print("\n" + "\n".join(markdown(evaluations)))
-    write_folder(Path(output), evaluations, facts)
+    write_facts(Path(output), facts)
     if save_json:
         detections.save_json(Path(output) / "results.json")
     return evaluations
@@ -156,15 +156,22 @@ def markdown(evaluations: Mapping[str, Evaluation]) -> list[str]:
 
 
 def write_folder(output: Path, evaluations: Mapping[str, Evaluation], facts: Mapping[str, Any]) -> None:
-    """metrics.json, evaluation.json and per_category.csv."""
+    """metrics.json, evaluation.json and per_category.csv; what an earlier evaluation left there is removed."""
+    for name in ("tallies_bbox.npz", "tallies_segm.npz", "errors.csv", "errors.png"):
+        (output / name).unlink(missing_ok=True)
     metrics = {kind: evaluation.metrics for kind, evaluation in evaluations.items()}
     write_text(output / "metrics.json", json.dumps(metrics, indent=2) + "\n")
-    write_text(output / "evaluation.json", json.dumps(_finite(facts), indent=2) + "\n")
+    write_facts(output, facts)
     with (
         atomic_write(output / "per_category.csv") as temporary,
         temporary.open("w", newline="", encoding="utf-8") as file,
     ):
         file.write(category_table(evaluations))
+
+
+def write_facts(output: Path, facts: Mapping[str, Any]) -> None:
+    """evaluation.json."""
+    write_text(output / "evaluation.json", json.dumps(_finite(facts), indent=2) + "\n")
 
 
 def category_table(evaluations: Mapping[str, Evaluation]) -> str:
@@ -195,11 +202,3 @@ def _finite(value: Any) -> Any:
     if isinstance(value, (list, tuple)):
         return [_finite(entry) for entry in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
-def read_folder(folder: str | Path, name: str) -> Any:
-    """A JSON file that `evaluate_and_report` wrote; UserError when it is not there."""
-    path = Path(folder) / name
-    if not path.is_file():
-        raise UserError(f"{path}: no such file; {folder} should be the output folder of scripts/evaluate.py")
-    return json.loads(path.read_text(encoding="utf-8"))

@@ -63,6 +63,15 @@ def test_table_of_categories(tmp_path: Path, small: dict[str, Any]) -> None:
     assert list(json.loads((tmp_path / "metrics.json").read_text())) == ["bbox"]
 
 
+def test_nothing_is_left_of_an_earlier_evaluation(tmp_path: Path) -> None:
+    """Or compare.py would take old masks for new ones."""
+    truth, results = random_case(10, crowded=True)
+    evaluate_and_report(truth, results, tmp_path, resamples=0)
+    both = {path.name for path in tmp_path.iterdir()}
+    evaluate_and_report(truth, results, tmp_path, ["bbox"], resamples=0, errors=False)
+    assert both - {path.name for path in tmp_path.iterdir()} == {"tallies_segm.npz", "errors.csv", "errors.png"}
+
+
 def test_masks_lead_the_table_and_boxes_follow(tmp_path: Path) -> None:
     truth, results = random_case(10, crowded=True)
     evaluate_and_report(truth, results, tmp_path, resamples=0)
