@@ -41,11 +41,11 @@ def build_roi_heads(
     tracker = MeanScoreTracker(classes, indicator.momentum, indicator.initial_score, indicator.background_score)
     prior = None
     if indicator.kind == "prior":
-        if (stats.instance_counts == 0).any():
+        if head == "equilibrium" and (stats.instance_counts == 0).any():
             absent = [n for n, count in zip(stats.names, stats.instance_counts, strict=True) if count == 0]
             raise UserError(
                 f"indicator.kind: prior: {len(absent)} classes have no training instance (first: "
-                f"{', '.join(absent[:5])}), so log(n'/n) is undefined for them.\n"
+                f"{', '.join(absent[:5])}), so the margin log(n'/n) is undefined.\n"
                 "  Use indicator.kind=score, or remove these categories."
             )
         prior = torch.tensor([*stats.instance_counts, indicator.background_count], dtype=torch.float32)
