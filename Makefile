@@ -56,7 +56,7 @@ finetune: setup  ## stage 2, LOCE, from runs/stage1 (GPUS=8, CONFIG=loce.yaml, A
 	$(LAUNCH) scripts/finetune.py $(or $(CONFIG),loce.yaml) $(ARGS)
 
 eval: setup  ## evaluate the newest run, or CKPT=..., or a results file: PRED=results.json ANN=annotations.json (GPUS=8)
-	$(LAUNCH) scripts/evaluate.py $(if $(CKPT),checkpoint='$(CKPT)') $(if $(PRED),results='$(PRED)') \
+	$(if $(PRED),$(RUN),$(LAUNCH)) scripts/evaluate.py $(if $(CKPT),checkpoint='$(CKPT)') $(if $(PRED),results='$(PRED)') \
 		$(if $(ANN),annotations='$(ANN)') $(ARGS)
 
 glyphs: setup  ## draw Glyph-LVIS, the demo's data (OUT=runs/glyphs50 CLASSES=50)
@@ -66,7 +66,7 @@ table1:  ## the paper's Table 1 (table2, 3, 4: the others): trains what is missi
 table1 table2 table3 table4: setup
 	$(RUN) scripts/tables.py table=$(@:table%=%) data=$(or $(DATA),glyphs) gpus=$(GPUS) $(ARGS)
 
-data: setup  ## fetch LVIS annotations and COCO images, 20 GB (VERSION=0.5, OUT=data, ARGS="only=annotations")
+data: setup  ## fetch LVIS annotations and COCO images, 20 GB (VERSION=0.5|coco, OUT=data, ARGS="only=annotations")
 	$(RUN) scripts/fetch_data.py version=$(or $(VERSION),1.0) out=$(or $(OUT),data) $(ARGS)
 
 check-data: setup  ## check a data set read-only (DATA=CONFIG.yaml, or DATA=annotations.json IMAGES=folder)

@@ -30,7 +30,7 @@ def main() -> None:
     run("make_glyphs.py", f"out={DATA}")
     minutes = {"stage1": step(RUNS / "stage1", "train.py", "glyphs/stage1.yaml")}
     for name in ROWS:
-        minutes[name] = step(RUNS / name, "finetune.py", f"glyphs/{name}.yaml")
+        minutes[name] = step(RUNS / name, "finetune.py", f"glyphs/{name}.yaml", init=RUNS / "stage1")
 
     from loce.build import val_annotations
     from loce.plots import equilibrium_figure, prediction_sheet

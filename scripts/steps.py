@@ -6,6 +6,7 @@ import sys
 import time
 from pathlib import Path
 
+from loce.errors import UserError
 from loce.files import write_text
 
 SCRIPTS = Path(__file__).resolve().parent
@@ -23,10 +24,15 @@ def run(name: str, *words: str, processes: int = 1) -> float:
     return (time.monotonic() - started) / 60
 
 
-def step(folder: Path, script: str, *words: str, processes: int = 1) -> float:
-    """Train and evaluate into the run folder `folder`, unless that is done; minutes it took, now or then."""
+def step(folder: Path, script: str, *words: str, init: Path | None = None, processes: int = 1) -> float:
+    """Train and evaluate into the run folder `folder`, unless that is done; minutes it took, now or then.
+
+    init: the run folder it starts from. UserError where that was trained anew after `folder` was.
+    """
     note = folder / "minutes.txt"
     if is_evaluated(folder) and note.exists():
+        if init is not None and (init / "minutes.txt").stat().st_mtime > note.stat().st_mtime:
+            raise UserError(f"{folder} started from an older {init}, which was trained anew since; delete {folder}")
         print(f"{folder}: finished before, used as it is", flush=True)
         return float(note.read_text())
     minutes = run(script, *words, processes=processes)
@@ -40,7 +46,8 @@ def is_evaluated(folder: Path) -> bool:
 
 
 def average_precisions(folder: Path) -> list[str]:
-    """Box AP, then mask AP, APr, APc and APf of an evaluated run, in percent."""
+    """Box AP, then mask AP, APr, APc and APf of an evaluated run, in percent; "-" of no classes."""
     metrics = json.loads((folder / "eval/metrics.json").read_text())
     box, mask = metrics["bbox"], metrics["segm"]
-    return [f"{100 * value:.1f}" for value in (box["AP"], mask["AP"], mask["APr"], mask["APc"], mask["APf"])]
+    values = (box["AP"], mask["AP"], mask["APr"], mask["APc"], mask["APf"])
+    return [f"{100 * value:.1f}" if value >= 0 else "-" for value in values]
