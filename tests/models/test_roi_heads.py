@@ -168,11 +168,14 @@ def test_an_ignored_row_counts_for_nothing(make_model, features, truths):
     roi_heads = make_model().roi_heads
     roi_heads.choose = first
     few = [torch.tensor([[0.0, 0, 4, 4]]), torch.rand(40, 4).cumsum(1) * 15]
-    losses, regions, _, _, logits, rois = run(roi_heads, features, few, truths)
+    losses, regions, x, targets, logits, rois = run(roi_heads, features, few, truths)
     used = rois.labels_N != IGNORED
     assert not used.all() and int(used[: len(regions[0].labels)].sum()) == 4
     expected = torch.nn.functional.cross_entropy(logits[used], rois.labels_N[used])
     torch.testing.assert_close(losses["loss_cls"], expected)
+    positive = (used & (rois.labels_N < CLASSES)).nonzero()[:, 0]
+    deltas = roi_heads.fc_reg(x).reshape(-1, CLASSES, 4)[positive, rois.labels_N[positive]]
+    torch.testing.assert_close(losses["loss_box"], (deltas - targets[positive]).abs().sum() / used.sum())
 
 
 @pytest.mark.parametrize("head", ["softmax", "equilibrium"])
