@@ -6,7 +6,7 @@ so that nothing waits for the device.
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -14,6 +14,11 @@ from torch import Tensor
 RPN_STDS = (1.0, 1.0, 1.0, 1.0)
 ROI_STDS = (0.1, 0.1, 0.2, 0.2)
 MAX_LOG_RATIO = abs(math.log(16 / 1000))  # |dw|, |dh| at most: both shrinking and growing are limited
+
+
+def constants(values: Sequence[float], device: torch.device) -> Tensor:
+    """(len(values),) fp32, filled in on the device: a tensor made from a list is a copy that waits for it."""
+    return torch.stack([torch.full((), value, dtype=torch.float32, device=device) for value in values])
 
 
 def box_iou(boxes_N4: Tensor, others_M4: Tensor) -> Tensor:
@@ -38,12 +43,12 @@ def encode(references_N4: Tensor, boxes_N4: Tensor, stds: tuple[float, ...]) -> 
     centre_N2, size_N2 = _centre_size(references_N4.float())
     target_centre_N2, target_size_N2 = _centre_size(boxes_N4.float())
     deltas_N4 = torch.cat([(target_centre_N2 - centre_N2) / size_N2, torch.log(target_size_N2 / size_N2)], dim=-1)
-    return deltas_N4 / deltas_N4.new_tensor(stds)
+    return deltas_N4 / constants(stds, deltas_N4.device)
 
 
 def decode(references_N4: Tensor, deltas_N4: Tensor, stds: tuple[float, ...], image_size: tuple[int, int]) -> Tensor:
     """Boxes (..., 4) from references (..., 4) and deltas (..., 4), clipped to an image (height, width)."""
-    deltas_N4 = deltas_N4.float() * deltas_N4.new_tensor(stds, dtype=torch.float32)
+    deltas_N4 = deltas_N4.float() * constants(stds, deltas_N4.device)
     centre_N2, size_N2 = _centre_size(references_N4.float())
     new_centre_N2 = centre_N2 + size_N2 * deltas_N4[..., :2]
     new_size_N2 = size_N2 * deltas_N4[..., 2:].clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO).exp()
@@ -56,6 +61,11 @@ def clip(boxes_N4: Tensor, image_size: tuple[int, int]) -> Tensor:
     height, width = image_size
     x, y = boxes_N4[..., 0::2].clamp(0, width), boxes_N4[..., 1::2].clamp(0, height)
     return torch.stack([x[..., 0], y[..., 0], x[..., 1], y[..., 1]], dim=-1)
+
+
+def finite(boxes_N4: Tensor) -> Tensor:
+    """The boxes, (0, 0, 0, 0) in place of any with nan or inf: RoIAlign derives the size of its work from them."""
+    return torch.where(boxes_N4.isfinite().all(dim=1)[:, None], boxes_N4, 0)
 
 
 NEGATIVE, BETWEEN = -1, -2  # matched index of background boxes, and of boxes that are neither

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torchvision.ops import roi_align
 
 from loce.data.masks import CroppedMasks
+from loce.models.boxes import clip, finite
 
 MASK_SIZE = 28
 _CROPS_AT_ONCE = 16  # bounds the memory of float crops while targets are made
@@ -66,9 +67,7 @@ def mask_targets(masks: CroppedMasks, instances_P: Tensor, boxes_P4: Tensor) -> 
 
     masks: ground truth of one image; instances_P: which instance; boxes_P4: regions, in pixels of that image.
     """
-    height, width = masks.size
-    limit = boxes_P4.new_tensor([width, height, width, height])
-    boxes_P4 = torch.minimum(boxes_P4.clamp(min=0), limit)
+    boxes_P4 = finite(clip(boxes_P4, masks.size))
     corner_N2 = masks.windows[:, :2].to(boxes_P4.dtype)
     targets = []
     for rows, boxes in zip(instances_P.split(_CROPS_AT_ONCE), boxes_P4.split(_CROPS_AT_ONCE), strict=True):

@@ -65,7 +65,7 @@ class MemorySampling(nn.Module):
 
 def _of_all_ranks(features: Tensor, labels_B: Tensor, targets_B4: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """The rows of all ranks, in order of rank; a rank with fewer rows adds IGNORED ones."""
-    rows = all_gather_rows(torch.tensor(len(labels_B), device=labels_B.device))
+    rows = all_gather_rows(torch.full((), len(labels_B), device=labels_B.device))
     missing = int(rows.max()) - len(labels_B)  # sync: every rank must send the same number of rows
     labels_B = F.pad(labels_B, (0, missing), value=IGNORED)
     features = torch.cat([features, features.new_zeros((missing, *features.shape[1:]))])

@@ -16,7 +16,7 @@ from loce.config import RoIConfig
 from loce.data.masks import CroppedMasks
 from loce.heads.base import Head, RoIs
 from loce.mean_score import MeanScoreTracker, instance_scores
-from loce.models.boxes import ROI_STDS, box_iou, choose_random, encode, match, sample
+from loce.models.boxes import ROI_STDS, box_iou, choose_random, encode, finite, match, sample
 from loce.models.mask_head import MaskHead, mask_loss, mask_targets
 from loce.models.memory_sampling import MemorySampling
 
@@ -216,15 +216,18 @@ def _box_targets(regions: Regions, truth: Truth) -> Tensor:
 
 
 def pyramid_level(boxes_N4: Tensor, finest_scale: float) -> Tensor:
-    """(N,) long in 0..3: floor(log2(sqrt(w h) / finest_scale + 1e-6)), cut to the levels there are."""
+    """(N,) long in 0..3: floor(log2(sqrt(w h) / finest_scale + 1e-6)), cut to the levels there are; 0 for nan."""
     scale_N = (boxes_N4[:, 2:] - boxes_N4[:, :2]).prod(dim=1).clamp(min=0).sqrt()
-    return (scale_N / finest_scale + 1e-6).log2().floor().clamp(0, len(POOL_STRIDES) - 1).long()
+    return (scale_N / finest_scale + 1e-6).log2().floor().nan_to_num(0).clamp(0, len(POOL_STRIDES) - 1).long()
 
 
 def pool(features: list[Tensor], boxes: list[Tensor], side: int, finest_scale: float) -> Tensor:
-    """(N, D, S, S) features of the boxes (n_i, 4) of each image, in their order. A box without area gives zeros."""
+    """(N, D, S, S) features of the boxes (n_i, 4) of each image, in their order. A box without area gives zeros.
+
+    So does one with nan, as a diverged model makes them: there is a row for every box, and the loss shows the nan.
+    """
     image_N = torch.cat([b.new_full((len(b),), i) for i, b in enumerate(boxes)])
-    boxes_N4 = torch.cat(boxes)
+    boxes_N4 = finite(torch.cat(boxes))
     level_N = pyramid_level(boxes_N4, finest_scale)
     regions_N5 = torch.cat([image_N[:, None], boxes_N4], dim=1)
     rows, parts = [], []

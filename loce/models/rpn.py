@@ -10,7 +10,7 @@ from torchvision.models.detection.rpn import RPNHead
 from torchvision.ops import nms
 
 from loce.config import RPNConfig
-from loce.models.boxes import BETWEEN, RPN_STDS, box_iou, choose_random, decode, encode, match, sample
+from loce.models.boxes import BETWEEN, RPN_STDS, box_iou, choose_random, constants, decode, encode, match, sample
 
 RATIOS = (0.5, 1.0, 2.0)  # height / width
 STRIDES = (4, 8, 16, 32, 64)
@@ -18,7 +18,7 @@ STRIDES = (4, 8, 16, 32, 64)
 
 def level_anchors(height: int, width: int, stride: int, scale: float, device: torch.device) -> Tensor:
     """(height * width * 3, 4) float anchors of one level, centred on (x * stride, y * stride), side scale * stride."""
-    ratio_R = torch.tensor(RATIOS, device=device)
+    ratio_R = constants(RATIOS, device)
     half_h_R = scale * stride * ratio_R.sqrt() / 2
     half_w_R = scale * stride / ratio_R.sqrt() / 2
     cell_R4 = torch.stack([-half_w_R, -half_h_R, half_w_R, half_h_R], dim=1)

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from loce.models.boxes import MAX_LOG_RATIO, ROI_STDS, RPN_STDS, box_iou, clip, decode, encode
+from loce.models.boxes import MAX_LOG_RATIO, ROI_STDS, RPN_STDS, box_iou, clip, constants, decode, encode, finite
 
 
 def random_boxes(count: int, dtype: torch.dtype = torch.float64) -> torch.Tensor:
@@ -119,3 +119,12 @@ def test_clip_reaches_width_and_height():
     box = torch.tensor([[-3.0, -4, 500, 600]])
     assert clip(box, (70, 90)).tolist() == [[0, 0, 90, 70]]  # not 89, 69
     assert clip(torch.tensor([[95.0, 10, 99, 20]]), (70, 90)).tolist() == [[90, 10, 90, 20]]  # of no width, kept
+
+
+def test_boxes_that_are_no_numbers_become_empty_and_others_stay():
+    boxes = torch.tensor([[1.0, 2, 3, 4], [1, 2, math.nan, 4], [1, 2, math.inf, 4], [-5, -6, 0, 1]])
+    assert finite(boxes).tolist() == [[1, 2, 3, 4], [0, 0, 0, 0], [0, 0, 0, 0], [-5, -6, 0, 1]]
+
+
+def test_constants():
+    assert torch.equal(constants(ROI_STDS, torch.device("cpu")), torch.tensor(ROI_STDS))

@@ -133,3 +133,10 @@ def test_half_covered_cells_count_as_mask():
 
 def test_targets_without_regions(truth):
     assert mask_targets(truth[1], torch.zeros(0, dtype=torch.long), torch.zeros(0, 4)).shape == (0, 28, 28)
+
+
+def test_a_region_that_is_no_number_has_no_mask(truth):
+    fine = torch.tensor([[10.0, 10, 50, 40]])
+    boxes = torch.cat([torch.tensor([[math.nan, 3, math.nan, 30], [5, math.nan, 40, math.nan]]), fine])
+    own = mask_targets(truth[1], torch.tensor([0, 1, 0]), boxes)
+    assert not own[:2].any() and torch.equal(own[2:], mask_targets(truth[1], torch.tensor([0]), fine)) and own.any()

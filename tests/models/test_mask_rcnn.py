@@ -2,6 +2,7 @@
 
 import dataclasses
 import itertools
+import math
 
 import pytest
 import torch
@@ -95,6 +96,28 @@ def test_images_without_objects(model_of, batch, empty, row, which):
     if which == "all empty":
         assert losses["loss_rpn_box"] == losses["loss_mask"] == 0
     step(model, batch)  # and training goes on
+
+
+@ROWS
+@pytest.mark.parametrize("part", ["", "backbone.", "rpn.head.bbox_pred.", "rpn.head.cls_logits."])
+def test_a_diverged_model_says_nan(model_of, batch, row, part):
+    """Whatever has become nan (all, the features, the proposals, their order): the step ends and a loss shows it."""
+    model = model_of(row)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name.startswith(part):
+                parameter.fill_(math.nan)
+    losses = model(batch)
+    assert not torch.isfinite(sum(losses.values()))
+    sum(losses.values()).backward()
+
+
+def test_proposals_with_a_side_that_is_no_number(model_of, batch):
+    """Only x is nan: y alone must not tell RoIAlign how much to do."""
+    model = model_of("EBL + MFS")
+    with torch.no_grad():
+        model.rpn.head.bbox_pred.bias[0::4] = math.nan
+    assert not torch.isfinite(model(batch)["loss_box"])
 
 
 def test_stage_1_trains_everything_that_is_not_frozen(make_model, batch, empty):

@@ -117,3 +117,14 @@ def test_gradients_reach_the_levels_that_were_used(features):
     pool(features, [torch.tensor([[0.0, 0, 20, 20]]), torch.tensor([[0.0, 0, 250, 250]])], 7, 56.0).sum().backward()
     used = [feature.grad is not None and bool(feature.grad.abs().sum() > 0) for feature in features]
     assert used == [True, False, True, False]
+
+
+def test_a_box_that_is_no_number_keeps_its_row(features):
+    """What a diverged model makes: each such box gives a row of zeros, the others are pooled as ever."""
+    nan, inf = math.nan, math.inf
+    broken = torch.tensor([[nan, nan, nan, nan], [5.0, 5, nan, 30], [nan, 5, 50, 30], [0, 0, inf, 9]])
+    fine = torch.tensor([[10.0, 10, 200, 150], [3, 4, 30, 40]])
+    assert pyramid_level(broken[:3], 56.0).tolist() == [0, 0, 0]
+    pooled = pool(features, [torch.cat([broken[:2], fine]), broken[2:]], 7, 56.0)
+    assert len(pooled) == 6 and (pooled[[0, 1, 4, 5]] == 0).all()
+    assert torch.equal(pooled[2:4], pool(features, [fine, broken[:0]], 7, 56.0))
