@@ -77,6 +77,11 @@ CONFLICTS: tuple[Conflict, ...] = (
         "what is frozen must come from somewhere; set train.init to a checkpoint or a run folder",
     ),
     (
+        ("model.norm", "train.freeze"),
+        lambda c: c.model.norm == "batch" and c.train.freeze != "none",
+        "batch norms would go on changing their statistics in what is frozen; set model.norm=frozen, same weights",
+    ),
+    (
         ("train.batch_size", "train.accumulate"),
         lambda c: c.train.batch_size % c.train.accumulate != 0,
         "batch_size must be divisible by accumulate",

@@ -270,6 +270,7 @@ IMPOSSIBLE = [
     ("memory.enabled=true",),
     ("memory.enabled=true", "train.freeze=backbone", "train.init=x"),
     ("train.freeze=trunk",),
+    ("model.norm=batch", "train.freeze=trunk", "train.init=x"),
     ("train.accumulate=3",),
     ("train.drops=[16, 16]",),
 ]

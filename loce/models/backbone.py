@@ -4,12 +4,17 @@ Both give P2..P6 (strides 4..64); P6 is P5 subsampled and serves the RPN only.
 """
 
 from collections import OrderedDict
+from collections.abc import Mapping
 from functools import partial
+from http.client import HTTPException
+from pathlib import Path
+from pickle import UnpicklingError
 from urllib.error import URLError
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torchvision.models import ResNet50_Weights, ResNet101_Weights, resnet50, resnet101
+from torchvision.models import ResNet50_Weights, ResNet101_Weights, WeightsEnum, resnet50, resnet101
 from torchvision.models.detection.backbone_utils import BackboneWithFPN
 from torchvision.ops.feature_pyramid_network import LastLevelMaxPool
 
@@ -53,17 +58,27 @@ def _resnet(config: ModelConfig) -> nn.Module:
     norm = _group_norm if config.norm == "group" else partial(nn.BatchNorm2d, eps=1e-5)
     body = build(norm_layer=norm)
     if config.weights == "imagenet":
-        try:
-            state = weights.get_state_dict(progress=True, check_hash=True)
-        except (URLError, OSError) as error:
-            name = weights.url.rsplit("/", 1)[-1]
-            raise UserError(
-                f"model.weights: imagenet: {name} is not in the cache and cannot be downloaded ({error}).\n"
-                f"  Put the file into ~/.cache/torch/hub/checkpoints/ (or $TORCH_HOME/hub/checkpoints/) by hand, "
-                f"or set model.weights=none (then model.norm=batch or group)."
-            ) from error
-        body.load_state_dict(state, strict=config.norm != "group")
+        body.load_state_dict(_imagenet(weights), strict=config.norm != "group")
     return body
+
+
+def _imagenet(weights: WeightsEnum) -> Mapping[str, Tensor]:
+    """The weights from the cache or, once, from the net; UserError where there are none or the file is damaged."""
+    try:
+        return weights.get_state_dict(progress=True, check_hash=True)
+    except (URLError, OSError, HTTPException, RuntimeError, EOFError, UnpicklingError) as error:
+        name = weights.url.rsplit("/", 1)[-1]
+        cached = Path(torch.hub.get_dir(), "checkpoints", name)
+        what = f"{type(error).__name__}: {error}"
+        if cached.exists():
+            raise UserError(
+                f"model.weights: imagenet: {cached} cannot be read ({what}).\n  Delete it, and it is downloaded again."
+            ) from error
+        raise UserError(
+            f"model.weights: imagenet: {name} is not in the cache and cannot be downloaded ({what}).\n"
+            f"  Put the file into ~/.cache/torch/hub/checkpoints/ (or $TORCH_HOME/hub/checkpoints/) by hand, "
+            f"or set model.weights=none (then model.norm=batch or group)."
+        ) from error
 
 
 def build_backbone(config: ModelConfig) -> BackboneWithFPN:

@@ -1,5 +1,6 @@
 """Backbones: pyramid sizes, names, what is frozen, and what a missing download says."""
 
+from http.client import IncompleteRead
 from urllib.error import URLError
 
 import pytest
@@ -95,13 +96,29 @@ def test_imagenet_weights_come_from_the_v1_file(monkeypatch):
     assert all((value == 0.25).all() for value in body.values() if value.is_floating_point())
 
 
-def test_weights_that_cannot_be_downloaded_have_a_way_out(monkeypatch):
+@pytest.mark.parametrize(
+    "error", [URLError("no route"), TimeoutError(), IncompleteRead(b""), RuntimeError("invalid hash value")]
+)
+def test_weights_that_cannot_be_downloaded_have_a_way_out(monkeypatch, tmp_path, error):
     def fetch(*_, **__):
-        raise URLError("no route")
+        raise error
 
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
     monkeypatch.setattr(ResNet50_Weights, "get_state_dict", fetch)
     with pytest.raises(UserError, match=r"resnet50-0676ba61\.pth.*cannot be downloaded(.|\n)*hub/checkpoints"):
         build_backbone(ModelConfig())
+
+
+@pytest.mark.parametrize("content", [b"", b"<html>not found</html>", b"PK\x03\x04 half of a file"])
+def test_a_damaged_file_in_the_cache_is_named(monkeypatch, tmp_path, content):
+    """An interrupted copy, a proxy's answer: nothing is downloaded over it, so it must be deleted by hand."""
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    cached = tmp_path / "hub/checkpoints/resnet50-0676ba61.pth"
+    cached.parent.mkdir(parents=True)
+    cached.write_bytes(content)
+    with pytest.raises(UserError, match=r"cannot be read(.|\n)*Delete it") as caught:
+        build_backbone(ModelConfig())
+    assert str(cached) in str(caught.value) and cached.read_bytes() == content
 
 
 def test_group_norm_takes_the_place_of_batch_norm():
