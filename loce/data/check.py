@@ -105,7 +105,10 @@ def _check_counts(annotations: LVISAnnotations, report: Report) -> None:
     )
     few = [int(label) for label in np.argsort(counts, kind="stable") if counts[label] < FEW]
     named = ", ".join(f"{stats.names[label]} ({counts[label]})" for label in few[:NAMED])
-    report.add(f"under {FEW}", f"{len(few)} classes{': ' + named if few else ''}{', ...' if len(few) > NAMED else ''}")
+    more = ", ..." if len(few) > NAMED else ""
+    report.add(
+        f"under {FEW}", f"{len(few)} classes, {(counts == 0).sum()} with none" + (f": {named}" if few else "") + more
+    )
     names = Counter(annotations.name(index) for index in range(total))
     twice = [name for name, number in names.items() if number > 1]
     if twice:
@@ -139,14 +142,20 @@ def _check_missing(annotations: LVISAnnotations, images: str, report: Report) ->
     total = Counter(os.path.dirname(annotations.name(index)) for index in range(len(annotations)))
     lacking = Counter(os.path.dirname(annotations.name(index)) for index in missing)
     for split, number in sorted(total.items()):
-        report.add("folder", f"{Path(images, split)}: {number} images, {lacking[split]} missing")
+        report.add("folder", f"{_folder(images, split)}: {number} images, {lacking[split]} missing")
     for split, number in sorted(lacking.items()):
         first = next(i for i in missing if os.path.dirname(annotations.name(i)) == split)
         report.problems.append(
-            f"{annotations.path}: {number} of {total[split]} images are missing in {Path(images, split)} "
-            f"(the first: {Path(annotations.name(first)).name}). {_where_from(Path(images, split))}"
+            f"{annotations.path}: {number} of {total[split]} images are missing in {_folder(images, split)} "
+            f"(the first: {Path(annotations.name(first)).name}). {_where_from(_folder(images, split))}"
         )
     return np.setdiff1d(np.arange(len(annotations)), missing)
+
+
+def _folder(images: str, split: str) -> Path:
+    """Where the images of a split are looked for: data/coco and data/coco/val2017 both mean data/coco/val2017."""
+    folder = Path(images, split)
+    return Path(images) if Path(images).name == split and not folder.is_dir() else folder
 
 
 def _where_from(folder: Path) -> str:

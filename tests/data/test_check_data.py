@@ -74,7 +74,7 @@ def test_groups_and_small_classes_are_counted_as_plain_python_counts_them(write)
     assert told(report, "5 classes") == ["; ".join(expected)]
     few = [c["id"] for c in made["categories"] if of[c["id"]] < 5]
     text = told(report, "under 5")[0]
-    assert text.startswith(f"{len(few)} classes: unicorn (0)")
+    assert text.startswith(f"{len(few)} classes, 1 with none: unicorn (0)")
     for category in made["categories"]:
         assert (f"{category['name']} ({of[category['id']]})" in text) == (category["id"] in few)
 
@@ -105,6 +105,15 @@ def test_missing_images_are_counted_by_folder_with_where_they_come_from(write, i
 def test_no_image_folder_at_all(write, tmp_path):
     report = look(write(made_set()), tmp_path / "nowhere")
     assert len(report.problems) == 1 and "8 of 8 images are missing" in report.problems[0]
+
+
+def test_the_folder_of_the_images_itself_may_be_given(write, images):
+    annotations = LVISAnnotations.open(write(made_set()))
+    folder = images(annotations) / "train2017"
+    (folder / Path(annotations.name(4)).name).unlink()
+    report = look(annotations.path, folder)
+    assert told(report, "folder") == [f"{folder}: 8 images, 1 missing"]
+    assert f"missing in {folder} (" in report.problems[0] and f"train2017.zip in {folder.parent}," in report.problems[0]
 
 
 def test_damaged_images_and_other_sizes_are_named(write, images):

@@ -213,6 +213,13 @@ def test_a_server_that_always_cuts_is_given_up(server, images, tmp_path):
     assert (tmp_path / "coco/train2017.zip.part").stat().st_size == 7000  # kept for the next run
 
 
+def test_many_cuts_are_no_reason_to_stop_while_something_arrives(server, images, tmp_path):
+    server.cuts = [1000] * 15
+    fetch_all([images], tmp_path, wait=QUICK)
+    assert len(server.requests) == 16
+    assert tree(tmp_path) == UNPACKED
+
+
 def test_a_busy_server_is_asked_again(server, images, tmp_path):
     server.statuses = [503, 429, 200]
     fetch_all([images], tmp_path, wait=QUICK)
