@@ -125,7 +125,6 @@ ANNOTATIONS = {
             folder="lvis_v0.5/annotations",
             content="lvis_v0.5_val.json",
             unpacked=100_000_000,
-            images=5000,
             categories=1230,
         ),
         Archive(
