@@ -6,21 +6,31 @@ On the CPU every operation that would wait on a GPU is forbidden; on a GPU PyTor
 from contextlib import ExitStack, contextmanager
 from unittest.mock import patch
 
+import numpy as np
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from loce.box_generator import dense_boxes, valid
 from loce.classes import IGNORED
+from loce.config import IndicatorConfig, MemoryConfig, ModelConfig, RoIConfig, RPNConfig
+from loce.data.masks import CroppedMasks
 from loce.heads import EquilibriumHead, RoIs
 from loce.mean_score import MeanScoreTracker, instance_scores
 from loce.memory_bank import FeatureMemoryBank
+from loce.models.boxes import ROI_STDS, RPN_STDS, decode, encode
+from loce.models.mask_head import mask_targets
+from loce.models.mask_rcnn import build_roi_heads
+from loce.models.memory_sampling import MemorySampling
+from loce.models.roi_heads import Truth, pyramid_level
+from loce.models.rpn import RPN
 
 WAITING = {
     *("_local_scalar_dense", "is_nonzero", "equal", "nonzero", "masked_select", "bincount", "repeat_interleave"),
     *("_unique", "_unique2", "unique_dim", "unique_consecutive", "multinomial"),
     "lift_fresh",  # torch.tensor(...): on a GPU a copy that waits
 }
+COPYING = ("tensor", "as_tensor", "from_numpy")  # of torch: from a list or an array on the host
 READING = ("item", "tolist", "cpu", "numpy", "__bool__", "__int__", "__float__", "__index__")
 
 
@@ -52,11 +62,13 @@ def no_waiting(device):
         return
 
     def refuse(*_, **__):
-        raise AssertionError("a tensor was read on the host")
+        raise AssertionError("a tensor was read on the host, or copied from it")
 
     with ExitStack() as stack:
-        for name in READING:
+        for name in (*READING, "new_tensor"):
             stack.enter_context(patch.object(torch.Tensor, name, refuse))
+        for name in COPYING:
+            stack.enter_context(patch.object(torch, name, refuse))
         stack.enter_context(ForbiddenOperations())
         yield
 
@@ -77,6 +89,9 @@ def no_waiting(device):
         lambda x: x.unique(),
         lambda x: x.long().bincount(),
         lambda x: x.repeat_interleave(x.long()),
+        lambda x: x + torch.tensor([1.0, 2.0], device=x.device),
+        lambda x: x + x.new_tensor([1.0, 2.0]),
+        lambda x: x + torch.as_tensor([1.0, 2.0], device=x.device),
     ],
 )
 def test_the_guard_notices(device, wait):
@@ -123,3 +138,65 @@ def test_a_step_never_waits(device, make_stats, drawn_before):
     assert (bank.counts[truth_N] == 8).all()
     assert (drawn_K >= 0).all()
     assert (tracker.scores != 0.01).any()
+
+
+SIZE = (64, 96)
+TRUTHS = [[[4.0, 6.0, 40.0, 50.0], [30.0, 20.0, 90.0, 60.0]], []]  # the second image has no objects
+
+
+@pytest.fixture
+def truths(device):
+    """Ground truth of two images where the model has it."""
+    made = []
+    for boxes in TRUTHS:
+        square = (np.ones((30, 30), np.uint8), (5, 5))
+        masks = CroppedMasks.pack([square] * len(boxes), SIZE).to(device)
+        rows = torch.arange(len(boxes), device=device)  # also as labels
+        made.append(Truth(torch.tensor(boxes, device=device).reshape(-1, 4), rows, masks, rows))
+    return made
+
+
+def test_box_arithmetic_never_waits(device):
+    boxes_N4, deltas_N4 = torch.rand(5, 4, device=device) + 1, torch.randn(5, 4, device=device)
+    with no_waiting(device):
+        for stds in (RPN_STDS, ROI_STDS):
+            encode(boxes_N4, boxes_N4, stds)
+            decode(boxes_N4, deltas_N4, stds, SIZE)
+        pyramid_level(boxes_N4, 56.0)
+
+
+def test_losses_of_the_proposals_never_wait(device, truths):
+    rpn = RPN(8, RPNConfig(batch_per_image=32)).to(device)
+    maps = [torch.randn(2, 8, -(-SIZE[0] // s), -(-SIZE[1] // s), device=device) for s in (4, 8, 16, 32, 64)]
+    shapes = [(x.shape[2], x.shape[3]) for x in maps]
+    with no_waiting(device):
+        logits, deltas = rpn(maps)
+        losses = rpn.losses(logits, deltas, rpn.anchors(maps), [SIZE] * 2, [t.boxes for t in truths], shapes)
+    assert losses["loss_rpn_cls"] > 0 and losses["loss_rpn_box"] > 0
+
+
+def test_sampling_of_regions_and_mask_targets_never_wait(device, truths, make_stats):
+    model = ModelConfig(fpn_channels=8, fc_features=8, mask_channels=8, roi=RoIConfig(batch_per_image=16))
+    options = (IndicatorConfig(), MemoryConfig())
+    roi_heads = build_roi_heads(model, "equilibrium", *options, make_stats(3)).to(device)
+    proposals_N4 = torch.rand(40, 4, device=device) * 30
+    proposals_N4[:, 2:] += proposals_N4[:, :2] + 5
+    instances = torch.arange(2, device=device)
+    with no_waiting(device):
+        found = [roi_heads.select(proposals_N4, truth) for truth in truths]
+        targets = mask_targets(truths[0].masks, instances, truths[0].boxes)
+    assert all((f.labels >= 0).all() for f in found) and (found[0].instances >= 0).any() and targets.any()
+
+
+def test_memory_sampling_never_waits(device, truths):
+    sampling = MemorySampling(3, (8,), MemoryConfig(enabled=True)).to(device)
+    indicator = torch.full((4,), 0.5, device=device)
+    features_BD = torch.randn(32, 8, device=device)
+    rows = [t.memory_rows for t in truths]
+    with no_waiting(device):
+        boxes, labels_B, targets_B4 = sampling.boxes(
+            [t.boxes for t in truths], [t.labels for t in truths], rows, [SIZE] * 2
+        )
+        _, labels_K, _ = sampling.exchange(features_BD, labels_B, targets_B4, indicator, 2)
+    assert [len(b) for b in boxes] == [32, 0] and (labels_K >= 0).all()
+    assert sampling.bank.counts[:2].all()
