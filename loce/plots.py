@@ -25,6 +25,11 @@ GROUP_NAMES = {"r": "rare", "c": "common", "f": "frequent"}
 SHOWN_SCORE = 0.1  # predictions below it are not drawn
 SHOWN_OVERLAP = 0.5  # of two predictions that overlap more, whatever their classes, the better one is drawn
 
+CAPTION = (
+    f"Of predictions one label per place is drawn: the best with a score of at least {SHOWN_SCORE:g},\n"
+    f"all classes in one NMS at IoU {SHOWN_OVERLAP:g}."
+)
+
 
 def read_table(path: Path) -> list[dict[str, str]]:
     """Rows of a CSV file with a header."""
@@ -35,17 +40,15 @@ def read_table(path: Path) -> list[dict[str, str]]:
 def equilibrium_figure(runs: Mapping[str, Path], output: Path) -> None:
     """Mean score and mask AP of every class, most frequent in training first, one column per run (Figure 4).
 
-    runs: title -> evaluation folder with mean_scores.csv and per_category.csv.
+    runs: title -> evaluation folder with mean_scores.csv and per_category.csv. Classes without objects in the
+    validation data are gaps, and in no mean.
     """
     figure, axes = plt.subplots(2, len(runs), figsize=(4.6 * len(runs), 5.2), sharex=True, sharey="row", squeeze=False)
     # Rows share their axis, so each panel only raises the common limit.
     for column, (title, folder) in zip(axes.T, runs.items(), strict=True):
-        scores = {int(row["id"]): row for row in read_table(folder / "mean_scores.csv")}
-        ap = {int(row["id"]): float(row["AP"] or "nan") for row in read_table(folder / "per_category.csv")}
-        order = sorted(scores, key=lambda c: -int(scores[c]["training_instances"]))
-        groups = [scores[c]["group"] for c in order]
-        _bars(column[0], np.array([float(scores[c]["mean_score"]) for c in order]), groups)
-        _bars(column[1], np.array([max(ap.get(c, 0.0), 0.0) for c in order]), groups)
+        scores, ap, groups = class_values(folder)
+        _bars(column[0], scores, groups)
+        _bars(column[1], ap, groups)
         column[0].set_title(title)
         column[1].set_xlabel("classes, most training instances first")
     axes[0, 0].set_ylabel("mean score of own class")
@@ -56,30 +59,50 @@ def equilibrium_figure(runs: Mapping[str, Path], output: Path) -> None:
     _save(figure, output)
 
 
-def _bars(axis: Any, values: np.ndarray, groups: Sequence[str]) -> None:
+def class_values(folder: Path) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """(C,) mean scores, APs and groups ("r", "c", "f") of an evaluation's classes, most training instances first.
+
+    nan where the validation data have no boxes (mean score) or no objects that count (AP: empty or -1).
+    """
+    rows = read_table(folder / "mean_scores.csv")
+    rows.sort(key=lambda row: -int(row["training_instances"]))
+    ap_of = {row["id"]: float(row["AP"] or "nan") for row in read_table(folder / "per_category.csv")}
+    scores = np.array([float(row["mean_score"]) if int(row["boxes"]) else np.nan for row in rows])
+    ap = np.array([ap_of[row["id"]] for row in rows])
+    return scores, np.where(ap < 0, np.nan, ap), np.array([row["group"] for row in rows])
+
+
+def group_means(values: np.ndarray, groups: np.ndarray) -> dict[str, float]:
+    """The mean of each group over its classes (C,) that have a value; a group without any is left out."""
+    known = ~np.isnan(values)
+    return {g: float(values[known & (groups == g)].mean()) for g in GROUP_COLOURS if (known & (groups == g)).any()}
+
+
+def _bars(axis: Any, values: np.ndarray, groups: np.ndarray) -> None:
     axis.bar(range(len(values)), values, width=1.0, color=[GROUP_COLOURS[g] for g in groups])
-    for group in GROUP_COLOURS:
-        places = [i for i, g in enumerate(groups) if g == group]
-        if places:
-            mean = values[places].mean()
-            axis.hlines(mean, min(places) - 0.5, max(places) + 0.5, colors="black", linewidth=1.2)
-            axis.text(max(places) + 0.5, mean, f" {mean:.2f}", va="bottom", ha="right", fontsize=9, weight="bold")
-    axis.set_ylim(0, max(axis.get_ylim()[1] if axis.get_ylim()[1] < 1 else 0, min(1.0, values.max() * 1.1)))
+    for group, mean in group_means(values, groups).items():
+        places = np.flatnonzero(groups == group)
+        axis.hlines(mean, min(places) - 0.5, max(places) + 0.5, colors="black", linewidth=1.2)
+        axis.text(max(places) + 0.5, mean, f" {mean:.2f}", va="bottom", ha="right", fontsize=9, weight="bold")
+    highest = np.nanmax(values, initial=0.0) or 1 / 1.1  # nothing to show: the whole range
+    axis.set_ylim(0, max(axis.get_ylim()[1] if axis.get_ylim()[1] < 1 else 0, min(1.0, highest * 1.1)))
     axis.spines[["top", "right"]].set_visible(False)
 
 
 def prediction_sheet(
     annotations: LVISAnnotations, images: str, runs: Mapping[str, Path], output: Path, rows: int = 6
 ) -> None:
-    """Validation images: ground truth, then one column of predictions per run; images with rare classes come first.
+    """At most `rows` validation images, one a line: ground truth, then a column of predictions per run.
 
-    runs: title -> folder with streamed detections.
+    Images with rare classes come first. runs: title -> folder with streamed detections. Of predictions only one for
+    each place is drawn, whatever the classes, which the caption says: AP knows all of them.
     """
     chosen = _telling_images(annotations, rows)
     ids = annotations.image_ids.tolist()
     label_of = {int(c): label for label, c in enumerate(annotations.stats.category_ids)}
     found = {title: read_detections(folder, ids) for title, folder in runs.items()}
-    figure, axes = plt.subplots(rows, 1 + len(runs), figsize=(3.4 * (1 + len(runs)), 3.4 * rows), squeeze=False)
+    size = (3.4 * (1 + len(runs)), 3.4 * len(chosen) + 0.5)
+    figure, axes = plt.subplots(len(chosen), 1 + len(runs), figsize=size, squeeze=False)
     for line, index in zip(axes, chosen, strict=True):
         height, width = (int(side) for side in annotations.image_sizes[index])
         image = read_image(annotations.image_path(index, images), (height, width))
@@ -94,7 +117,8 @@ def prediction_sheet(
             _draw(axis, image, annotations, labels, codes, detections.scores[mine])
     for axis, title in zip(axes[0], ["ground truth", *runs], strict=True):
         axis.set_title(title)
-    figure.tight_layout()
+    figure.text(0.5, 0.1 / size[1], CAPTION, ha="center", fontsize=9)
+    figure.tight_layout(rect=(0, 0.45 / size[1], 1, 1))
     _save(figure, output)
 
 
