@@ -120,7 +120,7 @@ class MaskRCNN(nn.Module):
             rows = memory.choose(sample["labels"]) if memory is not None else torch.empty(0, dtype=torch.long)
         tensors = (x.to(device, non_blocking=True) for x in (sample["boxes"], sample["labels"], rows))
         boxes, labels, rows = tensors
-        return Truth(boxes, labels, sample["masks"].to(device), rows)
+        return Truth(boxes, labels, sample["masks"].to(device, non_blocking=True), rows)
 
     def forward(self, samples: list[dict[str, Any]] | list[Tensor]) -> Any:
         """Training: samples -> losses. Evaluation: images (3, h, w) -> list of {boxes, labels, scores, masks}."""
