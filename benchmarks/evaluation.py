@@ -7,6 +7,7 @@ resamples of the images), without the evaluation before it. Results go to benchm
 """
 
 import contextlib
+import importlib.metadata
 import io
 import json
 import os
@@ -227,8 +228,6 @@ def in_process(tool: str, iou_type: str, folder: Path) -> dict[str, Any]:
 
 def hardware() -> dict[str, Any]:
     """What the numbers were measured on."""
-    import pycocotools
-
     model = [line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")]
     commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True).stdout.strip()
     changed = subprocess.run(["git", "status", "--porcelain", "loce/evaluation"], capture_output=True, text=True).stdout
@@ -238,7 +237,8 @@ def hardware() -> dict[str, Any]:
         "cores": os.cpu_count(),
         "python": platform.python_version(),
         "numpy": np.__version__,
-        "pycocotools": getattr(pycocotools, "__version__", "unknown"),
+        "pycocotools": importlib.metadata.version("pycocotools"),
+        "lvis": importlib.metadata.version("lvis"),
     }
 
 
