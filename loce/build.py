@@ -1,4 +1,4 @@
-"""From a Config to what trains: data sets, model, optimiser, learning rate. The only reader of all sections."""
+"""From a Config to what trains: data sets, model, optimiser. The only reader of all sections."""
 
 import dataclasses
 from pathlib import Path

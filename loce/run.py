@@ -43,10 +43,12 @@ class Job:
 
     @property
     def stats(self) -> ClassStats:
+        """Of the training data."""
         return self.annotations.stats
 
     @property
     def folder(self) -> Path:
+        """The run folder."""
         return Path(self.config.output)
 
 
@@ -165,7 +167,7 @@ def _after_step(job: Job, epoch_end: int, done: int) -> None:
 
 
 def _save(job: Job) -> None:
-    largest = torch.stack([p.detach().abs().max() for p in job.model.parameters()]).max().item()
+    largest = torch.stack([p.detach().abs().max() for p in job.model.parameters()]).max().item()  # sync: a save
     if not math.isfinite(largest):
         raise DivergedError("training diverged: a weight is not finite; the checkpoints before are good")
     state = {"iteration": job.done, "optimizer": job.optimizer.state_dict(), "scaler": job.scaler.state_dict()}

@@ -189,7 +189,7 @@ class RoIHeads(nn.Module):
         return torch.cat(parts)
 
     def _box_loss(self, deltas_NC4: Tensor, labels_N: Tensor, targets_N4: Tensor) -> Tensor:
-        """L1 of the own class's deltas over positives, divided by the number of rows that count (Eq. of Fast R-CNN)."""
+        """L1 of the own class's deltas over positives, divided by the number of rows that count."""
         positive_N = (labels_N >= 0) & (labels_N < self.num_classes)
         own_N = torch.where(positive_N, labels_N, 0)
         deltas_N4 = deltas_NC4.reshape(-1, self.num_classes, 4)[torch.arange(len(own_N), device=own_N.device), own_N]
