@@ -7,7 +7,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
 
 from loce import distributed
 from loce.config import TrainConfig
@@ -49,7 +48,7 @@ def train_one_epoch(
             samples = next(batches)
             waited += time.perf_counter() - started
             last = micro_step == config.accumulate - 1
-            with nullcontext() if last or not isinstance(model, DistributedDataParallel) else model.no_sync():
+            with model.no_sync() if distributed.is_wrapped(model) and not last else nullcontext():  # type: ignore[operator]
                 with torch.autocast(device.type, PRECISION.get(config.precision), config.precision != "fp32"):
                     losses = model(samples)
                 scaler.scale(sum(losses.values()) / config.accumulate).backward()

@@ -144,7 +144,6 @@ class RoIHeads(nn.Module):
         boxes = [r.boxes for r in regions]
         labels_R = torch.cat([r.labels for r in regions])
         targets_R4 = torch.cat([_box_targets(r, t) for r, t in zip(regions, truths, strict=True)])
-        is_fc = self.memory is not None and self.memory.config.level == "fc"
         pooled = pool(features, boxes, BOX_SIDE, self.config.finest_scale)
         if self.memory is None:
             return self.box_head(pooled), labels_R, targets_R4, torch.zeros_like(labels_R, dtype=torch.bool)
@@ -155,7 +154,7 @@ class RoIHeads(nn.Module):
         drawn, labels_K, targets_K4 = self.memory.exchange(
             stored, dense_labels, dense_targets, self.indicator, len(truths)
         )
-        if is_fc:
+        if self.memory.config.level == "fc":
             x_ND = torch.cat([self.box_head(pooled), drawn.to(pooled.dtype)])
         else:
             x_ND = self.box_head(torch.cat([pooled, drawn]))
