@@ -15,7 +15,7 @@ from loce.models.mask_rcnn import MaskRCNN, build_roi_heads
 def build_model(config: Config, stats: ClassStats, pretrained: bool = True) -> MaskRCNN:
     """The detector for the classes of `stats`; pretrained: fetch ImageNet weights where the config asks for them."""
     section = config.model if pretrained else dataclasses.replace(config.model, weights="none")
-    roi_heads = build_roi_heads(section, config.head.name, config.indicator, config.memory, stats)
+    roi_heads = build_roi_heads(section, config.head, config.indicator, config.memory, stats)
     edges = (config.data.test_short_edge, config.data.long_edge)
     model = MaskRCNN(section, roi_heads, config.eval, edges)
     model.stats = stats

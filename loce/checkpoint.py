@@ -23,6 +23,7 @@ from loce.models.mask_rcnn import MaskRCNN
 
 FORMAT = 1
 MEMORY_PREFIX = "roi_heads.memory."
+HEAD_PREFIX = "roi_heads.head."
 METHOD_STATE = (MEMORY_PREFIX, "roi_heads.tracker.")  # belongs to the stage that made it
 
 
@@ -176,11 +177,11 @@ def restore(folder: Path, model: nn.Module, device: torch.device) -> dict[str, A
     return main
 
 
-def load_weights(path: Path, model: nn.Module, stats: ClassStats) -> dict[str, list[str]]:
+def load_weights(path: Path, model: MaskRCNN, stats: ClassStats, reset_head: bool = False) -> dict[str, list[str]]:
     """Start from another run's weights: the names of parameters that were loaded, are new, and were dropped.
 
-    The feature memory and the mean score are never taken over: they belong to the stage that made them. UserError where
-    classes or shapes differ.
+    reset_head: take over nothing of the classification head. The feature memory and the mean score are never taken
+    over: they belong to the stage that made them. UserError where classes or shapes differ.
     """
     file = main_file(path)
     main = read(file)
@@ -197,12 +198,17 @@ def load_weights(path: Path, model: nn.Module, stats: ClassStats) -> dict[str, l
             f"checkpoint {file}: its classes are not those of the training data; the first that differs is class "
             f"{first[0]}: {first[1]!r} in the checkpoint, {first[2]!r} in the data"
         )
-    source = {k: v for k, v in main["model"].items() if not k.startswith(METHOD_STATE)}
+    left_out = (*METHOD_STATE, HEAD_PREFIX) if reset_head else METHOD_STATE
+    source = {k: v for k, v in main["model"].items() if not k.startswith(left_out)}
+    source = model.roi_heads.head.adopt(source)
     target = model.state_dict()
     wrong = [k for k, v in source.items() if k in target and target[k].shape != v.shape]
     if wrong:
         shapes = ", ".join(f"{k} {tuple(source[k].shape)} against {tuple(target[k].shape)}" for k in wrong[:5])
-        raise UserError(f"checkpoint {file}: another architecture; {len(wrong)} shapes differ: {shapes}")
+        hint = (
+            "\n  head.reset=true starts the classifier anew." if all(k.startswith(HEAD_PREFIX) for k in wrong) else ""
+        )
+        raise UserError(f"checkpoint {file}: another architecture; {len(wrong)} shapes differ: {shapes}{hint}")
     model.load_state_dict(source, strict=False)
     return {
         "loaded": [k for k in source if k in target],

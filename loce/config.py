@@ -13,6 +13,7 @@ from typing import Annotated, Any, Literal
 
 from loce.conflicts import CONFLICTS
 from loce.errors import UserError, raise_problems, run_script
+from loce.method_options import HeadConfig
 from loce.options import (
     Count,
     Decay,
@@ -33,6 +34,7 @@ from loce.yaml_text import dump_yaml, load_yaml
 
 __all__ = [
     "Config",
+    "HeadConfig",
     "UserError",
     "dump",
     "from_dict",
@@ -67,8 +69,10 @@ class DataConfig:
 class SamplerConfig:
     """Image sampler: which images an epoch shows."""
 
-    name: Literal["uniform", "repeat_factor", "class_balanced"] = "uniform"
+    name: Literal["uniform", "repeat_factor", "class_balanced", "bilevel"] = "uniform"  # bilevel: SimCal's first level
     repeat_threshold: Share = 1e-3  # t of repeat-factor sampling (LVIS paper)
+    repeat_rounding: Literal["stochastic", "up"] = "stochastic"  # stochastic: detectron2's; up: MMDetection's, static
+    bilevel_tau: Fraction = 0.0  # classes are drawn with probability ~ min(instances, 100)^tau
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -84,6 +88,7 @@ class RPNConfig:
     negative_iou: Fraction = 0.3
     batch_per_image: Count = 256
     positive_fraction: Share = 0.5
+    nms_resampling: Literal["none", "discrete", "linear"] = "none"  # Forest R-CNN: rarer classes, higher nms; training
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -112,13 +117,6 @@ class ModelConfig:
     mask_temperature: Positive = 20.0
     rpn: RPNConfig = field(default_factory=RPNConfig)
     roi: RoIConfig = field(default_factory=RoIConfig)
-
-
-@dataclass(frozen=True, kw_only=True)
-class HeadConfig:
-    """Classification head: the loss and how scores are read from logits."""
-
-    name: Literal["softmax", "equilibrium"] = "softmax"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -151,7 +149,7 @@ class MemoryConfig:
 class TrainConfig:
     """Optimisation. `batch_size` counts images over all ranks and accumulation steps."""
 
-    freeze: Literal["none", "backbone", "trunk"] = "none"  # backbone: with FPN; trunk: and the shared FCs
+    freeze: Literal["none", "backbone", "trunk", "detector"] = "none"  # trunk: to the shared FCs; detector: to the head
     init: str = ""  # checkpoint or run folder that training starts from
     batch_size: Count = 16
     accumulate: Count = 1

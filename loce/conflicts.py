@@ -1,6 +1,27 @@
 """Options that are each allowed but cannot stand together."""
 
+import dataclasses
+from collections.abc import Iterator
+from typing import Any
+
+from loce.method_options import HeadConfig
 from loce.options import Conflict
+
+
+def _other_heads_options() -> Iterator[Conflict]:
+    """An option of another method than the chosen one would do nothing."""
+    for section in dataclasses.fields(HeadConfig):
+        if isinstance(section.default_factory, type):
+            for option in dataclasses.fields(section.default_factory):
+
+                def is_wrong(
+                    c: Any, s: str = section.name, o: str = option.name, default: Any = option.default
+                ) -> bool:
+                    return c.head.name != s and getattr(getattr(c.head, s), o) != default
+
+                reason = f"an option of head.name={section.name}, which is not chosen"
+                yield (f"head.{section.name}.{option.name}", "head.name"), is_wrong, reason
+
 
 # What cannot stand together: the keys, when it is wrong, and why (or what is right).
 CONFLICTS: tuple[Conflict, ...] = (
@@ -91,4 +112,52 @@ CONFLICTS: tuple[Conflict, ...] = (
         lambda c: list(c.train.drops) != sorted(set(c.train.drops)) or any(d >= c.train.epochs for d in c.train.drops),
         "drops must increase and stay below epochs",
     ),
+    (
+        ("head.reset", "train.init"),
+        lambda c: c.head.reset and not c.train.init,
+        "there is nothing to start anew; set train.init, or leave head.reset out",
+    ),
+    (
+        ("memory.level", "head.name"),
+        lambda c: c.memory.enabled and c.memory.level == "fc" and c.head.name == "simcal",
+        "this head reads pooled features, not vectors; set memory.level=roi",
+    ),
+    (
+        ("train.freeze", "head.name"),
+        lambda c: c.head.name in ("simcal", "balms") and c.train.freeze != "detector",
+        "this head is a second stage of its own; set train.freeze=detector and train.init",
+    ),
+    (
+        ("head.name", "sampler.name"),
+        lambda c: c.head.name == "simcal" and c.sampler.name != "bilevel",
+        "this head learns from the class that an image was drawn for; set sampler.name=bilevel",
+    ),
+    (
+        ("sampler.repeat_threshold", "sampler.name"),
+        lambda c: c.sampler.name != "repeat_factor" and c.sampler.repeat_threshold != 1e-3,
+        "an option of sampler.name=repeat_factor, which is not chosen",
+    ),
+    (
+        ("sampler.repeat_rounding", "sampler.name"),
+        lambda c: c.sampler.name != "repeat_factor" and c.sampler.repeat_rounding != "stochastic",
+        "an option of sampler.name=repeat_factor, which is not chosen",
+    ),
+    (
+        ("sampler.bilevel_tau", "sampler.name"),
+        lambda c: c.sampler.name != "bilevel" and c.sampler.bilevel_tau != 0,
+        "an option of sampler.name=bilevel, which is not chosen",
+    ),
+    (
+        ("head.forest.trees", "head.name"),
+        lambda c: c.head.name == "forest" and not c.head.forest.trees,
+        "must name a file of parent trees; scripts/build_forest.py writes one",
+    ),
+    (
+        ("head.forest.visual", "head.forest.geometrical", "head.forest.lexical", "head.name"),
+        lambda c: (
+            c.head.name == "forest" and not (c.head.forest.visual + c.head.forest.geometrical + c.head.forest.lexical)
+        ),
+        "at least one tree must have parents",
+    ),
+    *_other_heads_options(),
 )

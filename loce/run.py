@@ -225,7 +225,7 @@ def header(job: Job) -> list[str]:
 def _load(config: Config, model: MaskRCNN, stats: ClassStats) -> list[str]:
     """Take over the weights of `train.init`; lines that say what was loaded. UserError where frozen parts lack."""
     init = config.train.init
-    found = checkpoint.load_weights(Path(init), model, stats)
+    found = checkpoint.load_weights(Path(init), model, stats, config.head.reset)
     frozen = {name for name, p in model.named_parameters() if not p.requires_grad}
     lacking = sorted(frozen & set(found["new"]))
     if lacking:

@@ -13,7 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from loce.box_generator import dense_boxes, valid
 from loce.classes import IGNORED
-from loce.config import IndicatorConfig, MemoryConfig, ModelConfig, RoIConfig, RPNConfig
+from loce.config import HeadConfig, IndicatorConfig, MemoryConfig, ModelConfig, RoIConfig, RPNConfig
 from loce.data.masks import CroppedMasks
 from loce.heads import EquilibriumHead, RoIs
 from loce.mean_score import MeanScoreTracker, instance_scores
@@ -178,7 +178,7 @@ def test_losses_of_the_proposals_never_wait(device, truths):
 def test_sampling_of_regions_and_mask_targets_never_wait(device, truths, make_stats):
     model = ModelConfig(fpn_channels=8, fc_features=8, mask_channels=8, roi=RoIConfig(batch_per_image=16))
     options = (IndicatorConfig(), MemoryConfig())
-    roi_heads = build_roi_heads(model, "equilibrium", *options, make_stats(3)).to(device)
+    roi_heads = build_roi_heads(model, HeadConfig(name="equilibrium"), *options, make_stats(3)).to(device)
     proposals_N4 = torch.rand(40, 4, device=device) * 30
     proposals_N4[:, 2:] += proposals_N4[:, :2] + 5
     instances = torch.arange(2, device=device)

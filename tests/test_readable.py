@@ -12,7 +12,7 @@ import torch
 
 import loce
 from loce import engine
-from loce.config import EvalConfig, IndicatorConfig, MemoryConfig, ModelConfig, RPNConfig, TrainConfig
+from loce.config import EvalConfig, HeadConfig, IndicatorConfig, MemoryConfig, ModelConfig, RPNConfig, TrainConfig
 from loce.data.masks import CroppedMasks
 from loce.models.mask_rcnn import MaskRCNN, build_roi_heads
 from loce.runlog import RunLog
@@ -38,7 +38,9 @@ def step_files(tmp_path_factory: pytest.TempPathFactory) -> set[str]:
     from tests.conftest import stats_of
 
     stats = stats_of(3)
-    roi_heads = build_roi_heads(MODEL, "equilibrium", IndicatorConfig(), MemoryConfig(enabled=True), stats)
+    roi_heads = build_roi_heads(
+        MODEL, HeadConfig(name="equilibrium"), IndicatorConfig(), MemoryConfig(enabled=True), stats
+    )
     model = MaskRCNN(MODEL, roi_heads, EvalConfig(), (64, 64))
     model.freeze("trunk")
     optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.001)

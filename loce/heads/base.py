@@ -9,11 +9,14 @@ from dataclasses import dataclass
 from torch import Tensor, nn
 
 from loce.classes import IGNORED, ClassStats
+from loce.method_options import HeadConfig
+
+META = -2  # in drawn_N: the row's image is of the meta batch
 
 
 @dataclass
 class RoIs:
-    """What a head may know of the N rows it classifies, besides their features.
+    """What a head may know of the N rows it classifies, besides their logits.
 
     labels_N: long, foreground 0..C-1, background C, IGNORED for a row that takes part in nothing.
     instances_N: long, index of the row's ground-truth instance over the whole batch; -1 for background, for ignored
@@ -22,6 +25,9 @@ class RoIs:
     indicator: (C+1,) float without gradient, larger for classes that are learned better: the mean score (Eq. 2) or
         training instance counts (supplement, Sec. 1); None when nothing keeps track of one.
     progress: share of the training that is done, in [0, 1].
+    features_ND: what the logits were computed from, without gradient (BALMS); None where nobody kept it.
+    drawn_N: long, the class that the row's image was drawn for by bi-level sampling (SimCal); META for an image of the
+        meta batch (BALMS); -1 otherwise, for rows from the memory too. None: -1 throughout.
     """
 
     labels_N: Tensor  # noqa: N815
@@ -29,6 +35,8 @@ class RoIs:
     from_memory_N: Tensor  # noqa: N815
     indicator: Tensor | None = None
     progress: float = 0.0
+    features_ND: Tensor | None = None  # noqa: N815
+    drawn_N: Tensor | None = None  # noqa: N815
 
     @property
     def count(self) -> Tensor:
@@ -37,20 +45,31 @@ class RoIs:
 
 
 class Head(nn.Module, abc.ABC):
-    """A classification head, built as `HEADS[name](in_features, stats)`.
+    """A classification head, built as `HEADS[name](in_features, stats, options)`.
 
     All three methods accept N = 0, keep N as it is, and wait for no device. State besides the parameters lives in
-    buffers. `num_classes` is C.
+    buffers. `num_classes` is C. `depth` says what a head reads: features after the two shared FCs (2), after the first
+    (1), or the pooled features of a region, flattened (0); the model passes `in_features` to match.
     """
 
-    def __init__(self, in_features: int, stats: ClassStats) -> None:
+    depth = 2
+
+    def __init__(self, in_features: int, stats: ClassStats, options: HeadConfig | None = None) -> None:
         super().__init__()
         self.in_features = in_features
         self.num_classes = len(stats)
+        self.options = options or HeadConfig()
+
+    def adopt(self, weights: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Of another run's model, by name, what this one starts from; a head whose layers are called otherwise says so.
+
+        Names are the whole model's: "roi_heads.head.fc_cls.weight".
+        """
+        return weights
 
     @abc.abstractmethod
     def forward(self, x_ND: Tensor) -> Tensor:
-        """Features (N, D) of the shared FCs -> logits (N, L)."""
+        """Features (N, D) -> logits (N, L)."""
 
     @abc.abstractmethod
     def losses(self, logits_NL: Tensor, rois: RoIs) -> dict[str, Tensor]:

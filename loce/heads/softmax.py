@@ -5,13 +5,14 @@ from torch import Tensor, nn
 
 from loce.classes import IGNORED, ClassStats
 from loce.heads.base import Head, RoIs
+from loce.method_options import HeadConfig
 
 
 class SoftmaxHead(Head):
     """One linear layer to C + 1 logits, background last, trained with the cross-entropy."""
 
-    def __init__(self, in_features: int, stats: ClassStats) -> None:
-        super().__init__(in_features, stats)
+    def __init__(self, in_features: int, stats: ClassStats, options: HeadConfig | None = None) -> None:
+        super().__init__(in_features, stats, options)
         self.fc_cls = nn.Linear(in_features, self.num_classes + 1)
         nn.init.normal_(self.fc_cls.weight, std=0.01)
         nn.init.zeros_(self.fc_cls.bias)

@@ -11,7 +11,7 @@ from pycocotools import mask as coco_mask
 from torch import Tensor, nn
 
 from loce.classes import ClassStats
-from loce.config import EvalConfig, IndicatorConfig, MemoryConfig, ModelConfig, UserError
+from loce.config import EvalConfig, HeadConfig, IndicatorConfig, MemoryConfig, ModelConfig, UserError
 from loce.data.transforms import Geometry, resized
 from loce.heads import HEADS
 from loce.mean_score import MeanScoreTracker
@@ -31,7 +31,7 @@ Size = tuple[int, int]
 
 
 def build_roi_heads(
-    model: ModelConfig, head: str, indicator: IndicatorConfig, memory: MemoryConfig, stats: ClassStats
+    model: ModelConfig, head: HeadConfig, indicator: IndicatorConfig, memory: MemoryConfig, stats: ClassStats
 ) -> RoIHeads:
     """The second stage for the classes of `stats`."""
     classes, width = len(stats), model.fpn_channels
@@ -41,7 +41,7 @@ def build_roi_heads(
     tracker = MeanScoreTracker(classes, indicator.momentum, indicator.initial_score, indicator.background_score)
     prior = None
     if indicator.kind == "prior":
-        if head == "equilibrium" and (stats.instance_counts == 0).any():
+        if head.name == "equilibrium" and (stats.instance_counts == 0).any():
             absent = [n for n, count in zip(stats.names, stats.instance_counts, strict=True) if count == 0]
             raise UserError(
                 f"indicator.kind: prior: {len(absent)} classes have no training instance (first: "
@@ -51,7 +51,8 @@ def build_roi_heads(
         prior = torch.tensor([*stats.instance_counts, indicator.background_count], dtype=torch.float32)
     feature_shape = (model.fc_features,) if memory.level == "fc" else (width, BOX_SIDE, BOX_SIDE)
     sampling = MemorySampling(classes, feature_shape, memory) if memory.enabled else None
-    class_head = HEADS[head](model.fc_features, stats)
+    method = HEADS[head.name]
+    class_head = method(model.fc_features if method.depth else width * BOX_SIDE**2, stats, head)
     return RoIHeads(model.roi, box_head, class_head, mask_head, tracker, prior, sampling)
 
 
@@ -89,9 +90,15 @@ class MaskRCNN(nn.Module):
         return self
 
     def freeze(self, what: str) -> None:
-        """Stop training of "backbone" (with its pyramid), or of the "trunk": backbone, pyramid and shared FCs."""
+        """Stop training of "backbone" (with its pyramid), of the "trunk" (backbone, pyramid and shared FCs), or of the
+        "detector": everything but the classification head, whose losses are then the only ones.
+        """
+        if what == "detector":
+            self.requires_grad_(False)
+            self.roi_heads.head.requires_grad_(True)
+            self.roi_heads.only_classifier = True
         trunk = [self.backbone, self.roi_heads.box_head]
-        for part in {"none": [], "backbone": trunk[:1], "trunk": trunk}[what]:
+        for part in {"backbone": trunk[:1], "trunk": trunk}.get(what, []):
             part.requires_grad_(False)
 
     def batch_images(self, images: list[Tensor]) -> tuple[Tensor, list[Size], list[Size]]:
@@ -120,7 +127,8 @@ class MaskRCNN(nn.Module):
             rows = memory.choose(sample["labels"]) if memory is not None else torch.empty(0, dtype=torch.long)
         tensors = (x.to(device, non_blocking=True) for x in (sample["boxes"], sample["labels"], rows))
         boxes, labels, rows = tensors
-        return Truth(boxes, labels, sample["masks"].to(device, non_blocking=True), rows)
+        masks = sample["masks"].to(device, non_blocking=True)
+        return Truth(boxes, labels, masks, rows, sample.get("drawn", -1))
 
     def forward(self, samples: list[dict[str, Any]] | list[Tensor]) -> Any:
         """Training: samples -> losses. Evaluation: images (3, h, w) -> list of {boxes, labels, scores, masks}."""
@@ -141,7 +149,9 @@ class MaskRCNN(nn.Module):
         logits, deltas = self.rpn(features)
         anchors = self.rpn.anchors(features)
         shapes = [(x.shape[2], x.shape[3]) for x in features]
-        losses = self.rpn.losses(logits, deltas, anchors, padded, [t.boxes for t in truths], shapes)
+        losses = {}
+        if not self.roi_heads.only_classifier:
+            losses = self.rpn.losses(logits, deltas, anchors, padded, [t.boxes for t in truths], shapes)
         proposals = self.rpn.proposals(logits, deltas, anchors, sizes)
         return losses | self.roi_heads.losses(features, proposals, truths, sizes)
 
@@ -190,9 +200,9 @@ class MaskRCNN(nn.Module):
         allowed_C: Tensor | None,
     ) -> dict[str, Any]:
         roi, finest = self.roi_heads, self.config.roi.finest_scale
-        x_ND = roi.box_head(pool(features, [proposals_N4], BOX_SIDE, finest))
+        x_ND = roi.features_of(pool(features, [proposals_N4], BOX_SIDE, finest))
         scores_NC = roi.head.scores(roi.head(x_ND))
-        deltas_NC4 = roi.fc_reg(x_ND).float().reshape(len(x_ND), -1, 4)
+        deltas_NC4 = roi.deltas(x_ND).float().reshape(len(x_ND), -1, 4)
         scale_4 = proposals_N4.new_tensor([*scale, *scale])
         boxes_NC4 = decode(proposals_N4[:, None], deltas_NC4, ROI_STDS, size) / scale_4
         boxes_M4, scores_M, labels_M = detect(boxes_NC4, scores_NC, self.evaluation)
@@ -210,7 +220,7 @@ class MaskRCNN(nn.Module):
         truths = [self.truth(s) for s in samples]
         boxes, labels_G = [t.boxes for t in truths], torch.cat([t.labels for t in truths])
         roi = self.roi_heads
-        x_GD = roi.box_head(pool(self.features(batch), boxes, BOX_SIDE, self.config.roi.finest_scale))
+        x_GD = roi.features_of(pool(self.features(batch), boxes, BOX_SIDE, self.config.roi.finest_scale))
         scores_GC = roi.head.scores(roi.head(x_GD))
         own_G = scores_GC.gather(1, labels_G[:, None])[:, 0]
         return labels_G.cpu(), own_G.cpu(), (scores_GC.argmax(dim=1) == labels_G).cpu()

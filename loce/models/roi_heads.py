@@ -32,6 +32,7 @@ class Truth:
     labels: Tensor  # (G,)
     masks: CroppedMasks
     memory_rows: Tensor  # (n,)
+    drawn: int = -1  # as RoIs.drawn_N
 
 
 @dataclass
@@ -44,7 +45,7 @@ class Regions:
 
 
 class BoxHead(nn.Module):
-    """The two shared FCs: pooled features (N, D, 7, 7) -> (N, F)."""
+    """The two shared FCs: pooled features (N, D, 7, 7) -> (N, F), or a part of this."""
 
     def __init__(self, channels: int, features: int) -> None:
         super().__init__()
@@ -54,8 +55,12 @@ class BoxHead(nn.Module):
             nn.init.xavier_uniform_(layer.weight)
             nn.init.zeros_(layer.bias)
 
-    def forward(self, pooled: Tensor) -> Tensor:
-        return F.relu(self.fc2(F.relu(self.fc1(pooled.flatten(1)))))
+    def forward(self, x: Tensor, first: int = 0, last: int = 2) -> Tensor:
+        """The layers from `first` to before `last`, of what comes out of those before `first`."""
+        x = x.flatten(1)
+        for layer in (self.fc1, self.fc2)[first:last]:
+            x = F.relu(layer(x))
+        return x
 
 
 class RoIHeads(nn.Module):
@@ -76,6 +81,7 @@ class RoIHeads(nn.Module):
         """prior: (C+1,) instance counts that take the mean score's place (supplement, Sec. 1); None: mean score."""
         super().__init__()
         self.config, self.choose, self.progress = config, choose_random, 0.0
+        self.only_classifier = False  # the rest of the detector is frozen and has no losses
         self.num_classes = tracker.scores.numel() - 1
         self.box_head, self.head, self.mask_head = box_head, head, mask_head
         self.fc_reg = nn.Linear(box_head.fc2.out_features, 4 * self.num_classes)
@@ -97,7 +103,9 @@ class RoIHeads(nn.Module):
         regions = [self.select(p, t) for p, t in zip(proposals, truths, strict=True)]
         x_ND, targets_N4, logits_NL, rois = self.observe(features, regions, truths, sizes)
         losses = self.head.losses(logits_NL, rois)
-        losses["loss_box"] = self._box_loss(self.fc_reg(x_ND), rois.labels_N, targets_N4)
+        if self.only_classifier:
+            return losses
+        losses["loss_box"] = self._box_loss(self.deltas(x_ND), rois.labels_N, targets_N4)
         losses["loss_mask"] = self._mask_loss(features, regions, truths)
         return losses
 
@@ -112,11 +120,21 @@ class RoIHeads(nn.Module):
             instances_N=F.pad(instances_R, (0, len(labels_N) - len(instances_R)), value=-1),
             from_memory_N=from_memory_N,
             progress=self.progress,
+            features_ND=x_ND.detach(),
+            drawn_N=self._drawn(regions, truths, len(labels_N)),
         )
         logits_NL = self.head(x_ND)
         self._track(logits_NL, rois, sum(len(t.labels) for t in truths))
         rois.indicator = self.indicator.clone()
         return x_ND, targets_N4, logits_NL, rois
+
+    def features_of(self, pooled: Tensor) -> Tensor:
+        """(N, F) what the classification head reads of pooled features."""
+        return self.box_head(pooled, last=self.head.depth)
+
+    def deltas(self, x_ND: Tensor) -> Tensor:
+        """(N, 4C) box deltas from what the classification head reads."""
+        return self.fc_reg(self.box_head(x_ND, first=self.head.depth))
 
     def select(self, proposals_N4: Tensor, truth: Truth) -> Regions:
         """Match and sample: ground-truth boxes stand in front of the proposals as positives of their own."""
@@ -146,7 +164,7 @@ class RoIHeads(nn.Module):
         targets_R4 = torch.cat([_box_targets(r, t) for r, t in zip(regions, truths, strict=True)])
         pooled = pool(features, boxes, BOX_SIDE, self.config.finest_scale)
         if self.memory is None:
-            return self.box_head(pooled), labels_R, targets_R4, torch.zeros_like(labels_R, dtype=torch.bool)
+            return self.features_of(pooled), labels_R, targets_R4, torch.zeros_like(labels_R, dtype=torch.bool)
         dense, dense_labels, dense_targets = self.memory.boxes(
             [t.boxes for t in truths], [t.labels for t in truths], [t.memory_rows for t in truths], sizes
         )
@@ -155,18 +173,18 @@ class RoIHeads(nn.Module):
             stored, dense_labels, dense_targets, self.indicator, len(truths)
         )
         if self.memory.config.level == "fc":
-            x_ND = torch.cat([self.box_head(pooled), drawn.to(pooled.dtype)])
+            x_ND = torch.cat([self.features_of(pooled), drawn.to(pooled.dtype)])
         else:
-            x_ND = self.box_head(torch.cat([pooled, drawn]))
+            x_ND = self.features_of(torch.cat([pooled, drawn]))
         from_memory = torch.cat([torch.zeros_like(labels_R), torch.ones_like(labels_K)]).bool()
         return x_ND, torch.cat([labels_R, labels_K]), torch.cat([targets_R4, targets_K4]), from_memory
 
     @torch.no_grad()
     def _stored_features(self, features: list[Tensor], boxes: list[Tensor]) -> Tensor:
-        """What the memory stores of each box: pooled features (level roi) or the vector after the shared FCs (fc)."""
+        """What the memory stores of each box: pooled features (level roi) or what the classifier reads (fc)."""
         assert self.memory is not None
         pooled = pool(features, boxes, BOX_SIDE, self.config.finest_scale)
-        return self.box_head(pooled) if self.memory.config.level == "fc" else pooled
+        return self.features_of(pooled) if self.memory.config.level == "fc" else pooled
 
     @torch.no_grad()
     def _track(self, logits_NL: Tensor, rois: RoIs, instances: int) -> None:
@@ -178,6 +196,11 @@ class RoIHeads(nn.Module):
             probabilities_N, labels_N, rois.instances_N, instances, rois.from_memory_N, self.num_classes
         )
         self.tracker.update(labels_E, scores_E)
+
+    def _drawn(self, regions: list[Regions], truths: list[Truth], rows: int) -> Tensor:
+        """(N,) what each row's image was drawn for; -1 for rows from the memory."""
+        drawn_R = torch.cat([torch.full_like(r.labels, t.drawn) for r, t in zip(regions, truths, strict=True)])
+        return F.pad(drawn_R, (0, rows - len(drawn_R)), value=-1)
 
     def _batch_instances(self, regions: list[Regions], truths: list[Truth]) -> Tensor:
         """(R,) instance index over the whole batch, -1 where a region has none."""

@@ -6,7 +6,7 @@ from parity import official, rule
 
 import loce
 from loce.checkpoint import load_weights, stats_from_dict
-from loce.config import EvalConfig, IndicatorConfig, MemoryConfig, ModelConfig, UserError
+from loce.config import EvalConfig, HeadConfig, IndicatorConfig, MemoryConfig, ModelConfig, UserError
 from loce.convert import convert, to_mmdetection
 from loce.models.mask_rcnn import MaskRCNN, build_roi_heads
 
@@ -88,7 +88,9 @@ def test_a_converted_file_starts_a_training(written, tmp_path, annotation_file):
     torch.save(content, tmp_path / "ours.pt")
     stats = stats_from_dict(content["classes"])
     options = ModelConfig(weights="none", fpn_channels=16, fc_features=12, mask_channels=16)
-    parts = build_roi_heads(options, "equilibrium", IndicatorConfig(), MemoryConfig(enabled=True), stats)
+    parts = build_roi_heads(
+        options, HeadConfig(name="equilibrium"), IndicatorConfig(), MemoryConfig(enabled=True), stats
+    )
     model = MaskRCNN(options, parts, EvalConfig(), (64, 96))
     report = load_weights(tmp_path / "ours.pt", model, stats)
     assert len(report["loaded"]) == 360 and report["new"] == report["dropped"] == []

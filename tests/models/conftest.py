@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from loce.classes import ClassStats
-from loce.config import EvalConfig, IndicatorConfig, MemoryConfig, ModelConfig, RoIConfig, RPNConfig
+from loce.config import EvalConfig, HeadConfig, IndicatorConfig, MemoryConfig, ModelConfig, RoIConfig, RPNConfig
 from loce.data.masks import CroppedMasks
 from loce.models.mask_rcnn import MaskRCNN, build_roi_heads
 from loce.models.roi_heads import Truth
@@ -51,7 +51,9 @@ def make_model(small_stats: ClassStats) -> Callable[..., MaskRCNN]:
     ) -> MaskRCNN:
         torch.manual_seed(1)
         options = (indicator or IndicatorConfig(), memory or MemoryConfig())
-        model = MaskRCNN(config, build_roi_heads(config, head, *options, small_stats), EvalConfig(), (64, 128))
+        model = MaskRCNN(
+            config, build_roi_heads(config, HeadConfig(name=head), *options, small_stats), EvalConfig(), (64, 128)
+        )
         model.freeze(freeze)
         return model
 

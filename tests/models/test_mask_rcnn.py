@@ -9,7 +9,7 @@ import torch
 from pycocotools import mask as coco_mask
 from torch import nn
 
-from loce.config import EvalConfig, IndicatorConfig, MemoryConfig, ModelConfig, UserError
+from loce.config import EvalConfig, HeadConfig, IndicatorConfig, MemoryConfig, ModelConfig, UserError
 from loce.models.mask_rcnn import PIXEL_MEAN, PIXEL_STD, build_roi_heads
 
 CLASSES = 6
@@ -244,7 +244,7 @@ def test_a_class_without_instances_has_no_prior(small_stats):
     counts[4] = 0
     stats = dataclasses.replace(small_stats, instance_counts=counts)
     with pytest.raises(UserError, match=r"class 4(.|\n)*indicator\.kind=score"):
-        build_roi_heads(ModelConfig(backbone="tiny"), "equilibrium", PRIOR, NO_MEMORY, stats)
+        build_roi_heads(ModelConfig(backbone="tiny"), HeadConfig(name="equilibrium"), PRIOR, NO_MEMORY, stats)
 
 
 class TestPrediction:

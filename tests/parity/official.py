@@ -10,7 +10,7 @@ from torch import Tensor
 
 from loce.box_generator import dense_boxes
 from loce.classes import ClassStats, frequency_groups
-from loce.config import EvalConfig, IndicatorConfig, MemoryConfig, ModelConfig
+from loce.config import EvalConfig, HeadConfig, IndicatorConfig, MemoryConfig, ModelConfig
 from loce.convert import mmdetection
 from loce.convert.source import rename
 from loce.data.masks import CroppedMasks
@@ -63,7 +63,9 @@ def model(
 ) -> MaskRCNN:
     """The paper's model with the rule's weights; samplers that take evenly strided candidates."""
     options = ModelConfig(weights="none", backbone="resnet50" if backbone == "ResNet-50" else "resnet101")
-    roi_heads = build_roi_heads(options, head, IndicatorConfig(), memory or MemoryConfig(), stats(classes))
+    roi_heads = build_roi_heads(
+        options, HeadConfig(name=head), IndicatorConfig(), memory or MemoryConfig(), stats(classes)
+    )
     detector = MaskRCNN(options, roi_heads, EvalConfig(), (800, 1333))
     result = detector.load_state_dict(weights(backbone, classes), strict=False)
     assert not result.unexpected_keys
