@@ -172,8 +172,10 @@ SINGLE = {
     "optimizer: {lr: 3}": "run.yaml: optimizer = {lr: 3}: unknown key; --help lists all keys",
     "momentum: 0.5": "run.yaml: momentum = 0.5: unknown key; did you mean indicator.momentum or train.momentum?",
     "memory: {enable: true}": "run.yaml: memory.enable = true: unknown key; did you mean memory.enabled?",
-    "model: {roi: 512}": "run.yaml: model.roi = 512: is a section; its keys are model.roi.positive_iou, model.roi.batch_per_image, "
-    "model.roi.positive_fraction, model.roi.finest_scale",
+    "model: {roi: 512}": (
+        "run.yaml: model.roi = 512: is a section; its keys are model.roi.positive_iou, model.roi.batch_per_image, "
+        "model.roi.positive_fraction, model.roi.finest_scale"
+    ),
     "data: {workers: true}": "run.yaml: data.workers = true: must be a whole number >= 0",
     "data: {group_by_aspect: 1}": "run.yaml: data.group_by_aspect = 1: must be true or false",
     "data: {flip: 1.5}": "run.yaml: data.flip = 1.5: must be a number >= 0 and <= 1",
