@@ -1,19 +1,23 @@
-"""What a waiting person sees: a bar on a terminal; elsewhere plain lines with count, time left and memory."""
+"""What a waiting person sees: a bar on a terminal; elsewhere plain lines with count, time left and memory.
+
+Imports no torch: results of any model are evaluated without it.
+"""
 
 import os
 import resource
 import sys
+import threading
 import time
-from collections.abc import Iterable, Iterator
-from typing import Any, TypeVar
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any, TextIO, TypeVar
 
-import torch
 from tqdm import tqdm
-
-from loce import distributed
 
 T = TypeVar("T")
 SILENCE = 10.0  # seconds without a line that a phase may last
+_PAUSE = 1.0  # seconds between two phases after which the silence counts anew
+_clock = {"spoken": time.monotonic(), "ended": 0.0}  # of the last line, and of the end of the last phase
 
 
 class Progress:
@@ -24,7 +28,7 @@ class Progress:
         self.first, self.started = done, time.monotonic()
         self.printed = self.started
         self.bar = bar(label, total, done, unit)
-        self.lines = distributed.is_main() and self.bar.disable
+        self.lines = _is_main() and self.bar.disable
         if self.lines:
             say(f"{label}: {done}/{total} {unit}")
 
@@ -47,7 +51,7 @@ class Progress:
 
 def bar(label: str, total: int, done: int, unit: str) -> "tqdm[Any]":
     """A tqdm bar on rank 0 of a terminal; elsewhere one that shows nothing (`disable` is true)."""
-    if not (distributed.is_main() and sys.stderr.isatty()):
+    if not (_is_main() and sys.stderr.isatty()):
         return tqdm(total=total, initial=done, disable=True)
     columns, _ = os.get_terminal_size(sys.stderr.fileno())
     # Some terminals say that they are 0 x 0.
@@ -66,10 +70,80 @@ def progress(items: Iterable[T], total: int, label: str, unit: str = "batches") 
         display.close()
 
 
-def say(text: str) -> None:
-    """A line on standard output, at once and above any bar."""
-    tqdm.write(text)
-    sys.stdout.flush()
+class Phase:
+    """Work that may take long; whoever does it counts `done` up."""
+
+    def __init__(self, label: str, total: int | None, unit: str) -> None:
+        self.label, self.total, self.unit, self.done = label, total, unit, 0
+        self.started = time.monotonic()
+
+    def counting(self, function: Callable[[Any], T]) -> Callable[[Any], T]:
+        """`function` of one argument, its calls counted."""
+
+        def counted(value: Any) -> T:
+            self.done += 1
+            return function(value)
+
+        return counted
+
+    def __str__(self) -> str:
+        if self.total is None:
+            return f"{self.label}: for {clock(time.monotonic() - self.started)}, {peak_memory():.1f} GiB"
+        left = eta(self.started, self.done, self.total - self.done)
+        return f"{self.label}: {self.done:,}/{self.total:,} {self.unit}, eta {left}, {peak_memory():.1f} GiB"
+
+
+_phases: list[Phase] = []  # the innermost, which is what a line tells, last
+
+
+@contextmanager
+def phase(label: str, total: int | None = None, unit: str = "") -> Iterator[Phase]:
+    """Lines on standard error from rank 0, every ten seconds, whatever the block does; none for what is quick.
+
+    A thread of the outermost phase writes them. Seconds are counted over phases that follow each other, so that a row
+    of short ones is not silent either. Not for blocks that fork: a child could inherit a lock.
+    """
+    work, over = Phase(label, total, unit), threading.Event()
+    speaker = threading.Thread(target=_speak, args=(over,), daemon=True)
+    alone = not _phases and _is_main()
+    _phases.append(work)
+    if alone:
+        if work.started - _clock["ended"] > _PAUSE:
+            _clock["spoken"] = work.started
+        speaker.start()
+    try:
+        yield work
+    finally:
+        if alone:
+            over.set()
+            speaker.join()
+            _clock["ended"] = time.monotonic()
+        _phases.remove(work)
+
+
+def _speak(over: threading.Event) -> None:
+    while not over.wait(max(0.01, _clock["spoken"] + SILENCE - time.monotonic())):
+        if time.monotonic() - _clock["spoken"] >= SILENCE:
+            say(str(_phases[-1]), sys.stderr)
+
+
+def watched(items: Iterable[T], total: int | None, label: str, unit: str) -> Iterator[T]:
+    """The items, as a `phase`: silent unless they take long."""
+    with phase(label, total, unit) as work:
+        for item in items:
+            yield item
+            work.done += 1
+
+
+def say(text: str, file: TextIO | None = None) -> None:
+    """A line on standard output (or `file`), at once and above any bar."""
+    _clock["spoken"] = time.monotonic()
+    tqdm.write(text, file=file)
+    (file or sys.stdout).flush()
+
+
+def _is_main() -> bool:
+    return os.environ.get("RANK", "0") == "0"  # torchrun's; `distributed` would import torch
 
 
 def clock(seconds: float) -> str:
@@ -85,7 +159,8 @@ def eta(started: float, done: int, left: int) -> str:
 
 def peak_memory() -> float:
     """GiB this process has held at most: on its CUDA device where it uses one, else in host memory."""
-    if torch.cuda.is_available() and torch.cuda.is_initialized():
+    torch = sys.modules.get("torch")
+    if torch is not None and torch.cuda.is_available() and torch.cuda.is_initialized():
         return torch.cuda.max_memory_allocated() / 2**30
     unit = 1 if sys.platform == "darwin" else 1024  # macOS counts bytes, Linux KiB
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30

@@ -20,7 +20,7 @@ LAYERS = {
 LAYER = {name: layer for layer, names in LAYERS.items() for name in names.split()}
 # Within a layer, what may import what (a folder's files may import each other; layers 0 and 3 are open, see below).
 NEIGHBOURS = {("heads", "equilibrium_loss")}
-NO_TORCH = ("config", "conflicts", "method_options", "options", "errors", "yaml_text", "classes", "files")
+NO_TORCH = ("config", "conflicts", "method_options", "options", "errors", "yaml_text", "classes", "files", "progress")
 MAY_NAME_CONFIG = set(LAYERS[3].split()) - {"engine", "plots"} | {"config"}  # what scripts call directly
 FILES = sorted(PACKAGE.rglob("*.py"))
 TREES = {path: ast.parse(path.read_text(encoding="utf-8")) for path in FILES}

@@ -7,6 +7,7 @@ import pty
 import select
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -16,8 +17,9 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from loce import progress as progress_module
 from loce.config import Config, UserError, dump, from_dict, to_dict
 from loce.environment import environment
+from loce.evaluation.reading import read_json
 from loce.files import atomic_write, write_text
-from loce.progress import clock, eta, progress
+from loce.progress import clock, eta, phase, progress, watched
 from loce.runlog import RunLog, check_run_folder, cut_metrics
 
 
@@ -222,6 +224,53 @@ def test_progress_is_a_bar_on_a_terminal(tmp_path: Path):
     os.close(ours)
     assert done.returncode == 0 and done.stdout == ""
     assert b"filling: 100%|" in shown and b"4/4" in shown
+
+
+def wait_for_line(capsys: pytest.CaptureFixture[str]) -> str:
+    """The first lines on standard error, as soon as there are any."""
+    text, deadline = "", time.monotonic() + 20
+    while not text and time.monotonic() < deadline:
+        text = capsys.readouterr().err
+        time.sleep(0.01)
+    return text
+
+
+def test_a_phase_speaks_whatever_it_does(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch):
+    """Also one that counts nothing; within others the innermost is told."""
+    monkeypatch.setattr(progress_module, "SILENCE", 0.05)
+    with phase("sorting"):
+        assert wait_for_line(capsys).startswith("sorting: for 0:00:0")
+        for number in watched(range(3), 3, "matching", "rounds"):
+            if number == 2:
+                capsys.readouterr()
+                assert wait_for_line(capsys).startswith("matching: 2/3 rounds, eta 0:00:0")
+
+
+def test_reading_json_counts_its_objects(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+):
+    """The parser itself cannot be asked how far it is: the objects it hands over are counted."""
+    monkeypatch.setattr(progress_module, "SILENCE", 0.05)
+    (tmp_path / "a.json").write_text(json.dumps({"images": [{"id": number} for number in range(4)]}))
+    lines = []
+
+    def hook(value: dict) -> dict:
+        if value.get("id") == 2:
+            lines.append(wait_for_line(capsys))
+        return value
+
+    assert len(read_json(tmp_path / "a.json", hook)["images"]) == 4
+    assert "a.json: 3/5 objects, eta 0:00:0" in lines[0] and lines[0].endswith(" GiB\n")
+
+
+def test_short_phases_are_silent_and_other_ranks_too(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+):
+    assert list(watched("abc", 3, "reading", "blocks")) == ["a", "b", "c"]
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setattr(progress_module, "SILENCE", 0.0)
+    assert list(watched("abc", 3, "reading", "blocks")) == ["a", "b", "c"]
+    assert capsys.readouterr().err == ""
 
 
 def test_clock_and_eta():

@@ -12,6 +12,7 @@ from typing import Any
 
 from loce.data.segmentations import SegmentationBuilder
 from loce.errors import UserError, raise_problems
+from loce.progress import phase
 
 SECTIONS = ("images", "annotations", "categories")
 NAMED = 5  # examples listed of each kind of mistake
@@ -122,9 +123,10 @@ def image_name(image: dict[str, Any]) -> str:
 
 def read_annotation_file(path: str) -> tuple[Columns, list[Any], dict[str, Any]]:
     """(columns, categories as in the file, the other sections). UserError names what is wrong with the file."""
-    columns = Columns()
+    columns, text = Columns(), _read_text(Path(path))
     try:
-        content = json.loads(_read_text(Path(path)), object_hook=columns.take, parse_constant=lambda _: None)
+        with phase(f"reading {path}", text.count("{"), "objects") as work:
+            content = json.loads(text, object_hook=work.counting(columns.take), parse_constant=lambda _: None)
     except json.JSONDecodeError as error:
         raise UserError(_json_message(path, error)) from None
     except RecursionError:

@@ -16,9 +16,9 @@ from pathlib import Path
 import numpy as np
 
 from loce.errors import UserError
-from loce.evaluation.heartbeat import watched
 from loce.evaluation.lvis_ap import RECALLS, Evaluation
 from loce.files import atomic_write
+from loce.progress import watched
 
 METRICS = ("AP", "APr", "APc", "APf")
 LEVEL = 0.95  # of the intervals
@@ -120,7 +120,7 @@ def resampled_ap(tallies: Tallies, weights: np.ndarray) -> np.ndarray:
     ap = np.full((size, resamples), np.nan, dtype=np.float32)
     by_category = np.argsort(tallies.object_category, kind="stable")
     cut = np.searchsorted(tallies.object_category[by_category], np.arange(size + 1))
-    for k in watched(range(size), size, "resampling categories"):
+    for k in watched(range(size), size, "resampling", "categories"):
         images = tallies.object_image[by_category[cut[k] : cut[k + 1]]]
         false = slice(tallies.false_bounds[k], tallies.false_bounds[k + 1])
         over = slice(tallies.over_bounds[k], tallies.over_bounds[k + 1])

@@ -11,9 +11,9 @@ from pycocotools import mask as mask_utils
 
 from loce.errors import UserError, raise_problems
 from loce.evaluation.annotations import GroundTruth, positions
-from loce.evaluation.heartbeat import watched
-from loce.evaluation.reading import iterate_json_list, offenders
+from loce.evaluation.reading import block_count, iterate_json_list, offenders
 from loce.files import atomic_write
+from loce.progress import watched
 
 _PART = 10_000  # result dicts that are made or read at a time
 
@@ -86,7 +86,8 @@ class Detections:
         """Write the official results format: a list of {image_id, category_id, score, bbox, segmentation}."""
         with atomic_write(path) as temporary, temporary.open("w", encoding="ascii") as file:
             file.write("[")
-            for start in range(0, len(self), _PART):
+            parts = range(0, len(self), _PART)
+            for start in watched(parts, len(parts), f"writing {path}", f"times {_PART:,} results"):
                 rows = np.arange(start, min(start + _PART, len(self)))
                 text = json.dumps(list(self._dicts(rows)), separators=(",", ":"))
                 file.write((",\n" if start else "") + text[1:-1])
@@ -143,13 +144,13 @@ def read_results(results: str | Path | list[dict[str, Any]]) -> Detections:
     """
     blocks: Iterable[list[Any]]
     if isinstance(results, (str, Path)):
-        source, blocks = str(results), iterate_json_list(results)
+        source, blocks, total = str(results), iterate_json_list(results), block_count(results)
     elif isinstance(results, list):
-        source, blocks = "results", [results]
+        source, blocks, total = "results", [results], 1
     else:
         raise UserError(f"results must be a path, a list of result dicts or Detections, not {type(results).__name__}")
     parts = []
-    for block in watched(blocks, None, f"reading {source}, blocks"):
+    for block in watched(blocks, total, f"reading {source}", "blocks"):
         for start in range(0, len(block), _PART):
             problems, part = _columns(block[start : start + _PART])
             raise_problems([f"{source}: {problem}" for problem in problems])

@@ -18,10 +18,10 @@ from pycocotools import mask as mask_utils
 
 from loce.evaluation.annotations import positions
 from loce.evaluation.detections import Detections, offsets_of
-from loce.evaluation.heartbeat import watched
 from loce.evaluation.iou import ground_rle, overlaps
 from loce.evaluation.lvis_ap import RECALLS, Evaluation
 from loce.evaluation.matching import within_cap
+from loce.progress import watched
 
 CAUSES = {  # in order: the first that holds is the cause
     "found": "found",
@@ -114,7 +114,7 @@ def explain(
 
     images = np.unique(truth.image[lost])
     cut = np.searchsorted(truth.image[lost], np.append(images, len(truth.image_ids)))
-    for n, i in enumerate(watched(images.tolist(), len(images), "causes of lost objects, images")):
+    for n, i in enumerate(watched(images.tolist(), len(images), "causes of lost objects", "images")):
         objects = lost[cut[n] : cut[n + 1]]
         rows = own.of(i)
         overlap = _overlap(evaluation, detections, rows, objects)

@@ -9,7 +9,7 @@ from pycocotools import mask as mask_utils
 from loce.errors import UserError
 from loce.evaluation.annotations import GroundTruth
 from loce.evaluation.detections import Masks
-from loce.evaluation.heartbeat import watched
+from loce.progress import watched
 
 _AREA_BATCH = 255  # pycocotools' area() overflows on longer lists with numpy 2
 _PAIRS = 1 << 20  # box pairs that are held at a time
@@ -24,7 +24,7 @@ def mask_areas(masks: Masks, rows: np.ndarray) -> np.ndarray:
     """(len(rows),) float64 px^2 of some masks."""
     areas = np.zeros(len(rows))
     batches = range(0, len(rows), _AREA_BATCH)
-    for start in watched(batches, len(batches), "areas of masks, batches"):
+    for start in watched(batches, len(batches), "areas of masks", "batches"):
         rles = masks.rles(rows[start : start + _AREA_BATCH])
         areas[start : start + len(rles)] = mask_utils.area(rles)
     pixels = masks.sizes[rows].astype(np.int64).prod(axis=1)
@@ -98,7 +98,9 @@ def mask_pairs(
     """As `box_pairs`, for the masks of detections `rows` (N,); rows of one image and category stand together."""
     borders = np.flatnonzero(np.diff(starts, prepend=-1, append=-1))
     pieces = []
-    for first, last in watched(pairwise(borders.tolist()), len(borders), "overlaps of masks, image by category"):
+    for first, last in watched(
+        pairwise(borders.tolist()), len(borders), "overlaps of masks", "cells (image, category)"
+    ):
         start, count = int(starts[first]), int(counts[first])
         grounds = [ground_rle(truth, row) for row in range(start, start + count)]
         iou = mask_utils.iou(masks.rles(rows[first:last]), grounds, truth.crowd[start : start + count].tolist())

@@ -20,6 +20,7 @@ from loce.evaluation.annotations import GroundTruth, load_annotations
 from loce.evaluation.detections import Detections, check_detections, read_results
 from loce.evaluation.matching import AREA_NAMES, PROTOCOLS, THRESHOLDS, Matches, Protocol, match
 from loce.evaluation.stream import read_detections
+from loce.progress import phase, watched
 
 RECALLS = np.linspace(0.0, 1.0, 101)
 _EPSILON = np.spacing(1)
@@ -55,6 +56,7 @@ class Evaluation:
         return int(np.count_nonzero(self.matches.objects[0] == 0))
 
 
+@phase("evaluation")
 def evaluate_lvis(
     annotations: str | Path | Mapping[str, Any] | GroundTruth,
     results: str | Path | list[dict[str, Any]] | Detections,
@@ -110,8 +112,9 @@ def evaluate_loaded(truth: GroundTruth, detections: Detections, iou_type: str, r
         raise UserError(
             f"{truth.source}: has no neg_category_ids, so protocol={rules.name} is not possible; use protocol=coco"
         )
-    matches = match(truth, detections, iou_type, rules)
-    precision, recall = accumulate(matches)
+    with phase(f"evaluating {iou_type}"):
+        matches = match(truth, detections, iou_type, rules)
+        precision, recall = accumulate(matches)
     return Evaluation(
         metrics=summarise(precision, recall, matches.truth.frequency, rules.cap),
         precision=precision,
@@ -129,7 +132,7 @@ def accumulate(matches: Matches) -> tuple[np.ndarray, np.ndarray]:
     precision = -np.ones((len(THRESHOLDS), len(RECALLS), categories, areas))
     recall = -np.ones((len(THRESHOLDS), categories, areas))
     cut = np.searchsorted(matches.overlapping, matches.bounds)
-    for k in range(categories):
+    for k in watched(range(categories), categories, "precision and recall", "categories"):
         measured = np.flatnonzero(matches.objects[:, k])
         precision[:, :, k, measured], recall[:, k, measured] = 0.0, 0.0
         if cut[k] < cut[k + 1] and len(measured):

@@ -13,6 +13,7 @@ import numpy as np
 from loce.evaluation.annotations import GroundTruth, positions
 from loce.evaluation.detections import Detections
 from loce.evaluation.iou import box_areas, box_pairs, mask_areas, mask_pairs
+from loce.progress import watched
 
 THRESHOLDS = np.linspace(0.5, 0.95, 10)
 AREA_NAMES = ("all", "small", "medium", "large")
@@ -227,8 +228,8 @@ def _lock_step(
     object_50 = np.full(len(first), -1, dtype=np.int64)
 
     by_rank = np.argsort(rank, kind="stable")
-    for turn in np.split(by_rank, np.cumsum(np.bincount(rank))[:-1]) if len(rank) else []:
-        # The next best detection of every cell that still has one.
+    turns = np.split(by_rank, np.cumsum(np.bincount(rank))[:-1]) if len(rank) else []
+    for turn in watched(turns, len(turns), "matching", "rounds"):  # the next best of every cell that still has one
         local = np.append(0, np.cumsum(pairs_of[turn]))
         place = np.arange(local[-1]) - np.repeat(local[:-1], pairs_of[turn])  # 0, 1, ... within each detection
         pair = np.repeat(first[turn], pairs_of[turn]) + place

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from loce.errors import UserError
+from loce.progress import phase
 
 BLOCK = 1 << 24  # characters read at a time; results files are larger than memory would like
 _MAGIC = {
@@ -48,7 +49,8 @@ def read_json(path: str | Path, hook: Callable[[dict[str, Any]], Any] | None = N
     text = ""
     try:
         text = path.read_text(encoding="utf-8")
-        return json.loads(text, object_hook=hook)
+        with phase(f"reading {path}", text.count("{"), "objects") as work:
+            return json.loads(text, object_hook=work.counting(hook or (lambda value: value)))
     except UnicodeDecodeError as error:
         raise UserError(f"{path}: is not UTF-8 text ({error.reason} at byte {error.start})") from None
     except json.JSONDecodeError as error:
@@ -80,6 +82,11 @@ def _blocks(path: Path) -> Iterator[str]:
                 text = "[" + text[cut:]
             text += new
         yield text
+
+
+def block_count(path: str | Path) -> int:
+    """How many pieces `iterate_json_list` cuts a file into, roughly; 1 where there is no such file."""
+    return -(-Path(path).stat().st_size // BLOCK) if Path(path).is_file() else 1
 
 
 def iterate_json_list(path: str | Path) -> Iterator[list[Any]]:

@@ -19,6 +19,7 @@ from loce.evaluation.errors import Removed, explain
 from loce.evaluation.lvis_ap import Evaluation, choose_protocol, evaluate_loaded, load_results
 from loce.evaluation.matching import Protocol
 from loce.files import atomic_write, write_text
+from loce.progress import phase
 
 COLUMNS = ("id", "name", "frequency", "images", "instances", "AP", "AP50", "AR", "detections", "mean_score")
 EXTRA = ("found_score", "iou_type")  # and box_AP, box_AP50, box_AR beside those of masks
@@ -26,6 +27,7 @@ _GROUP_NAMES = {"r": "rare", "c": "common", "f": "frequent"}
 _SIZES = {"s": "small (< 32^2 px)", "m": "medium", "l": "large (> 96^2 px)"}
 
 
+@phase("evaluation")
 def evaluate_and_report(
     annotations: str | Path | Mapping[str, Any] | GroundTruth,
     results: str | Path | list[dict[str, Any]] | Detections,

@@ -8,9 +8,9 @@ import numpy as np
 
 from loce.errors import UserError
 from loce.evaluation.detections import Detections, Masks, concatenate, offsets_of
-from loce.evaluation.heartbeat import watched
 from loce.evaluation.reading import offenders
 from loce.files import atomic_write
+from loce.progress import watched
 
 PATTERN = "detections_*.npz"
 
@@ -126,7 +126,7 @@ def read_detections(folder: str | Path, expected_image_ids: Iterable[int]) -> De
     images: dict[int, Detections] = {}
     repeated: list[int] = []
     paths = chunk_paths(folder)
-    for path in watched(paths, len(paths), f"reading {folder}, chunks"):
+    for path in watched(paths, len(paths), f"reading {folder}", "chunks"):
         with _open_chunk(path) as chunk:
             for image, part in _split(chunk):
                 repeated += [image] if image in images else []
