@@ -9,7 +9,7 @@ LAUNCH := $(if $(filter-out 0 1,$(GPUS)),$(VENV)/bin/torchrun --nproc_per_node=$
 ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-slow test-gpu lint train finetune eval data check-data glyphs table1 table2 table3 table4 clean
+.PHONY: help setup demo test test-slow test-gpu lint train finetune eval data check-data glyphs table1 table2 table3 table4 table5 clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z0-9-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "make %-10s %s\n", $$1, $$2}'
@@ -62,9 +62,9 @@ eval: setup  ## evaluate the newest run, or CKPT=..., or a results file: PRED=re
 glyphs: setup  ## draw Glyph-LVIS, the demo's data (OUT=runs/glyphs50 CLASSES=50)
 	$(RUN) scripts/make_glyphs.py out=$(or $(OUT),runs/glyphs50) classes=$(or $(CLASSES),50) $(ARGS)
 
-table1:  ## the paper's Table 1 (table2, 3, 4: the others): trains what is missing (DATA=glyphs|lvis, GPUS=8)
-table1 table2 table3 table4: setup
-	$(RUN) scripts/tables.py table=$(@:table%=%) data=$(or $(DATA),glyphs) gpus=$(GPUS) $(ARGS)
+table1:  ## the paper's Table 1 (table2 to table5: the others): trains what is missing (DATA=glyphs|lvis, SEEDS=1, GPUS=8)
+table1 table2 table3 table4 table5: setup
+	$(RUN) scripts/tables.py table=$(@:table%=%) data=$(or $(DATA),glyphs) seeds=$(or $(SEEDS),1) gpus=$(GPUS) $(ARGS)
 
 data: setup  ## fetch LVIS annotations and COCO images, 20 GB (VERSION=0.5|coco, OUT=data, ARGS="only=annotations")
 	$(RUN) scripts/fetch_data.py version=$(or $(VERSION),1.0) out=$(or $(OUT),data) $(ARGS)

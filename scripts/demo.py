@@ -6,7 +6,7 @@ python scripts/demo.py: about ten minutes on two CPU cores. What is finished is 
 import time
 from pathlib import Path
 
-from steps import average_precisions, run, step
+from steps import average_precisions, percent, run, step
 
 from loce.config import load_config, run_script
 from loce.files import write_text
@@ -20,7 +20,8 @@ def table(minutes: dict[str, float]) -> str:
     """The demo's results in Markdown."""
     lines = ["| Glyph-LVIS, 50 classes | " + " | ".join(COLUMNS) + " |", "|---" * (len(COLUMNS) + 1) + "|"]
     for config, name in ROWS.items():
-        cells = [*average_precisions(RUNS / config), f"{minutes[config]:.1f}"]
+        values = average_precisions(RUNS / config / "eval")
+        cells = [*(percent([value]) for value in values), f"{minutes[config]:.1f}"]
         lines.append(f"| {name} | " + " | ".join(cells) + " |")
     return "\n".join(lines) + "\n"
 

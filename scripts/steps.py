@@ -1,9 +1,11 @@
 """For scripts that start others: run one, run it unless it is finished, and the numbers that it left."""
 
 import json
+import statistics
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 from loce.errors import UserError
@@ -45,9 +47,16 @@ def is_evaluated(folder: Path) -> bool:
     return (folder / "eval/metrics.json").exists()
 
 
-def average_precisions(folder: Path) -> list[str]:
-    """Box AP, then mask AP, APr, APc and APf of an evaluated run, in percent; "-" of no classes."""
-    metrics = json.loads((folder / "eval/metrics.json").read_text())
+def average_precisions(evaluation: Path) -> list[float]:
+    """Box AP, then mask AP, APr, APc and APf of an evaluation's folder, in percent; negative of no classes."""
+    metrics = json.loads((evaluation / "metrics.json").read_text(encoding="utf-8"))
     box, mask = metrics["bbox"], metrics["segm"]
-    values = (box["AP"], mask["AP"], mask["APr"], mask["APc"], mask["APf"])
-    return [f"{100 * value:.1f}" if value >= 0 else "-" for value in values]
+    return [100 * value for value in (box["AP"], mask["AP"], mask["APr"], mask["APc"], mask["APf"])]
+
+
+def percent(values: Sequence[float]) -> str:
+    """Mean of a metric in percent, and its standard deviation where there are several values; "-" of no classes."""
+    if min(values) < 0:
+        return "-"
+    deviation = f" ± {statistics.stdev(values):.1f}" if len(values) > 1 else ""
+    return f"{statistics.mean(values):.1f}{deviation}"

@@ -17,24 +17,32 @@ STAGE1 = CONFIG.format("glyphs").replace("epochs: 2, drops: [1]", "epochs: 1, dr
 LOCE = STAGE1.replace("train: {", "head: {name: equilibrium}\ntrain: {init: runs/tiny/stage1, freeze: trunk, ")
 ROWS = """
 recipes:
-  glyphs: {stage1: tiny/stage1.yaml, baseline: tiny/stage1.yaml, loce: tiny/loce.yaml}
+  glyphs:
+    stages: [tiny/stage1.yaml]
+    named: {baseline: tiny/stage1.yaml}
+    methods: tiny
+    note: small
 table1:
   title: the last row cannot be trained
   rows:
     - {name: EBL, recipe: loce, paper: [24.0, 23.8, 8.3, 23.7, 30.7]}
-    - {name: MFS, recipe: loce, words: [head.name=softmax, memory.enabled=true], paper: [26, 25.7, 18.4, 25, 29.8]}
+    - {name: MFS, recipe: loce, words: [head.name=softmax, memory.enabled=true], paper: [26, 25.7, -1, 25, 29.8]}
     - {name: broken, recipe: loce, words: [data.train_images=nowhere], paper: [1, 2, 3, 4, 5]}
 table2:
   title: the same rows again
   rows:
     - {name: one, recipe: loce, paper: [24.0, 23.8, 8.3, 23.7, 30.7]}
-    - {name: two, recipe: loce, words: [head.name=softmax, memory.enabled=true], paper: [26, 25.7, 18.4, 25, 29.8]}
+    - {name: two, recipe: loce, words: [head.name=softmax, memory.enabled=true], paper: [26, 25.7, -1, 25, 29.8]}
 table3:
   title: mistakes
   rows:
     - {name: key, recipe: loce, words: [memory.enbled=true], paper: [1, 2, 3, 4, 5]}
     - {name: numbers, recipe: loce, paper: [1, 2]}
     - {name: recipe, recipe: sgd, paper: [1, 2, 3, 4, 5]}
+table4:
+  title: other options at test time
+  rows:
+    - {name: two detections, recipe: loce, post_hoc: [detections=2], paper: [1, 2, 3, 4, 5]}
 """
 
 
@@ -86,12 +94,13 @@ def test_stage_1_and_every_row_are_trained_until_one_fails(workplace: Path, firs
     assert "8 of 8 images are missing" in first and "Traceback" not in first
     rows = cells(workplace, 1)
     assert [row[0] for row in rows] == ["EBL", "MFS", "broken"]
+    start = "runs/tiny/stage1 + 1 epochs, all but trunk"
     assert [row[6:] for row in rows[:2]] == [
-        ["24.0", "23.8", "8.3", "23.7", "30.7", "runs/tiny/loce"],
-        ["26.0", "25.7", "18.4", "25.0", "29.8", "+".join((below, *changes[0]))],
+        ["24.0", "23.8", "8.3", "23.7", "30.7", start, "runs/tiny/loce"],
+        ["26.0", "25.7", "-", "25.0", "29.8", start, "+".join((below, *changes[0]))],
     ]
     for row in rows[:2]:
-        metrics = json.loads((workplace / row[11] / "eval/metrics.json").read_text())
+        metrics = json.loads((workplace / row[12] / "eval/metrics.json").read_text())
         values = [metrics["bbox"]["AP"], *(metrics["segm"][name] for name in ("AP", "APr", "APc", "APf"))]
         assert values[3:] == [-1, -1]  # the tiny set has rare classes only
         assert row[1:6] == [*(f"{100 * value:.1f}" for value in values[:3]), "-", "-"]
@@ -108,7 +117,7 @@ def test_runs_of_another_table_are_not_trained_again(workplace: Path, first: str
     assert written in text and written.startswith("**Table 2: the same rows again**\n")
     assert "data: glyphs/annotations/val.json, 4 images, 4 categories\n" in written
     assert "protocol: lvis" in written and "code: loce " in written
-    assert "plain softmax and a frozen trunk" in written
+    assert "\nsmall\n" in written
 
 
 def test_a_finished_run_of_other_options_is_no_row(workplace: Path, first: str) -> None:
@@ -121,14 +130,38 @@ def test_mistakes_in_rows_are_all_found_before_anything_starts(workplace: Path) 
     text = run(workplace, "table=3", code=2)
     assert "row 1: command line: memory.enbled = true: unknown key; did you mean memory.enabled?" in text
     assert "row 2: " in text and "must be 5 numbers: box AP, AP, APr, APc, APf" in text
-    assert "row 3: " in text and "must be baseline | loce" in text
+    assert "row 3: " in text and "CONFIG tiny/sgd.yaml not found" in text
     assert commands(text) == [] and "Traceback" not in text
+
+
+def test_seeds_train_stage_1_and_the_row_anew(workplace: Path, first: str) -> None:
+    text = run(workplace, "table=2", "rows=[one]", "seeds=2")
+    folder = "runs/tables/glyphs/seed1"
+    assert commands(text) == [
+        f"$ python scripts/train.py tiny/stage1.yaml seed=1 output={folder}/stage1",
+        f"$ python scripts/finetune.py tiny/loce.yaml seed=1 train.init={folder}/stage1 output={folder}/loce",
+    ]
+    values = [
+        100 * json.loads((workplace / path / "eval/metrics.json").read_text())["segm"]["AP"]
+        for path in ("runs/tiny/loce", f"{folder}/loce")
+    ]
+    low, high = sorted(values)
+    assert cells(workplace, 2)[0][2] == f"{(low + high) / 2:.1f} ± {(high - low) / 2**0.5:.1f}"
+    assert "Mean ± standard deviation over the seeds that are trained, at most 2." in text
+
+
+def test_a_row_may_evaluate_another_rows_run_anew(workplace: Path, first: str) -> None:
+    text = run(workplace, "table=4")
+    assert [c.split(" ")[2] for c in commands(text)] == ["scripts/evaluate.py"]
+    assert (workplace / "runs/tiny/loce/eval+detections=2/metrics.json").exists()
+    assert run(workplace, "table=4").count("finished before") == 1
 
 
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (("table=9",), "has table1, table2, table3"),
+        (("table=1", "rows=[none]"), "there is no 'none'; there are: EBL, MFS, broken"),
+        (("table=9",), "has table1, table2, table3, table4"),
         ((), "table is missing"),
         (("table=x",), "table = x: must be a whole number >= 1"),
         (("table=1", "words=[output=x]"), "every row has its own run folder; runs=... chooses where"),
