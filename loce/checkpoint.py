@@ -1,30 +1,33 @@
-"""Checkpoints: everything that training depends on, written so that a kill at any moment loses nothing.
+"""Reading checkpoints: the file meant by a path, its classes, its weights as a start, its model ready to predict.
 
-A checkpoint is a folder `checkpoints/000001500/` with `main.pt` (model, optimiser, position, config, classes) and one
-`rank<r>.pt` per process (random state and, unless shared, the feature memory). `main.pt` is written last: a folder
-without it is unfinished and is ignored. All files load with `weights_only=True`.
+What is in a checkpoint and how training goes on from one: resume.py. How its files lie on disk: checkpoint_files.py.
+All files load with `weights_only=True`: no code in them is ever run.
 """
 
 import dataclasses
-import shutil
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from loce import distributed
+from loce import checkpoint_files as files
 from loce.build import build_model
 from loce.classes import ClassStats
-from loce.config import Config, EvalConfig, UserError, from_dict, to_dict
-from loce.files import atomic_write
+from loce.config import EvalConfig, UserError, from_dict
 from loce.models.mask_rcnn import MaskRCNN
 
-FORMAT = 1
+FORMAT = 2
+READABLE = (1, FORMAT)  # for their weights; what format 1 kept of a run is too little to go on from
 MEMORY_PREFIX = "roi_heads.memory."
 HEAD_PREFIX = "roi_heads.head."
 METHOD_STATE = (MEMORY_PREFIX, "roi_heads.tracker.")  # belongs to the stage that made it
+
+
+def memory_state(model: MaskRCNN) -> dict[str, Tensor]:
+    """The buffers of the feature memory, which a checkpoint holds packed and apart from the weights."""
+    return {k: v for k, v in model.state_dict().items() if k.startswith(MEMORY_PREFIX)}
 
 
 def stats_to_dict(stats: ClassStats) -> dict[str, Any]:
@@ -55,6 +58,8 @@ def load_file(path: Path) -> dict[str, Any]:
     """The dictionary in a file. UserError where the file is missing, damaged, or needs code to be run."""
     if not path.is_file():
         raise UserError(f"checkpoint {path}: there is no such file")
+    if problem := files.damage_of(path):
+        raise UserError(f"checkpoint {path}: damaged: {problem}; use another checkpoint")
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch raises a dozen kinds here
@@ -74,8 +79,8 @@ def read(path: Path) -> dict[str, Any]:
             f"checkpoint {path}: not written by loce (it has no {', '.join(missing)}).\n"
             "  A checkpoint of MMDetection or torchvision is converted by scripts/convert.py SOURCE.pth OUT.pt."
         )
-    if content["format"] != FORMAT:
-        raise UserError(f"checkpoint {path}: format {content['format']}, this loce reads format {FORMAT}")
+    if content["format"] not in READABLE:
+        raise UserError(f"checkpoint {path}: format {content['format']}, this loce reads up to format {FORMAT}")
     return content
 
 
@@ -88,93 +93,13 @@ def main_file(path: Path) -> Path:
     """The `main.pt` meant by a run folder, a checkpoint folder or a file. UserError where there is none."""
     if path.is_file():
         return path
-    for candidate in (path / "main.pt", *(folder / "main.pt" for folder in finished(path))):
+    for candidate in (path / "main.pt", *(folder / "main.pt" for folder in files.finished(path))):
         if candidate.is_file():
             return candidate
     raise UserError(
         f"{path}: no finished checkpoint there (looked for main.pt and checkpoints/*/main.pt).\n"
         "  Stage 2 starts from stage 1: scripts/train.py stage1.yaml makes runs/stage1."
     )
-
-
-def finished(run: Path) -> list[Path]:
-    """Finished checkpoint folders of a run, newest first."""
-    folders = [f for f in (run / "checkpoints").glob("[0-9]*") if (f / "main.pt").is_file()]
-    return sorted(folders, key=lambda f: int(f.name), reverse=True)
-
-
-def rng_state(device: torch.device) -> dict[str, Tensor]:
-    """The random state of this process, on the host and on its device."""
-    state = {"cpu": torch.get_rng_state()}
-    if device.type == "cuda":
-        state["cuda"] = torch.cuda.get_rng_state(device)
-    return state
-
-
-def set_rng_state(state: dict[str, Tensor], device: torch.device) -> None:
-    """Inverse of `rng_state`."""
-    torch.set_rng_state(state["cpu"])
-    if device.type == "cuda" and "cuda" in state:
-        torch.cuda.set_rng_state(state["cuda"], device)
-
-
-def save(
-    run: Path, config: Config, stats: ClassStats, model: nn.Module, state: dict[str, Any], device: torch.device
-) -> Path:
-    """Write a checkpoint at `state["iteration"]`; every rank must call. Then delete what is older than the last few.
-
-    state: what else training depends on (optimiser, scaler, position), plain containers and tensors.
-    """
-    folder = run / "checkpoints" / f"{state['iteration']:09d}"
-    weights = model.state_dict()
-    own = {} if config.memory.shared else {k: v for k, v in weights.items() if k.startswith(MEMORY_PREFIX)}
-    _write(folder / f"rank{distributed.rank()}.pt", {"rng": rng_state(device), "memory": own})
-    distributed.barrier()
-    if distributed.is_main():
-        main = {
-            "format": FORMAT,
-            "config": to_dict(config),
-            "classes": stats_to_dict(stats),
-            "world_size": distributed.world_size(),
-            "model": {k: v for k, v in weights.items() if k not in own},
-            **state,
-        }
-        _write(folder / "main.pt", main)
-        _tidy(run, folder, config.train.keep_checkpoints)
-    distributed.barrier()
-    return folder
-
-
-def _tidy(run: Path, newest: Path, keep: int) -> None:
-    """Delete all but the newest `keep` finished checkpoints, and older ones that were never finished."""
-    kept = finished(run)[:keep]
-    for folder in (run / "checkpoints").glob("[0-9]*"):
-        if folder not in kept and int(folder.name) < int(newest.name):
-            (folder / "main.pt").unlink(missing_ok=True)  # first: a half-deleted folder is an unfinished one
-            shutil.rmtree(folder)
-
-
-def _write(path: Path, content: dict[str, Any]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with atomic_write(path) as temporary:
-        torch.save(content, temporary)
-
-
-def restore(folder: Path, model: nn.Module, device: torch.device) -> dict[str, Any]:
-    """Load model, memory and random state of this rank; returns what `save` was given as `state`, and the rest.
-
-    UserError where the number of ranks differs: per-rank memories and random states could not be dealt out.
-    """
-    main = read(folder / "main.pt")
-    if main["world_size"] != distributed.world_size():
-        raise UserError(
-            f"{folder} was written by {main['world_size']} processes, this run has {distributed.world_size()}.\n"
-            f"  Resume with --nproc_per_node={main['world_size']}, or start anew with another output=..."
-        )
-    own = load_file(folder / f"rank{distributed.rank()}.pt")
-    model.load_state_dict({**main["model"], **own["memory"]})
-    set_rng_state(own["rng"], device)
-    return main
 
 
 def load_weights(path: Path, model: MaskRCNN, stats: ClassStats, reset_head: bool = False) -> dict[str, list[str]]:
@@ -228,6 +153,5 @@ def load_model(path: str | Path, device: str | torch.device = "cpu", evaluation:
     config = from_dict(main["config"])
     config = dataclasses.replace(config, eval=evaluation or config.eval)
     model = build_model(config, stats, pretrained=False)
-    memory = {k: v for k, v in model.state_dict().items() if k.startswith(MEMORY_PREFIX)}
-    model.load_state_dict({**memory, **main["model"]})
+    model.load_state_dict({**memory_state(model), **main["model"]})
     return model.to(device).eval()

@@ -109,6 +109,14 @@ def broadcast_text(text: str) -> str:
     return box[0]
 
 
+def gather_texts(text: str) -> list[str]:
+    """The texts of all ranks, in order of rank, on every rank."""
+    texts = [text] * world_size()
+    if dist.is_initialized():
+        dist.all_gather_object(texts, text)
+    return texts
+
+
 def barrier() -> None:
     """Wait until every rank is here."""
     if dist.is_initialized():

@@ -6,7 +6,7 @@ from contextlib import nullcontext
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from loce import distributed
 from loce.config import TrainConfig
@@ -37,8 +37,6 @@ def train_one_epoch(
     """Run the optimiser steps `iterations` (counted over the whole training); `after_step` gets the steps done."""
     model.train()
     device = next(model.parameters()).device
-    window: list[dict[str, Tensor]] = []  # losses since the last line of the log
-    waited = 0.0
     for iteration in iterations:
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(config, iteration, epoch)
@@ -46,13 +44,13 @@ def train_one_epoch(
         for micro_step in range(config.accumulate):
             started = time.perf_counter()
             samples = next(batches)
-            waited += time.perf_counter() - started
+            log.waited += time.perf_counter() - started
             last = micro_step == config.accumulate - 1
             with model.no_sync() if distributed.is_wrapped(model) and not last else nullcontext():  # type: ignore[operator]
                 with torch.autocast(device.type, PRECISION.get(config.precision), config.precision != "fp32"):
                     losses = model(samples)
                 scaler.scale(sum(losses.values()) / config.accumulate).backward()
-            window.append({name: loss.detach() for name, loss in losses.items()})
+            log.window.append({name: loss.detach() for name, loss in losses.items()})
             log.bar.update(len(samples) * distributed.world_size())
         scaler.unscale_(optimizer)
         if config.clip_norm:
@@ -60,10 +58,8 @@ def train_one_epoch(
         scaler.step(optimizer)
         scaler.update()
         done = iteration + 1
-        # A line before every checkpoint: no loss waits in `window`, so that a resumed run writes the same lines.
-        if done % config.log_every == 0 or done % config.checkpoint_every == 0 or done == iterations.stop:
-            check_finite(log.write(done, learning_rate(config, iteration, epoch), window, waited))
-            window, waited = [], 0.0
+        if done % config.log_every == 0 or done == iterations.stop:
+            check_finite(log.write(done, learning_rate(config, iteration, epoch)))
         after_step(done)
 
 

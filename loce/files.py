@@ -19,9 +19,9 @@ def atomic_write(path: Path | str) -> Iterator[Path]:
     temporary = path.with_name(f".{path.stem}.tmp{os.getpid()}{path.suffix}")
     try:
         yield temporary
-        _sync(temporary)
+        sync(temporary)
         os.replace(temporary, path)
-        _sync(path.parent)  # the rename itself
+        sync(path.parent)  # the rename itself
     finally:
         temporary.unlink(missing_ok=True)
 
@@ -41,7 +41,8 @@ def file_hash(path: Path | str) -> str:
     return digest.hexdigest()[:12]
 
 
-def _sync(path: Path) -> None:
+def sync(path: Path) -> None:
+    """Wait until a file, or the names in a folder, would survive a crash of the machine."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

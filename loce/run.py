@@ -3,14 +3,15 @@
 import math
 import sys
 import warnings
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 
 import torch
 from torch.nn.parallel import DistributedDataParallel
 
-from loce import build, checkpoint, distributed
+from loce import build, checkpoint, distributed, resume
+from loce.checkpoint_files import megabytes
 from loce.classes import GROUPS, ClassStats
 from loce.config import Config, UserError, dump, images_per_rank
 from loce.data.loader import TrainDataset, train_batches, training_plan
@@ -40,6 +41,7 @@ class Job:
     report: list[str]  # lines on what was loaded
     done: int = 0  # iterations
     resumed: bool = False
+    window: dict[str, torch.Tensor] = field(default_factory=dict)  # losses of done iterations without their line
 
     @property
     def stats(self) -> ClassStats:
@@ -75,7 +77,7 @@ def _prepare(config: Config, device: torch.device) -> Job:
     """Everything that can be wrong is found here, before the first step."""
     images_per_rank(config.train, distributed.world_size())
     check_run_folder(config.output, dump(config))
-    newest = newest_checkpoint(Path(config.output))  # a barrier, too: rank 0 writes only after all have checked
+    newest = resume.newest(Path(config.output))  # a barrier, too: rank 0 writes only after all have checked
     if config.train.init and newest is None:
         checkpoint.main_file(Path(config.train.init))
     annotations = build.train_annotations(config)
@@ -100,22 +102,14 @@ def _prepare(config: Config, device: torch.device) -> Job:
     return job
 
 
-def newest_checkpoint(folder: Path) -> Path | None:
-    """The newest finished checkpoint of a run: rank 0 looks, so that all ranks go on from the same place."""
-    distributed.barrier()
-    found = checkpoint.finished(folder)
-    path = distributed.broadcast_text(str(found[0]) if found else "")
-    return Path(path) if path else None
-
-
 def _resume(job: Job, folder: Path) -> None:
-    state = checkpoint.restore(folder, job.model, job.device)
+    state, changes = resume.restore(folder, job.config, job.model, job.device)
     job.optimizer.load_state_dict(state["optimizer"])
     job.scaler.load_state_dict(state["scaler"])
     job.model.roi_heads.progress = state["iteration"] / sum(job.lengths)
-    job.done, job.resumed = state["iteration"], True
-    if distributed.is_main():
-        say(f"going on from {folder}, {job.done} of {sum(job.lengths)} iterations are done")
+    job.done, job.resumed, job.window = state["iteration"], True, state["window"]
+    line = f"going on from {folder}, {job.done} of {sum(job.lengths)} iterations are done"
+    job.report = [line, *changes]
 
 
 def _train(job: Job) -> None:
@@ -128,6 +122,7 @@ def _train(job: Job) -> None:
         start=job.done,
         device=job.device,
         extra=partial(equilibrium_scalars, job.model, job.stats),
+        window=job.window,
     )
     for line in [*job.report, *header(job)]:
         log.line(line)
@@ -135,7 +130,7 @@ def _train(job: Job) -> None:
         memory = config.memory
         fill_memory(job.model, job.dataset, memory.fill_instances, memory.shared, config.seed, config.data.workers)
         log.line(filled(job.model))
-        _save(job)  # filling takes long on LVIS and is never done twice
+        _save(job, log)  # filling takes long on LVIS and is never done twice
     wrapped: torch.nn.Module = job.model
     if distributed.world_size() > 1:
         with warnings.catch_warnings():  # torch 2.15 renames the option; the new name would share rank 0's memory bank
@@ -154,24 +149,33 @@ def _train(job: Job) -> None:
     for epoch, length in enumerate(job.lengths):
         end += length
         if job.done < end:
-            after = partial(_after_step, job, end)
+            after = partial(_after_step, job, log, end)
             train_one_epoch(wrapped, stream, job.optimizer, job.scaler, train, epoch, range(job.done, end), log, after)
     log.close()
 
 
-def _after_step(job: Job, epoch_end: int, done: int) -> None:
+def _after_step(job: Job, log: RunLog, epoch_end: int, done: int) -> None:
     job.done = done
     job.model.roi_heads.progress = done / sum(job.lengths)
     if done == epoch_end or done % job.config.train.checkpoint_every == 0:
-        _save(job)
+        _save(job, log)
 
 
-def _save(job: Job) -> None:
+def _save(job: Job, log: RunLog) -> bool:
+    """Save; False, with a warning, where the disk does not take it. DivergedError where a weight is not finite."""
     largest = torch.stack([p.detach().abs().max() for p in job.model.parameters()]).max().item()  # sync: a save
     if not math.isfinite(largest):
         raise DivergedError("training diverged: a weight is not finite; the checkpoints before are good")
     state = {"iteration": job.done, "optimizer": job.optimizer.state_dict(), "scaler": job.scaler.state_dict()}
-    checkpoint.save(job.folder, job.config, job.stats, job.model, state, job.device)
+    saved = resume.save(job.folder, job.config, job.stats, job.model, state, log.unwritten())
+    if saved.problems:
+        log.line(
+            f"WARNING: no checkpoint of iteration {job.done}: {'; '.join(saved.problems)}. The checkpoints before are "
+            f"untouched, training goes on; the next try is at the next checkpoint"
+        )
+    else:
+        log.line(f"checkpoint {saved.folder.name}: {megabytes(saved.bytes)} in {saved.seconds:.2f} s")
+    return not saved.problems
 
 
 def equilibrium_scalars(model: MaskRCNN, stats: ClassStats) -> dict[str, float]:

@@ -31,8 +31,10 @@ class RunLog:
 
     epoch_lengths: iterations of each epoch; start: iterations that are done (0: from the beginning; else the log is cut
     there, so that no line is lost or doubled); batch_size: images of an iteration over all ranks; extra: called when a
-    line is written, by every rank; gives more numbers for it ("mean_score/r": 0.02). `bar` is a tqdm bar of images, to
-    be moved by whoever trains; it shows on terminals only.
+    line is written, by every rank; gives more numbers for it ("mean_score/r": 0.02); window: `unwritten` of the run
+    that this one goes on from. Whoever trains adds to `window` the losses of each forward pass (scalars on the device,
+    with the same names on all ranks), to `waited` the seconds that a step waited for its images, and moves `bar`, a
+    tqdm bar of images that shows on terminals only.
     """
 
     def __init__(
@@ -45,11 +47,15 @@ class RunLog:
         start: int = 0,
         device: torch.device | str = "cpu",
         extra: Callable[[], dict[str, float]] | None = None,
+        window: dict[str, Tensor] | None = None,
     ) -> None:
         self.folder = Path(folder)
         self.ends, self.batch_size = list(accumulate(epoch_lengths)), batch_size
         self.iterations = self.ends[-1]
         self.start, self.done, self.extra = start, start, extra
+        names, columns = list(window or {}), list((window or {}).values())
+        self.window = [dict(zip(names, row, strict=True)) for row in zip(*(c.to(device) for c in columns), strict=True)]
+        self.waited = 0.0
         self.writing = distributed.is_main()
         if self.writing:
             check_run_folder(self.folder, config_text)
@@ -74,17 +80,18 @@ class RunLog:
         self.text = (self.folder / "log.txt").open("a", encoding="utf-8")
         self.board = SummaryWriter(str(self.folder / "tensorboard"), purge_step=self.start + 1)
 
-    def write(self, iteration: int, lr: float, window: list[dict[str, Tensor]], waited: float) -> dict[str, float]:
-        """Write the line of `iteration` (steps done over the whole training); the mean losses, equal on all ranks.
+    def unwritten(self) -> dict[str, Tensor]:
+        """The losses since the last line, (passes,) each: in a checkpoint, since no line may depend on when it was."""
+        names = self.window[0] if self.window else ()
+        return {name: torch.stack([losses[name] for losses in self.window]).cpu() for name in names}  # sync: a save
 
-        window: the losses of each forward pass since the last line, scalars on the device, with the same names on all
-        ranks; waited: seconds that these steps waited for their images.
-        """
-        means = mean_losses(window)
+    def write(self, iteration: int, lr: float) -> dict[str, float]:
+        """Write the line of `iteration` (steps done over the whole training); the mean losses, equal on all ranks."""
+        means = mean_losses(self.window)
         values = {**means, "lr": lr, **(self.extra() if self.extra else {})}
         seconds = max(time.monotonic() - self.since, 1e-9)
         values["images_per_second"] = (iteration - self.done) * self.batch_size / seconds
-        values["data_share"] = min(waited / seconds, 1.0)
+        values["data_share"] = min(self.waited / seconds, 1.0)
         values["peak_memory_gib"] = peak_memory()
         self.scalars(iteration, values)
         epoch, step, length = self.place(iteration)
@@ -97,6 +104,7 @@ class RunLog:
             f"eta {eta(self.started, iteration - self.start, self.iterations - iteration)}",
             shown=bool(self.bar.disable),
         )
+        self.window, self.waited = [], 0.0
         self.done, self.since = iteration, time.monotonic()
         return means
 

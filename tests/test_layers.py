@@ -12,14 +12,15 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = ROOT / "loce"
 LAYERS = {
-    0: "config conflicts method_options options errors yaml_text classes distributed environment files progress runlog",
-    1: "data box_generator memory_bank mean_score equilibrium_loss heads",
+    0: "config conflicts method_options options errors yaml_text classes distributed environment files "
+    "checkpoint_files progress runlog",
+    1: "data box_generator memory_bank memory_packing mean_score equilibrium_loss heads",
     2: "models evaluation",
-    3: "engine build checkpoint convert inference run plots",
+    3: "engine build checkpoint resume convert inference run plots",
 }
 LAYER = {name: layer for layer, names in LAYERS.items() for name in names.split()}
 # Within a layer, what may import what (a folder's files may import each other; layers 0 and 3 are open, see below).
-NEIGHBOURS = {("heads", "equilibrium_loss")}
+NEIGHBOURS = {("heads", "equilibrium_loss"), ("memory_packing", "memory_bank")}
 NO_TORCH = ("config", "conflicts", "method_options", "options", "errors", "yaml_text", "classes", "files", "progress")
 MAY_NAME_CONFIG = set(LAYERS[3].split()) - {"engine", "plots"} | {"config"}  # what scripts call directly
 FILES = sorted(PACKAGE.rglob("*.py"))

@@ -29,12 +29,10 @@ def open_log(folder: Path, start: int = 0, text: str = "seed: 0\n", **more) -> R
 
 def train(log: RunLog, iterations: range) -> None:
     """Losses a = i and b = 2 i at iteration i, a line every two iterations."""
-    window = []
     for i in iterations:
-        window.append({"b": torch.tensor(2.0 * i), "a": torch.tensor(float(i))})
+        log.window.append({"b": torch.tensor(2.0 * i), "a": torch.tensor(float(i))})
         if i % 2:
-            log.write(i + 1, 0.1, window, 0.0)
-            window = []
+            log.write(i + 1, 0.1)
 
 
 def records(folder: Path) -> list[dict]:
@@ -73,12 +71,13 @@ def test_a_run_folder(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
 
 def test_means_of_the_window(tmp_path: Path):
     log = open_log(tmp_path)
-    window = [
+    log.window = [
         {"a": torch.tensor(1.0), "b": torch.tensor(5.0, dtype=torch.bfloat16)},
         {"a": torch.tensor(3.0), "b": torch.tensor(6.0)},
     ]
-    assert log.write(1, 0.1, window, 0.0) == {"loss": 7.5, "a": 2.0, "b": 5.5}
-    means = log.write(2, 0.1, [{"a": torch.tensor(math.nan), "b": torch.tensor(0.0)}], 0.0)
+    assert log.write(1, 0.1) == {"loss": 7.5, "a": 2.0, "b": 5.5}
+    log.window.append({"a": torch.tensor(math.nan), "b": torch.tensor(0.0)})
+    means = log.write(2, 0.1)
     log.close()
     assert math.isnan(means["a"]) and math.isnan(means["loss"])
     assert records(tmp_path)[1]["a"] is None and records(tmp_path)[1]["b"] == 0.0

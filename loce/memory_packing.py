@@ -1,0 +1,77 @@
+"""A feature memory as a checkpoint holds it: the filled slots only; and how memories of W ranks become those of V.
+
+A packed memory: written (C,) long as in the bank; features (n, *feature_shape) in the bank's dtype and box_targets
+(n, 4) fp32, on the host, class by class, each in the order of its slots. Suffixes: C classes, n filled slots of a bank,
+N those of all banks together.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from loce.memory_bank import FeatureMemoryBank
+
+Packed = dict[str, Tensor]
+
+
+def _slots(written_C: Tensor, capacity: int) -> tuple[Tensor, Tensor]:
+    """(n,) class and (n,) slot of the filled slots, in the order of a packed memory."""
+    count_C = written_C.clamp(max=capacity)
+    class_n = torch.arange(len(count_C)).repeat_interleave(count_C)
+    return class_n, torch.arange(len(class_n)) - (count_C.cumsum(0) - count_C)[class_n]
+
+
+def pack(bank: FeatureMemoryBank) -> Packed:
+    """What `bank` holds, on the host."""
+    written_C = bank.written.cpu()
+    class_n, slot_n = _slots(written_C, bank.capacity)
+    row_n = (class_n * bank.capacity + slot_n).to(bank.written.device)
+    return {
+        "written": written_C.clone(),
+        "features": bank.features[row_n].cpu(),
+        "box_targets": bank.box_targets[row_n].cpu(),
+    }
+
+
+@torch.no_grad()
+def unpack(packed: Packed, bank: FeatureMemoryBank) -> None:
+    """Make `bank` hold exactly what was packed, slot for slot."""
+    class_n, slot_n = _slots(packed["written"], bank.capacity)
+    row_n = (class_n * bank.capacity + slot_n).to(bank.written.device)
+    bank.written.copy_(packed["written"])
+    for name in ("features", "box_targets"):
+        buffer = getattr(bank, name)
+        buffer.zero_()
+        buffer[row_n] = packed[name].to(buffer.device)
+
+
+def deal(packs: Sequence[Packed], capacity: int, rank: int, world: int) -> tuple[Packed, int]:
+    """The memory of rank `rank` of `world` out of those of another number of ranks, and how many rows fit nowhere.
+
+    A class's rows of all banks form one line, newest first, the banks taking turns; they are dealt out in turn, class c
+    beginning with rank c % world. Each rank keeps the newest `capacity` of its own, so that a row is lost only where a
+    class has more than world * capacity of them; those lost are the oldest.
+    """
+    parts = [_slots(pack["written"], capacity) for pack in packs]
+    bank_N = torch.arange(len(packs)).repeat_interleave(torch.tensor([len(class_n) for class_n, _ in parts]))
+    row_N = torch.cat([torch.arange(len(class_n)) for class_n, _ in parts])
+    class_N = torch.cat([class_n for class_n, _ in parts])
+    newest_N = torch.cat([p["written"][class_n] - 1 for p, (class_n, _) in zip(packs, parts, strict=True)])
+    age_N = (newest_N - torch.cat([slot_n for _, slot_n in parts])) % capacity  # 0: the newest of its bank
+    line_N = ((class_N * capacity + age_N) * len(packs) + bank_N).argsort()
+    count_C = class_N.bincount(minlength=len(packs[0]["written"]))
+    place_N = torch.empty_like(line_N)
+    place_N[line_N] = torch.arange(len(line_N)) - (count_C.cumsum(0) - count_C)[class_N[line_N]]
+    new_age_N = torch.div(place_N, world, rounding_mode="floor")
+
+    fits_N = new_age_N < capacity
+    mine = (fits_N & ((place_N + class_N) % world == rank)).nonzero()[:, 0]
+    mine = mine[(class_N[mine] * capacity - new_age_N[mine]).argsort()]  # class by class, oldest first
+    dealt = {"written": class_N[mine].bincount(minlength=len(count_C))}
+    for name in ("features", "box_targets"):
+        dealt[name] = packs[0][name].new_zeros(len(mine), *packs[0][name].shape[1:])
+        for number, pack in enumerate(packs):
+            from_it = (bank_N[mine] == number).nonzero()[:, 0]
+            dealt[name][from_it] = pack[name][row_N[mine[from_it]]]
+    return dealt, int((~fits_N).sum())
