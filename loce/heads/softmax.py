@@ -1,10 +1,11 @@
 """LOCE, Sec. 3.1, Eq. 1: the plain softmax head, the baseline and the head of stage 1."""
 
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from loce.classes import IGNORED, ClassStats
 from loce.heads.base import Head, RoIs
+from loce.heads.layers import linear
 from loce.method_options import HeadConfig
 
 
@@ -13,9 +14,7 @@ class SoftmaxHead(Head):
 
     def __init__(self, in_features: int, stats: ClassStats, options: HeadConfig | None = None) -> None:
         super().__init__(in_features, stats, options)
-        self.fc_cls = nn.Linear(in_features, self.num_classes + 1)
-        nn.init.normal_(self.fc_cls.weight, std=0.01)
-        nn.init.zeros_(self.fc_cls.bias)
+        self.fc_cls = linear(in_features, self.num_classes + 1)
 
     def forward(self, x_ND: Tensor) -> Tensor:
         """Features (N, D) -> logits (N, C+1)."""

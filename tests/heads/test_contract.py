@@ -1,5 +1,7 @@
 """What every head promises, whatever its method."""
 
+import dataclasses
+
 import pytest
 import torch
 
@@ -9,17 +11,17 @@ from loce.heads import HEADS, Head, RoIs
 CLASSES, FEATURES = 6, 10
 
 
-def batch(rows, device, seed=0):
+def batch(rows, device, seed=0, classes=CLASSES):
     """Features (rows, FEATURES) and RoIs: labels of every class, background and ignored, some of them from memory."""
     generator = torch.Generator().manual_seed(seed)
-    labels = torch.randint(-1, CLASSES + 1, (rows,), generator=generator)
+    labels = torch.randint(-1, classes + 1, (rows,), generator=generator)
     labels[labels < 0] = IGNORED
-    from_memory = (torch.arange(rows) >= rows - 4) & (labels >= 0) & (labels < CLASSES)
+    from_memory = (torch.arange(rows) >= rows - 4) & (labels >= 0) & (labels < classes)
     rois = RoIs(
         labels_N=labels.to(device),
-        instances_N=torch.where((labels >= 0) & (labels < CLASSES) & ~from_memory, labels, -1).to(device),
+        instances_N=torch.where((labels >= 0) & (labels < classes) & ~from_memory, labels, -1).to(device),
         from_memory_N=from_memory.to(device),
-        indicator=torch.linspace(0.5, 0.01, CLASSES + 1).to(device),
+        indicator=torch.linspace(0.5, 0.01, classes + 1).to(device),
         progress=0.5,
     )
     return torch.randn(rows, FEATURES, generator=generator).to(device), rois
@@ -56,6 +58,44 @@ def test_nothing_to_learn_from_gives_no_loss_and_no_gradient(head, device, rows)
     total.backward()
     assert total.item() == 0
     assert all(p.grad is not None and not p.grad.any() for p in head.parameters())
+
+
+@pytest.mark.parametrize("classes", [2, 50, 830, 1203, 1230])
+@pytest.mark.parametrize("name", sorted(HEADS))
+def test_any_number_of_classes_some_never_seen(name, classes, make_stats, device):
+    """Classes without a training image are finite everywhere, also where a row has their label."""
+    stats = make_stats(classes)
+    seen = (stats.image_counts > 1).astype(int)
+    stats = dataclasses.replace(
+        stats, image_counts=stats.image_counts * seen, instance_counts=stats.instance_counts * seen
+    )
+    head = HEADS[name](FEATURES, stats).to(device)
+    features, rois = batch(60, device, classes=classes)
+    rois.labels_N[:2] = classes - 1  # the last class is in one image of the made statistics
+    assert stats.image_counts[-1] == 0
+    for labels in (rois.labels_N, torch.full_like(rois.labels_N, classes)):
+        rois.labels_N = labels
+        loss = sum(head.losses(head(features), rois).values())
+        head.zero_grad()
+        loss.backward()
+        assert torch.isfinite(loss) and loss > 0
+        assert all(p.grad is not None and torch.isfinite(p.grad).all() for p in head.parameters())
+    scores = head.scores(head(features))
+    assert scores.shape == (60, classes) and ((scores >= 0) & (scores <= 1)).all()
+
+
+def test_state_survives_a_checkpoint(head, device, make_stats):
+    """What a head has learned and counted is all in its state_dict: a copy goes on with the same losses."""
+    features, rois = batch(40, device)
+    for _ in range(2):
+        head.losses(head(features), rois)
+    copy = type(head)(FEATURES, make_stats(CLASSES)).to(device)
+    copy.load_state_dict(head.state_dict())
+    found = []
+    for other in (head, copy):
+        torch.manual_seed(0)
+        found.append([other.losses(other(features), rois) for _ in range(2)])
+    assert found[0] == found[1]
 
 
 def test_ignored_rows_change_nothing(head, device):

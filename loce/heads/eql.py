@@ -1,0 +1,59 @@
+"""Equalization Loss (CVPR 2020), Eq. 3-4, sigmoid form: objects of other classes do not push a tail class down.
+
+L = 1/R sum_r sum_c w_rc BCE(z_rc, [y_r = c])         R rows that take part, c over the C classes, no background logit
+w_rc = 1 - E(r) T(f_c) (1 - [y_r = c])
+E(r) = 1 for foreground rows, 0 for background: background always counts as a negative, for tail classes too
+T(f_c) = 1 if f_c < lambda, else 0; f_c = images with class c / annotated training images, lambda = head.eql.threshold
+Inference: sigma(z_c). Initialisation: weights N(0, 0.01), bias -log(999), that is sigma(z) = 0.001: the sum over 1203
+sigmoids would be huge at 0.5. Rows from the memory are foreground rows.
+
+State: none that training changes; `tail`, which classes are spared, is a buffer.
+
+Differences from the paper / the released code:
+- The form for detection only; the softmax form with random sparing is for image classification.
+- Unused RoI slots take no part here; the released code ignores row weights, so that padding would count as background.
+- lambda is a share of the annotated images, as published; the released code reads it off a table of LVIS v0.5.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from loce.classes import IGNORED, ClassStats
+from loce.heads.base import Head, RoIs
+from loce.heads.layers import linear
+from loce.heads.rows import at_least_fp32, one_hot
+from loce.method_options import HeadConfig
+
+
+class EQLHead(Head):
+    """One linear layer to C logits, each class a yes-or-no question of its own.
+
+    `tail`: buffer (C,) bool, classes in a smaller share of the training images than the threshold.
+    """
+
+    tail: Tensor
+
+    def __init__(self, in_features: int, stats: ClassStats, options: HeadConfig | None = None) -> None:
+        super().__init__(in_features, stats, options)
+        self.fc_cls = linear(in_features, self.num_classes, prior=0.001)
+        spared = stats.image_counts < self.options.eql.threshold * stats.image_total
+        self.register_buffer("tail", torch.from_numpy(spared))
+
+    def forward(self, x_ND: Tensor) -> Tensor:
+        """Features (N, D) -> logits (N, C)."""
+        return self.fc_cls(x_ND)
+
+    def losses(self, logits_NL: Tensor, rois: RoIs) -> dict[str, Tensor]:
+        """`loss_cls`: Eq. 3, summed over classes and rows that take part, divided by the number of these rows."""
+        z_NC = at_least_fp32(logits_NL)
+        own_NC = one_hot(rois.labels_N, self.num_classes)
+        foreground_N1 = own_NC.any(dim=1, keepdim=True)
+        spared_NC = foreground_N1 & self.tail & ~own_NC
+        counts_NC = (rois.labels_N != IGNORED)[:, None] & ~spared_NC
+        total = F.binary_cross_entropy_with_logits(z_NC, own_NC.to(z_NC), weight=counts_NC.to(z_NC), reduction="sum")
+        return {"loss_cls": total / rois.count}
+
+    def scores(self, logits_NL: Tensor) -> Tensor:
+        """Logits (N, C) -> sigmoids (N, C), fp32; they add up to anything."""
+        return at_least_fp32(logits_NL).sigmoid()
