@@ -1,4 +1,18 @@
-"""LOCE, Sec. 3.2, Eq. 3-4: the head trained with the Equilibrium Loss; inference is the plain softmax (Sec. 3.2)."""
+"""LOCE (ICCV 2021), Sec. 3.2, Eq. 3-4: a softmax whose margins let weak classes win against strong ones.
+
+Loss: -log( s_y e^z_y / sum_j s_j e^z_j ), j over the C classes and the background, whose s is 0.01: cross-entropy of
+z + log s. s is the mean score of each class (Eq. 2, loce/mean_score.py) or, with `indicator.kind=prior`, its number of
+training instances (supplement, Sec. 1). Inference is the plain softmax of z: no margin.
+
+State: the mean score, a buffer of the detector, the same on every rank.
+
+Differences from the paper / the released code:
+- The logarithm is taken of the sum in one step: the released code takes it after the division, which gives infinite
+  losses where a logit lies about 100 below the largest.
+- The mean score starts at 0.01 and is updated before the loss of the same step, as in the released code; the paper does
+  not say. It is in the checkpoint: the released code starts it anew on resume.
+- The paper updates it once for each instance. Here, as in the released code, all entries of a step are applied at once.
+"""
 
 from torch import Tensor
 

@@ -1,4 +1,12 @@
-"""LOCE, Sec. 3.1, Eq. 1: the plain softmax head, the baseline and the head of stage 1."""
+"""LOCE (ICCV 2021), Sec. 3.1, Eq. 1: the plain softmax head, the baseline and the head of stage 1.
+
+One linear layer to C + 1 logits, background last; weights N(0, 0.01), biases 0.
+Loss: -log softmax(z_N)[y_N], summed over the rows that take part and divided by their number. Score: softmax(z)[c].
+
+State: none.
+
+Differences from the paper / the released code: none.
+"""
 
 import torch.nn.functional as F
 from torch import Tensor
