@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 
 IGNORED = -100  # torch.nn.functional.cross_entropy's own ignore_index
+META = -2  # in place of the class that an image was drawn for: the image is of the meta batch (BALMS)
 GROUPS = ("r", "c", "f")  # rare, common, frequent: LVIS's names
 
 

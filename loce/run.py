@@ -84,7 +84,8 @@ def _prepare(config: Config, device: torch.device) -> Job:
     if config.train.evaluate:
         check_evaluation(config, build.val_annotations(config), annotations.stats, "the training data")
     dataset = build.train_dataset(config, annotations)
-    plan = training_plan(dataset, config.sampler, config.data, config.train.batch_size, config.seed)
+    meta = config.head.name == "balms"
+    plan = training_plan(dataset, config.sampler, config.data, config.train.batch_size, config.seed, meta)
     torch.manual_seed(config.seed)
     model = build.build_model(config, annotations.stats, pretrained=newest is None and not config.train.init)
     report = []
@@ -118,7 +119,7 @@ def _train(job: Job) -> None:
         job.folder,
         dump(config),
         epoch_lengths=job.lengths,
-        batch_size=train.batch_size,
+        batch_size=job.plan.rows,
         start=job.done,
         device=job.device,
         extra=partial(equilibrium_scalars, job.model, job.stats),
@@ -219,7 +220,8 @@ def header(job: Job) -> list[str]:
         *(f"data: left out: {count} {reason}" for reason, count in job.annotations.dropped.items()),
         f"model: {config.model.backbone}, {trained / 1e6:.2f} of {every / 1e6:.2f} M parameters train "
         f"(train.freeze={train.freeze})",
-        f"batch: {train.batch_size} = {world} ranks x {each} images x {train.accumulate} steps; "
+        f"batch: {train.batch_size} = {world} ranks x {each} images x {train.accumulate} steps"
+        f"{', and as many of the meta batch, counted in images/s' if job.plan.meta else ''}; "
         f"learning rate {scaled_lr(train):.4g} ({train.lr:g} at {train.lr_batch_size}, scaled linearly)",
         f"schedule: {train.epochs} epochs, {total} iterations, drops after {list(train.drops)}, {train.precision}, "
         f"seed {config.seed}; run folder {job.folder}",

@@ -24,7 +24,8 @@ class TrainDataset:
 
     A sample: "image" uint8 (3, H, W) RGB (stored row by row with the channels last); "boxes" float32 (N, 4) xyxy in its
     pixels; "labels" int64 (N,); "masks" CroppedMasks; "image_id" int; "size" the file's (height, width); "scale" (x, y)
-    resized / file. Instances are the annotations `annotations.rows(index)`, in that order; N is at least 1.
+    resized / file; "drawn" int, what the image was drawn for (`TrainingPlan.epoch`). Instances are the annotations
+    `annotations.rows(index)`, in that order; N is at least 1.
     """
 
     def __init__(self, annotations: LVISAnnotations, folder: str | Path, config: DataConfig, seed: int) -> None:
@@ -33,13 +34,14 @@ class TrainDataset:
     def __len__(self) -> int:
         return len(self.annotations.train_images)
 
-    def __getitem__(self, key: tuple[int, int] | tuple[int, int, int]) -> Sample:
-        """The sample of (image index, epoch[, how often this epoch has shown it before])."""
-        index, epoch, draw = key if len(key) == 3 else (*key, 0)
+    def __getitem__(self, key: tuple[int, ...]) -> Sample:
+        """The sample of (image index, epoch[, how often this epoch has shown it before[, what it was drawn for]])."""
+        index, epoch, draw, drawn = (*key, *(0, -1)[len(key) - 2 :])
         try:
-            return self.sample(index, epoch, draw)
+            sample = self.sample(index, epoch, draw)
         except ImageError as error:
-            return self._substitute(index, epoch, draw, str(error))
+            sample = self._substitute(index, epoch, draw, str(error))
+        return {**sample, "drawn": drawn}
 
     def sample(self, index: int, epoch: int, draw: int = 0) -> Sample:
         """One sample; ImageError where the image cannot be used. Depends on (seed, epoch, image id, draw) only."""

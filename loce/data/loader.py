@@ -76,16 +76,19 @@ def _start_worker(_: int) -> None:
 
 
 def training_plan(
-    dataset: TrainDataset, sampler: SamplerConfig, data: DataConfig, batch_size: int, seed: int
+    dataset: TrainDataset, sampler: SamplerConfig, data: DataConfig, batch_size: int, seed: int, meta: bool = False
 ) -> TrainingPlan:
-    """Every batch of a training on this data set; `batch_size` counts images over all ranks and micro-steps."""
+    """Every batch of a training on this data set; `batch_size` counts images over all ranks and micro-steps.
+
+    meta: with as many images of a meta batch, which `batch_size` does not count.
+    """
     annotations = dataset.annotations
     if not len(annotations.train_images):
         reasons = "".join(f"\n  {count} {reason}" for reason, count in annotations.dropped.items())
         raise UserError(f"{annotations.path}: no image is left to train on; left out were:{reasons or ' none'}")
     wide = annotations.wide if data.group_by_aspect else np.zeros(len(annotations), dtype=bool)
     labels = image_labels(annotations)
-    return TrainingPlan(labels=labels, wide=wide, sampler=sampler, batch_size=batch_size, seed=seed)
+    return TrainingPlan(labels=labels, wide=wide, sampler=sampler, batch_size=batch_size, seed=seed, meta=meta)
 
 
 def train_batches(
@@ -115,13 +118,13 @@ class _TrainingKeys:
     def __init__(self, plan: TrainingPlan, lengths: list[int], start: int, place: tuple[int, int, int]) -> None:
         self.plan, self.lengths, self.start, self.place = plan, lengths, start, place
 
-    def __iter__(self) -> Iterator[list[tuple[int, int, int]]]:
+    def __iter__(self) -> Iterator[list[tuple[int, int, int, int]]]:
         skip = self.start
         for epoch, length in enumerate(self.lengths):
             if skip < length:
                 for batch in self.plan.epoch(epoch)[skip:]:
                     for images in rank_slice(batch, *self.place):
-                        yield [(index, epoch, draw) for index, draw in images.tolist()]
+                        yield [(index, epoch, draw, drawn) for index, draw, drawn in images.tolist()]
             skip = max(0, skip - length)
 
 

@@ -1,18 +1,22 @@
-"""Which images an epoch shows, and in which batches: uniform, repeat-factor and class-balanced sampling.
+"""Which images an epoch shows, and in which batches: uniform, repeat-factor, class-balanced and bi-level sampling.
 
 Repeat-factor sampling: Gupta et al., LVIS (arXiv 1908.03195). Class-balanced sampling: Kang et al., Decoupling (arXiv
-1910.09217), Sec. 3. An epoch is a pure function of (data, options, seed, epoch), the same on every rank.
-Shapes: T training images, P (image, label) pairs, C classes, E images shown in an epoch, B batch size.
+1910.09217), Sec. 3. Bi-level sampling, its first level: Wang et al., SimCal (arXiv 2007.11978), Sec. 4. The meta batch:
+Ren et al., Balanced Meta-Softmax (arXiv 2007.10740). An epoch is a pure function of (data, options, seed, epoch), the
+same on every rank. Shapes: T training images, P (image, label) pairs, C classes, E images shown in an epoch, B batch
+size.
 """
 
 from dataclasses import dataclass
 
 import numpy as np
 
+from loce.classes import META
 from loce.config import SamplerConfig
 from loce.data.lvis import LVISAnnotations
 
 _STREAM = 0x5A3B  # keeps these random numbers apart from those of the transforms
+_ENOUGH = 100  # instances; SimCal tells no classes apart that have more
 
 
 @dataclass(frozen=True)
@@ -20,13 +24,23 @@ class ImageLabels:
     """Which classes each training image shows.
 
     images: (T,) int64 image indices. labels: (P,) the distinct labels, image by image. first: (T+1,) into labels;
-    every image has one at least. num_classes: C.
+    every image has one at least. instances: (C,) how many of each class they show together.
     """
 
     images: np.ndarray
     labels: np.ndarray
     first: np.ndarray
-    num_classes: int
+    instances: np.ndarray
+
+    @property
+    def num_classes(self) -> int:
+        """C."""
+        return len(self.instances)
+
+    @property
+    def image_counts(self) -> np.ndarray:
+        """(C,) images that show each class."""
+        return np.bincount(self.labels, minlength=self.num_classes)
 
     @property
     def owner(self) -> np.ndarray:
@@ -38,10 +52,11 @@ def image_labels(annotations: LVISAnnotations) -> ImageLabels:
     """The classes of the images that training uses, from the annotations that it uses."""
     num_classes = len(annotations.stats)
     rows = annotations.train_rows
+    rows = rows[np.isin(annotations.image_of[rows], annotations.train_images)]
     pairs = np.unique(annotations.image_of[rows].astype(np.int64) * num_classes + annotations.labels[rows])
-    pairs = pairs[np.isin(pairs // num_classes, annotations.train_images)]
     first = np.searchsorted(pairs // num_classes, annotations.train_images)
-    return ImageLabels(annotations.train_images, pairs % num_classes, np.append(first, len(pairs)), num_classes)
+    instances = np.bincount(annotations.labels[rows], minlength=num_classes)
+    return ImageLabels(annotations.train_images, pairs % num_classes, np.append(first, len(pairs)), instances)
 
 
 def repeat_factors(labels: ImageLabels, threshold: float) -> np.ndarray:
@@ -49,25 +64,36 @@ def repeat_factors(labels: ImageLabels, threshold: float) -> np.ndarray:
 
     f_c is the share of training images that show class c.
     """
-    share = np.bincount(labels.labels, minlength=labels.num_classes) / len(labels.images)
+    share = labels.image_counts / len(labels.images)
     factors = np.maximum(1.0, np.sqrt(threshold / np.maximum(share, 1e-12)))
     return np.maximum.reduceat(factors[labels.labels], labels.first[:-1])
 
 
-def epoch_images(labels: ImageLabels, sampler: SamplerConfig, generator: np.random.Generator) -> np.ndarray:
-    """(E,) image indices that one epoch shows, in no particular order."""
+def epoch_images(
+    labels: ImageLabels, sampler: SamplerConfig, generator: np.random.Generator
+) -> tuple[np.ndarray, np.ndarray]:
+    """(E,) image indices that one epoch shows, in no particular order, and (E,) the class each was drawn for or -1."""
+    if sampler.name == "bilevel":
+        return _bilevel(labels, sampler.bilevel_tau, generator)
     if sampler.name == "uniform":
-        return labels.images
-    if sampler.name == "repeat_factor":
-        return _repeated(labels, sampler.repeat_threshold, generator)
-    if sampler.name == "class_balanced":
-        return _class_balanced(labels, generator)
-    raise ValueError(f"no sampler is called {sampler.name}")
+        images = labels.images
+    elif sampler.name == "repeat_factor":
+        images = _repeated(labels, sampler.repeat_threshold, sampler.repeat_rounding, generator)
+    elif sampler.name == "class_balanced":
+        images = _class_balanced(labels, generator)
+    else:
+        raise ValueError(f"no sampler is called {sampler.name}")
+    return images, np.full(len(images), -1)
 
 
-def _repeated(labels: ImageLabels, threshold: float, generator: np.random.Generator) -> np.ndarray:
-    """Every image r_I times, the fraction rounded up or down at random in each epoch (detectron2's rule)."""
+def _repeated(labels: ImageLabels, threshold: float, rounding: str, generator: np.random.Generator) -> np.ndarray:
+    """Every image r_I times: rounded up, the same in all epochs (MMDetection's rule), or stochastic (detectron2's).
+
+    Stochastic: the fraction is rounded up or down at random in each epoch, so that r_I is kept on average.
+    """
     factors = repeat_factors(labels, threshold)
+    if rounding == "up":
+        return np.repeat(labels.images, np.ceil(factors).astype(np.int64))
     whole = np.floor(factors)
     times = whole + (generator.random(len(factors)) < factors - whole)
     return np.repeat(labels.images, times.astype(np.int64))
@@ -80,12 +106,32 @@ def _class_balanced(labels: ImageLabels, generator: np.random.Generator) -> np.n
     """
     order = np.lexsort((generator.random(len(labels.labels)), labels.labels))
     images = labels.images[labels.owner[order]]
-    count = np.bincount(labels.labels, minlength=labels.num_classes)
+    count = labels.image_counts
     first = np.cumsum(count) - count
     classes = generator.permutation(np.flatnonzero(count))
     turn, place = np.divmod(np.arange(len(labels.images)), len(classes))
     chosen = classes[place]
     return images[first[chosen] + turn % count[chosen]]
+
+
+def _bilevel(labels: ImageLabels, tau: float, generator: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
+    """As many images as there are: each time a class, then one of its images, both drawn with replacement.
+
+    A class is drawn with probability ~ min(instances, 100)^tau: all alike where tau is 0. Classes without images never.
+    """
+    count = labels.image_counts
+    weights = np.where(count > 0, np.minimum(labels.instances, _ENOUGH) ** float(tau), 0)
+    classes = generator.choice(len(count), len(labels.images), p=weights / weights.sum())
+    images = labels.images[labels.owner[np.argsort(labels.labels, kind="stable")]]  # class by class
+    first = np.cumsum(count) - count
+    return images[first[classes] + generator.integers(count[classes])], classes
+
+
+def meta_images(labels: ImageLabels, amount: int, generator: np.random.Generator) -> np.ndarray:
+    """(amount,) images of the meta batches: with replacement, probability ~ max over an image's classes of 1 / f_c."""
+    rarity = 1 / np.maximum(labels.image_counts, 1)
+    weights = np.maximum.reduceat(rarity[labels.labels], labels.first[:-1])
+    return generator.choice(labels.images, amount, p=weights / weights.sum())
 
 
 def plan_batches(indices: np.ndarray, wide: np.ndarray, batch_size: int, generator: np.random.Generator) -> np.ndarray:
@@ -121,21 +167,40 @@ def rank_slice(batch: np.ndarray, rank: int, world: int, accumulate: int) -> np.
 
 @dataclass(frozen=True, kw_only=True)
 class TrainingPlan:
-    """Every batch of a training. wide: (I,) bool for all images of the file, or all false for no grouping."""
+    """Every batch of a training. wide: (I,) bool for all images of the file, or all false for no grouping.
+
+    meta: every training image has an image of a meta batch beside it, which `batch_size`, B, does not count.
+    """
 
     labels: ImageLabels
     wide: np.ndarray
     sampler: SamplerConfig
     batch_size: int
     seed: int
+    meta: bool = False
+
+    @property
+    def rows(self) -> int:
+        """Images that pass through the model in an iteration, over all ranks: B, or 2B with a meta batch."""
+        return self.batch_size * (1 + self.meta)
 
     def epoch(self, epoch: int) -> np.ndarray:
-        """(iterations, B, 2) int64: image index, and how often this epoch has shown it before (0, 1, ...)."""
+        """(iterations, rows, 3) int64: image index, how often this epoch has shown it before (0, 1, ...), drawn.
+
+        drawn: the class that the image was drawn for by bi-level sampling, META for an image of the meta batch, else
+        -1. With a meta batch the rows are training image, meta image, training image, ...: any share has as many of
+        both.
+        """
         generator = np.random.default_rng([_STREAM, self.seed, epoch])
-        images = epoch_images(self.labels, self.sampler, generator)
+        images, drawn = epoch_images(self.labels, self.sampler, generator)
         batches = plan_batches(images, self.wide[images], self.batch_size, generator)
-        shown = images[batches]
-        return np.stack([shown, _occurrence(shown.ravel()).reshape(shown.shape)], axis=2)
+        shown, drawn = images[batches], drawn[batches]
+        if self.meta:
+            images = meta_images(self.labels, shown.size, generator)
+            batches = plan_batches(images, self.wide[images], self.batch_size, generator)[: len(shown)]
+            shown = np.stack([shown, images[batches]], axis=2).reshape(len(shown), self.rows)
+            drawn = np.stack([drawn, np.full_like(drawn, META)], axis=2).reshape(shown.shape)
+        return np.stack([shown, _occurrence(shown.ravel()).reshape(shown.shape), drawn], axis=2)
 
     def iterations(self, epochs: int) -> list[int]:
         """The number of iterations of each epoch; they differ with repeat-factor sampling."""

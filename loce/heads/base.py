@@ -8,10 +8,10 @@ from dataclasses import dataclass
 
 from torch import Tensor, nn
 
-from loce.classes import IGNORED, ClassStats
+from loce.classes import IGNORED, META, ClassStats
 from loce.method_options import HeadConfig
 
-META = -2  # in drawn_N: the row's image is of the meta batch
+__all__ = ["META", "Head", "RoIs"]
 
 
 @dataclass

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torchvision.ops import roi_align
 
-from loce.classes import IGNORED
+from loce.classes import IGNORED, META
 from loce.config import RoIConfig
 from loce.data.masks import CroppedMasks
 from loce.heads.base import Head, RoIs
@@ -169,9 +169,8 @@ class RoIHeads(nn.Module):
             [t.boxes for t in truths], [t.labels for t in truths], [t.memory_rows for t in truths], sizes
         )
         stored = self._stored_features(features, dense)
-        drawn, labels_K, targets_K4 = self.memory.exchange(
-            stored, dense_labels, dense_targets, self.indicator, len(truths)
-        )
+        images = sum(t.drawn != META for t in truths)
+        drawn, labels_K, targets_K4 = self.memory.exchange(stored, dense_labels, dense_targets, self.indicator, images)
         if self.memory.config.level == "fc":
             x_ND = torch.cat([self.features_of(pooled), drawn.to(pooled.dtype)])
         else:

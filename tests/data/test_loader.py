@@ -9,6 +9,7 @@ import pytest
 import torch
 from made_annotations import content, full_mask
 
+from loce.classes import META
 from loce.config import DataConfig, SamplerConfig
 from loce.data.loader import EvalDataset, TrainDataset, eval_batches, fill_batches, train_batches, training_plan
 from loce.data.lvis import LVISAnnotations
@@ -26,7 +27,10 @@ def dataset(write, images):
 def fingerprint(batches):
     """What tells two streams apart: every sample's image, pixels, boxes and masks, in order."""
     return [
-        [(s["image_id"], int(s["image"].sum()), s["boxes"].tolist(), int(s["masks"].bits.sum())) for s in samples]
+        [
+            (s["image_id"], int(s["image"].sum()), s["boxes"].tolist(), int(s["masks"].bits.sum()), s["drawn"])
+            for s in samples
+        ]
         for samples in batches
     ]
 
@@ -68,10 +72,13 @@ def test_showings_of_an_image_differ_between_epochs_and_within_one(dataset):
     assert fingerprint([[dataset[0, 2]]]) == fingerprint([[dataset[0, 2, 0]]])
 
 
-@pytest.mark.parametrize("name", ["uniform", "repeat_factor", "class_balanced"])
-def test_workers_ranks_and_restarts_do_not_change_the_stream(name, dataset):
+@pytest.mark.parametrize(
+    ("name", "meta"),
+    [("uniform", False), ("repeat_factor", False), ("class_balanced", False), ("bilevel", False), ("uniform", True)],
+)
+def test_workers_ranks_and_restarts_do_not_change_the_stream(name, meta, dataset):
     sampler = SamplerConfig(name=name, repeat_threshold=0.9)
-    plan = training_plan(dataset, sampler, CONFIG, 4, seed=3)
+    plan = training_plan(dataset, sampler, CONFIG, 4, seed=3, meta=meta)
     whole = fingerprint(train_batches(dataset, plan, epochs=3))
     assert len(whole) == sum(plan.iterations(3)) == len(train_batches(dataset, plan, epochs=3))
     assert fingerprint(train_batches(dataset, plan, epochs=3, workers=2)) == whole
@@ -89,6 +96,17 @@ def test_workers_ranks_and_restarts_do_not_change_the_stream(name, dataset):
         joined = [[sample for part in parts for sample in part] for parts in micro_batches]
         together = [list(chain(*joined[i : i + accumulate])) for i in range(0, len(joined), accumulate)]
         assert together == whole
+
+
+def test_samples_say_what_they_were_drawn_for(dataset):
+    plan = training_plan(dataset, SamplerConfig(name="bilevel"), CONFIG, 4, seed=3)
+    for sample in chain(*train_batches(dataset, plan, epochs=2)):
+        assert sample["drawn"] in sample["labels"]
+    plan = training_plan(dataset, SamplerConfig(), CONFIG, 4, seed=3, meta=True)
+    for rank in range(2):
+        for samples in train_batches(dataset, plan, epochs=1, accumulate=2, rank=rank, world=2):
+            assert [sample["drawn"] for sample in samples] == [-1, META]
+    assert dataset[0, 0]["drawn"] == dataset[0, 0, 1]["drawn"] == -1
 
 
 def test_two_images_on_a_rank_have_the_same_shape(dataset):

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 from made_annotations import content
 
+from loce.classes import META
 from loce.config import SamplerConfig
 from loce.data.lvis import LVISAnnotations
 from loce.data.samplers import (
@@ -15,12 +16,13 @@ from loce.data.samplers import (
     epoch_images,
     image_labels,
     memory_fill_images,
+    meta_images,
     plan_batches,
     rank_slice,
     repeat_factors,
 )
 
-NAMES = ("uniform", "repeat_factor", "class_balanced")
+NAMES = ("uniform", "repeat_factor", "class_balanced", "bilevel")
 
 
 def long_tail(images=200, classes=12, seed=0):
@@ -37,7 +39,8 @@ def long_tail(images=200, classes=12, seed=0):
 def as_arrays(shown, classes=14):  # the last class is in no image
     labels = [sorted(own) for own in shown.values()]
     first = np.cumsum([0] + [len(own) for own in labels])
-    return ImageLabels(np.array(list(shown)), np.concatenate(labels), first, classes)
+    instances = [sum(c in own for own in labels) * (1 + c % 3) for c in range(classes)]
+    return ImageLabels(np.array(list(shown)), np.concatenate(labels), first, np.array(instances))
 
 
 def test_image_labels_against_plain_python(write):
@@ -52,6 +55,8 @@ def test_image_labels_against_plain_python(write):
         expected[row["image_id"]].add(ids.index(row["category_id"]))
     images = [i for i, image in enumerate(made["images"]) if i != 4 and expected[image["id"]]]
     assert labels.images.tolist() == images == annotations.train_images.tolist()
+    used = [r for r in made["annotations"][1:] if r["image_id"] != made["images"][4]["id"]]
+    assert labels.instances.tolist() == [sum(r["category_id"] == i for r in used) for i in ids]
     assert labels.num_classes == 4
     for position, image in enumerate(images):
         own = labels.labels[labels.first[position] : labels.first[position + 1]]
@@ -77,18 +82,64 @@ def test_repeat_factor_sampling_rounds_at_random_in_each_epoch():
     sampler = SamplerConfig(name="repeat_factor", repeat_threshold=0.2)
     total = np.zeros(len(factors))
     for epoch in range(400):
-        times = Counter(epoch_images(labels, sampler, np.random.default_rng(epoch)).tolist())
+        times = Counter(epoch_images(labels, sampler, np.random.default_rng(epoch))[0].tolist())
         shown = np.array([times[image] for image in labels.images.tolist()])
         assert (shown >= np.floor(factors)).all() and (shown <= np.ceil(factors)).all()
         total += shown
     np.testing.assert_allclose(total / 400, factors, atol=0.12)
 
 
+def test_repeat_factor_sampling_rounded_up_is_the_same_in_all_epochs():
+    shown = long_tail()
+    sampler = SamplerConfig(name="repeat_factor", repeat_threshold=0.2, repeat_rounding="up")
+    epochs = [epoch_images(as_arrays(shown), sampler, np.random.default_rng(epoch))[0] for epoch in range(2)]
+    np.testing.assert_array_equal(*epochs)
+    times = Counter(epochs[0].tolist())
+    for image, labels in shown.items():
+        shares = [sum(label in other for other in shown.values()) / len(shown) for label in labels]
+        assert times[image] == math.ceil(max(max(1, math.sqrt(0.2 / share)) for share in shares))
+    assert max(times.values()) > 2
+
+
+@pytest.mark.parametrize("tau", [0.0, 0.5, 1.0])
+def test_bilevel_sampling_draws_a_class_then_one_of_its_images(tau):
+    shown = long_tail()
+    labels = as_arrays(shown)
+    where = {c: [image for image, own in shown.items() if c in own] for c in range(14)}
+    classes, pairs = Counter(), Counter()
+    for epoch in range(300):
+        sampler = SamplerConfig(name="bilevel", bilevel_tau=tau)
+        images, drawn = epoch_images(labels, sampler, np.random.default_rng(epoch))
+        assert len(images) == len(drawn) == len(shown)
+        classes.update(drawn.tolist())
+        pairs.update(zip(drawn.tolist(), images.tolist(), strict=True))
+    weights = [min(len(where[c]) * (1 + c % 3), 100) ** tau if where[c] else 0 for c in range(14)]
+    total = 300 * len(shown)
+    for c, weight in enumerate(weights):
+        share = weight / sum(weights)
+        assert abs(classes[c] - total * share) <= 4 * math.sqrt(total * share * (1 - share))  # 4 standard deviations
+        if c >= 2:
+            expected = total * share / max(len(where[c]), 1)
+            for image in shown:
+                assert abs(pairs[c, image] - expected * (image in where[c])) <= 6 * math.sqrt(expected)
+    assert (labels.instances > 100).any()
+
+
+def test_meta_images_favour_those_with_rare_classes():
+    shown = long_tail()
+    times = Counter(meta_images(as_arrays(shown), 100_000, np.random.default_rng(0)).tolist())
+    images_of = Counter(c for own in shown.values() for c in own)
+    weights = {image: max(len(shown) / images_of[c] for c in own) for image, own in shown.items()}
+    for image, weight in weights.items():
+        share = weight / sum(weights.values())
+        assert abs(times[image] - 100_000 * share) <= 5 * math.sqrt(100_000 * share)
+
+
 def test_class_balanced_sampling_goes_round_the_classes():
     shown = long_tail()
     labels = as_arrays(shown)
     counts = np.bincount(labels.labels, minlength=14)
-    order = epoch_images(labels, SamplerConfig(name="class_balanced"), np.random.default_rng(0)).tolist()
+    order = epoch_images(labels, SamplerConfig(name="class_balanced"), np.random.default_rng(0))[0].tolist()
     assert len(order) == len(shown)
     present = np.flatnonzero(counts)
     rounds = [order[i : i + len(present)] for i in range(0, len(order), len(present))]
@@ -109,7 +160,8 @@ def test_class_balanced_sampling_goes_round_the_classes():
 
 def test_uniform_sampling_shows_every_image_once():
     labels = as_arrays(long_tail())
-    assert epoch_images(labels, SamplerConfig(), np.random.default_rng(0)).tolist() == labels.images.tolist()
+    images, drawn = epoch_images(labels, SamplerConfig(), np.random.default_rng(0))
+    assert images.tolist() == labels.images.tolist() and (drawn == -1).all()
 
 
 @pytest.mark.parametrize("batch_size", [1, 2, 3, 8, 16])
@@ -168,13 +220,42 @@ def test_a_plan_is_a_pure_function_and_counts_repeats(name):
     assert not np.array_equal(epochs[0], make(1).epoch(0)) and not np.array_equal(epochs[0][:10], epochs[1][:10])
     for epoch in epochs:
         seen = Counter()
-        for image, showing in epoch.reshape(-1, 2).tolist():
+        for image, showing, drawn in epoch.reshape(-1, 3).tolist():
             assert showing == seen[image]
             seen[image] += 1
-        if name != "class_balanced":
+            own = labels.labels[slice(*labels.first[labels.images.tolist().index(image) :][:2])]
+            assert drawn in own if name == "bilevel" else drawn == -1
+        if name in ("uniform", "repeat_factor"):
             assert set(seen) == set(labels.images.tolist())
         pairs = wide[epoch[:, :, 0]].reshape(-1, 2)
         assert (pairs[:, 0] == pairs[:, 1]).all()
+
+
+@pytest.mark.parametrize("batch_size", [3, 8])
+def test_every_training_image_has_a_meta_image_beside_it(batch_size):
+    labels = as_arrays(long_tail())
+    wide = np.random.default_rng(0).random(1000) < 0.5
+    options = {"labels": labels, "wide": wide, "sampler": SamplerConfig(), "batch_size": batch_size, "seed": 0}
+    plan, plain = TrainingPlan(**options, meta=True), TrainingPlan(**options)
+    assert (plan.rows, plain.rows) == (2 * batch_size, batch_size)
+    for epoch in range(2):
+        both, alone = plan.epoch(epoch), plain.epoch(epoch)
+        assert both.shape == (len(alone), 2 * batch_size, 3)
+        np.testing.assert_array_equal(both[:, 0::2, 0], alone[:, :, 0])  # the training images are the same
+        assert (both[:, 0::2, 2] == -1).all() and (both[:, 1::2, 2] == META).all()
+        seen = Counter()
+        for image, showing, _ in both.reshape(-1, 3).tolist():
+            assert showing == seen[image]
+            seen[image] += 1
+        rare = labels.images[labels.owner[labels.labels == 12]]
+        assert np.isin(both[:, 1::2, 0], rare).mean() > 0.04  # by itself, one image of 200
+        if batch_size % 2 == 0:
+            pairs = wide[both[:, 1::2, 0]].reshape(-1, 2)
+            assert (pairs[:, 0] == pairs[:, 1]).all()
+    for world, accumulate in ((1, batch_size), (batch_size, 1)):
+        for rank in range(world):
+            for part in rank_slice(both[0], rank, world, accumulate):
+                assert part[:, 2].tolist() == [-1, META]
 
 
 def test_memory_filling_takes_instances_from_distinct_images_at_random(write):
