@@ -2,13 +2,17 @@
 
 from loce.heads.base import Head, RoIs
 from loce.heads.eql import EQLHead
+from loce.heads.eqlv2 import EQLv2Head
 from loce.heads.equilibrium import EquilibriumHead
+from loce.heads.seesaw import SeesawHead
 from loce.heads.softmax import SoftmaxHead
 
 HEADS: dict[str, type[Head]] = {
     "softmax": SoftmaxHead,
     "equilibrium": EquilibriumHead,
     "eql": EQLHead,
+    "eqlv2": EQLv2Head,
+    "seesaw": SeesawHead,
 }
 
 __all__ = ["HEADS", "EquilibriumHead", "Head", "RoIs", "SoftmaxHead"]
