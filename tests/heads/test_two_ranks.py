@@ -50,7 +50,8 @@ def test_two_ranks_equal_one(tmp_path: Path):
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     command = [*torchrun, "-m", "tests.heads.test_two_ranks", str(tmp_path)]
-    subprocess.run(command, check=True, timeout=120, env=environment, cwd=ROOT)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, env=environment, cwd=ROOT)
+    assert done.returncode == 0, done.stderr
     one, two = results(), [json.loads((tmp_path / f"{rank}.json").read_text()) for rank in (0, 1)]
     for name in STATEFUL:
         for rank in (0, 1):
