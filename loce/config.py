@@ -151,6 +151,7 @@ class TrainConfig:
 
     freeze: Literal["none", "backbone", "trunk", "detector"] = "none"  # trunk: to the shared FCs; detector: to the head
     init: str = ""  # checkpoint or run folder that training starts from
+    resume: Literal["auto", "never", "must"] = "auto"  # auto: go on from a checkpoint where the run folder has one
     batch_size: Count = 16
     accumulate: Count = 1
     epochs: Count = 24

@@ -26,6 +26,40 @@ def atomic_write(path: Path | str) -> Iterator[Path]:
         temporary.unlink(missing_ok=True)
 
 
+class PatientFile:
+    """A file that lines are added to. What a full disk does not take is kept, and written before what comes next."""
+
+    def __init__(self, path: Path | str) -> None:
+        self.path = path
+        self.descriptor = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o666)
+        self.kept = b""
+
+    def write(self, text: str) -> str:
+        """Add `text`; what the disk said where it did not take all of it, else ""."""
+        self.kept += text.encode()
+        try:
+            while self.kept:
+                self.kept = self.kept[os.write(self.descriptor, self.kept) :]
+        except OSError as error:
+            return f"{self.path}: {error.strerror}"
+        return ""
+
+    def sync(self) -> str:
+        """Wait until all of it would survive a crash of the machine; as `write`."""
+        problem = self.write("")
+        try:
+            os.fsync(self.descriptor)
+        except OSError as error:
+            problem = problem or f"{self.path}: {error.strerror}"
+        return problem
+
+    def close(self) -> str:
+        """As `write`, for the last time: what is still kept then is lost."""
+        problem = self.write("")
+        os.close(self.descriptor)
+        return problem and f"{problem}; {len(self.kept)} bytes are lost"
+
+
 def write_text(path: Path | str, text: str) -> None:
     """`text` as the whole file, UTF-8, by `atomic_write`."""
     with atomic_write(path) as temporary:

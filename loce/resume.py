@@ -8,6 +8,7 @@ their line in the log). The sampler has no state: its batches follow from config
 import contextlib
 import dataclasses
 import json
+import shutil
 import time
 from pathlib import Path
 from typing import Any
@@ -124,6 +125,26 @@ def _tidy(run: Path, folder: Path, keep: int, best: Path | None) -> None:
         say(f"WARNING: an old checkpoint could not be deleted: {error}")
 
 
+def require_room(run: Path, config: Config, model: MaskRCNN) -> None:
+    """UserError where the disk of a run has no room for one checkpoint more, its feature memory full."""
+    trained = [p for p in model.parameters() if p.requires_grad]  # with a momentum each
+    memory = checkpoint.memory_state(model)
+    copies = 1 if config.memory.shared else distributed.world_size()
+    rest = [tensor for name, tensor in model.state_dict().items() if name not in memory]
+    needed = sum(_bytes(t) for t in [*rest, *trained]) + copies * sum(_bytes(t) for t in memory.values())
+    place = next(folder for folder in (run.absolute(), *run.absolute().parents) if folder.exists())
+    free = shutil.disk_usage(place).free
+    if free < needed:
+        raise UserError(
+            f"output = {run}: a checkpoint takes up to {files.megabytes(needed)}, {files.megabytes(free)} are free on "
+            f"its disk: free {files.megabytes(needed - free)}, or choose a folder on another disk with output=..."
+        )
+
+
+def _bytes(tensor: Tensor) -> int:
+    return tensor.numel() * tensor.element_size()
+
+
 def newest(run: Path) -> Path | None:
     """The newest undamaged checkpoint of a run, the same on all ranks; None where there is none at all.
 
@@ -165,6 +186,9 @@ def restore(folder: Path, config: Config, model: MaskRCNN, device: torch.device)
     else:
         torch.manual_seed(_fresh_seed(config.seed, main["iteration"], distributed.rank()))
         lines.append(f"{before} processes before, {now} now: the batches stay the same, random numbers begin anew")
+    parts = main["config"]["train"]["accumulate"]
+    if parts != config.train.accumulate:
+        lines.append(f"train.accumulate: {parts} before, {config.train.accumulate} now: the batches stay the same")
     if model.roi_heads.memory is not None:
         bank = model.roi_heads.memory.bank
         packed, lost = main["memory"], 0

@@ -2,6 +2,7 @@
 
 import math
 import sys
+import time
 import warnings
 from dataclasses import dataclass, field
 from functools import partial
@@ -10,19 +11,21 @@ from pathlib import Path
 import torch
 from torch.nn.parallel import DistributedDataParallel
 
-from loce import build, checkpoint, distributed, resume
+from loce import build, checkpoint, distributed, resume, start
 from loce.checkpoint_files import megabytes
 from loce.classes import GROUPS, ClassStats
-from loce.config import Config, UserError, dump, images_per_rank
+from loce.config import Config, UserError, dump
 from loce.data.loader import TrainDataset, train_batches, training_plan
 from loce.data.lvis import LVISAnnotations
 from loce.data.samplers import TrainingPlan
 from loce.engine import DivergedError, fill_memory, scaled_lr, train_one_epoch
 from loce.files import file_hash
-from loce.inference import check_evaluation, evaluate_model
+from loce.inference import evaluate_model
 from loce.models.mask_rcnn import MaskRCNN
 from loce.progress import say
-from loce.runlog import RunLog, check_run_folder
+from loce.runlog import RunLog
+
+LAST_TRIES, LAST_WAIT = 20, 30.0  # of saving the last checkpoint; seconds between them
 
 
 @dataclass
@@ -75,14 +78,16 @@ def train(config: Config) -> None:
 
 def _prepare(config: Config, device: torch.device) -> Job:
     """Everything that can be wrong is found here, before the first step."""
-    images_per_rank(config.train, distributed.world_size())
-    check_run_folder(config.output, dump(config))
-    newest = resume.newest(Path(config.output))  # a barrier, too: rank 0 writes only after all have checked
-    if config.train.init and newest is None:
-        checkpoint.main_file(Path(config.train.init))
-    annotations = build.train_annotations(config)
-    if config.train.evaluate:
-        check_evaluation(config, build.val_annotations(config), annotations.stats, "the training data")
+    found = start.check(config)
+    try:
+        return _build(config, device, found)
+    except UserError:
+        found.undo()
+        raise
+
+
+def _build(config: Config, device: torch.device, found: start.Start) -> Job:
+    annotations, newest = found.annotations, found.newest
     dataset = build.train_dataset(config, annotations)
     meta = config.head.name == "balms"
     plan = training_plan(dataset, config.sampler, config.data, config.train.batch_size, config.seed, meta)
@@ -100,6 +105,8 @@ def _prepare(config: Config, device: torch.device) -> Job:
     torch.manual_seed(config.seed * 1000003 + distributed.rank())
     if newest is not None:
         _resume(job, newest)
+    if job.done < sum(lengths):
+        resume.require_room(job.folder, config, model)
     return job
 
 
@@ -159,7 +166,22 @@ def _after_step(job: Job, log: RunLog, epoch_end: int, done: int) -> None:
     job.done = done
     job.model.roi_heads.progress = done / sum(job.lengths)
     if done == epoch_end or done % job.config.train.checkpoint_every == 0:
-        _save(job, log)
+        saved = _save(job, log)
+        if done == sum(job.lengths) and not saved:
+            _save_at_last(job, log)
+
+
+def _save_at_last(job: Job, log: RunLog, tries: int = LAST_TRIES, wait: float = LAST_WAIT) -> None:
+    """Nothing comes after the last iteration: wait for room. UserError where there is none in the end."""
+    for _ in range(tries):
+        log.line(f"training is done, but not saved; the next try is in {wait:g} s")
+        time.sleep(wait)
+        if _save(job, log):
+            return
+    raise UserError(
+        f"{job.folder}: training is done, but its last checkpoint could not be saved. Make room on the disk and give "
+        "the same command again: it goes on from the checkpoint before"
+    )
 
 
 def _save(job: Job, log: RunLog) -> bool:
@@ -167,6 +189,7 @@ def _save(job: Job, log: RunLog) -> bool:
     largest = torch.stack([p.detach().abs().max() for p in job.model.parameters()]).max().item()  # sync: a save
     if not math.isfinite(largest):
         raise DivergedError("training diverged: a weight is not finite; the checkpoints before are good")
+    log.sync()
     state = {"iteration": job.done, "optimizer": job.optimizer.state_dict(), "scaler": job.scaler.state_dict()}
     saved = resume.save(job.folder, job.config, job.stats, job.model, state, log.unwritten())
     if saved.problems:

@@ -6,6 +6,7 @@ import os
 import time
 from bisect import bisect_left
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from itertools import accumulate
 from pathlib import Path
 from typing import Any
@@ -16,13 +17,15 @@ from torch import Tensor
 from loce import distributed
 from loce.environment import environment
 from loce.errors import UserError
-from loce.files import write_text
+from loce.files import PatientFile, write_text
 from loce.progress import bar, clock, eta, peak_memory, say
 from loce.yaml_text import load_yaml, show
 
-# What may differ when a run goes on: it changes how fast a run goes and what it writes, not what it learns.
+# What may differ when a run goes on: it changes how fast a run goes and what it writes, not what it learns; so, but for
+# rounding and the random draws, does `accumulate`, as the number of processes does.
 MAY_CHANGE = {"output", "device", "data.workers", "data.train_images", "data.val_images", "eval.batch_size"} | {
-    f"train.{name}" for name in ("log_every", "checkpoint_every", "keep_checkpoints", "evaluate")
+    *("train.resume", "train.accumulate", "train.evaluate", "train.evaluate_every"),
+    *("train.log_every", "train.checkpoint_every", "train.keep_checkpoints"),
 }
 
 
@@ -64,21 +67,20 @@ class RunLog:
         self.started = self.since = time.monotonic()
 
     def _open(self, config_text: str, device: torch.device | str) -> None:
-        from torch.utils.tensorboard import SummaryWriter  # takes seconds to import, one rank needs it
-
+        self.troubled: set[str] = set()  # what the disk does not take
+        self.undrawn: list[tuple[int, dict[str, float]]] = []
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             write_text(self.folder / "config.yaml", config_text)
+            with (self.folder / "env.txt").open("a", encoding="utf-8") as file:
+                file.write(environment(device) + "\n\n")
+            cut_metrics(self.folder / "metrics.jsonl", self.start)
+            self.metrics, self.text = (PatientFile(self.folder / name) for name in ("metrics.jsonl", "log.txt"))
+            self.board = self._new_board(self.start + 1)
         except OSError as error:
             raise UserError(
                 f"output = {self.folder}: cannot be written ({error}); choose another with output=..."
             ) from error
-        with (self.folder / "env.txt").open("a", encoding="utf-8") as file:
-            file.write(environment(device) + "\n\n")
-        cut_metrics(self.folder / "metrics.jsonl", self.start)
-        self.metrics = (self.folder / "metrics.jsonl").open("a", encoding="utf-8")
-        self.text = (self.folder / "log.txt").open("a", encoding="utf-8")
-        self.board = SummaryWriter(str(self.folder / "tensorboard"), purge_step=self.start + 1)
 
     def unwritten(self) -> dict[str, Tensor]:
         """The losses since the last line, (passes,) each: in a checkpoint, since no line may depend on when it was."""
@@ -121,18 +123,48 @@ class RunLog:
         epoch, step, length = self.place(iteration)
         record: dict[str, Any] = {"iteration": iteration, "epoch": epoch - 1 + step / length}
         record |= {name: value if math.isfinite(value) else None for name, value in values.items()}
-        self.metrics.write(json.dumps(record, allow_nan=False) + "\n")
-        self.metrics.flush()
-        for name, value in values.items():
-            tag = name if "/" in name else f"train/{name}"
-            self.board.add_scalar(tag, value, iteration)
+        self._warn("metrics.jsonl", self.metrics.write(json.dumps(record, allow_nan=False) + "\n"))
+        self._draw(iteration, values)
+
+    def _draw(self, iteration: int, values: dict[str, float]) -> None:
+        """TensorBoard points. Its writer does not survive a full disk: a new one draws again what has got lost."""
+        self.undrawn.append((iteration, values))
+        problem = ""
+        try:
+            if self.board is None:
+                self.board = self._new_board(self.undrawn[0][0])
+            for at, points in self.undrawn:
+                for name, value in points.items():
+                    self.board.add_scalar(name if "/" in name else f"train/{name}", value, at)
+            self.board.flush()
+            self.undrawn = []
+        except OSError as error:
+            problem, self.board = f"{self.folder / 'tensorboard'}: {error.strerror}", None
+        self._warn("tensorboard", problem)
+
+    def _new_board(self, first: int) -> Any:
+        """A TensorBoard writer whose points take the place of those that are there, from iteration `first` on."""
+        from torch.utils.tensorboard import SummaryWriter  # takes seconds to import, one rank needs it
+
+        return SummaryWriter(str(self.folder / "tensorboard"), purge_step=first)
+
+    def _warn(self, what: str, problem: str) -> None:
+        """Tell what the disk did not take, once until it takes something again."""
+        if problem and what not in self.troubled:
+            say(f"WARNING: {problem}. Training goes on; what is to be written is kept until there is room for it")
+        self.troubled = self.troubled | {what} if problem else self.troubled - {what}
+
+    def sync(self) -> None:
+        """Wait until all lines would survive a crash of the machine, before a checkpoint takes them for granted."""
+        if self.writing:
+            self._warn("metrics.jsonl", self.metrics.sync())
+            self._warn("log.txt", self.text.sync())
 
     def line(self, text: str, shown: bool = True) -> None:
         """A line of log.txt, also printed unless `shown` is False. Rank 0 only."""
         if not self.writing:
             return
-        self.text.write(text + "\n")
-        self.text.flush()
+        self._warn("log.txt", self.text.write(text + "\n"))
         if shown:
             say(text)
 
@@ -141,8 +173,11 @@ class RunLog:
         self.bar.close()
         if self.writing:
             self.line(f"{self.done}/{self.iterations} iterations done, {clock(time.monotonic() - self.started)}")
-            for file in (self.metrics, self.text, self.board):
-                file.close()
+            self._warn("metrics.jsonl", self.metrics.close())
+            self._warn("log.txt", self.text.close())
+            if self.board is not None:
+                with suppress(OSError):  # every line was flushed before
+                    self.board.close()
             self.writing = False
 
 

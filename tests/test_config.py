@@ -225,8 +225,9 @@ WORDS = {
     "train.epochs=": "command line: train.epochs = null: must be a whole number >= 1",
     "train.drops=16,22": "command line: train.drops = 16,22: must be a list of whole numbers >= 1, such as [1, 2]",
     "train=fast": (
-        "command line: train = fast: is a section; its keys are train.freeze, train.init, train.batch_size, "
-        "train.accumulate, train.epochs, train.lr, train.lr_batch_size, train.momentum, train.weight_decay, "
+        "command line: train = fast: is a section; its keys are train.freeze, train.init, train.resume, "
+        "train.batch_size, train.accumulate, train.epochs, train.lr, train.lr_batch_size, train.momentum, "
+        "train.weight_decay, "
         "train.warmup_iterations, train.warmup_factor, train.drops, train.drop_factor, train.clip_norm, "
         "train.precision, train.log_every, train.checkpoint_every, train.keep_checkpoints, train.evaluate"
     ),

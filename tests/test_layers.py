@@ -13,10 +13,10 @@ ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = ROOT / "loce"
 LAYERS = {
     0: "config conflicts method_options options errors yaml_text classes distributed environment files "
-    "checkpoint_files progress runlog",
+    "checkpoint_files progress runlog runlock",
     1: "data box_generator memory_bank memory_packing mean_score equilibrium_loss heads",
     2: "models evaluation",
-    3: "engine build checkpoint resume convert inference run plots",
+    3: "engine build checkpoint resume start convert inference run plots",
 }
 LAYER = {name: layer for layer, names in LAYERS.items() for name in names.split()}
 # Within a layer, what may import what (a folder's files may import each other; layers 0 and 3 are open, see below).

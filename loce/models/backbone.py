@@ -4,11 +4,12 @@ Both give P2..P6 (strides 4..64); P6 is P5 subsampled and serves the RPN only.
 """
 
 from collections import OrderedDict
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import partial
 from http.client import HTTPException
 from pathlib import Path
 from pickle import UnpicklingError
+from tempfile import TemporaryFile
 from urllib.error import URLError
 
 import torch
@@ -22,6 +23,12 @@ from loce.config import ModelConfig, UserError
 
 LAYERS = {f"layer{i + 1}": str(i) for i in range(4)}
 TINY_CHANNELS = (16, 32, 64, 96, 128)
+
+
+_RESNETS: dict[str, tuple[Callable[..., nn.Module], WeightsEnum]] = {
+    "resnet50": (resnet50, ResNet50_Weights.IMAGENET1K_V1),
+    "resnet101": (resnet101, ResNet101_Weights.IMAGENET1K_V1),
+}
 
 
 def _group_norm(channels: int) -> nn.GroupNorm:
@@ -51,10 +58,7 @@ def _tiny() -> nn.Module:
 
 
 def _resnet(config: ModelConfig) -> nn.Module:
-    build, weights = {
-        "resnet50": (resnet50, ResNet50_Weights.IMAGENET1K_V1),
-        "resnet101": (resnet101, ResNet101_Weights.IMAGENET1K_V1),
-    }[config.backbone]
+    build, weights = _RESNETS[config.backbone]
     norm = _group_norm if config.norm == "group" else partial(nn.BatchNorm2d, eps=1e-5)
     body = build(norm_layer=norm)
     if config.weights == "imagenet":
@@ -67,18 +71,39 @@ def _imagenet(weights: WeightsEnum) -> Mapping[str, Tensor]:
     try:
         return weights.get_state_dict(progress=True, check_hash=True)
     except (URLError, OSError, HTTPException, RuntimeError, EOFError, UnpicklingError) as error:
-        name = weights.url.rsplit("/", 1)[-1]
-        cached = Path(torch.hub.get_dir(), "checkpoints", name)
+        cached = _cached(weights)
         what = f"{type(error).__name__}: {error}"
         if cached.exists():
             raise UserError(
                 f"model.weights: imagenet: {cached} cannot be read ({what}).\n  Delete it, and it is downloaded again."
             ) from error
         raise UserError(
-            f"model.weights: imagenet: {name} is not in the cache and cannot be downloaded ({what}).\n"
+            f"model.weights: imagenet: {cached.name} is not in the cache and cannot be downloaded ({what}).\n"
             f"  Put the file into ~/.cache/torch/hub/checkpoints/ (or $TORCH_HOME/hub/checkpoints/) by hand, "
             f"or set model.weights=none (then model.norm=batch or group)."
         ) from error
+
+
+def require_cache(config: ModelConfig) -> None:
+    """UserError where ImageNet weights have to be downloaded first, and cannot be written where they belong."""
+    if config.weights != "imagenet":
+        return
+    file = _cached(_RESNETS[config.backbone][1])
+    if file.exists():
+        return
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        with TemporaryFile(dir=file.parent):
+            pass
+    except OSError as error:
+        raise UserError(
+            f"model.weights = imagenet: {file.name} is not in the cache, and nothing can be written into {file.parent} "
+            f"({error.strerror}); set TORCH_HOME to a folder that can be written, or put the file there by hand"
+        ) from error
+
+
+def _cached(weights: WeightsEnum) -> Path:
+    return Path(torch.hub.get_dir(), "checkpoints", weights.url.rsplit("/", 1)[-1])
 
 
 def build_backbone(config: ModelConfig) -> BackboneWithFPN:

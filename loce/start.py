@@ -1,0 +1,87 @@
+"""What can be wrong with a run is found before its first step, and all of it is told at once."""
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TypeVar
+
+from loce import build, checkpoint, distributed, resume
+from loce.config import Config, UserError, dump, images_per_rank, raise_problems
+from loce.data.lvis import LVISAnnotations
+from loce.inference import check_evaluation
+from loce.models.backbone import require_cache
+from loce.runlock import RunLock
+from loce.runlog import check_run_folder
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Start:
+    """What the checks have opened. newest: the checkpoint that training goes on from; lock: on rank 0."""
+
+    annotations: LVISAnnotations
+    newest: Path | None
+    lock: RunLock | None
+
+    def undo(self) -> None:
+        """Leave the run folder as it was found, for a run that does not begin after all."""
+        if self.lock is not None:
+            self.lock.undo()
+
+
+class _Checks:
+    """Runs checks and keeps what they find wrong."""
+
+    def __init__(self) -> None:
+        self.problems: list[str] = []
+
+    def run(self, check: Callable[[], T]) -> T | None:
+        """What a check gives; None where it finds a mistake of the user."""
+        try:
+            return check()
+        except UserError as error:
+            self.problems.append(str(error))
+            return None
+
+
+def check(config: Config) -> Start:
+    """Every rank must call. UserError, on all ranks, with everything that any of them finds wrong.
+
+    Nothing is written but the lock in the run folder, and that is undone where something is wrong.
+    """
+    checks, folder, init = _Checks(), Path(config.output), config.train.init
+    checks.run(lambda: images_per_rank(config.train, distributed.world_size()))
+    checks.run(lambda: check_run_folder(folder, dump(config)))
+    lock = checks.run(lambda: RunLock(folder)) if distributed.is_main() and not checks.problems else None
+    newest = checks.run(lambda: resume.newest(folder))
+    checks.run(lambda: check_resume(config.train.resume, folder, newest))
+    if newest is None and init:
+        checks.run(lambda: checkpoint.main_file(Path(init)))
+    if newest is None and not init and distributed.is_main():
+        checks.run(lambda: require_cache(config.model))
+    annotations = checks.run(lambda: build.train_annotations(config))
+    if config.train.evaluate:
+        validation = checks.run(lambda: build.val_annotations(config))
+        if annotations is not None and validation is not None:
+            stats = annotations.stats
+            checks.run(lambda: check_evaluation(config, validation, stats, "the training data"))
+    texts = distributed.gather_texts(json.dumps(checks.problems))
+    problems = list(dict.fromkeys(problem for text in texts for problem in json.loads(text)))
+    if problems and lock is not None:
+        lock.undo()
+    raise_problems(problems)
+    assert annotations is not None
+    return Start(annotations, newest, lock)
+
+
+def check_resume(wish: str, folder: Path, newest: Path | None) -> None:
+    """UserError where a run that must be new has a checkpoint, or one that must go on has none."""
+    if wish == "never" and newest is not None:
+        raise UserError(
+            f"train.resume = never: {folder} holds {newest.name} and is not overwritten; choose another folder with "
+            f"output=..., go on with train.resume=auto, or delete {folder}"
+        )
+    if wish == "must" and newest is None:
+        raise UserError(f"train.resume = must: {folder} has no finished checkpoint to go on from; check output=...")
