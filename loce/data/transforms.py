@@ -12,7 +12,7 @@ from pathlib import Path
 
 import cv2
 import numpy as np
-from PIL import Image, UnidentifiedImageError
+from PIL import Image, ImageOps, UnidentifiedImageError
 
 from loce.errors import UserError
 
@@ -24,18 +24,19 @@ class ImageError(UserError):
     """An image file that cannot be used; the message names it."""
 
 
-def read_image(path: Path, size: tuple[int, int]) -> np.ndarray:
+def read_image(path: Path, size: tuple[int, int] | None) -> np.ndarray:
     """(H, W, 3) uint8 RGB of a file of any kind (grey, palette, with alpha, 16 bits, CMYK); PNG's alpha is left out.
 
     The EXIF orientation is not applied: the annotations of COCO and LVIS are made on the stored pixels.
     size: (height, width) that the annotation file gives; ImageError where the file has another, or cannot be read.
+    None: a picture without annotations, turned upright by its EXIF orientation.
     """
     try:
         content = path.read_bytes()
     except OSError as error:
         raise ImageError(f"image {path}: cannot be read ({error.strerror})") from None
-    image = _decode(path, content)
-    if image.shape[:2] != tuple(size):
+    image = _decode(path, content, upright=size is None)
+    if size is not None and image.shape[:2] != tuple(size):
         turned = "; turned by 90 degrees they agree" if image.shape[1::-1] == tuple(size) else ""
         raise ImageError(
             f"image {path}: is {image.shape[1]} x {image.shape[0]} pixels (width x height), "
@@ -44,11 +45,12 @@ def read_image(path: Path, size: tuple[int, int]) -> np.ndarray:
     return image
 
 
-def _decode(path: Path, content: bytes) -> np.ndarray:
+def _decode(path: Path, content: bytes, upright: bool) -> np.ndarray:
     """OpenCV decodes; Pillow looks at what it cannot, and at JPEGs cut short, which OpenCV 4 fills up with grey."""
     image = None
+    flags = cv2.IMREAD_COLOR | (0 if upright else cv2.IMREAD_IGNORE_ORIENTATION)
     with contextlib.suppress(cv2.error):  # an empty file, for example
-        image = cv2.imdecode(np.frombuffer(content, np.uint8), cv2.IMREAD_COLOR | cv2.IMREAD_IGNORE_ORIENTATION)
+        image = cv2.imdecode(np.frombuffer(content, np.uint8), flags)
     whole = not content.startswith(_JPEG_START) or content.endswith(_JPEG_END)
     if image is not None and whole:
         return cv2.cvtColor(image, cv2.COLOR_BGR2RGB)
@@ -59,7 +61,7 @@ def _decode(path: Path, content: bytes) -> np.ndarray:
                 return cv2.cvtColor(image, cv2.COLOR_BGR2RGB)
             if picture.mode[0] in "IF":
                 raise ValueError(f"more than 8 bits a channel (mode {picture.mode})")
-            return np.asarray(picture.convert("RGB"))
+            return np.asarray((ImageOps.exif_transpose(picture) if upright else picture).convert("RGB"))
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         reason = "no known format" if isinstance(error, UnidentifiedImageError) else error
         raise ImageError(f"image {path}: damaged or not an image, {len(content)} bytes ({reason})") from None

@@ -226,8 +226,8 @@ class MaskRCNN(nn.Module):
         return labels_G.cpu(), own_G.cpu(), (scores_GC.argmax(dim=1) == labels_G).cpu()
 
     @torch.no_grad()
-    def predict(self, images: list[Tensor]) -> list[dict[str, Tensor]]:
-        """Detections of uint8 RGB images (3, h, w) of any size: boxes, labels, scores and full-size bool masks."""
+    def detect_images(self, images: list[Tensor]) -> list[dict[str, Any]]:
+        """`detect` on uint8 RGB images (3, h, w) of any size, resized as the options say; results in their pixels."""
         pixels, scales, originals = [], [], []
         for image in images:
             old = (image.shape[1], image.shape[2])
@@ -236,8 +236,13 @@ class MaskRCNN(nn.Module):
             pixels.append(torch.from_numpy(rows).permute(2, 0, 1))
             scales.append(geometry.scale)
             originals.append(old)
+        return self.detect(pixels, scales, originals)
+
+    def predict(self, images: list[Tensor]) -> list[dict[str, Tensor]]:
+        """Detections of uint8 RGB images (3, h, w) of any size: boxes, labels, scores and full-size bool masks."""
         results = []
-        for detections, size in zip(self.detect(pixels, scales, originals), originals, strict=True):
+        for detections, image in zip(self.detect_images(images), images, strict=True):
+            size = (image.shape[1], image.shape[2])
             rles = [{"size": size, "counts": counts} for counts in detections.pop("rles")]
             masks = torch.from_numpy(coco_mask.decode(rles)).permute(2, 0, 1) if rles else torch.zeros((0, *size))
             results.append({**detections, "masks": masks.bool()})
