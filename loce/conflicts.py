@@ -159,5 +159,15 @@ CONFLICTS: tuple[Conflict, ...] = (
         ),
         "at least one tree must have parents",
     ),
+    (
+        ("head.bags.bounds",),
+        lambda c: list(c.head.bags.bounds) != sorted(set(c.head.bags.bounds)),
+        "must increase",
+    ),
+    (
+        ("head.reweighted.beta", "head.reweighted.by"),
+        lambda c: c.head.reweighted.by == "inverse_frequency" and c.head.reweighted.beta != 0.9999,
+        "an option of head.reweighted.by=effective_number, which is not chosen",
+    ),
     *_other_heads_options(),
 )

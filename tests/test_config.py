@@ -321,6 +321,8 @@ IMPOSSIBLE = [
         *("head.name=forest", "head.forest.trees=x"),
         *("head.forest.visual=0", "head.forest.geometrical=0"),
     ),
+    ("head.name=bags", "head.bags.bounds=[10, 10]"),
+    ("head.name=reweighted", "head.reweighted.by=inverse_frequency", "head.reweighted.beta=0.9"),
     *other_heads_options(),
 ]
 

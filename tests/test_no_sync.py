@@ -15,7 +15,7 @@ from loce.box_generator import dense_boxes, valid
 from loce.classes import IGNORED
 from loce.config import HeadConfig, IndicatorConfig, MemoryConfig, ModelConfig, RoIConfig, RPNConfig
 from loce.data.masks import CroppedMasks
-from loce.heads import EquilibriumHead, RoIs
+from loce.heads import HEADS, EquilibriumHead, RoIs
 from loce.mean_score import MeanScoreTracker, instance_scores
 from loce.memory_bank import FeatureMemoryBank
 from loce.models.boxes import ROI_STDS, RPN_STDS, decode, encode
@@ -138,6 +138,25 @@ def test_a_step_never_waits(device, make_stats, drawn_before):
     assert (bank.counts[truth_N] == 8).all()
     assert (drawn_K >= 0).all()
     assert (tracker.scores != 0.01).any()
+
+
+@pytest.mark.parametrize("name", HEADS)
+def test_no_head_waits(device, make_stats, name):
+    """Losses, backward pass and scores of every method."""
+    classes, width, rows = 6, 16, 40
+    torch.manual_seed(0)
+    head = HEADS[name](width, make_stats(classes)).to(device)
+    labels_N = torch.arange(rows, device=device) % (classes + 2)
+    labels_N = torch.where(labels_N > classes, IGNORED, labels_N)
+    none_N = torch.full_like(labels_N, -1)
+    x_ND = torch.randn(rows, width, device=device)
+    indicator = torch.full((classes + 1,), 0.5, device=device)
+    rois = RoIs(labels_N, none_N, none_N >= 0, indicator, features_ND=x_ND, drawn_N=labels_N.clamp(-1, classes - 1))
+    with no_waiting(device):
+        logits_NL = head(x_ND)
+        sum(head.losses(logits_NL, rois).values()).backward()
+        head.scores(logits_NL.detach())
+    assert all(p.grad is not None for p in head.parameters())
 
 
 SIZE = (64, 96)

@@ -1,18 +1,22 @@
 """Classification heads: one file for each method, chosen by name from a literal dict."""
 
+from loce.heads.bags import BAGSHead
 from loce.heads.base import Head, RoIs
 from loce.heads.eql import EQLHead
 from loce.heads.eqlv2 import EQLv2Head
 from loce.heads.equilibrium import EquilibriumHead
+from loce.heads.reweighted import ReweightedHead
 from loce.heads.seesaw import SeesawHead
 from loce.heads.softmax import SoftmaxHead
 
 HEADS: dict[str, type[Head]] = {
     "softmax": SoftmaxHead,
     "equilibrium": EquilibriumHead,
+    "reweighted": ReweightedHead,
     "eql": EQLHead,
     "eqlv2": EQLv2Head,
     "seesaw": SeesawHead,
+    "bags": BAGSHead,
 }
 
 __all__ = ["HEADS", "EquilibriumHead", "Head", "RoIs", "SoftmaxHead"]
