@@ -14,6 +14,7 @@ from loce.evaluation.errors import CAUSES, Fates, confusions, given_back
 from loce.evaluation.lvis_ap import Evaluation
 from loce.files import atomic_write, write_text
 
+_SHAPES = {"bbox": "boxes", "segm": "masks"}
 GROUPS = {"all": "all", "r": "rare", "c": "common", "f": "frequent"}
 
 
@@ -26,18 +27,19 @@ def write_errors(
     write_text(Path(output) / "errors.csv", _table(evaluation, fates, back, groups))
     with atomic_write(Path(output) / "errors.png") as temporary:
         draw(groups, f"{evaluation.iou_type}, protocol {evaluation.protocol.name}\n{origin}", temporary)
-    return lines(evaluation, groups, detections)
+    return lines(evaluation, fates, groups, detections)
 
 
 def _group(evaluation: Evaluation, fates: Fates, back: Mapping[str, np.ndarray], name: str) -> dict[str, Any]:
-    """Objects by cause, AP50 and what each cause would give back, for the categories of a group with objects."""
+    """Objects by cause, AP and what each cause would give back, for the categories of a group with objects."""
     matches, truth = evaluation.matches, evaluation.truth
     chosen = (matches.objects[0] > 0) & ((truth.frequency == name) | (name == "all"))
     causes = fates.cause[chosen[truth.category]]
     row: dict[str, Any] = {"objects": int(matches.objects[0][chosen].sum())}
     row |= {cause: int((causes == number).sum()) for number, cause in enumerate(CAUSES)}
-    ap50 = np.array([entry["AP50"] for entry in evaluation.per_category])[chosen]
-    row["AP50"] = float(ap50.mean()) if len(ap50) else float("nan")
+    for name in ("AP", "AP50"):
+        values = np.array([entry[name] for entry in evaluation.per_category])[chosen]
+        row[name] = float(values.mean()) if len(values) else float("nan")
     row |= {f"back_{cause}": float(v[chosen].mean()) if chosen.any() else float("nan") for cause, v in back.items()}
     return row
 
@@ -60,7 +62,7 @@ def _table(
     counts = counts.reshape(-1, size)
     for k in np.flatnonzero(evaluation.matches.objects[0]):
         entry = evaluation.per_category[k]
-        numbers = [int(evaluation.matches.objects[0, k]), *counts[k].tolist(), entry["AP50"]]
+        numbers = [int(evaluation.matches.objects[0, k]), *counts[k].tolist(), entry["AP"], entry["AP50"]]
         numbers += [float(values[k]) for values in back.values()]
         cells = [_cell(value, column in blank) for column, value in zip(columns, numbers, strict=True)]
         row_head = ["category", entry["id"], entry["name"], entry["frequency"]]
@@ -76,26 +78,33 @@ def _cell(value: float, unknown: bool) -> str:
     return "" if np.isnan(value) else f"{value:.6g}"
 
 
-def lines(evaluation: Evaluation, groups: Mapping[str, dict[str, Any]], detections: Detections) -> list[str]:
-    """Objects by cause and the AP50 each cause would give back, rare beside all."""
+def lines(
+    evaluation: Evaluation, fates: Fates, groups: Mapping[str, dict[str, Any]], detections: Detections
+) -> list[str]:
+    """Objects by cause and the AP each cause would give back, rare beside all."""
     shown = {name: row for name, row in groups.items() if row["objects"]}
     head = "".join(f"{GROUPS[name]:>20}" for name in shown)
-    text = [f"{evaluation.iou_type}: what became of the objects at IoU .5, and the AP50 (percent) it would give back"]
+    text = [f"{evaluation.iou_type}: what became of the objects at IoU .5, and the AP (percent) that would give back"]
     text.append(f"{'':48}{head}")
-    text.append(f"{'objects, AP50':48}" + "".join(f"{r['objects']:>12,}{100 * r['AP50']:8.1f}" for r in shown.values()))
+    text.append(f"{'objects, AP':48}" + "".join(f"{r['objects']:>12,}{100 * r['AP']:8.1f}" for r in shown.values()))
     for cause, meaning in CAUSES.items():
         if not any(row[cause] for row in shown.values()):
             continue
         gain = [f"{100 * row[f'back_{cause}']:+8.1f}" if cause != "found" else f"{'':8}" for row in shown.values()]
         text.append(f"{meaning:48}" + "".join(f"{r[cause]:12,}{g}" for r, g in zip(shown.values(), gain, strict=True)))
-    return text + _caveats(evaluation, groups, detections)
+    exact = "".join(f"{'':12}{100 * (r['AP50'] - r['AP']):+8.1f}" for r in shown.values())
+    text.append(f"{'exact ' + _SHAPES[evaluation.iou_type] + ' of those found (AP50 - AP)':48}{exact}")
+    return text + _caveats(evaluation, fates, groups, detections)
 
 
-def _caveats(evaluation: Evaluation, groups: Mapping[str, dict[str, Any]], detections: Detections) -> list[str]:
+def _caveats(
+    evaluation: Evaluation, fates: Fates, groups: Mapping[str, dict[str, Any]], detections: Detections
+) -> list[str]:
     """What these detections cannot tell."""
+    if "removed_by_nms" not in fates.unseen:
+        return []
     notes = []
-    row = groups["all"]
-    truth = evaluation.truth
+    row, truth = groups["all"], evaluation.truth
     image, _ = positions(truth.image_ids, detections.image_ids)
     category, _ = positions(truth.category_ids, detections.category_ids)
     if truth.federated and truth.counted()[image, category].all():
@@ -103,12 +112,15 @@ def _caveats(evaluation: Evaluation, groups: Mapping[str, dict[str, Any]], detec
             "note: the results hold verified categories only: confusion with any other category looks like no detection"
         )
     if row["no_detection"]:
-        notes.append("note: from detections alone; NMS and proposals are told apart only when inference stores them")
+        notes.append(
+            "note: from detections alone, which do not tell what NMS removed and what was proposed; our own inference "
+            "stores that (eval.errors)"
+        )
     return notes
 
 
 def draw(groups: Mapping[str, dict[str, Any]], title: str, path: Path) -> None:
-    """Bars: AP50 that each cause would give back, by group."""
+    """Bars: AP that each cause would give back, by group."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg  # slow to import
     from matplotlib.figure import Figure
 
@@ -121,11 +133,11 @@ def draw(groups: Mapping[str, dict[str, Any]], title: str, path: Path) -> None:
     for g, (group, row) in enumerate(groups.items()):
         values = [np.nan_to_num(100 * row[f"back_{name}"]) for name in names]
         axes.barh(
-            np.arange(len(names)) + g * height, values, height, label=f"{GROUPS[group]} (AP50 {100 * row['AP50']:.1f})"
+            np.arange(len(names)) + g * height, values, height, label=f"{GROUPS[group]} (AP {100 * row['AP']:.1f})"
         )
     axes.set_yticks(np.arange(len(names)) + 0.4 - height / 2, [CAUSES[name] for name in names])
     axes.invert_yaxis()
-    axes.set_xlabel("AP50 that the cause would give back, percent")
+    axes.set_xlabel("AP that the cause would give back, percent")
     axes.set_title(f"Why AP is not higher: {title}".strip())
     axes.legend()
     figure.savefig(path, dpi=120)

@@ -23,6 +23,7 @@ from loce.evaluation.stream import read_detections
 from loce.progress import phase, watched
 
 RECALLS = np.linspace(0.0, 1.0, 101)
+FEW = (1, 10)  # detections of an image and category, for COCO's AR@1 and AR@10
 _EPSILON = np.spacing(1)
 
 
@@ -31,10 +32,11 @@ class Evaluation:
     """Result of `evaluate_lvis`.
 
     metrics: AP, AP50, AP75, APs, APm, APl, APr, APc, APf, AR@300, ARs@300, ARm@300, ARl@300 (the number is the
-    protocol's cap) as fractions, -1 where undefined. precision (T, R, K, A), recall (T, K, A): -1 where a category has
-    no objects, K in ascending order of category id. per_category: K dicts with id, name, frequency, images, instances,
-    AP, AP50, AR, detections, mean_score (of the detections that count), found_score (of those that found an object at
-    IoU .5); AP, AP50, AR are -1 without objects, the scores nan without detections.
+    protocol's cap; protocol "coco" has AR@1 and AR@10 as well) as fractions, -1 where undefined. precision
+    (T, R, K, A), recall (T, K, A): -1 where a category has no objects, K in ascending order of category id.
+    per_category: K dicts with id, name, frequency, images, instances, AP, AP50, AR, detections, mean_score (of the
+    detections that count), found_score (of those that found an object at IoU .5); AP, AP50, AR are -1 without objects,
+    the scores nan without detections.
     """
 
     metrics: dict[str, float]
@@ -68,8 +70,9 @@ def evaluate_lvis(
 
     annotations: path, loaded dict or GroundTruth; results: path of a results JSON or of a folder that inference wrote,
     list of result dicts, or Detections; iou_type: "bbox" or "segm"; protocol: "lvis", "fixed" (AP-fixed) or "coco".
-    max_detections: cap per image for "lvis" (None: 300), per image and category for "coco" (None: 100); "fixed" has no
-    such cap and always keeps the best 10,000 detections of a category.
+    max_detections: cap per image for "lvis", per image and category for "coco"; None is the protocol's own, 300 and
+    100, since a number for both would be wrong for one. "fixed" keeps the best 10,000 detections of a category whatever
+    their images, so a cap beside it is refused.
     Raises UserError for everything that is wrong with the input, with the first five offenders of each kind.
     """
     rules = choose_protocol(protocol, max_detections)
@@ -81,14 +84,19 @@ def evaluate_lvis(
 
 
 def choose_protocol(name: str, max_detections: int | None = None) -> Protocol:
-    """The rules called `name`, with another cap if one is given."""
+    """The rules called `name`, with another cap if one is given; UserError where there is no such cap."""
     if name not in PROTOCOLS:
         raise UserError(f"protocol: {name!r} is not known; choose one of {', '.join(PROTOCOLS)}")
     rules = PROTOCOLS[name]
-    if max_detections is None or name == "fixed":
+    if max_detections is None:
         return rules
-    if max_detections < 1:
-        raise UserError(f"max_detections: {max_detections} is not a positive number")
+    if rules.per == "category":
+        raise UserError(
+            f"max_detections: {max_detections} cannot stand with protocol {name}, which keeps the best {rules.cap:,} "
+            "detections of a category and knows no cap per image; leave max_detections out"
+        )
+    if isinstance(max_detections, bool) or not isinstance(max_detections, int) or max_detections < 1:
+        raise UserError(f"max_detections: {max_detections!r} is not a positive whole number")
     return Protocol(name=name, cap=max_detections, per=rules.per, federated=rules.federated)
 
 
@@ -116,7 +124,7 @@ def evaluate_loaded(truth: GroundTruth, detections: Detections, iou_type: str, r
         matches = match(truth, detections, iou_type, rules)
         precision, recall = accumulate(matches)
     return Evaluation(
-        metrics=summarise(precision, recall, matches.truth.frequency, rules.cap),
+        metrics=summarise(precision, recall, matches, rules.cap),
         precision=precision,
         recall=recall,
         per_category=_per_category(matches, precision, recall),
@@ -168,8 +176,9 @@ def _fill(precision: np.ndarray, recall: np.ndarray, true: np.ndarray, false: np
             precision[t, : len(index), a] = envelope[index, a, t]
 
 
-def summarise(precision: np.ndarray, recall: np.ndarray, frequency: np.ndarray, cap: int) -> dict[str, float]:
-    """The 13 numbers from precision (T, R, K, A), recall (T, K, A) and the groups (K,)."""
+def summarise(precision: np.ndarray, recall: np.ndarray, matches: Matches, cap: int) -> dict[str, float]:
+    """The 13 numbers from precision (T, R, K, A) and recall (T, K, A); with COCO's cap, recall at 1 and 10 as well."""
+    frequency = matches.truth.frequency
 
     def mean(values: np.ndarray) -> float:
         values = values[values > -1]
@@ -180,9 +189,24 @@ def summarise(precision: np.ndarray, recall: np.ndarray, frequency: np.ndarray, 
         metrics[f"AP{name[0]}"] = mean(precision[..., a])
     for group in "rcf":
         metrics[f"AP{group}"] = mean(precision[:, :, frequency == group, 0])
+    if matches.place is not None:
+        metrics |= {f"AR@{few}": mean(recall_within(matches, few)) for few in FEW if few < cap}
     for a, name in enumerate(AREA_NAMES):
         metrics[f"AR{name[0] if a else ''}@{cap}"] = mean(recall[..., a])
     return metrics
+
+
+def recall_within(matches: Matches, few: int) -> np.ndarray:
+    """(T, K) recall of objects of all sizes by the `few` best detections of each image and category; -1: no objects.
+
+    A worse detection never changes what a better one found, so nothing is matched again.
+    """
+    assert matches.place is not None
+    true = matches.matched[:, 0] & ~matches.ignored[:, 0] & (matches.place < few)[:, None]
+    down_to = np.concatenate([np.zeros((1, true.shape[1]), dtype=np.int64), np.cumsum(true, axis=0)])
+    found = np.diff(down_to[np.searchsorted(matches.overlapping, matches.bounds)], axis=0).T
+    objects = matches.objects[0]
+    return np.where(objects > 0, found / np.maximum(objects, 1), -1.0)
 
 
 def _per_category(matches: Matches, precision: np.ndarray, recall: np.ndarray) -> list[dict[str, Any]]:

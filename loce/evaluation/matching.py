@@ -51,7 +51,8 @@ class Matches:
 
     row, image (N,): row in the detections, index of the image; score (N,); false_positive (N, A) bool: counts against
     the category when nothing is matched. overlapping (M,) ascending indices into N; matched, ignored (M, A, T) bool:
-    took an object, took one that is ignored; object_50 (M,) the object taken at IoU .5 and area "all", or -1.
+    took an object, took one that is ignored; taken (M, T) int32: the object taken for area "all", or -1; place (M,):
+    how many better detections its cell has, None unless the cap is per cell.
     object_ignored (G, A) bool; objects (A, K): objects to find. Objects are rows of `truth`, which is the
     ground truth as the protocol sees it.
     """
@@ -65,7 +66,8 @@ class Matches:
     overlapping: np.ndarray
     matched: np.ndarray
     ignored: np.ndarray
-    object_50: np.ndarray
+    taken: np.ndarray
+    place: np.ndarray | None
     object_ignored: np.ndarray
     objects: np.ndarray
 
@@ -90,7 +92,7 @@ def match(truth: GroundTruth, detections: Detections, iou_type: str, protocol: P
     if protocol.federated and truth.not_exhaustive is not None:
         false_positive &= ~truth.not_exhaustive[image, category][:, None]
     pairs = _pairs(truth, detections, iou_type, rows, image, category)
-    overlapping, matched, ignored, object_50 = _lock_step(*pairs, object_ignored, truth.crowd)
+    overlapping, matched, ignored, taken = _lock_step(*pairs, object_ignored, truth.crowd)
     objects = [
         np.bincount(truth.category[~object_ignored[:, a]], minlength=categories) for a in range(len(AREA_RANGES))
     ]
@@ -104,7 +106,8 @@ def match(truth: GroundTruth, detections: Detections, iou_type: str, protocol: P
         overlapping=overlapping,
         matched=matched,
         ignored=ignored,
-        object_50=object_50,
+        taken=taken,
+        place=_place(image, category)[overlapping] if protocol.per == "cell" else None,
         object_ignored=object_ignored,
         objects=np.array(objects),
     )
@@ -182,6 +185,14 @@ def _rank(groups: np.ndarray) -> np.ndarray:
     return np.arange(len(groups)) - np.repeat(first, np.diff(np.append(first, len(groups))))
 
 
+def _place(image: np.ndarray, category: np.ndarray) -> np.ndarray:
+    """(N,) how many rows of the same image and category stand before each."""
+    order = np.lexsort((image, category))  # stable
+    place = np.empty(len(order), dtype=np.int64)
+    place[order] = _rank(image[order].astype(np.int64) * (int(category.max(initial=0)) + 1) + category[order])
+    return place
+
+
 def _pairs(
     truth: GroundTruth, detections: Detections, iou_type: str, rows: np.ndarray, image: np.ndarray, category: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
@@ -209,7 +220,7 @@ def _pairs(
 def _lock_step(
     cell: np.ndarray, detection: np.ndarray, ground: np.ndarray, iou: np.ndarray, ignored: np.ndarray, crowd: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-    """Greedy matching of P pairs; returns overlapping, matched, ignored, object_50 of `Matches`.
+    """Greedy matching of P pairs; returns overlapping, matched, ignored, taken of `Matches`.
 
     A detection takes, of the objects still free that it overlaps enough, the one of highest IoU, the last in the file
     among equals; one that is ignored only if no other is left. That preference is one integer: the pair's place among
@@ -225,7 +236,7 @@ def _lock_step(
     taken = np.zeros((len(ignored), areas, len(THRESHOLDS)), dtype=bool)
     matched = np.zeros((len(first), areas, len(THRESHOLDS)), dtype=bool)
     to_ignored = np.zeros_like(matched)
-    object_50 = np.full(len(first), -1, dtype=np.int64)
+    took = np.full((len(first), len(THRESHOLDS)), -1, dtype=np.int32)
 
     by_rank = np.argsort(rank, kind="stable")
     turns = np.split(by_rank, np.cumsum(np.bincount(rank))[:-1]) if len(rank) else []
@@ -243,6 +254,6 @@ def _lock_step(
         matched[turn], to_ignored[turn] = hit, hit & (best <= bonus)
         flat = choice.reshape(len(turn), columns) * columns + np.arange(columns)
         taken.reshape(-1)[flat[hit.reshape(len(turn), columns)]] = True
-        object_50[turn] = np.where(hit[:, 0, 0], choice[:, 0, 0], -1)
+        took[turn] = np.where(hit[:, 0], choice[:, 0], -1)
     by_detection = np.argsort(detection[first])
-    return detection[first][by_detection], matched[by_detection], to_ignored[by_detection], object_50[by_detection]
+    return detection[first][by_detection], matched[by_detection], to_ignored[by_detection], took[by_detection]

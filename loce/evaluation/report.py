@@ -15,9 +15,10 @@ from loce.evaluation.annotations import GroundTruth, load_annotations
 from loce.evaluation.bootstrap import intervals, tally
 from loce.evaluation.detections import Detections, read_results
 from loce.evaluation.error_report import write_errors
-from loce.evaluation.errors import Removed, explain
+from loce.evaluation.errors import explain
 from loce.evaluation.lvis_ap import Evaluation, choose_protocol, evaluate_loaded, load_results
 from loce.evaluation.matching import Protocol
+from loce.evaluation.stream import read_clues
 from loce.files import atomic_write, write_text
 from loce.progress import phase
 
@@ -38,8 +39,6 @@ def evaluate_and_report(
     resamples: int = 1000,
     origin: str = "",
     errors: bool = True,
-    removed: Removed | None = None,
-    proposals: tuple[np.ndarray, np.ndarray] | None = None,
     save_json: bool = False,
 ) -> dict[str, Evaluation]:
     """Evaluate, print the tables and write the folder `output`; the result per IoU type, "bbox" first.
@@ -47,14 +46,16 @@ def evaluate_and_report(
     annotations, results, max_detections: as for `evaluate_lvis`; iou_types: empty means what the results have;
     protocol "auto": "lvis" for federated ground truth, else "coco"; resamples: of the bootstrap, 0 for none; origin:
     what made the results (method, checkpoint), written beside the numbers; errors: explain lost objects (of masks
-    where they are evaluated); removed, proposals: what more inference knows for that (`errors.explain`);
-    save_json: also write results.json, the official results format.
+    where they are evaluated), with the clues of inference where `results` is its folder and has them; save_json: also
+    write results.json, the official results format.
     Writes metrics.json ({"bbox": 13 numbers, "segm": ...}), evaluation.json (what they are of), per_category.csv,
     tallies_<type>.npz (for scripts/compare.py), errors.csv and errors.png. UserError for bad input, before anything is
     written.
     """
+    clues = None
     if isinstance(results, (str, Path)):
         origin = origin or str(results)
+        clues = read_clues(results) if errors and Path(results).is_dir() else None
         results = results if Path(results).is_dir() else read_results(results)
     wanted = tuple(iou_types) or (results.iou_types if isinstance(results, Detections) else ("bbox", "segm"))
     truth = load_annotations(annotations, masks="segm" in wanted)
@@ -73,7 +74,7 @@ def evaluate_and_report(
         print("\n" + table(evaluation, spread))
     if errors:
         main = evaluations[max(evaluations)]  # "segm" where there is one
-        fates = explain(main, detections, removed, proposals)
+        fates = explain(main, detections, clues)
         print("\n" + "\n".join(write_errors(output, main, fates, detections, origin)))
     print("\n" + "\n".join(markdown(evaluations)))
     write_facts(Path(output), facts)

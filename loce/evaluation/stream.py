@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 
 from loce.errors import UserError
+from loce.evaluation.clues import Clues, Found, clues_of_image, join
 from loce.evaluation.detections import Detections, Masks, concatenate, offsets_of
 from loce.evaluation.reading import offenders
 from loce.files import atomic_write
@@ -27,6 +28,7 @@ class DetectionWriter:
         self.folder, self.rank, self.source, self.chunk_images = Path(folder), rank, source, chunk_images
         self.folder.mkdir(parents=True, exist_ok=True)
         self._pending: list[tuple[int, tuple[int, int], np.ndarray, np.ndarray, np.ndarray, list[bytes] | None]] = []
+        self._clues: list[Clues] = []  # of pending images
         self._finished: set[int] = set()
         for path in chunk_paths(folder):
             with _open_chunk(path) as chunk:
@@ -52,10 +54,12 @@ class DetectionWriter:
         category_ids: Any,
         rles: list[bytes] | None = None,
         size: tuple[int, int] | None = None,
+        clues: Found | None = None,
     ) -> None:
         """All detections of one image: boxes (N, 4) x1, y1, x2, y2 in px of the original image, scores (N,), the
         file's category ids (N,) (not labels), optionally N compressed RLE counts over an image of `size` (height,
-        width). Arrays or CPU tensors. An image without detections is added with N = 0."""
+        width). Arrays or CPU tensors. An image without detections is added with N = 0. clues: what else was seen
+        (`clues.Clues`, with category ids)."""
         corners = np.asarray(boxes_xyxy, dtype=np.float32).reshape(-1, 4)
         boxes = np.concatenate([corners[:, :2], corners[:, 2:] - corners[:, :2]], axis=1)
         score, category = np.asarray(scores, dtype=np.float32), np.asarray(category_ids, dtype=np.int32)
@@ -64,6 +68,7 @@ class DetectionWriter:
         if rles is not None and size is None:
             raise ValueError(f"image {image_id}: masks need the size (height, width) of their image")
         self._pending.append((int(image_id), size or (0, 0), boxes, score, category, rles))
+        self._clues += [] if clues is None else [clues_of_image(int(image_id), clues)]
         if len(self._pending) >= self.chunk_images:
             self.flush()
 
@@ -75,6 +80,8 @@ class DetectionWriter:
         has_masks = [r is not None for r in rles]
         if any(has_masks) != all(has_masks):
             raise ValueError("some images were added with masks and others without")
+        if self._clues and len(self._clues) < len(images):
+            raise ValueError("some images were added with clues and others without")
         flat = [counts for image in rles for counts in image or ()]
         chunk = {
             "source": np.array(self.source),
@@ -88,11 +95,13 @@ class DetectionWriter:
             "rle_lengths": np.array([len(counts) for counts in flat], dtype=np.int32),
             "rle_counts": np.frombuffer(b"".join(flat), dtype=np.uint8),
         }
+        if self._clues:
+            chunk |= {f"clue_{name}": column for name, column in vars(join(self._clues)).items()}
         path = self.folder / f"detections_{self.rank:04d}_{self._next:06d}.npz"
         with atomic_write(path) as temporary:
             np.savez(temporary, **chunk)  # type: ignore[arg-type]
         self._finished |= set(images)
-        self._next, self._pending = self._next + 1, []
+        self._next, self._pending, self._clues = self._next + 1, [], []
 
     def close(self) -> None:
         """Write what is left."""
@@ -144,9 +153,21 @@ def read_detections(folder: str | Path, expected_image_ids: Iterable[int]) -> De
     return concatenate([images[image] for image in sorted(images)])
 
 
+def read_clues(folder: str | Path) -> Clues | None:
+    """Every rank's clues, or None where inference left none for some of its images."""
+    parts = []
+    for path in chunk_paths(folder):
+        with _open_chunk(path) as chunk:
+            if "clue_kinds" not in chunk.files:
+                return None
+            names = [name for name in chunk.files if name.startswith("clue_")]
+            parts.append(Clues(**{name.removeprefix("clue_"): chunk[name] for name in names}))
+    return join(parts) if parts else None
+
+
 def _split(chunk: Any) -> list[tuple[int, Detections]]:
     """The images of one chunk."""
-    column = {key: chunk[key] for key in chunk.files}
+    column = {key: chunk[key] for key in chunk.files if not key.startswith("clue_")}
     rows = offsets_of(column["per_image"])
     ends = offsets_of(column["rle_lengths"])
     parts = []

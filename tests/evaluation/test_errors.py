@@ -7,9 +7,12 @@ from typing import Any
 import numpy as np
 import pytest
 from cases import random_case, without
+from pycocotools import mask as mask_utils
 
-from loce.evaluation import Detections, evaluate_lvis, read_results
-from loce.evaluation.errors import CAUSES, Removed, average_precision, confusions, explain, given_back
+from loce.evaluation import evaluate_lvis, read_results
+from loce.evaluation.clues import clues_of_image
+from loce.evaluation.errors import CAUSES, average_precision, confusions, explain, given_back
+from loce.evaluation.lvis_ap import counts
 from loce.evaluation.report import evaluate_and_report
 
 NAMES = list(CAUSES)
@@ -69,30 +72,56 @@ def test_every_cause_is_told_apart() -> None:
     assert fates.unseen == ("removed_by_nms", "score_too_low", "no_proposal")
 
 
-def test_what_inference_can_add() -> None:
-    """The object without detection: its detection was dropped by NMS, or by the cap, or it only had a proposal."""
+def corners(box: list[float]) -> np.ndarray:
+    return np.array([[box[0], box[1], box[0] + box[2], box[1] + box[3]]])
+
+
+@pytest.mark.parametrize("iou_type", ["bbox", "segm"])
+def test_what_inference_can_add(iou_type: str) -> None:
+    """Each clue beside an object without any detection, and beside one that is localised badly."""
     truth, results = scene()
-    evaluation, detections = evaluate_lvis(truth, results), read_results(results)
-    lost = NAMES.index("no_detection")
+    results = [{**d, "segmentation": rectangle(d["bbox"])} for d in results]
+    evaluation, detections = evaluate_lvis(truth, results, iou_type), read_results(results)
 
-    def cause(removed: Removed | None, boxes: list[list[float]] | None) -> tuple[str, float]:
-        proposals = None if boxes is None else (np.full(len(boxes), lost), np.array(boxes).reshape(-1, 4))
-        fates = explain(evaluation, detections, removed, proposals)
-        g = int(np.flatnonzero(evaluation.truth.image_ids[evaluation.truth.image] == lost)[0])
-        return NAMES[fates.cause[g]], float(fates.score[g])
+    def fate(lost: str, *found: tuple[str, int, float, list[float]]) -> tuple[str, float, int]:
+        """Of the object called `lost`, from clues (kind, category, score, box)."""
+        parts = {kind: (corners(box), [score], [category]) for kind, category, score, box in found}
+        fates = explain(evaluation, detections, clues_of_image(NAMES.index(lost), parts))
+        assert fates.unseen == ("no_detection",)
+        g = int(np.flatnonzero(evaluation.truth.image_ids[evaluation.truth.image] == NAMES.index(lost))[0])
+        return NAMES[fates.cause[g]], float(fates.score[g]), int(fates.other[g])
 
-    def dropped(by_nms: bool, category: int = 1) -> Removed:
-        ids = np.array([lost, lost]), np.array([category, category])
-        boxes = np.array([[11.0, 10.0, 20.0, 20.0], [0.0, 0.0, 5.0, 5.0]])
-        found = Detections(image_ids=ids[0], category_ids=ids[1], scores=np.array([0.25, 0.5]), boxes=boxes)
-        return Removed(detections=found, by_nms=np.array([by_nms, by_nms]))
+    near, far = [11.0, 10.0, 20.0, 20.0], [50.0, 12.0, 20.0, 20.0]
+    proposed = ("proposed", 1, 0.001, near)
+    none, badly, other = "no_detection", "badly_localised", "classified_as"
+    assert fate(none) == fate(none, ("proposed", 1, 0.9, far)) == ("no_proposal", np.inf, -1)
+    assert fate(none, proposed) == ("score_too_low", np.inf, -1)
+    for kind in ("removed_by_nms", "cut_by_cap"):
+        right = (kind, 1, 0.25, near)
+        for lost in (none, badly, other):
+            assert fate(lost, right, proposed) == (kind, 0.25, -1)
+        assert fate(none, (kind, 1, 0.25, far)) == fate(none, (kind, 2, 0.25, near)) == ("no_proposal", np.inf, -1)
+    wrong = (other, 2, 0.25, near)
+    assert fate(none, wrong, proposed) == fate(badly, wrong) == (other, 0.25, 1)
+    assert fate(other, wrong) == (other, np.float64(0.8), 1)  # the better of the two
+    assert fate(none, wrong, ("removed_by_nms", 1, 0.125, near)) == ("removed_by_nms", 0.125, -1)
+    assert fate("taken", ("removed_by_nms", 1, 0.125, near))[0] in ("found", "taken")
 
-    assert cause(None, [[10.0, 12.0, 20.0, 20.0]]) == ("score_too_low", np.inf)
-    assert cause(None, [[50.0, 12.0, 20.0, 20.0]]) == ("no_proposal", np.inf)
-    assert cause(None, []) == ("no_proposal", np.inf)
-    assert cause(dropped(by_nms=True), None) == ("removed_by_nms", 0.25)
-    assert cause(dropped(by_nms=False), [BOX]) == ("cut_by_cap", 0.25)
-    assert cause(dropped(by_nms=True, category=2), None) == ("no_detection", np.inf)
+
+def rectangle(box: list[float]) -> dict[str, Any]:
+    mask = np.zeros((100, 100), dtype=np.uint8, order="F")
+    x, y, w, h = (int(side) for side in box)
+    mask[y : y + h, x : x + w] = 1
+    return mask_utils.encode(mask)
+
+
+def test_no_clues_at_all_are_clues_too() -> None:
+    """Inference that looked and saw nothing: then there was no proposal."""
+    evaluation, detections = evaluate_lvis(scene()[0], []), read_results([])
+    fates = explain(evaluation, detections, clues_of_image(1, {}))
+    assert {NAMES[cause] for cause in fates.cause} == {"no_proposal"}
+    with pytest.raises(KeyError):
+        clues_of_image(1, {"seen": (np.zeros((0, 4)), [], [])})
 
 
 @pytest.mark.parametrize("iou_type", ["bbox", "segm"])
@@ -109,16 +138,14 @@ def test_each_object_has_one_fate_and_ap50_is_the_evaluators(iou_type: str) -> N
 
 
 def test_average_precision_is_the_evaluators() -> None:
-    from loce.evaluation.errors import _columns_50
-
     for seed in range(50):
         evaluation = evaluate_lvis(*random_case(seed, crowded=seed % 10 == 0))
-        true, false = _columns_50(evaluation)
         matches = evaluation.matches
+        cut = np.searchsorted(matches.overlapping, matches.bounds)
         for k in np.flatnonzero(matches.objects[0]):
-            own = slice(matches.bounds[k], matches.bounds[k + 1])
-            ap = average_precision(matches.score[own], true[own], false[own], int(matches.objects[0, k]))
-            assert ap == pytest.approx(evaluation.per_category[k]["AP50"], abs=1e-9)
+            true, false = (column[:, 0] for column in counts(matches, int(k), slice(cut[k], cut[k + 1])))
+            ap = average_precision(true, false, int(matches.objects[0, k]))
+            assert ap == pytest.approx(evaluation.per_category[k]["AP"], abs=1e-9)
 
 
 def test_what_is_given_back_is_what_evaluating_again_gives() -> None:
@@ -145,11 +172,11 @@ def test_what_is_given_back_is_what_evaluating_again_gives() -> None:
                     for g in chosen
                 ]
                 again = evaluate_lvis(truth, results + added)
-                expected = again.per_category[k]["AP50"] - evaluation.per_category[k]["AP50"]
+                expected = again.per_category[k]["AP"] - evaluation.per_category[k]["AP"]
                 flat = (ground.boxes[chosen, 2:] == 0).any()  # a detection like that would not count
                 if len({d["score"] for d in added}) == len(added) and not flat:  # ties would be ordered by image
-                    assert back[name][k] == pytest.approx(expected, abs=1e-9), (seed, k, name)
                     checked += len(added) > 0
+                    assert len(added) == 0 or back[name][k] == pytest.approx(expected, abs=1e-9), (seed, k, name)
     assert checked > 50
 
 
@@ -158,10 +185,32 @@ def test_outscored_gives_back_what_false_positives_cost() -> None:
     evaluation = evaluate_lvis(truth, results)
     back = given_back(evaluation, explain(evaluation, read_results(results)))
     right = [d for d in results if d["bbox"] == BOX or d["category_id"] == 2]
-    assert evaluate_lvis(truth, right).per_category[0]["AP50"] == pytest.approx(
-        evaluation.per_category[0]["AP50"] + back["outscored"][0]
+    assert evaluate_lvis(truth, right).per_category[0]["AP"] == pytest.approx(
+        evaluation.per_category[0]["AP"] + back["outscored"][0]
     )
     assert np.isnan(back["outscored"][1])  # no objects
+
+
+def test_outscored_is_the_ap_without_what_is_false_at_half() -> None:
+    """The slow twin: evaluate again without these detections."""
+    checked = 0
+    for seed in range(60):
+        truth, results = random_case(seed)
+        truth["images"] = [{**image, "not_exhaustive_category_ids": []} for image in truth["images"]]
+        results = without(results, "segmentation")
+        evaluation = evaluate_lvis(truth, results)
+        matches = evaluation.matches
+        false = matches.false_positive[:, 0].copy()
+        false[matches.overlapping[matches.matched[:, 0, 0]]] = False
+        if (matches.matched[:, 0] & ~matches.matched[:, 0, :1]).any():
+            continue  # found at a higher threshold only
+        again = evaluate_lvis(truth, [d for row, d in enumerate(results) if row not in set(matches.row[false])])
+        back = given_back(evaluation, explain(evaluation, read_results(results)))["outscored"]
+        for k in np.flatnonzero(matches.objects[0]):
+            expected = again.per_category[k]["AP"] - evaluation.per_category[k]["AP"]
+            assert back[k] == pytest.approx(expected, abs=1e-9), (seed, k)
+            checked += expected > 0
+    assert checked > 10
 
 
 def test_files_and_lines(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

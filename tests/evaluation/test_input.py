@@ -244,8 +244,13 @@ def test_unknown_choices_are_named(small: dict[str, Any]) -> None:
         evaluate_lvis(small, [], "mask")
     with pytest.raises(UserError, match="protocol: 'voc' is not known; choose one of lvis, fixed, coco"):
         evaluate_lvis(small, [], protocol="voc")
-    with pytest.raises(UserError, match="max_detections: 0"):
-        evaluate_lvis(small, [], max_detections=0)
+    for number in (0, -1, 2.5, True):
+        with pytest.raises(UserError, match=f"max_detections: {number} is not a positive whole number"):
+            evaluate_lvis(small, [], max_detections=number)  # type: ignore[arg-type]
+    with pytest.raises(UserError, match=r"max_detections: 300 cannot stand with protocol fixed, .* leave max_detect"):
+        evaluate_lvis(small, [], max_detections=300, protocol="fixed")
+    for protocol in ("lvis", "coco"):
+        assert "AR@300" in evaluate_lvis(small, [], "bbox", max_detections=300, protocol=protocol).metrics
     box = Detections(image_ids=np.array([7]), category_ids=np.array([2]), scores=np.ones(1), boxes=np.ones((1, 4)))
     with pytest.raises(UserError, match="iou_type=segm: the results have no segmentation"):
         evaluate_lvis(small, box, "segm")

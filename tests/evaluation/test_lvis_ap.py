@@ -14,8 +14,10 @@ from pycocotools import mask as mask_utils
 
 from loce.evaluation import evaluate_lvis, load_annotations, matching
 from loce.evaluation.iou import ground_rle
+from loce.evaluation.lvis_ap import recall_within
 
 TOLERANCE = 1e-9
+COCO_METRICS = ("AP", "AP50", "AP75", "APs", "APm", "APl", "AR@1", "AR@10", "AR@100", "ARs@100", "ARm@100", "ARl@100")
 
 
 def assert_equal_to_lvis(truth: dict[str, Any], results: list[dict[str, Any]], iou_type: str) -> None:
@@ -48,10 +50,12 @@ def check_seed_coco(seed: int) -> None:
         ours = evaluate_lvis(truth, results, iou_type, protocol="coco")
         np.testing.assert_allclose(ours.precision, official.eval["precision"][..., -1], rtol=0, atol=TOLERANCE)
         np.testing.assert_allclose(ours.recall, official.eval["recall"][..., -1], rtol=0, atol=TOLERANCE)
-        ours_stats = [ours.metrics[name] for name in ("AP", "AP50", "AP75", "APs", "APm", "APl")]
-        np.testing.assert_allclose(ours_stats, official.stats[:6], rtol=0, atol=TOLERANCE)
-        recalls = [ours.metrics[name] for name in ("AR@100", "ARs@100", "ARm@100", "ARl@100")]
-        np.testing.assert_allclose(recalls, official.stats[8:], rtol=0, atol=TOLERANCE)
+        stats = [ours.metrics[name] for name in COCO_METRICS]
+        np.testing.assert_allclose(stats, official.stats, rtol=0, atol=TOLERANCE)
+        assert set(ours.metrics) - set(COCO_METRICS) == {"APr", "APc", "APf"}
+        for m, few in enumerate((1, 10)):
+            within = recall_within(ours.matches, few)
+            np.testing.assert_allclose(within, official.eval["recall"][:, :, 0, m], rtol=0, atol=TOLERANCE)
 
 
 @pytest.mark.usefixtures("numpy_float")

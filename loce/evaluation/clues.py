@@ -1,0 +1,62 @@
+"""What inference saw near the objects and did not give out: why an object was lost cannot be told without it.
+
+A clue is a box, x, y, width, height in px of the original image, with a category and a score. Its kind:
+removed_by_nms: the best candidate of an object's category that overlaps it by half, dropped by NMS for a better one;
+cut_by_cap: the same, but it was left by NMS and dropped by the cap on detections; classified_as: the best detection of
+another category that overlaps an object by half and was left out since the category was not verified in the image;
+proposed: the proposal that overlaps an object most, with the object's category and the score it had for it.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+KINDS = ("removed_by_nms", "cut_by_cap", "classified_as", "proposed")
+Found = Mapping[str, tuple[Any, Any, Any]]  # kind -> boxes (n, 4) x1, y1, x2, y2; scores (n,); category ids (n,)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Clues:
+    """N clues: image_ids (N,) int64, kinds (N,) uint8 index into KINDS, category_ids (N,) int64, scores (N,) float32,
+    boxes (N, 4) float32 x, y, width, height. No rows of an image: there was nothing to tell."""
+
+    image_ids: np.ndarray
+    kinds: np.ndarray
+    category_ids: np.ndarray
+    scores: np.ndarray
+    boxes: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.image_ids)
+
+
+def clues_of_image(image_id: int, found: Found) -> Clues:
+    """What a model found in one image, arrays or CPU tensors; KeyError for a kind that is none of KINDS."""
+    parts = [none()]
+    for kind, columns in found.items():
+        corners = np.asarray(columns[0], dtype=np.float32).reshape(-1, 4)
+        size = len(corners)
+        parts.append(
+            Clues(
+                image_ids=np.full(size, image_id, dtype=np.int64),
+                kinds=np.full(size, {name: number for number, name in enumerate(KINDS)}[kind], dtype=np.uint8),
+                category_ids=np.asarray(columns[2], dtype=np.int64),
+                scores=np.asarray(columns[1], dtype=np.float32),
+                boxes=np.concatenate([corners[:, :2], corners[:, 2:] - corners[:, :2]], axis=1),
+            )
+        )
+    return join(parts)
+
+
+def none() -> Clues:
+    """No clues."""
+    ids = np.zeros(0, dtype=np.int64)
+    kinds, scores = np.zeros(0, dtype=np.uint8), np.zeros(0, dtype=np.float32)
+    return Clues(image_ids=ids, kinds=kinds, category_ids=ids, scores=scores, boxes=np.zeros((0, 4), dtype=np.float32))
+
+
+def join(parts: Sequence[Clues]) -> Clues:
+    """All rows of all parts, at least one, in order."""
+    return Clues(**{name: np.concatenate([vars(part)[name] for part in parts]) for name in vars(parts[0])})
