@@ -141,7 +141,7 @@ def test_wrong_calls_are_loud(tmp_path: Path) -> None:
 
 def test_clues_are_kept_beside_the_detections(tmp_path: Path, case: tuple[dict[str, Any], Detections]) -> None:
     """In the order of images, from every rank; a folder in which some chunks have none has none."""
-    truth, detections = case
+    truth, _ = case
     images = [image["id"] for image in truth["images"]]
     empty = np.zeros((0, 4)), np.zeros(0), np.zeros(0)
     clue = ([[1.0, 2.0, 4.0, 6.0]], [0.5], [truth["categories"][0]["id"]])
