@@ -1,10 +1,13 @@
 """Classification heads: one file for each method, chosen by name from a literal dict."""
 
 from loce.heads.bags import BAGSHead
+from loce.heads.balanced_softmax import BalancedSoftmaxHead
 from loce.heads.base import Head, RoIs
 from loce.heads.eql import EQLHead
 from loce.heads.eqlv2 import EQLv2Head
 from loce.heads.equilibrium import EquilibriumHead
+from loce.heads.logit_adjustment import LogitAdjustmentHead
+from loce.heads.norcal import NorCalHead
 from loce.heads.reweighted import ReweightedHead
 from loce.heads.seesaw import SeesawHead
 from loce.heads.softmax import SoftmaxHead
@@ -17,6 +20,9 @@ HEADS: dict[str, type[Head]] = {
     "eqlv2": EQLv2Head,
     "seesaw": SeesawHead,
     "bags": BAGSHead,
+    "balanced_softmax": BalancedSoftmaxHead,
+    "logit_adjustment": LogitAdjustmentHead,
+    "norcal": NorCalHead,
 }
 
 __all__ = ["HEADS", "EquilibriumHead", "Head", "RoIs", "SoftmaxHead"]

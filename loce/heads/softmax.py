@@ -8,12 +8,12 @@ State: none.
 Differences from the paper / the released code: none.
 """
 
-import torch.nn.functional as F
 from torch import Tensor
 
-from loce.classes import IGNORED, ClassStats
+from loce.classes import ClassStats
 from loce.heads.base import Head, RoIs
 from loce.heads.layers import linear
+from loce.heads.rows import cross_entropy
 from loce.method_options import HeadConfig
 
 
@@ -30,8 +30,7 @@ class SoftmaxHead(Head):
 
     def losses(self, logits_NL: Tensor, rois: RoIs) -> dict[str, Tensor]:
         """`loss_cls`: Eq. 1, summed over the rows that take part and divided by their number."""
-        total = F.cross_entropy(logits_NL.float(), rois.labels_N, ignore_index=IGNORED, reduction="sum")
-        return {"loss_cls": total / rois.count}
+        return {"loss_cls": cross_entropy(logits_NL, rois)}
 
     def scores(self, logits_NL: Tensor) -> Tensor:
         """Logits (N, C+1) -> softmax probabilities (N, C) of the foreground classes, fp32."""

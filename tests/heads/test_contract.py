@@ -118,7 +118,7 @@ def test_learns_a_few_points(head, device):
         labels, none, torch.zeros_like(labels, dtype=torch.bool), torch.full((CLASSES + 1,), 0.1, device=device)
     )
     optimiser = torch.optim.SGD(head.parameters(), lr=2.0)
-    for _ in range(100):
+    for _ in range(400):
         optimiser.zero_grad()
         sum(head.losses(head(features), rois).values()).backward()
         optimiser.step()

@@ -1,0 +1,43 @@
+"""NorCal, On Model Calibration for Long-Tailed Detection (NeurIPS 2021, arXiv 2107.02170): scores over class counts.
+
+    loss_cls = CE(z, y)                                                          as the softmax head
+    scores   = (e^{z_c} / n_c^gamma) / (e^{z_bg} + sum_j e^{z_j} / n_j^gamma)    foreground c, background untouched
+
+n_c: training images of class c (`head.norcal.counts=instances`: instances), at least 1. gamma = 0 is the plain softmax.
+Nothing changes in training, and parameters are named as the softmax head's: any finished softmax checkpoint can be
+evaluated with this head. While training, also for the mean score of the feature memory, scores are the plain
+softmax's.
+
+State: none; the counts are facts of the training set. Rows from the memory are rows like others.
+
+Differences from the paper / the released code:
+- The paper tunes gamma on training images for each model, and the release's command line has 0 as its default; here
+  it is 0.6.
+- Only the exponential form of the calibration factor is here, and always with normalisation over C + 1.
+"""
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from loce.classes import ClassStats
+from loce.heads.rows import at_least_fp32
+from loce.heads.softmax import SoftmaxHead
+from loce.method_options import HeadConfig
+
+
+class NorCalHead(SoftmaxHead):
+    """The softmax head with calibrated scores; `shift_L` (C+1,) is gamma log n, background 0."""
+
+    shift_L: Tensor  # noqa: N815
+
+    def __init__(self, in_features: int, stats: ClassStats, options: HeadConfig | None = None) -> None:
+        super().__init__(in_features, stats, options)
+        chosen = self.options.norcal
+        counts_C = stats.image_counts if chosen.counts == "images" else stats.instance_counts
+        shift_C = chosen.gamma * np.log(np.maximum(counts_C, 1))
+        self.register_buffer("shift_L", torch.tensor([*shift_C, 0.0], dtype=torch.float32), persistent=False)
+
+    def scores(self, logits_NL: Tensor) -> Tensor:
+        """Logits (N, C+1) -> calibrated scores (N, C), fp32; while training, the plain softmax's."""
+        return super().scores(logits_NL if self.training else at_least_fp32(logits_NL) - self.shift_L)
