@@ -1,5 +1,4 @@
 """The recipes of the peer methods: alike in all but the method, so that a table of them compares methods only."""
-"""The recipes of the compared methods: the schedule of their peers, and nothing but the method differs."""
 
 import re
 from pathlib import Path
@@ -84,59 +83,3 @@ def test_headers_say_what_the_recipe_is(name: str, folder: str):
         assert text["Writes to"] == config.output
         iterations = re.match(rf"{config.train.epochs} epochs, about ([\d,]+) iterations", text["Length"])
         assert iterations and int(iterations[1].replace(",", "")) == round(config.train.epochs * 99388 / 16, -3)
-from loce.config import load_config
-from tests.test_recipes import CONFIGS, flat, header
-
-# What a method goes on from, by data: a recipe and words. All train as long as stage 1 and LOCE together.
-END_TO_END = {
-    "lvis": ["baseline"],
-    "glyphs": ["glyphs/stage1", "train.epochs=7", "train.drops=[4, 6]"],
-}
-AFTER_STAGE_1 = {
-    "lvis": ["loce", "head.name=softmax", "memory.enabled=false"],
-    "glyphs": ["glyphs/softmax"],
-}
-BASELINE = {"lvis": END_TO_END["lvis"], "glyphs": AFTER_STAGE_1["glyphs"]}
-# Recipe -> the training it has with its peers, and all that is the method's own, the same for both data sets.
-METHODS: dict[str, tuple[dict[str, list[str]], dict[str, Any]]] = {
-    "balanced_softmax": (END_TO_END, {"head.name": "balanced_softmax"}),
-    "logit_adjustment": (END_TO_END, {"head.name": "logit_adjustment"}),
-    "norcal": (BASELINE, {"head.name": "norcal"}),
-}
-# Recipe and data -> what differs between the data sets.
-DIFFER: dict[tuple[str, str], dict[str, Any]] = {}
-FOLDERS = {"lvis": "methods", "glyphs": "glyphs/methods"}
-EACH = pytest.mark.parametrize(("name", "data"), [(name, data) for name in METHODS for data in FOLDERS])
-
-
-@pytest.mark.parametrize("folder", FOLDERS.values())
-def test_no_recipe_is_left_out(folder: str):
-    assert set(METHODS) == {path.stem for path in (CONFIGS / folder).glob("*.yaml")}
-
-
-@EACH
-def test_recipes_are_their_peers_training_with_the_method(name: str, data: str):
-    peers, changes = METHODS[name]
-    recipe = f"{FOLDERS[data]}/{name}"
-    expected = {**flat(load_config(peers[data])), **changes, **DIFFER.get((name, data), {}), "output": f"runs/{recipe}"}
-    assert flat(load_config([recipe])) == expected
-
-
-@EACH
-def test_headers_say_what_the_recipe_is(name: str, data: str):
-    recipe = f"{FOLDERS[data]}/{name}"
-    text, config = header(recipe), load_config([recipe])
-    script = f"scripts/{'finetune' if config.train.init else 'train'}.py {recipe}.yaml"
-    assert f"{'torchrun --nproc_per_node=8' if data == 'lvis' else 'python'} {script}" in text
-    schedule = re.search(r"^# Schedule:  (\d+) epochs", text, re.MULTILINE)
-    assert schedule and int(schedule[1]) == config.train.epochs
-    assert re.search(r"^# Published: \S", text, re.MULTILINE)
-    if data == "lvis":
-        assert f"# Writes to: {config.output}\n" in text
-        iterations = re.search(rf"^# Length:    {config.train.epochs} epochs, about ([\d,]+) iter", text, re.MULTILINE)
-        assert iterations
-        if config.sampler.name == "uniform":
-            assert int(iterations[1].replace(",", "")) == round(config.train.epochs * 99388 / 16, -3)
-    if config.train.init:
-        start = f"{Path(config.train.init).relative_to('runs')}.yaml"
-        assert start in text and load_config([start]).output == config.train.init
