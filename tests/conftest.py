@@ -1,12 +1,15 @@
 """Fixtures for all tests."""
 
 from collections.abc import Callable
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
 from loce.classes import ClassStats, frequency_groups
+from loce.data.glyphs import GlyphOptions, make_glyphs
+from tests.tiny_runs import CONFIG, run
 
 NO_CUDA = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 
@@ -34,3 +37,28 @@ def stats_of(classes: int) -> ClassStats:
 def make_stats() -> Callable[[int], ClassStats]:
     """`stats_of`."""
     return stats_of
+
+
+@pytest.fixture(scope="session")
+def glyphs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny Glyph-LVIS: 6 classes, 12 training images."""
+    folder = tmp_path_factory.mktemp("glyphs")
+    sizes = {"classes": 6, "train_images": 12, "val_images": 6, "size": 64, "smallest": 0.26, "largest": 0.4}
+    make_glyphs(GlyphOptions(out=str(folder), workers=1, **sizes))
+    return folder
+
+
+@pytest.fixture(scope="session")
+def config(glyphs: Path) -> Path:
+    """A recipe for a tiny model on `glyphs`: 2 epochs of 3 iterations."""
+    path = glyphs / "tiny.yaml"
+    path.write_text(CONFIG.format(glyphs))
+    return path
+
+
+@pytest.fixture(scope="session")
+def stage1(config: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The run folder of `config`, trained and evaluated; its neighbours are free for other runs."""
+    folder = tmp_path_factory.mktemp("runs") / "stage1"
+    run("train.py", config, f"output={folder}")
+    return folder

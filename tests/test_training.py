@@ -1,60 +1,13 @@
 """Whole runs on a tiny Glyph-LVIS, through the scripts that users start, in processes of their own."""
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 
 from loce.data.glyphs import GlyphOptions, make_glyphs
-
-ROOT = Path(__file__).resolve().parent.parent
-CONFIG = """
-data: {{train_annotations: {0}/annotations/train.json, train_images: {0}, val_annotations: {0}/annotations/val.json,
-  val_images: {0}, short_edges: [64], test_short_edge: 64, workers: 0}}
-model: {{backbone: tiny, weights: none, norm: group, frozen_stages: 0, fpn_channels: 16, fc_features: 32,
-  mask_channels: 8, mask_convs: 1, rpn: {{anchor_scale: 4, pre_nms_train: 100, pre_nms_test: 50, post_nms: 50,
-  batch_per_image: 32}}, roi: {{batch_per_image: 32, finest_scale: 14}}}}
-train: {{batch_size: 4, lr: 0.01, warmup_iterations: 2, epochs: 2, drops: [1], log_every: 1, clip_norm: 10}}
-"""
-LOCE = ("head.name=equilibrium", "memory.enabled=true", "train.freeze=trunk")
-
-
-@pytest.fixture(scope="module")
-def glyphs(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("glyphs")
-    sizes = {"classes": 6, "train_images": 12, "val_images": 6, "size": 64, "smallest": 0.26, "largest": 0.4}
-    make_glyphs(GlyphOptions(out=str(folder), workers=1, **sizes))
-    return folder
-
-
-@pytest.fixture(scope="module")
-def config(glyphs: Path) -> Path:
-    path = glyphs / "tiny.yaml"
-    path.write_text(CONFIG.format(glyphs))
-    return path
-
-
-def run(script: str, *words: str | Path, processes: int = 1, code: int = 0) -> str:
-    """Output of a script of ours, which must end with `code`."""
-    launch = [sys.executable]
-    if processes > 1:
-        launch = [sys.executable, "-m", "torch.distributed.run", f"--nproc_per_node={processes}", "--standalone"]
-    command = [*launch, str(ROOT / "scripts" / script), *map(str, words)]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=ROOT)
-    assert done.returncode == code, done.stdout + done.stderr
-    return done.stdout + done.stderr
-
-
-@pytest.fixture(scope="module")
-def stage1(config: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("runs") / "stage1"
-    run("train.py", config, f"output={folder}")
-    return folder
+from tests.tiny_runs import CONFIG, LOCE, main_file, memory, metrics, run, weights
 
 
 @pytest.fixture(scope="module")
@@ -64,23 +17,6 @@ def stage2(config: Path, stage1: Path) -> Path:
     assert "0 new, 0 dropped" in text
     assert "feature memory:" in text
     return folder
-
-
-def metrics(folder: Path) -> list[dict[str, float]]:
-    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-
-
-def main_file(folder: Path) -> Path:
-    return max(folder.glob("checkpoints/*/main.pt"))
-
-
-def weights(folder: Path) -> dict[str, torch.Tensor]:
-    state = torch.load(main_file(folder), weights_only=True)["model"]
-    return {**state, **memory(folder)}
-
-
-def memory(folder: Path, rank: int = 0) -> dict[str, torch.Tensor]:
-    return torch.load(main_file(folder).with_name(f"rank{rank}.pt"), weights_only=True)["memory"]
 
 
 def test_a_run_leaves_everything_that_is_promised(stage1: Path) -> None:
@@ -105,26 +41,6 @@ def test_stage_2_trains_the_four_parts_and_nothing_else(stage1: Path, stage2: Pa
     assert changed - {"roi_heads.tracker.scores"} == {name for name in before if name.startswith(parts)}
     assert after["written"].min() > 0  # every class has a training image
     assert all({"memory_fill/r", "mean_score/r"} <= set(line) for line in metrics(stage2))
-
-
-def test_stopped_and_resumed_is_bit_identical(config: Path, stage1: Path, stage2: Path) -> None:
-    folder = stage1.with_name("resumed")
-    words = (config, *LOCE, f"train.init={stage1}", f"output={folder}", "train.evaluate=false")
-    run("finetune.py", *words, "train.checkpoint_every=1", "train.keep_checkpoints=9")
-    whole = {path.parent.name for path in folder.glob("checkpoints/*/main.pt")}
-    for path in sorted(folder.glob("checkpoints/*/main.pt"))[3:]:  # as if it had been killed in iteration 3 of 6
-        path.unlink()
-    text = run("finetune.py", *words, "train.keep_checkpoints=9")
-    assert "2 of 6 iterations are done" in text
-    assert len(whole) == 7  # one after the memory was filled
-    assert "filling the feature memory" not in text
-    timing = ("images_per_second", "data_share", "peak_memory_gib")
-    for resumed, straight in zip(metrics(folder), metrics(stage2), strict=True):
-        assert {k: v for k, v in resumed.items() if k not in timing} == {
-            k: v for k, v in straight.items() if k not in timing
-        }
-    resumed_state, straight_state = weights(folder), weights(stage2)
-    assert all(torch.equal(resumed_state[name], value) for name, value in straight_state.items())
 
 
 def test_two_processes_train_and_evaluate_like_one(config: Path, stage1: Path) -> None:
