@@ -118,6 +118,11 @@ CONFLICTS: tuple[Conflict, ...] = (
         "there is nothing to start anew; set train.init, or leave head.reset out",
     ),
     (
+        ("head.reset", "head.name"),
+        lambda c: c.head.reset and c.head.name == "simcal",
+        "the detector's own classifier is one of the two; set head.simcal.layers=3fc_rand to start the other anew",
+    ),
+    (
         ("memory.level", "head.name"),
         lambda c: c.memory.enabled and c.memory.level == "fc" and c.head.name == "simcal",
         "this head reads pooled features, not vectors; set memory.level=roi",

@@ -309,6 +309,10 @@ IMPOSSIBLE = [
     ("head.reset=true",),
     (
         *("head.name=simcal", "sampler.name=bilevel", "train.freeze=detector", "train.init=x"),
+        "head.reset=true",
+    ),
+    (
+        *("head.name=simcal", "sampler.name=bilevel", "train.freeze=detector", "train.init=x"),
         "memory.enabled=true",
     ),
     ("head.name=balms",),

@@ -10,6 +10,7 @@ from loce.heads.logit_adjustment import LogitAdjustmentHead
 from loce.heads.norcal import NorCalHead
 from loce.heads.reweighted import ReweightedHead
 from loce.heads.seesaw import SeesawHead
+from loce.heads.simcal import SimCalHead
 from loce.heads.softmax import SoftmaxHead
 
 HEADS: dict[str, type[Head]] = {
@@ -23,6 +24,7 @@ HEADS: dict[str, type[Head]] = {
     "balanced_softmax": BalancedSoftmaxHead,
     "logit_adjustment": LogitAdjustmentHead,
     "norcal": NorCalHead,
+    "simcal": SimCalHead,
 }
 
 __all__ = ["HEADS", "EquilibriumHead", "Head", "RoIs", "SoftmaxHead"]

@@ -52,7 +52,10 @@ def build_roi_heads(
     feature_shape = (model.fc_features,) if memory.level == "fc" else (width, BOX_SIDE, BOX_SIDE)
     sampling = MemorySampling(classes, feature_shape, memory) if memory.enabled else None
     method = HEADS[head.name]
-    class_head = method(model.fc_features if method.depth else width * BOX_SIDE**2, stats, head)
+    if method.depth:
+        class_head = method(model.fc_features, stats, head)
+    else:
+        class_head = method(width * BOX_SIDE**2, stats, head, model.fc_features)
     return RoIHeads(model.roi, box_head, class_head, mask_head, tracker, prior, sampling)
 
 
