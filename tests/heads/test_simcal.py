@@ -10,7 +10,6 @@ from loce.config import HeadConfig
 from loce.heads.simcal import SimCalHead
 from loce.method_options import SimCalOptions
 from tests.heads.cases import random_case, rois_of
-from tests.test_no_sync import no_waiting
 
 CLASSES, FEATURES, WIDTH = 5, 12, 8
 
@@ -175,15 +174,3 @@ def test_takes_over_the_detectors_own_layers(make_stats, layers):
     assert torch.allclose(logits[:, CLASSES + 1 :], z) == (layers == "3fc_ft")
     again = {f"roi_heads.head.{name}": tensor for name, tensor in head.state_dict().items()}
     assert head.adopt(again) == again  # a checkpoint of this head
-
-
-def test_never_waits(make_stats, device):
-    head = make_head(make_stats).to(device)
-    place = torch.arange(30, device=device)
-    labels = (place % (CLASSES + 1)).where(place > 3, IGNORED)
-    rois = rois_of(labels, drawn_N=labels)
-    x = torch.randn(30, FEATURES, device=device)
-    with no_waiting(device):
-        logits = head(x)
-        head.losses(logits, rois)["loss_cls"].backward()
-        head.scores(logits)
