@@ -174,5 +174,10 @@ CONFLICTS: tuple[Conflict, ...] = (
         lambda c: c.head.reweighted.by == "inverse_frequency" and c.head.reweighted.beta != 0.9999,
         "an option of head.reweighted.by=effective_number, which is not chosen",
     ),
+    (
+        ("head.ldam.reweight_from", "head.ldam.beta"),
+        lambda c: c.head.ldam.reweight_from == 1 and c.head.ldam.beta != 0.9999,
+        "rows are never weighted by class, so beta does nothing; leave it out, or lower reweight_from",
+    ),
     *_other_heads_options(),
 )

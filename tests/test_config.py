@@ -327,6 +327,7 @@ IMPOSSIBLE = [
     ),
     ("head.name=bags", "head.bags.bounds=[10, 10]"),
     ("head.name=reweighted", "head.reweighted.by=inverse_frequency", "head.reweighted.beta=0.9"),
+    ("head.name=ldam", "head.ldam.reweight_from=1", "head.ldam.beta=0.9"),
     *other_heads_options(),
 ]
 

@@ -14,6 +14,7 @@ NAMES = sorted(path.stem for path in (CONFIGS / "methods").glob("*.yaml"))
 EACH = pytest.mark.parametrize("name", NAMES)
 # What a method may change beside its own section and the part of the detector that is frozen: recipe -> keys, and why.
 OWN: dict[str, tuple[str, ...]] = {
+    "ldam": ("train.clip_norm",),  # its late class weights, as reweighted
     "reweighted": ("train.clip_norm",),  # rows of a class with one instance weigh hundreds
 }
 METHOD_KEYS = ("head.", "sampler.", "train.freeze", "output")

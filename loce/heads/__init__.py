@@ -6,6 +6,7 @@ from loce.heads.base import Head, RoIs
 from loce.heads.eql import EQLHead
 from loce.heads.eqlv2 import EQLv2Head
 from loce.heads.equilibrium import EquilibriumHead
+from loce.heads.ldam import LDAMHead
 from loce.heads.logit_adjustment import LogitAdjustmentHead
 from loce.heads.norcal import NorCalHead
 from loce.heads.reweighted import ReweightedHead
@@ -22,6 +23,7 @@ HEADS: dict[str, type[Head]] = {
     "seesaw": SeesawHead,
     "bags": BAGSHead,
     "balanced_softmax": BalancedSoftmaxHead,
+    "ldam": LDAMHead,
     "logit_adjustment": LogitAdjustmentHead,
     "norcal": NorCalHead,
     "simcal": SimCalHead,
