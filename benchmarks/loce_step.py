@@ -27,7 +27,7 @@ from loce.box_generator import choose_instances, dense_boxes, valid
 from loce.classes import IGNORED
 from loce.config import read_options, run_script
 from loce.distributed import setup
-from loce.environment import environment
+from loce.env import environment
 from loce.equilibrium_loss import equilibrium_loss
 from loce.files import write_text
 from loce.mean_score import MeanScoreTracker, instance_scores

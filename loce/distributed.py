@@ -10,6 +10,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from loce.env import available_cores
 from loce.errors import UserError
 
 TIMEOUT = timedelta(minutes=30)  # the longest honest wait: the others while rank 0 merges an evaluation
@@ -60,11 +61,6 @@ def teardown() -> None:
     """Leave the group of processes; may be called at any time, also twice."""
     if dist.is_initialized():
         dist.destroy_process_group()
-
-
-def available_cores() -> int:
-    """CPU cores this process may run on."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def rank() -> int:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from loce import distributed
-from loce.environment import environment
+from loce.env import environment
 from loce.errors import UserError
 from loce.files import PatientFile, write_text
 from loce.progress import bar, clock, eta, peak_memory, say
@@ -73,7 +73,7 @@ class RunLog:
             self.folder.mkdir(parents=True, exist_ok=True)
             write_text(self.folder / "config.yaml", config_text)
             with (self.folder / "env.txt").open("a", encoding="utf-8") as file:
-                file.write(environment(device) + "\n\n")
+                file.write(environment(device, distributed.world_size()) + "\n\n")
             cut_metrics(self.folder / "metrics.jsonl", self.start)
             self.metrics, self.text = (PatientFile(self.folder / name) for name in ("metrics.jsonl", "log.txt"))
             self.board = self._new_board(self.start + 1)

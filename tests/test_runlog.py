@@ -16,7 +16,6 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from loce import progress as progress_module
 from loce.config import Config, UserError, dump, from_dict, to_dict
-from loce.environment import environment
 from loce.evaluation.reading import read_json
 from loce.files import atomic_write, write_text
 from loce.progress import clock, eta, phase, progress, watched
@@ -281,10 +280,3 @@ def test_clock_and_eta():
     ]
     assert eta(0.0, 0, 5) == "?"
     assert eta(0.0, 5, 0) == "0:00:00"
-
-
-def test_environment_names_what_numbers_depend_on():
-    facts = dict(line.split(": ", 1) for line in environment("cpu").splitlines())
-    assert facts["torch"] == torch.__version__ and facts["processes"] == "1" and facts["device"].startswith("cpu (")
-    assert facts["python"].startswith("3.") and "cores" in facts["host"]
-    assert facts["code"].startswith("loce ")
