@@ -105,7 +105,8 @@ class Loce:
         from_memory_N = torch.arange(len(labels_N), device=labels_N.device) >= len(given.row_labels)
         p_N = given.logits.detach().softmax(1).gather(1, labels_N.clamp(0, self.classes)[:, None])[:, 0]
         instances = sum(map(len, given.labels))
-        self.tracker.update(*instance_scores(p_N, labels_N, instances_N, instances, from_memory_N, self.classes))
+        drawn = (torch.where(from_memory_N, labels_N, IGNORED), p_N)
+        self.tracker.update(*instance_scores(p_N, labels_N, instances_N, instances), drawn)
         loss = equilibrium_loss(given.logits, labels_N, self.tracker.scores)
         loss.backward()
         return loss.detach()

@@ -87,6 +87,15 @@ def all_reduce_sum(tensor: Tensor) -> Tensor:
     return total
 
 
+def all_reduce_mean(counts: Tensor) -> Tensor:
+    """Mean over ranks of what losses are divided by, fp32, no gradient; the same shape on all ranks.
+
+    Data-parallel training averages the gradients of the ranks. With this as divisor on every rank, and not each rank's
+    own count, their average is the gradient of all ranks' images as one batch.
+    """
+    return all_reduce_sum(counts) / world_size()
+
+
 def all_gather_rows(tensor: Tensor) -> Tensor:
     """(W, *shape): the tensors of all W ranks in order of rank, no gradient; same shape and dtype on all ranks."""
     if not dist.is_initialized():

@@ -88,12 +88,15 @@ def check_finite(means: dict[str, float]) -> None:
 
 
 @torch.no_grad()
-def fill_memory(model: MaskRCNN, dataset: TrainDataset, per_class: int, shared: bool, seed: int, workers: int) -> None:
+def fill_memory(
+    model: MaskRCNN, dataset: TrainDataset, per_class: int, shared: bool, seed: int, images: int, workers: int
+) -> None:
     """Before stage 2: store instances of every class and warm up the mean score (supplement, Sec. 1).
 
-    Every rank fills its own bank from its own choice of images; a shared bank deals the work out.
+    Every rank fills its own bank from its own choice of images; a shared bank deals the work out. images: on a rank
+    at once.
     """
     model.train()
-    batches = fill_batches(dataset, per_class, shared, seed, workers)
+    batches = fill_batches(dataset, per_class, shared, seed, images, workers)
     for samples in progress(batches, len(batches), "filling the feature memory"):
         model.fill_memory(samples)

@@ -1,6 +1,7 @@
 """LOCE, Sec. 3.1, Eq. 2: the mean classification score of each class, an indicator of how well it is learned.
 
-Shape suffixes: N rows (RoIs and memory features), E entries, L = C + 1 classes with background last, G groups of rows.
+Shape suffixes: N rows (RoIs and memory features), E entries, K rows from the
+memory, L = C + 1 classes with background last, G groups of rows.
 """
 
 import torch
@@ -35,52 +36,51 @@ class MeanScoreTracker(nn.Module):
         self.register_buffer("scores", scores_L)
 
     @torch.no_grad()
-    def update(self, labels: Tensor, probabilities: Tensor) -> None:
+    def update(self, labels: Tensor, probabilities: Tensor, drawn: tuple[Tensor, Tensor] | None = None) -> None:
         """Apply Eq. 2 once for each entry, the entries of all ranks together.
 
-        labels: (E,) long; probabilities: (E,) float, the predicted probability of that label. Entries with a negative
-        label (padding) or with label C (background) count for nothing. The q entries of a class are applied in closed
-        form with their mean, s <- alpha^q s + (1 - alpha^q) mean, so that neither their order nor the number of ranks
-        matters. E may differ between ranks; every rank must call. Nothing here waits for the device.
+        labels: (E,) long; probabilities: (E,) float, the predicted probability of that label; drawn: the same for rows
+        from the memory, (K,) each: those of one class, of all ranks, make one entry with their mean. What has a
+        negative label (padding) or label C (background) counts for nothing. The q entries of a class are applied in
+        closed form with their mean, s <- alpha^q s + (1 - alpha^q) mean, so that neither their order nor the number of
+        ranks matters. E and K may differ between ranks; every rank must call. Nothing here waits for the device.
 
         `scores` becomes a new tensor: what a loss was computed with stays as it was until its backward pass.
         """
-        index_E = torch.where(labels < 0, self.num_classes, labels)  # the background's column takes what is left out
-        entries_2E = torch.stack([probabilities.float(), torch.ones_like(probabilities, dtype=torch.float32)])
-        sums_counts_2L = self.scores.new_zeros(2, self.num_classes + 1).index_add_(1, index_E, entries_2E)
-        sum_L, count_L = all_reduce_sum(sums_counts_2L)
+        drawn_2L = torch.zeros_like(self.scores).expand(2, -1) if drawn is None else self._sums(*drawn)
+        entries_2L, drawn_2L = all_reduce_sum(torch.stack([self._sums(labels, probabilities), drawn_2L]))
+        sum_L = entries_2L[0] + drawn_2L[0] / drawn_2L[1].clamp(min=1)
+        count_L = entries_2L[1] + (drawn_2L[1] > 0)
         kept_L = self.momentum**count_L
         scores_L = kept_L * self.scores + (1 - kept_L) * sum_L / count_L.clamp(min=1)
         scores_L[-1:].fill_(self.background_score)
         self.scores = scores_L
 
+    def _sums(self, labels_N: Tensor, probabilities_N: Tensor) -> Tensor:
+        """(2, L) sum of the probabilities of each class, and how many there are."""
+        index_N = torch.where(labels_N < 0, self.num_classes, labels_N)  # the background's column is not used
+        rows_2N = torch.stack([probabilities_N.float(), torch.ones_like(probabilities_N, dtype=torch.float32)])
+        return self.scores.new_zeros(2, self.num_classes + 1).index_add_(1, index_N, rows_2N)
+
 
 @torch.no_grad()
 def instance_scores(
-    probabilities: Tensor,
-    labels: Tensor,
-    instances: Tensor,
-    num_instances: int,
-    from_memory: Tensor,
-    num_classes: int,
+    probabilities: Tensor, labels: Tensor, instances: Tensor, num_instances: int
 ) -> tuple[Tensor, Tensor]:
-    """The entries that one batch gives to `MeanScoreTracker.update`, in a shape that does not depend on the data.
+    """The entries that the ground truth of one batch gives to `MeanScoreTracker.update`.
 
-    One entry for each ground-truth instance with a sampled positive RoI: the mean over its positive RoIs; and one for
-    each class drawn from the memory: the mean over its drawn features.
+    One for each instance with a sampled positive RoI, the mean over its positive RoIs; in a shape that does not depend
+    on the data.
 
     probabilities: (N,) float, p_y of each row; labels: (N,) long; instances: (N,) long, the ground-truth instance over
-    the whole batch, -1 for none; num_instances: how many there are; from_memory: (N,) bool. Rows with label C
-    (background) or a negative label are left out. Returns labels (E,) long and scores (E,) fp32 with
-    E = num_instances + num_classes: first the instances, then the classes; label IGNORED and score 0 where there is
-    no such row.
+    the whole batch, -1 for none (background, rows from the memory); num_instances: how many there are. Rows with a
+    negative label are left out. Returns labels (num_instances,) long and scores (num_instances,) fp32; label IGNORED
+    and score 0 where there is no such row.
     """
-    entries = num_instances + num_classes
-    group_N = torch.where(from_memory, num_instances + labels, instances)
-    foreground_N = (labels >= 0) & (labels < num_classes)
-    group_N = torch.where(foreground_N & (group_N >= 0), group_N, entries)  # the last group takes what is left out
+    own_N = (instances >= 0) & (labels >= 0)
+    group_N = torch.where(own_N, instances, num_instances)  # the last group takes what is left out
     rows_2N = torch.stack([probabilities.float(), torch.ones_like(probabilities, dtype=torch.float32)])
-    sum_G, count_G = rows_2N.new_zeros(2, entries + 1).index_add_(1, group_N, rows_2N)
-    labels_G = labels.new_full((entries + 1,), IGNORED).scatter_(0, group_N, labels)  # rows of a group share the label
+    sum_G, count_G = rows_2N.new_zeros(2, num_instances + 1).index_add_(1, group_N, rows_2N)
+    labels_G = labels.new_full((num_instances + 1,), IGNORED).scatter_(0, group_N, labels)  # a group shares its label
     scores_G = sum_G / count_G.clamp(min=1)
-    return labels_G[:entries], scores_G[:entries]
+    return labels_G[:num_instances], scores_G[:num_instances]

@@ -118,10 +118,10 @@ class FeatureMemoryBank(nn.Module):
         def uniform(*shape: int) -> Tensor:
             return torch.rand(shape, generator=generator, dtype=torch.float64, device=self.written.device)
 
-        return self._draw(mean_score, 1 - uniform(classes_per_draw), uniform(classes_per_draw, features_per_class))
+        return self.draw(mean_score, 1 - uniform(classes_per_draw), uniform(classes_per_draw, features_per_class))
 
     @torch.no_grad()
-    def _draw(self, mean_score: Tensor, uniform_K: Tensor, uniform_KF: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def draw(self, mean_score: Tensor, uniform_K: Tensor, uniform_KF: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """`sample` with given random numbers: those for the classes in (0, 1], those for the features in [0, 1)."""
         counts_C = self.counts
         cumulative_C = sampling_probability(mean_score.double(), counts_C).cumsum(0)

@@ -14,7 +14,7 @@ from torch.nn.parallel import DistributedDataParallel
 from loce import build, checkpoint, distributed, resume, start
 from loce.checkpoint_files import megabytes
 from loce.classes import GROUPS, ClassStats
-from loce.config import Config, UserError, dump
+from loce.config import Config, UserError, dump, images_per_rank
 from loce.data.loader import TrainDataset, train_batches, training_plan
 from loce.data.lvis import LVISAnnotations
 from loce.data.samplers import TrainingPlan
@@ -101,7 +101,7 @@ def _build(config: Config, device: torch.device, found: start.Start) -> Job:
     scaler = torch.amp.GradScaler(device.type, enabled=config.train.precision == "fp16")
     lengths = plan.iterations(config.train.epochs)
     job = Job(config, device, annotations, dataset, plan, lengths, model, optimizer, scaler, report)
-    # Each rank draws its own numbers from here on: regions, jittered boxes, memory rows.
+    # What the model chooses at random is keyed by image; a head's own random numbers differ between ranks.
     torch.manual_seed(config.seed * 1000003 + distributed.rank())
     if newest is not None:
         _resume(job, newest)
@@ -136,7 +136,8 @@ def _train(job: Job) -> None:
         log.line(line)
     if config.memory.enabled and not job.resumed:
         memory = config.memory
-        fill_memory(job.model, job.dataset, memory.fill_instances, memory.shared, config.seed, config.data.workers)
+        images, workers = images_per_rank(train, distributed.world_size()), config.data.workers
+        fill_memory(job.model, job.dataset, memory.fill_instances, memory.shared, config.seed, images, workers)
         log.line(filled(job.model))
         _save(job, log)  # filling takes long on LVIS and is never done twice
     wrapped: torch.nn.Module = job.model

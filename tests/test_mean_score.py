@@ -130,14 +130,22 @@ def test_entries_equal_plain_loops(device):
         instances, classes = trial % 7, 1 + trial % 11
         rows = random_rows(trial, instances, classes, generator)
         p, y, i, memory = (x.to(device) for x in rows)
-        labels, scores = instance_scores(p, y, i, instances, memory, classes)
-        assert labels.shape == scores.shape == (instances + classes,)
+        labels, scores = instance_scores(p, y, i, instances)
+        assert labels.shape == scores.shape == (instances,)
         real = labels != IGNORED
         got = sorted(zip(labels[real].tolist(), scores[real].double().tolist(), strict=True))
-        want = entries_slow(rows[0].double().tolist(), *(x.tolist() for x in rows[1:]), classes)
+        lists = (rows[0].double().tolist(), *(x.tolist() for x in rows[1:]))
+        want = entries_slow(*lists[:3], [False] * trial, classes)
         assert [label for label, _ in got] == [label for label, _ in want]
         assert [score for _, score in got] == pytest.approx([score for _, score in want], abs=1e-6)
         assert not scores[~real].any()
+
+        tracker = MeanScoreTracker(classes).to(device)
+        tracker.update(labels, scores, (torch.where(memory, y, IGNORED), p))
+        entries = entries_slow(*lists, classes)
+        start = [0.01] * (classes + 1)
+        after = update_slow(start, [label for label, _ in entries], [score for _, score in entries], 0.9, 0.01)
+        assert tracker.scores.tolist() == pytest.approx(after, abs=1e-6)
 
 
 def test_entries_of_a_batch_worked_by_hand():
@@ -146,18 +154,27 @@ def test_entries_of_a_batch_worked_by_hand():
         labels=torch.tensor([1, 1, 0, 3, 2, 2, IGNORED]),  # the fourth row is background
         instances=torch.tensor([2, 2, 0, -1, -1, -1, 1]),  # instance 1 has only an ignored row
         num_instances=3,
-        from_memory=torch.tensor([False, False, False, False, True, True, False]),
-        num_classes=3,
     )
-    assert labels.tolist() == [0, IGNORED, 1, IGNORED, IGNORED, 2]
-    torch.testing.assert_close(scores, torch.tensor([0.9, 0.0, 0.3, 0.0, 0.0, 0.2]))
+    assert labels.tolist() == [0, IGNORED, 1]
+    torch.testing.assert_close(scores, torch.tensor([0.9, 0.0, 0.3]))
+
+
+def test_rows_from_the_memory_are_one_entry_a_class():
+    tracker = MeanScoreTracker(3)
+    drawn = (torch.tensor([2, 2, 0, IGNORED, 2]), torch.tensor([0.1, 0.3, 0.5, 0.9, 0.2]))
+    tracker.update(torch.tensor([2]), torch.tensor([0.8]), drawn)
+    twice = 0.81 * 0.01 + 0.19 * (0.2 + 0.8) / 2  # class 2: the mean of its drawn rows and its instance
+    assert tracker.scores.tolist() == pytest.approx([0.9 * 0.01 + 0.1 * 0.5, 0.01, twice, 0.01])
 
 
 def shares():
-    """Two ranks' entries over three updates, of different lengths, one of them empty."""
+    """Two ranks' entries and drawn rows over three updates, of different lengths, one of them empty."""
     generator = torch.Generator().manual_seed(3)
     return [
-        [(torch.randint(-1, 6, (n,), generator=generator), torch.rand(n, generator=generator)) for n in lengths]
+        [
+            [(torch.randint(-1, 6, (n,), generator=generator), torch.rand(n, generator=generator)) for n in (m, 2 * m)]
+            for m in lengths
+        ]
         for lengths in ((5, 9), (0, 4), (7, 7))
     ]
 
@@ -167,7 +184,8 @@ def follow_shares(rank, port, folder):
     torch.distributed.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
     tracker = MeanScoreTracker(5)
     for step in shares():
-        tracker.update(*step[rank])
+        entries, drawn = step[rank]
+        tracker.update(*entries, drawn)
     torch.save(tracker.scores, f"{folder}/{rank}.pt")
     torch.distributed.destroy_process_group()
 
@@ -180,6 +198,7 @@ def test_two_processes_equal_one(tmp_path):
     first, second = (torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in range(2))
     alone = MeanScoreTracker(5)
     for step in shares():
-        alone.update(torch.cat([labels for labels, _ in step]), torch.cat([p for _, p in step]))
+        entries, drawn = ([torch.cat(parts) for parts in zip(*kind, strict=True)] for kind in zip(*step, strict=True))
+        alone.update(*entries, tuple(drawn))
     assert torch.equal(first, second)
     torch.testing.assert_close(first, alone.scores)

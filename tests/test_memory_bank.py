@@ -158,7 +158,7 @@ def test_draw_equals_the_equations(device):
             scores = torch.rand(classes + 1, generator=generator) ** 3 + 1e-3
             uniform_K = 1 - torch.rand(8, generator=generator, dtype=torch.float64)
             uniform_KF = torch.rand(8, 4, generator=generator, dtype=torch.float64)
-            got = bank._draw(scores.to(device), uniform_K.to(device), uniform_KF.to(device))
+            got = bank.draw(scores.to(device), uniform_K.to(device), uniform_KF.to(device))
             features, labels, targets = (x.cpu() for x in got)
             if not bank.counts.any():
                 assert labels.tolist() == [IGNORED] * 32
@@ -181,7 +181,7 @@ def test_extreme_random_numbers_stay_inside_what_is_stored(device):
     uniform_K = torch.tensor([1.0, last, 2.0**-53, 0.5], dtype=torch.float64, device=device)
     uniform_KF = torch.tensor([[0.0, last]] * 4, dtype=torch.float64, device=device)
     for scores in (torch.full((6,), 0.01), torch.tensor([0.9, 1e-12, 0.9, 0.9, 0.0, 0.01])):
-        features, labels, _ = bank._draw(scores.to(device), uniform_K, uniform_KF)
+        features, labels, _ = bank.draw(scores.to(device), uniform_K, uniform_KF)
         assert torch.equal(features[:, 0], labels.float())
         assert set(labels.tolist()) <= {1, 3}
         assert labels[:2].tolist() == [3, 3]
@@ -195,7 +195,7 @@ def test_rounding_never_draws_an_empty_class(device):
     bank.enqueue(torch.ones(10, 1).to(device), torch.arange(10).to(device), torch.zeros(10, 4).to(device))
     assert sampling_probability(scores, bank.counts.cpu()).cumsum(0)[-1] < 1
     uniform_K = torch.ones(1, dtype=torch.float64, device=device)
-    assert bank._draw(scores.to(device), uniform_K, uniform_K[:, None] * 0)[1].tolist() == [9]
+    assert bank.draw(scores.to(device), uniform_K, uniform_K[:, None] * 0)[1].tolist() == [9]
 
 
 def test_zeros_from_the_generator_draw_what_is_stored(monkeypatch):

@@ -128,7 +128,8 @@ def test_a_step_never_waits(device, make_stats, drawn_before):
         instances_N = torch.cat([instances_R, torch.full_like(drawn_K, -1)])
         logits_NL = head(torch.cat([x_RD, drawn_KD.float()]))
         p_N = head.scores(logits_NL.detach()).gather(1, labels_N.clamp(0, classes - 1)[:, None])[:, 0]
-        tracker.update(*instance_scores(p_N, labels_N, instances_N, instances, from_memory_N, classes))
+        drawn = (torch.where(from_memory_N, labels_N, IGNORED), p_N)
+        tracker.update(*instance_scores(p_N, labels_N, instances_N, instances), drawn)
         rois = RoIs(labels_N, instances_N, from_memory_N, tracker.scores)
         head.losses(logits_NL, rois)["loss_cls"].backward()
         bank.fill.mean()
@@ -216,6 +217,6 @@ def test_memory_sampling_never_waits(device, truths):
         boxes, labels_B, targets_B4 = sampling.boxes(
             [t.boxes for t in truths], [t.labels for t in truths], rows, [SIZE] * 2
         )
-        _, labels_K, _ = sampling.exchange(features_BD, labels_B, targets_B4, indicator, 2)
+        _, labels_K, _ = sampling.exchange(features_BD, labels_B, targets_B4, indicator, [(7, 0), (None, 1)])
     assert [len(b) for b in boxes] == [32, 0] and (labels_K >= 0).all()
     assert sampling.bank.counts[:2].all()

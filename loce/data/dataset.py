@@ -13,7 +13,7 @@ import torch
 from loce.config import DataConfig
 from loce.data.lvis import LVISAnnotations
 from loce.data.masks import CroppedMasks, cut_runs, nearest_source, resize_crop
-from loce.data.transforms import Geometry, ImageError, image_generator, random_geometry, read_image, resized
+from loce.data.transforms import Geometry, ImageError, image_generator, random_geometry, read_image, resized, sample_key
 
 Sample = dict[str, Any]
 _TRIES = 20  # images tried in place of one that cannot be read
@@ -24,7 +24,8 @@ class TrainDataset:
 
     A sample: "image" uint8 (3, H, W) RGB (stored row by row with the channels last); "boxes" float32 (N, 4) xyxy in its
     pixels; "labels" int64 (N,); "masks" CroppedMasks; "image_id" int; "size" the file's (height, width); "scale" (x, y)
-    resized / file; "drawn" int, what the image was drawn for (`TrainingPlan.epoch`). Instances are the annotations
+    resized / file; "drawn" int, what the image was drawn for (`TrainingPlan.epoch`); "key" int, see `sample_key`;
+    "place" int, the image's position in the batch over all ranks. Instances are the annotations
     `annotations.rows(index)`, in that order; N is at least 1.
     """
 
@@ -34,14 +35,15 @@ class TrainDataset:
     def __len__(self) -> int:
         return len(self.annotations.train_images)
 
-    def __getitem__(self, key: tuple[int, ...]) -> Sample:
-        """The sample of (image index, epoch[, how often this epoch has shown it before[, what it was drawn for]])."""
-        index, epoch, draw, drawn = (*key, *(0, -1)[len(key) - 2 :])
+    def __getitem__(self, shown: tuple[int, ...]) -> Sample:
+        """The sample of (image index, epoch[, how often this epoch has shown it before[, drawn[, place]]])."""
+        index, epoch, draw, drawn, place = (*shown, *(0, -1, 0)[len(shown) - 2 :])
+        key = sample_key(self.seed, epoch, int(self.annotations.image_ids[index]), draw)
         try:
             sample = self.sample(index, epoch, draw)
         except ImageError as error:
             sample = self._substitute(index, epoch, draw, str(error))
-        return {**sample, "drawn": drawn}
+        return {**sample, "drawn": drawn, "key": key, "place": place}
 
     def sample(self, index: int, epoch: int, draw: int = 0) -> Sample:
         """One sample; ImageError where the image cannot be used. Depends on (seed, epoch, image id, draw) only."""

@@ -23,7 +23,6 @@ from loce.progress import say
 __all__ = ["EvalDataset", "TrainDataset", "eval_batches", "fill_batches", "train_batches", "training_plan"]
 PREFETCH = 3  # micro-batches each worker prepares ahead
 BAD_SHARE = 1e-3  # of all images; more bad ones than this end the run
-FILL_IMAGES = 2  # on a rank at once
 FILL_EPOCH = 1 << 31  # the augmentation of filling is that of no epoch
 Fill = tuple[int, np.ndarray]  # image index, annotations to store
 
@@ -113,18 +112,23 @@ def train_batches(
 
 
 class _TrainingKeys:
-    """Lists of dataset keys, one per micro-batch; may be iterated again, from the start."""
+    """Lists of what `TrainDataset` is asked for, one per micro-batch; may be iterated again, from the start."""
 
     def __init__(self, plan: TrainingPlan, lengths: list[int], start: int, place: tuple[int, int, int]) -> None:
         self.plan, self.lengths, self.start, self.place = plan, lengths, start, place
 
-    def __iter__(self) -> Iterator[list[tuple[int, int, int, int]]]:
+    def __iter__(self) -> Iterator[list[tuple[int, ...]]]:
         skip = self.start
+        # Images of the meta batch have the place of the training image beside them.
+        places = rank_slice(np.arange(self.plan.rows) // (1 + self.plan.meta), *self.place)
         for epoch, length in enumerate(self.lengths):
             if skip < length:
                 for batch in self.plan.epoch(epoch)[skip:]:
-                    for images in rank_slice(batch, *self.place):
-                        yield [(index, epoch, draw, drawn) for index, draw, drawn in images.tolist()]
+                    for images, own in zip(rank_slice(batch, *self.place), places.tolist(), strict=True):
+                        yield [
+                            (index, epoch, draw, drawn, place)
+                            for (index, draw, drawn), place in zip(images.tolist(), own, strict=True)
+                        ]
             skip = max(0, skip - length)
 
 
@@ -152,6 +156,7 @@ def fill_batches(
     per_class: int,
     shared: bool,
     seed: int,
+    images: int,
     workers: int = 0,
     *,
     rank: int | None = None,
@@ -159,44 +164,39 @@ def fill_batches(
 ) -> Batches:
     """Samples that fill the feature memory before stage 2, each with "memory_rows" (n,) long: the instances to store.
 
-    shared: one choice of images, dealt out over the ranks; else every rank makes its own. All ranks get the same number
-    of batches; a rank with fewer images is shown some again, with nothing to store.
+    images: on a rank at once. shared: one choice of images, shared out batch by batch as in training; else every rank
+    makes its own. All ranks get the same number of batches, and all of them are full: what lacks are images that are
+    shown again, with nothing to store.
     """
     place, ranks = _place(rank, world)
-    fills = _fills(dataset.annotations, per_class, shared, seed, ranks)
-    length = max(len(fill) for fill in fills)
-    spare = fills[place] or fills[0]
+    fills = [_fills(dataset.annotations, per_class, seed, stream) for stream in range(1 if shared else ranks)]
+    together, first = (images * ranks, images * place) if shared else (images, 0)
+    length = -(-max(map(len, fills)) // together) * together
+    own = fills[0 if shared else place]
     nothing = np.zeros(0, dtype=np.int64)
-    mine = fills[place] + [(spare[i % len(spare)][0], nothing) for i in range(length - len(fills[place]))]
-    batches = [list(range(i, min(i + FILL_IMAGES, length))) for i in range(0, length, FILL_IMAGES)]
-    return Batches(_FillDataset(dataset, mine), batches, len(batches), workers)
+    own = own + [(own[i % len(own)][0], nothing) for i in range(length - len(own))]
+    batches = [list(range(start, start + images)) for start in range(first, length, together)]
+    return Batches(_FillDataset(dataset, own, together), batches, length // together, workers)
 
 
-def _fills(annotations: LVISAnnotations, per_class: int, shared: bool, seed: int, ranks: int) -> list[list[Fill]]:
-    """What each rank reads, wide images first, so that those on a rank at once need little padding."""
-
-    def choose(stream: int) -> list[Fill]:
-        chosen = memory_fill_images(annotations, per_class, np.random.default_rng([FILL_EPOCH, seed, stream]))
-        return sorted(chosen, key=lambda fill: not annotations.wide[fill[0]])
-
-    if not shared:
-        return [choose(r) for r in range(ranks)]
-    chosen = choose(0)
-    return [chosen[r::ranks] for r in range(ranks)]
+def _fills(annotations: LVISAnnotations, per_class: int, seed: int, stream: int) -> list[Fill]:
+    """What is read, wide images first, so that those on a rank at once need little padding."""
+    chosen = memory_fill_images(annotations, per_class, np.random.default_rng([FILL_EPOCH, seed, stream]))
+    return sorted(chosen, key=lambda fill: not annotations.wide[fill[0]])
 
 
 class _FillDataset:
     """Training samples, augmented as in an epoch of their own, with "memory_rows"."""
 
-    def __init__(self, dataset: TrainDataset, fills: list[Fill]) -> None:
-        self.dataset, self.fills = dataset, fills
+    def __init__(self, dataset: TrainDataset, fills: list[Fill], together: int) -> None:
+        self.dataset, self.fills, self.together = dataset, fills, together
 
     def __len__(self) -> int:
         return len(self.dataset)
 
     def __getitem__(self, number: int) -> Sample:
         index, rows = self.fills[number]
-        sample = self.dataset[index, FILL_EPOCH]
+        sample = self.dataset[index, FILL_EPOCH, 0, -1, number % self.together]
         positions = np.searchsorted(self.dataset.annotations.rows(index), rows)
         keep = len(positions) if "replaced" not in sample else 0
         return {**sample, "memory_rows": torch.from_numpy(positions[:keep])}

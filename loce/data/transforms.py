@@ -18,6 +18,7 @@ from loce.errors import UserError
 
 _JPEG_START, _JPEG_END = b"\xff\xd8", b"\xff\xd9"
 _STREAM = 0x10CE  # keeps these random numbers apart from those of the samplers
+_KEY_STREAM = 0x3E4  # and these from both
 
 
 class ImageError(UserError):
@@ -108,6 +109,12 @@ def random_geometry(
     """Training's scale jitter and flip: a short edge drawn from `short_edges`, mirrored with probability `flip`."""
     short_edge = short_edges[int(generator.integers(len(short_edges)))]
     return Geometry(size, resized(size, short_edge, long_edge), bool(generator.random() < flip))
+
+
+def sample_key(seed: int, epoch: int, image_id: int, draw: int) -> int:
+    """63 bits: what the model's random choices for one showing of an image depend on."""
+    entropy = np.random.SeedSequence([_KEY_STREAM, seed, epoch, image_id % (1 << 62), draw])
+    return int(entropy.generate_state(1, np.uint64)[0] >> 1)
 
 
 def image_generator(seed: int, epoch: int, image_id: int, draw: int) -> np.random.Generator:

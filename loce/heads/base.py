@@ -5,6 +5,7 @@ Shape suffixes: N rows (RoIs, then memory features), D features, C classes, L lo
 
 import abc
 from dataclasses import dataclass
+from functools import cached_property
 
 from torch import Tensor, nn
 
@@ -38,9 +39,12 @@ class RoIs:
     features_ND: Tensor | None = None  # noqa: N815
     drawn_N: Tensor | None = None  # noqa: N815
 
-    @property
+    @cached_property
     def count(self) -> Tensor:
-        """() long: rows that take part, at least 1; what losses are divided by."""
+        """(): rows that take part, never 0; what losses are divided by.
+
+        The model puts their mean over ranks in its place, see `distributed.all_reduce_mean`.
+        """
         return (self.labels_N != IGNORED).sum().clamp(min=1)
 
 

@@ -30,4 +30,5 @@ class EquilibriumHead(SoftmaxHead):
             raise ValueError(
                 "the equilibrium head needs rois.indicator: the mean score, or the instance counts, of each class"
             )
-        return {"loss_cls": equilibrium_loss(logits_NL, rois.labels_N, rois.indicator)}
+        total = equilibrium_loss(logits_NL, rois.labels_N, rois.indicator, reduction="sum")
+        return {"loss_cls": total / rois.count}

@@ -70,7 +70,9 @@ def finite(boxes_N4: Tensor) -> Tensor:
 
 NEGATIVE, BETWEEN = -1, -2  # matched index of background boxes, and of boxes that are neither
 
-Choose = Callable[[Tensor, "Tensor | int", int], tuple[Tensor, Tensor]]
+ANCHORS, REGIONS, JITTER, INSTANCES, DRAWS = range(5)  # what an image's random numbers are for
+
+Choose = Callable[[Tensor, "Tensor | int", int, "torch.Generator | None"], tuple[Tensor, Tensor]]
 
 
 def match(iou_NG: Tensor, positive: float, negative: float, low_quality: float) -> Tensor:
@@ -90,21 +92,36 @@ def match(iou_NG: Tensor, positive: float, negative: float, low_quality: float) 
     return torch.where(last_N >= 0, last_N, matched_N)
 
 
-def choose_random(candidates_N: Tensor, limit: Tensor | int, slots: int) -> tuple[Tensor, Tensor]:
+def keyed(key: int | None, purpose: int, device: torch.device) -> torch.Generator | None:
+    """The random numbers of one image for one purpose, on `device`; None, the global generator, without a key.
+
+    They depend on nothing but the image's key: not on the rank that has it, nor on what was drawn before. The host
+    alone seeds a generator, so nothing waits for the device.
+    """
+    return None if key is None else torch.Generator(device).manual_seed(key + purpose)
+
+
+def choose_random(
+    candidates_N: Tensor, limit: Tensor | int, slots: int, generator: torch.Generator | None = None
+) -> tuple[Tensor, Tensor]:
     """At most `limit` of the true entries of a mask, at random without replacement: (indices (K,), valid (K,)).
 
     K = min(slots, N); `limit` may live on the device and be smaller than `slots`.
     """
-    keys_N = torch.rand(candidates_N.shape, device=candidates_N.device).masked_fill(~candidates_N, -1.0)
+    keys_N = torch.rand(candidates_N.shape, generator=generator, device=candidates_N.device)
+    keys_N = keys_N.masked_fill(~candidates_N, -1.0)
     keys_K, indices_K = keys_N.topk(min(slots, len(keys_N)))
     return indices_K, (keys_K >= 0) & (torch.arange(len(keys_K), device=keys_K.device) < limit)
 
 
-def sample(matched_N: Tensor, total: int, positive_fraction: float, choose: Choose) -> tuple[Tensor, ...]:
+def sample(
+    matched_N: Tensor, total: int, positive_fraction: float, choose: Choose, generator: torch.Generator | None = None
+) -> tuple[Tensor, ...]:
     """Positives up to a share of `total`, filled up with negatives.
 
     Returns (positives (P,), valid (P,), negatives (K,), valid (K,)): indices into the N boxes in slots of fixed number.
     """
-    positives_P, positive_valid_P = choose(matched_N >= 0, *[int(total * positive_fraction)] * 2)
-    negatives_K, negative_valid_K = choose(matched_N == NEGATIVE, total - positive_valid_P.sum(), total)
+    positives = int(total * positive_fraction)
+    positives_P, positive_valid_P = choose(matched_N >= 0, positives, positives, generator)
+    negatives_K, negative_valid_K = choose(matched_N == NEGATIVE, total - positive_valid_P.sum(), total, generator)
     return positives_P, positive_valid_P, negatives_K, negative_valid_K

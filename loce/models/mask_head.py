@@ -55,10 +55,13 @@ class MaskHead(nn.Module):
         return logits + self.predictor.bias[labels_P, None, None]
 
 
-def mask_loss(logits_PHW: Tensor, targets_PHW: Tensor) -> Tensor:
-    """Mean binary cross-entropy over all pixels of the positives; 0 (still connected) without positives."""
+def mask_loss(logits_PHW: Tensor, targets_PHW: Tensor, positives: Tensor) -> Tensor:
+    """Mean binary cross-entropy over all pixels of the positives; 0 (still connected) without positives.
+
+    positives: (), what the sum is divided by: P, at least 1, or with several ranks its mean over them.
+    """
     total = F.binary_cross_entropy_with_logits(logits_PHW.float(), targets_PHW.float(), reduction="sum")
-    return total / max(logits_PHW.numel(), 1)
+    return total / (positives * logits_PHW.shape[1:].numel())
 
 
 @torch.no_grad()

@@ -16,7 +16,7 @@ from loce.data.transforms import Geometry, resized
 from loce.heads import HEADS
 from loce.mean_score import MeanScoreTracker
 from loce.models.backbone import build_backbone
-from loce.models.boxes import ROI_STDS, decode
+from loce.models.boxes import INSTANCES, ROI_STDS, decode, keyed
 from loce.models.detection import detect
 from loce.models.mask_head import MaskHead
 from loce.models.memory_sampling import MemorySampling
@@ -121,17 +121,19 @@ class MaskRCNN(nn.Module):
         """P2..P6 of normalised images (B, 3, H, W)."""
         return list(self.backbone(batch).values())
 
-    def truth(self, sample: dict[str, Any]) -> Truth:
+    def truth(self, sample: dict[str, Any], place: int = 0) -> Truth:
         """Ground truth on the model's device; the instances to store are chosen while labels are on the host."""
-        device = self.pixel_mean.device
+        device, key = self.pixel_mean.device, sample.get("key")
         rows = sample.get("memory_rows")
         if rows is None:
             memory = self.roi_heads.memory
-            rows = memory.choose(sample["labels"]) if memory is not None else torch.empty(0, dtype=torch.long)
+            generator = keyed(key, INSTANCES, torch.device("cpu"))
+            none = torch.empty(0, dtype=torch.long)
+            rows = memory.choose(sample["labels"], generator) if memory is not None else none
         tensors = (x.to(device, non_blocking=True) for x in (sample["boxes"], sample["labels"], rows))
         boxes, labels, rows = tensors
         masks = sample["masks"].to(device, non_blocking=True)
-        return Truth(boxes, labels, masks, rows, sample.get("drawn", -1))
+        return Truth(boxes, labels, masks, rows, sample.get("drawn", -1), key, sample.get("place", place))
 
     def forward(self, samples: list[dict[str, Any]] | list[Tensor]) -> Any:
         """Training: samples -> losses. Evaluation: images (3, h, w) -> list of {boxes, labels, scores, masks}."""
@@ -142,7 +144,7 @@ class MaskRCNN(nn.Module):
     def losses(self, samples: list[dict[str, Any]]) -> dict[str, Tensor]:
         """The losses of a batch of training samples, scalars."""
         batch, sizes, padded = self.batch_images([s["image"] for s in samples])
-        truths = [self.truth(s) for s in samples]
+        truths = [self.truth(s, i) for i, s in enumerate(samples)]
         return self.losses_of(self.features(batch), sizes, padded, truths)
 
     def losses_of(
@@ -154,7 +156,8 @@ class MaskRCNN(nn.Module):
         shapes = [(x.shape[2], x.shape[3]) for x in features]
         losses = {}
         if not self.roi_heads.only_classifier:
-            losses = self.rpn.losses(logits, deltas, anchors, padded, [t.boxes for t in truths], shapes)
+            boxes, keys = [t.boxes for t in truths], [t.key for t in truths]
+            losses = self.rpn.losses(logits, deltas, anchors, padded, boxes, shapes, keys)
         proposals = self.rpn.proposals(logits, deltas, anchors, sizes)
         return losses | self.roi_heads.losses(features, proposals, truths, sizes)
 
@@ -162,7 +165,7 @@ class MaskRCNN(nn.Module):
     def fill_memory(self, samples: list[dict[str, Any]]) -> None:
         """Store the features of the samples' `memory_rows` and update the mean score; nothing is learned."""
         batch, sizes, _ = self.batch_images([s["image"] for s in samples])
-        truths, features = [self.truth(s) for s in samples], self.features(batch)
+        truths, features = [self.truth(s, i) for i, s in enumerate(samples)], self.features(batch)
         logits, deltas = self.rpn(features)
         proposals = self.rpn.proposals(logits, deltas, self.rpn.anchors(features), sizes)
         regions = [self.roi_heads.select(p, t) for p, t in zip(proposals, truths, strict=True)]

@@ -14,9 +14,10 @@ from torchvision.ops import roi_align
 from loce.classes import IGNORED, META
 from loce.config import RoIConfig
 from loce.data.masks import CroppedMasks
+from loce.distributed import all_reduce_mean, world_size
 from loce.heads.base import Head, RoIs
 from loce.mean_score import MeanScoreTracker, instance_scores
-from loce.models.boxes import ROI_STDS, box_iou, choose_random, encode, finite, match, sample
+from loce.models.boxes import REGIONS, ROI_STDS, box_iou, choose_random, encode, finite, keyed, match, sample
 from loce.models.mask_head import MaskHead, mask_loss, mask_targets
 from loce.models.memory_sampling import MemorySampling
 
@@ -33,6 +34,8 @@ class Truth:
     masks: CroppedMasks
     memory_rows: Tensor  # (n,)
     drawn: int = -1  # as RoIs.drawn_N
+    key: int | None = None  # of the image's random numbers
+    place: int = 0  # position in the batch over all ranks
 
 
 @dataclass
@@ -102,11 +105,12 @@ class RoIHeads(nn.Module):
         """Losses of one batch. sizes: (height, width) of each image's content."""
         regions = [self.select(p, t) for p, t in zip(proposals, truths, strict=True)]
         x_ND, targets_N4, logits_NL, rois = self.observe(features, regions, truths, sizes)
+        rois.count, positives = denominators(rois)
         losses = self.head.losses(logits_NL, rois)
         if self.only_classifier:
             return losses
-        losses["loss_box"] = self._box_loss(self.deltas(x_ND), rois.labels_N, targets_N4)
-        losses["loss_mask"] = self._mask_loss(features, regions, truths)
+        losses["loss_box"] = self._box_loss(self.deltas(x_ND), rois, targets_N4)
+        losses["loss_mask"] = self._mask_loss(features, regions, truths, positives)
         return losses
 
     def observe(
@@ -142,8 +146,9 @@ class RoIHeads(nn.Module):
         low = self.config.positive_iou
         matched_N = match(box_iou(proposals_N4, truth.boxes), low, low, low)
         boxes, matched = torch.cat([truth.boxes, proposals_N4]), torch.cat([own_G, matched_N])
+        generator = keyed(truth.key, REGIONS, proposals_N4.device)
         positives, positive_valid, negatives, negative_valid = sample(
-            matched, self.config.batch_per_image, self.config.positive_fraction, self.choose
+            matched, self.config.batch_per_image, self.config.positive_fraction, self.choose, generator
         )
         instances = torch.where(positive_valid, matched[positives], -1)
         labels = torch.where(positive_valid, truth.labels[instances] if len(own_G) else 0, IGNORED)
@@ -165,12 +170,12 @@ class RoIHeads(nn.Module):
         pooled = pool(features, boxes, BOX_SIDE, self.config.finest_scale)
         if self.memory is None:
             return self.features_of(pooled), labels_R, targets_R4, torch.zeros_like(labels_R, dtype=torch.bool)
-        dense, dense_labels, dense_targets = self.memory.boxes(
-            [t.boxes for t in truths], [t.labels for t in truths], [t.memory_rows for t in truths], sizes
-        )
+        boxes_N4, labels_N = [t.boxes for t in truths], [t.labels for t in truths]
+        rows, keys = [t.memory_rows for t in truths], [t.key for t in truths]
+        dense, dense_labels, dense_targets = self.memory.boxes(boxes_N4, labels_N, rows, sizes, keys)
         stored = self._stored_features(features, dense)
-        images = sum(t.drawn != META for t in truths)
-        drawn, labels_K, targets_K4 = self.memory.exchange(stored, dense_labels, dense_targets, self.indicator, images)
+        shown = [(t.key, t.place) for t in truths if t.drawn != META]
+        drawn, labels_K, targets_K4 = self.memory.exchange(stored, dense_labels, dense_targets, self.indicator, shown)
         if self.memory.config.level == "fc":
             x_ND = torch.cat([self.features_of(pooled), drawn.to(pooled.dtype)])
         else:
@@ -191,10 +196,8 @@ class RoIHeads(nn.Module):
         labels_N = rois.labels_N
         own_N1 = labels_N.clamp(0, self.num_classes - 1)[:, None]
         probabilities_N = self.head.scores(logits_NL.detach()).gather(1, own_N1)[:, 0]
-        labels_E, scores_E = instance_scores(
-            probabilities_N, labels_N, rois.instances_N, instances, rois.from_memory_N, self.num_classes
-        )
-        self.tracker.update(labels_E, scores_E)
+        drawn = (torch.where(rois.from_memory_N, labels_N, IGNORED), probabilities_N)
+        self.tracker.update(*instance_scores(probabilities_N, labels_N, rois.instances_N, instances), drawn)
 
     def _drawn(self, regions: list[Regions], truths: list[Truth], rows: int) -> Tensor:
         """(N,) what each row's image was drawn for; -1 for rows from the memory."""
@@ -209,15 +212,17 @@ class RoIHeads(nn.Module):
             offset += len(t.labels)
         return torch.cat(parts)
 
-    def _box_loss(self, deltas_NC4: Tensor, labels_N: Tensor, targets_N4: Tensor) -> Tensor:
+    def _box_loss(self, deltas_NC4: Tensor, rois: RoIs, targets_N4: Tensor) -> Tensor:
         """L1 of the own class's deltas over positives, divided by the number of rows that count."""
-        positive_N = (labels_N >= 0) & (labels_N < self.num_classes)
-        own_N = torch.where(positive_N, labels_N, 0)
+        positive_N = (rois.labels_N >= 0) & (rois.labels_N < self.num_classes)
+        own_N = torch.where(positive_N, rois.labels_N, 0)
         deltas_N4 = deltas_NC4.reshape(-1, self.num_classes, 4)[torch.arange(len(own_N), device=own_N.device), own_N]
         errors_N4 = torch.where(positive_N[:, None], deltas_N4.float() - targets_N4, 0)
-        return errors_N4.abs().sum() / (labels_N != IGNORED).sum().clamp(min=1)
+        return errors_N4.abs().sum() / rois.count
 
-    def _mask_loss(self, features: list[Tensor], regions: list[Regions], truths: list[Truth]) -> Tensor:
+    def _mask_loss(
+        self, features: list[Tensor], regions: list[Regions], truths: list[Truth], positives: Tensor
+    ) -> Tensor:
         rows = [(r.instances >= 0).nonzero()[:, 0] for r in regions]  # sync: masks are predicted for positives only
         boxes = [r.boxes[p] for r, p in zip(regions, rows, strict=True)]
         labels_P = torch.cat([r.labels[p] for r, p in zip(regions, rows, strict=True)])
@@ -225,7 +230,13 @@ class RoIHeads(nn.Module):
             mask_targets(t.masks, r.instances[p], r.boxes[p]) for r, t, p in zip(regions, truths, rows, strict=True)
         ]
         logits = self.mask_head(pool(features, boxes, MASK_SIDE, self.config.finest_scale), labels_P)
-        return mask_loss(logits, torch.cat(targets))
+        return mask_loss(logits, torch.cat(targets), positives)
+
+
+def denominators(rois: RoIs) -> Tensor:
+    """(2,) fp32: rows that take part and positive regions, means over ranks; at least one of each over all ranks."""
+    counts_2 = torch.stack([(rois.labels_N != IGNORED).sum(), (rois.instances_N >= 0).sum()])
+    return all_reduce_mean(counts_2).clamp(min=1 / world_size())
 
 
 def _box_targets(regions: Regions, truth: Truth) -> Tensor:

@@ -3,6 +3,8 @@
 Shapes: L pyramid levels, A anchors of one image over all levels (order: level, y, x, ratio), B images.
 """
 
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -10,7 +12,20 @@ from torchvision.models.detection.rpn import RPNHead
 from torchvision.ops import nms
 
 from loce.config import RPNConfig
-from loce.models.boxes import BETWEEN, RPN_STDS, box_iou, choose_random, constants, decode, encode, match, sample
+from loce.distributed import all_reduce_mean
+from loce.models.boxes import (
+    ANCHORS,
+    BETWEEN,
+    RPN_STDS,
+    box_iou,
+    choose_random,
+    constants,
+    decode,
+    encode,
+    keyed,
+    match,
+    sample,
+)
 
 RATIOS = (0.5, 1.0, 2.0)  # height / width
 STRIDES = (4, 8, 16, 32, 64)
@@ -97,18 +112,21 @@ class RPN(nn.Module):
         padded_sizes: list[tuple[int, int]],
         truths: list[Tensor],
         shapes: list[tuple[int, int]],
+        keys: Sequence[int | None] = (),
     ) -> dict[str, Tensor]:
         """Objectness BCE and box L1, both summed and divided by the number of sampled anchors of the batch.
 
-        truths: ground-truth boxes (G, 4) per image; shapes: (h, w) of each level's map.
+        truths: ground-truth boxes (G, 4) per image; shapes: (h, w) of each level's map; keys: of each image's random
+        numbers. With several ranks the number of anchors is its mean over ranks.
         """
         anchors_A4, logits_BA, deltas_BA4 = torch.cat(anchors), torch.cat(logits, 1), torch.cat(deltas, 1)
         objectness, box, count = [], [], []
         for i, truths_G4 in enumerate(truths):
             matched_A = self.match(anchors_A4, truths_G4)
             matched_A = matched_A.masked_fill(~_validity(shapes, padded_sizes[i], anchors_A4.device), BETWEEN)
+            generator = keyed(keys[i] if keys else None, ANCHORS, anchors_A4.device)
             positives, positive_valid, negatives, negative_valid = sample(
-                matched_A, self.config.batch_per_image, self.config.positive_fraction, self.choose
+                matched_A, self.config.batch_per_image, self.config.positive_fraction, self.choose, generator
             )
             picked = torch.cat([positives, negatives])
             picked_valid = torch.cat([positive_valid, negative_valid])
@@ -117,7 +135,7 @@ class RPN(nn.Module):
             objectness.append((bce * picked_valid).sum())
             box.append(self._box_loss(deltas_BA4[i], anchors_A4, truths_G4, matched_A, positives, positive_valid))
             count.append(positive_valid.sum().clamp(min=1) + negative_valid.sum().clamp(min=1))
-        total = torch.stack(count).sum()
+        total = all_reduce_mean(torch.stack(count).sum())
         return {"loss_rpn_cls": torch.stack(objectness).sum() / total, "loss_rpn_box": torch.stack(box).sum() / total}
 
     def match(self, anchors_A4: Tensor, truths_G4: Tensor) -> Tensor:

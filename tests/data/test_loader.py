@@ -166,13 +166,13 @@ def stored(dataset, batches):
 
 @pytest.mark.parametrize("world", [1, 2, 5, 20])
 def test_filling_stores_a_few_of_every_class_and_ranks_take_equal_steps(world, dataset):
-    alone = stored(dataset, fill_batches(dataset, 3, True, seed=1))
+    alone = stored(dataset, fill_batches(dataset, 3, True, seed=1, images=2))
     images = {c: set(dataset.annotations.image_of[dataset.annotations.labels == c]) for c in range(4)}
     assert Counter(label for label, _ in alone) == {c: min(3, len(own)) for c, own in images.items()}
-    shared = [fill_batches(dataset, 3, True, seed=1, rank=rank, world=world) for rank in range(world)]
+    shared = [fill_batches(dataset, 3, True, seed=1, images=2, rank=rank, world=world) for rank in range(world)]
     assert len({len(own) for own in shared}) == 1
     assert sorted(chain(*(stored(dataset, own) for own in shared))) == sorted(alone)
-    private = [fill_batches(dataset, 3, False, seed=1, rank=rank, world=world) for rank in range(world)]
+    private = [fill_batches(dataset, 3, False, seed=1, images=2, rank=rank, world=world) for rank in range(world)]
     assert len({len(own) for own in private}) == 1
     contents = [stored(dataset, own) for own in private]
     assert all(Counter(c for c, _ in own) == Counter(c for c, _ in alone) for own in contents)
@@ -194,7 +194,7 @@ def test_one_bad_image_is_replaced_and_reported_once(dataset, capsys):
     printed = capsys.readouterr().out
     assert printed.count("damaged or not an image") == 1 and f"{bad_id:012}.jpg" in printed
     assert fingerprint(train_batches(dataset, plan, epochs=3, workers=1)) == first
-    for samples in fill_batches(dataset, 9, True, seed=0):
+    for samples in fill_batches(dataset, 9, True, seed=0, images=2):
         for sample in samples:
             assert sample["image_id"] != bad_id
             assert len(sample["memory_rows"]) == 0 or "replaced" not in sample

@@ -95,7 +95,9 @@ def batch(make_sample: Callable[..., dict[str, Any]]) -> list[dict[str, Any]]:
     ]
 
 
-def first(candidates: torch.Tensor, limit: torch.Tensor | int, slots: int) -> tuple[torch.Tensor, torch.Tensor]:
+def first(
+    candidates: torch.Tensor, limit: torch.Tensor | int, slots: int, _: object = None
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Instead of random choice: the first ones."""
     slots = min(slots, len(candidates))
     indices = candidates.nonzero()[:, 0][: min(int(limit), slots)]
@@ -104,15 +106,15 @@ def first(candidates: torch.Tensor, limit: torch.Tensor | int, slots: int) -> tu
     return chosen, torch.arange(slots) < len(indices)
 
 
-def truth_of(sample: dict[str, Any]) -> Truth:
+def truth_of(sample: dict[str, Any], place: int = 0) -> Truth:
     """Ground truth as the second stage gets it, all of it to be stored."""
     rows = torch.arange(len(sample["labels"]))
-    return Truth(sample["boxes"], sample["labels"], sample["masks"], rows)
+    return Truth(sample["boxes"], sample["labels"], sample["masks"], rows, place=place)
 
 
 @pytest.fixture
 def truths(batch: list[dict[str, Any]]) -> list[Truth]:
-    return [truth_of(sample) for sample in batch]
+    return [truth_of(sample, place) for place, sample in enumerate(batch)]
 
 
 @pytest.fixture

@@ -68,7 +68,7 @@ def test_no_regions():
     made = head()
     logits = made(torch.zeros(0, 8, 14, 14), torch.zeros(0, dtype=torch.long))
     assert logits.shape == (0, MASK_SIZE, MASK_SIZE)
-    mask_loss(logits, torch.zeros(0, MASK_SIZE, MASK_SIZE, dtype=torch.bool)).backward()
+    mask_loss(logits, torch.zeros(0, MASK_SIZE, MASK_SIZE, dtype=torch.bool), torch.ones(())).backward()
     assert all(p.grad is not None and (p.grad == 0).all() for p in made.parameters())
 
 
@@ -78,7 +78,9 @@ def test_loss_by_hand():
     for z, t in zip(logits.double().flatten().tolist(), targets.flatten().tolist(), strict=True):
         p = 1 / (1 + math.exp(-z))
         total -= math.log(p) if t else math.log(1 - p)
-    assert float(mask_loss(logits, targets)) == pytest.approx(total / 18, rel=1e-5)
+    for positives in (2.0, 0.25):
+        loss = mask_loss(logits, targets, torch.tensor(positives))
+        assert float(loss) == pytest.approx(total / (positives * 9), rel=1e-5)
 
 
 @pytest.fixture

@@ -13,6 +13,7 @@ from loce.models.memory_sampling import MemorySampling
 TRUTHS = [torch.tensor([[10.0, 10, 50, 40], [60, 5, 90, 60], [20, 20, 22, 21]]), torch.tensor([[5.0, 5, 35, 35]])]
 LABELS = [torch.tensor([2, 0, 1]), torch.tensor([3])]
 SIZES = [(64, 96), (64, 80)]
+TWO = [(None, 0), (None, 1)]  # images without a key
 
 
 def make(**options) -> MemorySampling:
@@ -35,7 +36,7 @@ def test_boxes_labels_and_targets_of_the_chosen_rows():
 
 def test_boxes_thinner_than_a_pixel_are_left_out(monkeypatch):
     """The instance of 2 x 1 px: half of its boxes shrink below a pixel; they keep their place, unlabelled."""
-    half = lambda boxes, size: dense_boxes(boxes, size, torch.full((len(boxes), 16, 4), 0.5))  # noqa: E731
+    half = lambda boxes, size, generator: dense_boxes(boxes, size, torch.full((len(boxes), 16, 4), 0.5))  # noqa: E731
     monkeypatch.setattr(memory_sampling, "dense_boxes", half)
     none = torch.zeros(0, dtype=torch.long)
     boxes, labels, targets = make().boxes(TRUTHS, LABELS, [torch.tensor([2]), none], SIZES)
@@ -52,7 +53,7 @@ def test_degenerate_boxes_at_the_border_never_reach_the_memory():
     boxes, labels, targets = make().boxes(truth, [torch.tensor([1])], [torch.tensor([0])], [(64, 96)])
     assert (labels == IGNORED).all() and torch.isfinite(targets).all() and len(boxes[0]) == 16
     sampling = make()
-    sampling.exchange(torch.ones(16, 3), labels, targets, torch.ones(5), images=2)
+    sampling.exchange(torch.ones(16, 3), labels, targets, torch.ones(5), TWO)
     assert int(sampling.bank.counts.sum()) == 0
 
 
@@ -77,7 +78,7 @@ def test_a_batch_can_be_drawn_from_right_after_it_was_stored():
     sampling = make(classes_per_draw=8, features_per_class=4)
     features = torch.arange(6.0)[:, None].expand(6, 3)
     labels, targets = torch.tensor([2, 2, IGNORED, 1, 4, 2]), torch.arange(24.0).reshape(6, 4)
-    drawn, drawn_labels, drawn_targets = sampling.exchange(features, labels, targets, torch.ones(5), images=2)
+    drawn, drawn_labels, drawn_targets = sampling.exchange(features, labels, targets, torch.ones(5), TWO)
     assert drawn.shape == (32, 3) and sampling.bank.counts.tolist() == [0, 1, 3, 0]
     source = drawn[:, 0].long()
     assert set(source.tolist()) <= {0, 1, 3, 5}  # neither the ignored row nor the background's
@@ -87,13 +88,19 @@ def test_a_batch_can_be_drawn_from_right_after_it_was_stored():
 @pytest.mark.parametrize(("images", "draws"), [(1, 4), (2, 8), (4, 16), (8, 32)])
 def test_draws_grow_with_the_images(images, draws):
     sampling = make(classes_per_draw=8, features_per_class=4)
-    _, labels, _ = sampling.exchange(torch.ones(1, 3), torch.tensor([0]), torch.zeros(1, 4), torch.ones(5), images)
+    _, labels, _ = sampling.exchange(
+        torch.ones(1, 3),
+        torch.tensor([0]),
+        torch.zeros(1, 4),
+        torch.ones(5),
+        [(None, place) for place in range(images)],
+    )
     assert len(labels) == draws * 4
 
 
 def test_at_least_one_class_is_drawn():
     sampling = make(classes_per_draw=1, features_per_class=2)
-    _, labels, _ = sampling.exchange(torch.ones(1, 3), torch.tensor([0]), torch.zeros(1, 4), torch.ones(5), 1)
+    _, labels, _ = sampling.exchange(torch.ones(1, 3), torch.tensor([0]), torch.zeros(1, 4), torch.ones(5), [(None, 0)])
     assert len(labels) == 2
 
 
@@ -101,7 +108,7 @@ def test_weak_classes_are_drawn_more_often():
     """Eq. 7-8: classes with scores 0.1 and 0.4 are drawn four to one; an empty class never."""
     sampling = make(classes_per_draw=4000, features_per_class=1)
     labels, score = torch.tensor([1, 3]), torch.tensor([0.01, 0.1, 0.01, 0.4, 0.01])
-    _, drawn, _ = sampling.exchange(torch.ones(2, 3), labels, torch.zeros(2, 4), score, images=2)
+    _, drawn, _ = sampling.exchange(torch.ones(2, 3), labels, torch.zeros(2, 4), score, TWO)
     counts = torch.bincount(drawn, minlength=4)
     assert counts[0] == counts[2] == 0
     assert abs(int(counts[1]) - 3200) < 5 * 25.3  # sqrt(4000 * 0.8 * 0.2) = 25.3
@@ -109,7 +116,7 @@ def test_weak_classes_are_drawn_more_often():
 
 def test_an_empty_memory_gives_ignored_rows():
     none = torch.zeros(0, dtype=torch.long)
-    drawn, labels, targets = make().exchange(torch.zeros(0, 3), none, torch.zeros(0, 4), torch.ones(5), images=2)
+    drawn, labels, targets = make().exchange(torch.zeros(0, 3), none, torch.zeros(0, 4), torch.ones(5), TWO)
     assert (labels == IGNORED).all() and (drawn == 0).all() and (targets == 0).all() and len(labels) == 32
 
 
@@ -117,7 +124,7 @@ def test_an_empty_memory_gives_ignored_rows():
 def test_rows_come_back_in_the_precision_of_the_head(dtype):
     sampling = make(dtype=dtype)
     features = torch.randn(2, 3)
-    drawn, _, _ = sampling.exchange(features, torch.tensor([0, 0]), torch.zeros(2, 4), torch.ones(5), images=2)
+    drawn, _, _ = sampling.exchange(features, torch.tensor([0, 0]), torch.zeros(2, 4), torch.ones(5), TWO)
     assert sampling.bank.features.dtype == getattr(torch, dtype) and drawn.dtype == torch.float32
     stored = features.to(getattr(torch, dtype)).float()
     assert all(any(torch.equal(row, kept) for kept in stored) for row in drawn)
@@ -128,5 +135,5 @@ def test_a_shared_memory_is_the_own_one_with_a_single_process():
     for shared in (False, True):
         sampling = make(shared=shared)
         torch.manual_seed(3)
-        results.append(sampling.exchange(torch.eye(3), torch.tensor([0, 1, 1]), torch.zeros(3, 4), torch.ones(5), 2))
+        results.append(sampling.exchange(torch.eye(3), torch.tensor([0, 1, 1]), torch.zeros(3, 4), torch.ones(5), TWO))
     assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))

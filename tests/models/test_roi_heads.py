@@ -37,13 +37,13 @@ def run(roi_heads, features, proposals, truths):
 
 def scores_given_to(bank):
     """A list that gets the scores of every draw to come."""
-    seen, sample = [], bank.sample
+    seen, draw = [], bank.draw
 
     def spy(score, *rest):
         seen.append(score.clone())
-        return sample(score, *rest)
+        return draw(score, *rest)
 
-    bank.sample = spy
+    bank.draw = spy
     return seen
 
 
@@ -131,7 +131,7 @@ def test_memory_rows_give_one_entry_per_class(make_model, features, truths):
     bank = roi_heads.memory.bank
     bank.enqueue(torch.randn(3, 24), torch.tensor([1, 1, 4]), torch.zeros(3, 4))
     none = torch.zeros(0, dtype=torch.long)
-    empty = [Truth(torch.zeros(0, 4), none, CroppedMasks.pack([], size), none) for size in SIZES]
+    empty = [Truth(torch.zeros(0, 4), none, CroppedMasks.pack([], size), none, place=i) for i, size in enumerate(SIZES)]
     _, _, _, _, logits, rois = run(roi_heads, features, [torch.rand(30, 4).cumsum(1) * 20] * 2, empty)
     drawn = rois.labels_N[rois.from_memory_N]
     assert len(drawn) == 6 and set(drawn.tolist()) <= {1, 4}

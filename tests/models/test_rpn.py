@@ -160,8 +160,8 @@ def run_losses(rpn, maps, truths, padded, choose):
     features, logits, deltas, anchors = maps
     calls = []
 
-    def spy(candidates, limit, slots):
-        indices, valid = choose(candidates, limit, slots)
+    def spy(candidates, limit, slots, generator):
+        indices, valid = choose(candidates, limit, slots, generator)
         calls.append(indices[valid].tolist())
         return indices, valid
 

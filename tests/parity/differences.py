@@ -36,7 +36,7 @@ class Result:
     score: Tensor
 
 
-def ours(boxes: Tensor, size: tuple[int, int]) -> Tensor:
+def ours(boxes: Tensor, size: tuple[int, int], generator: object = None) -> Tensor:
     """Own uniforms for every box, cut at the image's border."""
     return dense_boxes(boxes, size)
 
@@ -44,7 +44,7 @@ def ours(boxes: Tensor, size: tuple[int, int]) -> Tensor:
 class FullWidth(official.OfficialBoxes):
     """The official uniforms, cut at the image's border instead of one pixel before it."""
 
-    def __call__(self, boxes: Tensor, image_size: tuple[int, int]) -> Tensor:
+    def __call__(self, boxes: Tensor, image_size: tuple[int, int], generator: object = None) -> Tensor:
         return super().__call__(boxes, (image_size[0] + 1, image_size[1] + 1))
 
 
@@ -64,7 +64,7 @@ def iteration(features: list[Tensor], make_boxes: Callable, level: str = "roi", 
         bank.written.copy_(full.written)
     roi.tracker.scores = torch.from_numpy(official.arrays("loce")["mean_score_init"].copy())
     if not own_draw:
-        bank.sample = official.OfficialDraw(bank, 0)
+        bank.draw = official.OfficialDraw(bank, 0)
     memory_sampling.dense_boxes = make_boxes
     losses = roi.losses(features, official.proposals(), official.truths(), CONTENT)
     return Result(losses["loss_cls"].item(), losses["loss_box"].item(), roi.tracker.scores)

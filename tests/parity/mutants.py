@@ -103,14 +103,14 @@ MUTANTS = (
     Mutant(
         "box loss divided by positives",
         "models/roi_heads.py",
-        "errors_N4.abs().sum() / (labels_N != IGNORED).sum().clamp(min=1)",
+        "errors_N4.abs().sum() / rois.count",
         "errors_N4.abs().sum() / positive_N.sum().clamp(min=1)",
     ),
     Mutant(
         "box loss counts unused slots",
         "models/roi_heads.py",
-        "errors_N4.abs().sum() / (labels_N != IGNORED).sum().clamp(min=1)",
-        "errors_N4.abs().sum() / max(len(labels_N), 1)",
+        "errors_N4.abs().sum() / rois.count",
+        "errors_N4.abs().sum() / max(len(rois.labels_N), 1)",
     ),
     Mutant(
         "loss with the mean score of before",
@@ -124,8 +124,8 @@ MUTANTS = (
     Mutant(
         "memory rows not in the mean score",
         "mean_score.py",
-        "torch.where(from_memory, num_instances + labels, instances)",
-        "torch.where(from_memory, -1, instances)",
+        "drawn_2L = torch.zeros_like(self.scores).expand(2, -1) if drawn is None else self._sums(*drawn)",
+        "drawn_2L = torch.zeros_like(self.scores).expand(2, -1)",
     ),
     Mutant("margins upside down", "equilibrium_loss.py", "logits + _log_score(", "logits - _log_score("),
     Mutant(
@@ -135,10 +135,8 @@ MUTANTS = (
         "drawn before stored",
         "models/memory_sampling.py",
         "        self.bank.enqueue(features, labels_B, targets_B4)\n"
-        "        draws = max(1, round(self.config.classes_per_draw * images / 2))\n"
-        "        drawn, labels_K, targets_K4 = self.bank.sample(indicator, draws, self.config.features_per_class)\n",
-        "        draws = max(1, round(self.config.classes_per_draw * images / 2))\n"
-        "        drawn, labels_K, targets_K4 = self.bank.sample(indicator, draws, self.config.features_per_class)\n"
+        "        drawn, labels_K, targets_K4 = self.bank.draw(indicator, 1 - u_K1[:, 0], u_KF)\n",
+        "        drawn, labels_K, targets_K4 = self.bank.draw(indicator, 1 - u_K1[:, 0], u_KF)\n"
         "        self.bank.enqueue(features, labels_B, targets_B4)\n",
     ),
     Mutant("jitter of a fifth", "box_generator.py", "[:, None] / 6", "[:, None] / 5"),

@@ -74,7 +74,7 @@ def model(
     return detector
 
 
-def strided(candidates_N: Tensor, limit: Tensor | int, slots: int) -> tuple[Tensor, Tensor]:
+def strided(candidates_N: Tensor, limit: Tensor | int, slots: int, _: object = None) -> tuple[Tensor, Tensor]:
     """Instead of random choice: of n candidates number 0, n / k, 2 n / k, ..."""
     candidates = candidates_N.nonzero()[:, 0]
     count = min(int(limit), slots, len(candidates))
@@ -115,14 +115,14 @@ class OfficialBoxes:
     def __init__(self, iteration: int) -> None:
         self.iteration, self.image = iteration, 0
 
-    def __call__(self, boxes: Tensor, image_size: tuple[int, int]) -> Tensor:
+    def __call__(self, boxes: Tensor, image_size: tuple[int, int], generator: object = None) -> Tensor:
         eta_164 = torch.from_numpy(rule.jitter(self.iteration, self.image)).T
         self.image += 1
         return dense_boxes(boxes, (image_size[0] - 1, image_size[1] - 1), eta_164.expand(len(boxes), 16, 4))
 
 
 class OfficialDraw:
-    """In place of `FeatureMemoryBank.sample`: the official uniforms, sorted, over all classes, stored or not.
+    """In place of `FeatureMemoryBank.draw`: the official uniforms, sorted, over all classes, stored or not.
 
     Ours draws over classes with something stored: the uniforms are moved to where it finds the same classes. (None of
     the stored numbers' draws met an empty class.)
@@ -131,7 +131,8 @@ class OfficialDraw:
     def __init__(self, bank: FeatureMemoryBank, iteration: int) -> None:
         self.bank, self.iteration = bank, iteration
 
-    def __call__(self, mean_score: Tensor, classes: int, features: int) -> tuple[Tensor, Tensor, Tensor]:
+    def __call__(self, mean_score: Tensor, own_K: Tensor, own_KF: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        classes, features = own_KF.shape
         weight = (1 / (mean_score[:-1] + 1e-7)).double()
         share = weight / weight.sum()
         stored = self.bank.counts > 0
@@ -142,4 +143,4 @@ class OfficialDraw:
         moved = (uniform - empty_below) / share[stored].sum()
         slots = torch.from_numpy(np.stack([rule.slot_draw(self.iteration, turn) for turn in range(classes)]))
         assert slots.shape[1] == features
-        return self.bank._draw(mean_score, moved, slots)
+        return FeatureMemoryBank.draw(self.bank, mean_score, moved, slots)

@@ -31,12 +31,12 @@ class Recorder:
             self.boxes, *rest = make(*arguments)
             return self.boxes, *rest
 
-        def sample(*arguments):
+        def recorded(*arguments):
             self.drawn = draw(*arguments)
             return self.drawn
 
         monkeypatch.setattr(sampling, "boxes", boxes)
-        monkeypatch.setattr(sampling.bank, "sample", sample)
+        monkeypatch.setattr(sampling.bank, "draw", recorded)
 
 
 @pytest.fixture(scope="module")

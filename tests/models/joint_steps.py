@@ -1,0 +1,102 @@
+"""Some optimiser steps of a small detector on any number of ranks; run under torchrun, each rank writes what it saw.
+
+The whole batches are the same for any number of ranks, each of which takes its part.
+"""
+
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn.parallel import DistributedDataParallel
+
+from loce import distributed
+from loce.config import EvalConfig, HeadConfig, IndicatorConfig, MemoryConfig
+from loce.data.masks import CroppedMasks
+from loce.models.mask_rcnn import MaskRCNN, build_roi_heads
+from tests.conftest import stats_of
+from tests.models.conftest import CLASSES, SMALL
+
+BATCH, SIZE = 4, (64, 96)
+SHARED = MemoryConfig(enabled=True, shared=True, capacity=30, instances_per_class=1)
+ONE_DRAW = MemoryConfig(enabled=True, shared=True, capacity=30, classes_per_draw=1, level="roi")
+
+
+@dataclass(frozen=True)
+class Case:
+    """objects: of each image of the batch, in each step."""
+
+    head: str
+    memory: MemoryConfig
+    freeze: str
+    objects: tuple[tuple[int, ...], ...]
+
+
+CASES = {
+    "stage 1": Case("softmax", MemoryConfig(), "none", ((3, 1, 2, 4),) * 4),
+    "LOCE": Case("equilibrium", SHARED, "trunk", ((3, 1, 2, 4),) * 4),
+    # Ranks without objects, and so without positives and rows to store: some, all but one, and at first all, so that
+    # the memory is empty. With one draw for two images every other image draws none.
+    "empty ranks": Case("equilibrium", ONE_DRAW, "trunk", ((0, 0, 0, 0), (2, 3, 0, 0), (0, 0, 0, 1), (0, 1, 2, 0))),
+    "never an object": Case("softmax", SHARED, "none", ((0, 0, 0, 0),) * 2),
+}
+
+
+def image(step: int, place: int, objects: int) -> dict[str, Any]:
+    """A training sample with rectangles as masks; several of a class, so that the ones to store are chosen."""
+    generator = torch.Generator().manual_seed(100 * step + place)
+    corner = torch.rand(objects, 2, generator=generator) * torch.tensor([60.0, 30.0])
+    boxes = torch.cat([corner, corner + 12 + torch.rand(objects, 2, generator=generator) * 20], dim=1)
+    bitmaps = []
+    for x1, y1, x2, y2 in boxes.round().int().tolist():
+        bitmap = np.zeros(SIZE, np.uint8)
+        bitmap[y1:y2, x1:x2] = 1
+        bitmaps.append((bitmap, (0, 0)))
+    return {
+        "image": torch.randint(0, 256, (3, *SIZE), generator=generator, dtype=torch.uint8),
+        "boxes": boxes,
+        "labels": torch.randint(0, 3, (objects,), generator=generator),
+        "masks": CroppedMasks.pack(bitmaps, SIZE),
+        "key": 1000 * step + 10 * place,
+        "place": place,
+    }
+
+
+def follow(case: Case) -> list[dict[str, Tensor]]:
+    """After each step: losses (means over ranks), gradients, mean scores and the memory, by name."""
+    torch.manual_seed(1)
+    options = (HeadConfig(name=case.head), IndicatorConfig(), case.memory)
+    model = MaskRCNN(SMALL, build_roi_heads(SMALL, *options, stats_of(CLASSES)), EvalConfig(), (64, 96)).train()
+    model.freeze(case.freeze)
+    torch.manual_seed(distributed.rank())  # what is not keyed by image would differ between ranks
+    several = distributed.world_size() > 1
+    wrapped = DistributedDataParallel(model, broadcast_buffers=False) if several else model
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.02, momentum=0.9)
+    images = BATCH // distributed.world_size()
+    seen = []
+    for step, objects in enumerate(case.objects):
+        batch = [image(step, place, count) for place, count in enumerate(objects)]
+        optimizer.zero_grad()
+        losses = wrapped(batch[distributed.rank() * images :][:images])
+        sum(losses.values()).backward()
+        found = {name: distributed.all_reduce_mean(loss) for name, loss in losses.items()}
+        found |= {f"gradient of {name}": p.grad.clone() for name, p in model.named_parameters() if p.requires_grad}
+        buffers = dict(model.roi_heads.named_buffers())
+        found |= {name: value.clone() for name, value in buffers.items() if "tracker" in name or "memory" in name}
+        seen.append(found)
+        optimizer.step()
+    return seen
+
+
+def main() -> None:
+    distributed.setup("cpu")
+    torch.save({name: follow(case) for name, case in CASES.items()}, Path(sys.argv[1], f"{distributed.rank()}.pt"))
+    distributed.barrier()
+    distributed.teardown()
+
+
+if __name__ == "__main__":
+    main()
