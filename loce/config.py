@@ -13,6 +13,7 @@ from typing import Annotated, Any, Literal
 
 from loce.conflicts import CONFLICTS
 from loce.errors import UserError, raise_problems, run_script
+from loce.files import inside
 from loce.method_options import HeadConfig
 from loce.options import (
     Count,
@@ -220,9 +221,10 @@ def load_config(argv: Sequence[str]) -> Config:
         raise UserError(f"{path}: cannot be read: {error}") from None
     words, problems = split_words(Config, argv[1:])
     file_values = flatten(Config, load_yaml(text, str(path)), str(path))
-    output: tuple[str, Any, str] = ("output", str(run_folder(path)), "default")
     config = build(Config, [*file_values, *words], CONFLICTS, problems)
-    return config if config.output else build(Config, [*file_values, *words, output], CONFLICTS)
+    if config.output:
+        return config
+    return build(Config, [*file_values, *words, ("output", str(run_folder(path)), "default")], CONFLICTS)
 
 
 def find_config(name: str) -> Path:
@@ -238,10 +240,14 @@ def find_config(name: str) -> Path:
 
 
 def run_folder(config_path: Path) -> Path:
-    """Where a run goes that does not say: configs/glyphs/loce.yaml -> runs/glyphs/loce; elsewhere/x.yaml -> runs/x."""
-    parts = config_path.resolve().with_suffix("").parts
+    """Where a run goes that does not say: configs/glyphs/loce.yaml -> runs/glyphs/loce; elsewhere/x.yaml -> runs/x.
+
+    UserError where the file's name would lead out of runs/, as that of a file ...yaml would.
+    """
+    path = config_path.resolve()
+    parts = (*path.parts[:-1], path.name.removesuffix(path.suffix))
     below = max((i + 1 for i, part in enumerate(parts[:-1]) if part == "configs"), default=len(parts) - 1)
-    return Path("runs", *parts[below:])
+    return inside("runs", "/".join(parts[below:]))
 
 
 def _config_folders() -> list[Path]:

@@ -6,6 +6,16 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from loce.errors import UserError
+
+
+def inside(folder: Path | str, name: str) -> Path:
+    """The path of `name`, which may have several parts, in `folder`. UserError where it would lead out of it."""
+    path = Path(name)
+    if path.is_absolute() or ".." in path.parts or path.name in ("", "."):
+        raise UserError(f"{name!r} is no name for a folder in {folder}: it leads out of it")
+    return Path(folder, name)
+
 
 @contextmanager
 def atomic_write(path: Path | str) -> Iterator[Path]:

@@ -11,7 +11,16 @@ from loce.errors import UserError
 
 
 class _Loader(yaml.SafeLoader):
-    """Safe YAML whose numbers are read as people write them: 1e-3 is a float, 010 is ten, 1:30 and 1_000 are text."""
+    """Safe YAML whose numbers are read as people write them: 1e-3 is a float, 010 is ten, 1:30 and 1_000 are text.
+
+    A tag (!!python/name:x, !!binary) is an error: no option needs one.
+    """
+
+    def compose_node(self, parent: Any, index: Any) -> Any:
+        event = self.peek_event()
+        if tag := getattr(event, "tag", None):
+            raise yaml.composer.ComposerError(None, None, f"the tag {tag} is not allowed", event.start_mark)
+        return super().compose_node(parent, index)
 
     def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
         keys = [key for key, _ in node.value] if isinstance(node, yaml.MappingNode) else []

@@ -22,7 +22,7 @@ from loce.config import (
     read_options,
     run_script,
 )
-from loce.files import write_text
+from loce.files import inside, write_text
 from loce.options import Conflict, Count, Natural, build, flatten
 from loce.yaml_text import load_yaml
 
@@ -144,10 +144,10 @@ def make_run(options: Options, recipes: Recipes, text: RowText, seed: int) -> Ru
     images_per_rank(config.train, max(options.gpus, 1))
     folder = plain.output
     if replace(config, output=folder) != plain:
-        folder = str(seed_folder(options, seed) / "+".join([Path(recipe).stem, *text.words]))
+        folder = str(inside(seed_folder(options, seed), "+".join([Path(recipe).stem, *text.words])))
         words.append(f"output={folder}")
     name = "+".join(["eval", *text.post_hoc])
-    return Run(words, replace(config, output=folder), Path(folder, name))
+    return Run(words, replace(config, output=folder), inside(folder, name))
 
 
 def seed_folder(options: Options, seed: int) -> Path:

@@ -204,9 +204,10 @@ SINGLE = {
     "seed: 1\nseed: 2": "run.yaml, line 2: not valid YAML: seed stands twice",
     "- 1": "run.yaml: must hold `key: value` lines, but holds [1]",
     "seed: !!python/name:os.system x": (
-        "run.yaml, line 1: not valid YAML: "
-        "could not determine a constructor for the tag 'tag:yaml.org,2002:python/name:os.system'"
+        "run.yaml, line 1: not valid YAML: the tag tag:yaml.org,2002:python/name:os.system is not allowed"
     ),
+    "seed: 1\noutput: !!set {x}": "run.yaml, line 2: not valid YAML: the tag tag:yaml.org,2002:set is not allowed",
+    "train: {lr: !x 1}": "run.yaml, line 1: not valid YAML: the tag !x is not allowed",
     "train:\n\tlr: 1": "run.yaml, line 2: not valid YAML: found character '\\t' that cannot start any token",
 }
 
