@@ -16,10 +16,13 @@ EACH = pytest.mark.parametrize("name", NAMES)
 OWN: dict[str, tuple[str, ...]] = {
     "ldam": ("train.clip_norm",),  # its late class weights, as reweighted
     "reweighted": ("train.clip_norm",),  # rows of a class with one instance weigh hundreds
+    "simcal": ("train.lr", "train.momentum", "train.weight_decay"),  # its own optimiser, as published
 }
 METHOD_KEYS = ("head.", "sampler.", "train.freeze", "output")
 # Set from the data by a rule that the recipe's header gives, so they differ between LVIS and Glyph-LVIS.
-FROM_DATA = ("head.eql.threshold",)
+FROM_DATA = ("head.eql.threshold", "sampler.repeat_threshold")
+# With repeated images an epoch is longer: 318 iterations in place of 248. Not more of them in all than the peers have.
+LONGER_EPOCHS = {"rfs": 5}
 
 
 def header(path: str) -> dict[str, str]:
@@ -59,7 +62,7 @@ def test_a_method_differs_from_its_peers_by_itself_only(name: str):
 def test_one_stage_is_as_long_as_two(name: str):
     config = load_config([f"glyphs/methods/{name}"])
     stages = [load_config([f"glyphs/{stage}"]).train.epochs for stage in ("stage1", "softmax")]
-    assert config.train.epochs == (stages[1] if config.train.init else sum(stages))
+    assert config.train.epochs == LONGER_EPOCHS.get(name, stages[1] if config.train.init else sum(stages))
 
 
 @EACH
