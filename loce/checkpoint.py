@@ -4,7 +4,6 @@ What is in a checkpoint and how training goes on from one: resume.py. How its fi
 All files load with `weights_only=True`: no code in them is ever run.
 """
 
-import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +14,7 @@ from torch import Tensor
 from loce import checkpoint_files as files
 from loce.build import build_model
 from loce.classes import ClassStats
-from loce.config import EvalConfig, UserError, from_dict
+from loce.config import Config, UserError, from_dict
 from loce.models.mask_rcnn import MaskRCNN
 
 FORMAT = 2
@@ -142,16 +141,24 @@ def load_weights(path: Path, model: MaskRCNN, stats: ClassStats, reset_head: boo
     }
 
 
-def load_model(path: str | Path, device: str | torch.device = "cpu", evaluation: EvalConfig | None = None) -> MaskRCNN:
+def load_model(path: str | Path, device: str | torch.device = "cpu", config: Config | None = None) -> MaskRCNN:
     """The model of a checkpoint (file, checkpoint folder or run folder) in evaluation mode, ready to predict.
 
     `model(list of (3, h, w) uint8 RGB images)` gives a list of {boxes, labels, scores, masks}; `model.class_names`
-    names the labels. evaluation: takes the place of the checkpoint's thresholds.
+    names the labels. config: takes the place of the checkpoint's options; UserError where the weights do not fit it.
     """
-    main = read(main_file(Path(path)))
-    stats = stats_from_dict(main["classes"])
-    config = from_dict(main["config"])
-    config = dataclasses.replace(config, eval=evaluation or config.eval)
-    model = build_model(config, stats, pretrained=False)
-    model.load_state_dict({**memory_state(model), **main["model"]})
+    file = main_file(Path(path))
+    main = read(file)
+    model = build_model(config or from_dict(main["config"]), stats_from_dict(main["classes"]), pretrained=False)
+    weights = {**memory_state(model), **main["model"]}
+    wanted = model.state_dict()
+    wrong = [f"{k} is missing" for k in wanted if k not in weights]
+    wrong += [f"{k} is left over" for k in weights if k not in wanted]
+    wrong += [f"{k} is {tuple(v.shape)}" for k, v in weights.items() if k in wanted and v.shape != wanted[k].shape]
+    if wrong:
+        raise UserError(
+            f"checkpoint {file}: {len(wrong)} weights do not fit the options: {', '.join(wrong[:5])}; "
+            "a head can be exchanged at evaluation only for one with the same weights"
+        )
+    model.load_state_dict(weights)
     return model.to(device).eval()

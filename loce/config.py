@@ -183,6 +183,7 @@ class EvalConfig:
         "auto"  # auto: lvis where the file has LVIS's fields, else coco
     )
     batch_size: Count = 1  # images per rank
+    errors: bool = True  # what became of lost objects (errors.csv); inference leaves clues for it
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -264,9 +265,13 @@ def _known_configs() -> str:
     return f"configs there are: {', '.join(_config_names()) or 'none'}"
 
 
-def from_dict(values: Mapping[str, Any], source: str = "checkpoint") -> Config:
-    """Inverse of `to_dict`; what `values` does not say is default. UserError naming `source`, as for a file."""
-    return build(Config, flatten(Config, values, source), CONFLICTS)
+def from_dict(values: Mapping[str, Any], source: str = "checkpoint", words: Sequence[str] = ()) -> Config:
+    """Inverse of `to_dict`; what `values` does not say is default; `words`, as on the command line, win.
+
+    UserError naming `source`, as for a file.
+    """
+    given, problems = split_words(Config, words)
+    return build(Config, [*flatten(Config, values, source), *given], CONFLICTS, problems)
 
 
 def dump(config: Config) -> str:

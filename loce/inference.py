@@ -4,7 +4,9 @@ import csv
 import dataclasses
 import hashlib
 import io
+import re
 import shutil
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,46 +15,67 @@ import torch
 
 from loce import build, checkpoint, distributed
 from loce.classes import ClassStats
-from loce.config import Config, UserError, from_dict
-from loce.data.loader import Batches, EvalDataset, TrainDataset, eval_batches
+from loce.config import Config, HeadConfig, UserError, from_dict
+from loce.data.loader import Batches, TrainDataset, eval_batches
 from loce.data.lvis import LVISAnnotations
 from loce.evaluation.annotations import FederatedFilter, GroundTruth, load_annotations
 from loce.evaluation.report import evaluate_and_report
-from loce.evaluation.stream import DetectionWriter, read_detections
+from loce.evaluation.stream import DetectionWriter
 from loce.files import file_hash, write_text
 from loce.models.mask_rcnn import MaskRCNN
 from loce.progress import progress
+from loce.yaml_text import show
 
 LVIS_CAP = 300  # detections an image in protocol lvis
 
 
-def evaluate_checkpoint(
-    path: Path, output: Path | None, data: dict[str, Any], evaluation: dict[str, Any], device: str, **report: Any
-) -> Path:
+CHANGES_NOTHING = ("eval.batch_size", "eval.errors")  # of the detections
+
+
+def evaluate_checkpoint(path: Path, output: Path | None, words: Sequence[str], device: str, **report: Any) -> Path:
     """Evaluate a checkpoint by the options it holds; the folder of the results.
 
-    path: run folder, checkpoint folder or file; output: None for RUN/eval (RUN/eval_NAME on other annotations
-    NAME.json; beside the file for a file); data and evaluation: options of `DataConfig` and `EvalConfig` that take the
-    checkpoint's place; report: options of `evaluate_and_report`.
+    path: run folder, checkpoint folder or file; output: None for RUN/eval, with what differs from the run in its name
+    (RUN/eval_head.name=norcal); beside the file for a file; words: options that take the checkpoint's place,
+    "section.key=value"; report: options of `evaluate_and_report`.
     """
     chosen = distributed.setup(device)
     try:
         file = checkpoint.main_file(path)
-        stored = from_dict(checkpoint.read(file)["config"], str(file))
-        config = dataclasses.replace(
-            stored,
-            data=dataclasses.replace(stored.data, **data),
-            eval=dataclasses.replace(stored.eval, **evaluation),
-        )
-        name = f"eval_{Path(data['val_annotations']).stem}" if "val_annotations" in data else "eval"
-        output = output or (path if path.is_dir() else file.with_suffix("")) / name
+        options = checkpoint.read(file)["config"]
+        stored, config = from_dict(options, str(file)), from_dict(options, str(file), words)
+        changes = differences(stored, config)
+        output = output or (path if path.is_dir() else file.with_suffix("")) / folder_name(changes)
         annotations = build.val_annotations(config)
         check_evaluation(config, annotations, checkpoint.stats_of(file), str(file))
-        model = checkpoint.load_model(file, chosen, config.eval)
-        evaluate_model(model, config, output, str(file), **report)
+        model = checkpoint.load_model(file, chosen, config)
+        heads = [f"{key}={show(value)}" for key, value in changes.items() if key.startswith("head.")]
+        source = f"{file} with {' '.join(heads)}" if heads else str(file)
+        evaluate_model(model, config, output, source, annotations, **report)
         return output
     finally:
         distributed.teardown()
+
+
+def differences(stored: Any, config: Any, prefix: str = "") -> dict[str, Any]:
+    """Dotted key -> value of every option in which `config` differs from `stored`."""
+    found: dict[str, Any] = {}
+    for field in dataclasses.fields(config):
+        there, here, key = getattr(stored, field.name), getattr(config, field.name), prefix + field.name
+        if dataclasses.is_dataclass(here):
+            found |= differences(there, here, f"{key}.")
+        elif here != there:
+            found[key] = here
+    return found
+
+
+def folder_name(changes: Mapping[str, Any]) -> str:
+    """eval, and what was changed that changes the numbers: eval_val2, eval_head.name=norcal_eval.nms=0.4."""
+    parts = [f"{key}={value}" for key, value in changes.items() if key.startswith(("head.", "eval."))]
+    parts = [part for part in parts if not part.startswith(CHANGES_NOTHING)]
+    if "data.val_annotations" in changes:
+        parts.insert(0, Path(changes["data.val_annotations"]).stem)
+    return "_".join(["eval", *(re.sub(r"[^\w.=+-]+", "-", part) for part in parts)])
 
 
 def check_evaluation(config: Config, annotations: LVISAnnotations, stats: ClassStats, owner: str) -> None:
@@ -70,23 +93,29 @@ def check_evaluation(config: Config, annotations: LVISAnnotations, stats: ClassS
         )
 
 
-def evaluate_model(model: MaskRCNN, config: Config, output: Path, source: str, **report: Any) -> None:
+def evaluate_model(
+    model: MaskRCNN,
+    config: Config,
+    output: Path,
+    source: str,
+    annotations: LVISAnnotations | None = None,
+    **report: Any,
+) -> None:
     """Detect on the validation data, streaming to `output`/detections, and evaluate; rank 0 writes `output`.
 
-    source: what made the detections, named beside the numbers; report: options of `evaluate_and_report`. Inference that
-    was killed goes on where it stopped, finished inference is used as it is; detections of other weights, data or
-    options are replaced.
+    source: what made the detections, named beside the numbers; annotations: the validation data where it is open
+    already; report: options of `evaluate_and_report`. Inference that was killed goes on where it stopped, finished
+    inference is used as it is; detections of other weights, data or options are replaced.
     """
-    annotations = build.val_annotations(config)
+    annotations = annotations or build.val_annotations(config)
+    truth = load_annotations(annotations.path, masks=distributed.is_main())  # rank 0 evaluates in the end
     origin = f"weights {weights_hash(model)}, {_inputs(config, annotations)}"
     if distributed.is_main() and _text(output / "origin.txt") != origin:
         shutil.rmtree(output / "detections", ignore_errors=True)
         (output / "mean_scores.csv").unlink(missing_ok=True)
         write_text(output / "origin.txt", origin)
     distributed.barrier()
-    federated = None if config.eval.protocol == "coco" else FederatedFilter(annotations.path)
-    dataset = build.val_dataset(config, annotations)
-    infer(model, dataset, federated, output / "detections", origin, config.eval.batch_size, config.data.workers)
+    infer(model, config, annotations, FederatedFilter(truth), output / "detections", origin)
     scored = (output / "mean_scores.csv").exists()
     distributed.barrier()  # all ranks have looked before rank 0 writes it
     scores = "" if scored else ground_truth_scores(model, config, annotations)
@@ -94,17 +123,19 @@ def evaluate_model(model: MaskRCNN, config: Config, output: Path, source: str, *
     if distributed.is_main():
         if not scored:
             write_text(output / "mean_scores.csv", scores)
-        found = read_detections(output / "detections", annotations.image_ids.tolist())
-        truth = with_training_groups(load_annotations(annotations.path), model.stats)
-        report = {"protocol": config.eval.protocol, "origin": f"{source}, {origin}", **report}
-        evaluate_and_report(truth, found, output, **report)
+        options = {"protocol": config.eval.protocol, "errors": config.eval.errors, "origin": f"{source}, {origin}"}
+        truth = with_training_groups(truth, model.stats)
+        evaluate_and_report(truth, output / "detections", output, **{**options, **report})
     distributed.barrier()
 
 
 def _inputs(config: Config, annotations: LVISAnnotations) -> str:
     """What detections depend on besides the weights."""
     evaluation, data = config.eval, config.data
+    options = differences(HeadConfig(name=config.head.name, reset=config.head.reset), config.head)
+    head = " ".join([config.head.name, *(f"{key}={show(value)}" for key, value in options.items())])
     return (
+        f"head {head}, "
         f"{annotations.path} (sha256 {file_hash(annotations.path)}), images {data.val_images} "
         f"at {data.test_short_edge} x {data.long_edge} px, score > {evaluation.score_threshold:g}, "
         f"NMS {evaluation.nms:g}, {evaluation.detections} detections an image, "
@@ -141,30 +172,36 @@ def _text(file: Path) -> str:
 @torch.no_grad()
 def infer(
     model: MaskRCNN,
-    dataset: EvalDataset,
-    federated: FederatedFilter | None,
+    config: Config,
+    annotations: LVISAnnotations,
+    federated: FederatedFilter,
     folder: Path,
     source: str,
-    batch_size: int,
-    workers: int,
 ) -> None:
     """Stream this rank's detections of the data set to `folder`; images that are there already are skipped."""
     model.eval()
-    category_ids = torch.from_numpy(dataset.annotations.stats.category_ids)
+    dataset = build.val_dataset(config, annotations)
+    category_ids = torch.from_numpy(annotations.stats.category_ids)
     with DetectionWriter(folder, distributed.rank(), source) as writer:
         finished = writer.finished().tolist()
         distributed.barrier()  # all ranks see the same finished images before any adds one
-        batches = eval_batches(dataset, batch_size, workers, skip=finished)
+        batches = eval_batches(dataset, config.eval.batch_size, config.data.workers, skip=finished)
         for samples in progress(batches, len(batches), "inference"):
-            allowed = [
-                None if federated is None else torch.from_numpy(federated.allowed(s["image_id"])) for s in samples
-            ]
-            detections = model.detect(
-                [s["image"] for s in samples], [s["scale"] for s in samples], [s["size"] for s in samples], allowed
-            )
-            for sample, found in zip(samples, detections, strict=True):
+            images, scales, sizes = ([s[key] for s in samples] for key in ("image", "scale", "size"))
+            image_ids = [s["image_id"] for s in samples]
+            allowed, objects = None, None
+            if config.eval.protocol != "coco":
+                allowed = [torch.from_numpy(federated.allowed(i)) for i in image_ids]
+            if config.eval.errors:
+                objects = [(torch.from_numpy(b), torch.from_numpy(c)) for b, c in map(federated.objects, image_ids)]
+            for image_id, size, found in zip(
+                image_ids, sizes, model.detect(images, scales, sizes, allowed, objects), strict=True
+            ):
+                clues = found.get("clues")
+                if clues is not None:
+                    clues = {kind: (b, s, category_ids[labels]) for kind, (b, s, labels) in clues.items()}
                 ids = category_ids[found["labels"]]
-                writer.add(sample["image_id"], found["boxes"], found["scores"], ids, found["rles"], sample["size"])
+                writer.add(image_id, found["boxes"], found["scores"], ids, found["rles"], size, clues)
 
 
 @torch.no_grad()

@@ -23,7 +23,8 @@ from loce.yaml_text import load_yaml, show
 
 # What may differ when a run goes on: it changes how fast a run goes and what it writes, not what it learns; so, but for
 # rounding and the random draws, does `accumulate`, as the number of processes does.
-MAY_CHANGE = {"output", "device", "data.workers", "data.train_images", "data.val_images", "eval.batch_size"} | {
+MAY_CHANGE = {"output", "device", "data.workers", "data.train_images", "data.val_images"} | {
+    *("eval.batch_size", "eval.errors"),
     *("train.resume", "train.accumulate", "train.evaluate", "train.evaluate_every"),
     *("train.log_every", "train.checkpoint_every", "train.keep_checkpoints"),
 }

@@ -2,9 +2,12 @@
 
 python scripts/evaluate.py annotations=A.json results=R.json [output=DIR]
 python (or torchrun --nproc_per_node=N) scripts/evaluate.py [checkpoint=RUN_OR_FILE] [annotations=A.json images=DIR]
+    [head.name=norcal head.norcal.gamma=0.6] [eval.nms=0.4]
+Options head.* and eval.* take the place of the checkpoint's, for what works on trained weights as they are.
 """
 
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -12,6 +15,7 @@ from typing import Any, Literal
 from loce.config import Natural, UserError, read_options, run_script
 from loce.evaluation.report import evaluate_and_report
 
+CONFIG_WORDS = ("head.", "eval.")  # options of a run
 WRITTEN = "metrics.json, evaluation.json, per_category.csv and more are in"
 
 
@@ -48,6 +52,7 @@ def evaluate_results(options: Options) -> None:
         results,
         output,
         protocol=options.protocol,
+        errors=options.errors,
         **report_options(options),
     )
     print(f"{WRITTEN} {output}")
@@ -59,23 +64,21 @@ def report_options(options: Options) -> dict[str, Any]:
         "iou_types": () if options.iou_types == "auto" else options.iou_types.split(","),
         "max_detections": options.max_detections or None,
         "resamples": options.resamples,
-        "errors": options.errors,
         "save_json": options.save_json,
     }
 
 
-def evaluate_a_checkpoint(options: Options) -> None:
+def evaluate_a_checkpoint(options: Options, words: Sequence[str]) -> None:
     """Inference, then the same evaluation."""
     from loce.inference import evaluate_checkpoint  # torch is not needed to evaluate results
 
     path = Path(options.checkpoint) if options.checkpoint else newest_run(Path("runs"))
-    data = {"val_annotations": options.annotations, "val_images": options.images}
-    evaluation: dict[str, Any] = {} if options.protocol == "auto" else {"protocol": options.protocol}
-    if options.detections:
-        evaluation["detections"] = options.detections
+    names = {"data.val_annotations": options.annotations, "data.val_images": options.images}
+    names |= {"eval.protocol": options.protocol if options.protocol != "auto" else ""}
+    names |= {"eval.detections": str(options.detections or ""), "eval.errors": "" if options.errors else "false"}
+    words = [f"{key}={value}" for key, value in names.items() if value] + list(words)
     output = Path(options.output) if options.output else None
-    given = {k: v for k, v in data.items() if v}
-    output = evaluate_checkpoint(path, output, given, evaluation, options.device, **report_options(options))
+    output = evaluate_checkpoint(path, output, words, options.device, **report_options(options))
     print(f"{WRITTEN} {output}")
 
 
@@ -90,12 +93,13 @@ def newest_run(runs: Path) -> Path:
 
 
 def main() -> None:
-    options = read_options(Options, sys.argv[1:])
+    words = [word for word in sys.argv[1:] if word.startswith(CONFIG_WORDS)]
+    options = read_options(Options, [word for word in sys.argv[1:] if word not in words])
     if options.checkpoint and options.results:
         raise UserError("checkpoint and results: give one of them")
-    if options.results and (options.images or options.detections or options.device != "auto"):
-        raise UserError("images, detections and device are for checkpoints; results need no inference")
-    evaluate_results(options) if options.results else evaluate_a_checkpoint(options)
+    if options.results and (options.images or options.detections or options.device != "auto" or words):
+        raise UserError("images, detections, device, head.* and eval.* are for checkpoints; results need no inference")
+    evaluate_results(options) if options.results else evaluate_a_checkpoint(options, words)
 
 
 if __name__ == "__main__":

@@ -67,7 +67,8 @@ class GroundTruth:
 
 
 class FederatedFilter:
-    """Which categories can count in an image: cap detections first, apply this second, paste masks last.
+    """What annotations say of an image: which categories can count there (cap detections first, apply this second,
+    paste masks last), and its objects.
 
     Labels are the categories in the file's order; `label_ids` (C,) turns them into category ids.
     """
@@ -76,12 +77,21 @@ class FederatedFilter:
         truth = load_annotations(annotations, masks=False)
         self.label_ids = truth.label_ids
         self._column = np.searchsorted(truth.category_ids, truth.label_ids)
+        self._label = np.argsort(self._column)
+        self._truth, self._bounds = truth, np.searchsorted(truth.image, np.arange(len(truth.image_ids) + 1))
         self._row = {int(image): row for row, image in enumerate(truth.image_ids)}
         self._counted = truth.counted()
 
     def allowed(self, image_id: int) -> np.ndarray:
         """(C,) bool over labels, all true for COCO-style files; KeyError for an image that the file does not have."""
         return self._counted[self._row[image_id]][self._column]
+
+    def objects(self, image_id: int) -> tuple[np.ndarray, np.ndarray]:
+        """What is to be found in an image: boxes (G, 4) float32 x1, y1, x2, y2 in px, and labels (G,) int64."""
+        row, truth = self._row[image_id], self._truth
+        rows = slice(self._bounds[row], self._bounds[row + 1])
+        corners = np.concatenate([truth.boxes[rows, :2], truth.boxes[rows, :2] + truth.boxes[rows, 2:]], axis=1)
+        return corners.astype(np.float32), self._label[truth.category[rows]]
 
 
 def load_annotations(annotations: "str | Path | Mapping[str, Any] | GroundTruth", masks: bool = True) -> GroundTruth:

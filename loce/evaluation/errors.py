@@ -48,8 +48,8 @@ LOW = 0.1  # IoU below which a detection has nothing to do with an object
 @dataclass(frozen=True, kw_only=True)
 class Fates:
     """What became of every object: cause (G,) index into CAUSES or -1 for ignored objects; score (G,) of the detection
-    that the cause is about, inf for none; other (G,) category index it was classified as, or -1; unseen: causes that
-    could not be told apart."""
+    that the cause is about, inf for none; other (G,) category index of the best other detection at IoU .5 where the
+    cause is classified_as, removed_by_nms or cut_by_cap, or -1; unseen: causes that could not be told apart."""
 
     cause: np.ndarray
     score: np.ndarray
@@ -143,7 +143,10 @@ def _judge(
         best = np.where(holds, scores[:, None], -np.inf)[:, some].argmax(axis=0)
         fates.cause[objects[some]] = _NUMBER[name]
         fates.score[objects[some]] = np.inf if name in _SURE else scores[best]
-        fates.other[objects[some]] = category[best] if name == "classified_as" else -1
+        if name == "classified_as":
+            fates.other[objects[some]] = category[best]
+        elif name == "taken":  # localised and classified; of what was dropped it is told what stands in its place
+            fates.other[objects[some]] = -1
 
 
 def _precision(evaluation: Evaluation) -> np.ndarray:

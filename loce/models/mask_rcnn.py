@@ -3,6 +3,7 @@
 Samples are the data sets' dicts with host tensors; the model moves them to its own device. Shapes: B images.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -17,6 +18,7 @@ from loce.heads import HEADS
 from loce.mean_score import MeanScoreTracker
 from loce.models.backbone import build_backbone
 from loce.models.boxes import INSTANCES, ROI_STDS, decode, keyed
+from loce.models.clues import find_clues
 from loce.models.detection import detect
 from loce.models.mask_head import MaskHead
 from loce.models.memory_sampling import MemorySampling
@@ -177,13 +179,15 @@ class MaskRCNN(nn.Module):
         images: list[Tensor],
         scales: list[tuple[float, float]],
         originals: list[Size],
-        allowed: list[Tensor | None] | None = None,
+        allowed: Sequence[Tensor | None] | None = None,
+        objects: Sequence[tuple[Tensor, Tensor]] | None = None,
     ) -> list[dict[str, Any]]:
         """Detections per image in original pixels: boxes (M, 4), scores (M,), labels (M,), rles (M compressed codes).
 
         scales: (x, y) resized / original; originals: (height, width); allowed: per image a bool mask (C,) of the
         classes that evaluation can use there: others count towards the cap of detections, but are then left out
-        before masks are made.
+        before masks are made; objects: per image the boxes (G, 4) and labels (G,) that are to be found; the result
+        then has "clues" on them, see `find_clues`.
         """
         batch, sizes, _ = self.batch_images(images)
         features = self.features(batch)
@@ -193,7 +197,8 @@ class MaskRCNN(nn.Module):
         for i, boxes_N4 in enumerate(proposals):
             level_features = [x[i : i + 1] for x in features]
             keep = None if allowed is None else allowed[i]
-            results.append(self._detect_one(level_features, boxes_N4, sizes[i], scales[i], originals[i], keep))
+            wanted = None if objects is None else objects[i]
+            results.append(self._detect_one(level_features, boxes_N4, sizes[i], scales[i], originals[i], keep, wanted))
         return results
 
     def _detect_one(
@@ -204,6 +209,7 @@ class MaskRCNN(nn.Module):
         scale: tuple[float, float],
         original: Size,
         allowed_C: Tensor | None,
+        objects: tuple[Tensor, Tensor] | None,
     ) -> dict[str, Any]:
         roi, finest = self.roi_heads, self.config.roi.finest_scale
         x_ND = roi.features_of(pool(features, [proposals_N4], BOX_SIDE, finest))
@@ -211,13 +217,20 @@ class MaskRCNN(nn.Module):
         deltas_NC4 = roi.deltas(x_ND).float().reshape(len(x_ND), -1, 4)
         scale_4 = proposals_N4.new_tensor([*scale, *scale])
         boxes_NC4 = decode(proposals_N4[:, None], deltas_NC4, ROI_STDS, size) / scale_4
-        boxes_M4, scores_M, labels_M = detect(boxes_NC4, scores_NC, self.evaluation)
+        found = boxes_M4, scores_M, labels_M = detect(boxes_NC4, scores_NC, self.evaluation)
+        allowed_C = None if allowed_C is None else allowed_C.to(labels_M.device)
+        clues: dict[str, Any] = {}
+        if objects is not None:
+            targets = objects[0].to(scale_4), objects[1].to(labels_M)
+            every = (boxes_NC4, scores_NC, found, allowed_C, self.evaluation)
+            parts = find_clues(targets, proposals_N4 / scale_4, *every)
+            clues = {"clues": {kind: tuple(x.cpu() for x in part) for kind, part in parts.items()}}
         if allowed_C is not None:
-            kept = allowed_C.to(labels_M.device)[labels_M]
+            kept = allowed_C[labels_M]
             boxes_M4, scores_M, labels_M = boxes_M4[kept], scores_M[kept], labels_M[kept]
         masks = roi.mask_head(pool(features, [boxes_M4 * scale_4], MASK_SIDE, finest), labels_M).float().sigmoid()
         rles = paste_and_encode(masks, boxes_M4, original)
-        return {"boxes": boxes_M4.cpu(), "scores": scores_M.cpu(), "labels": labels_M.cpu(), "rles": rles}
+        return {"boxes": boxes_M4.cpu(), "scores": scores_M.cpu(), "labels": labels_M.cpu(), "rles": rles, **clues}
 
     @torch.no_grad()
     def class_scores(self, samples: list[dict[str, Any]]) -> tuple[Tensor, Tensor, Tensor]:

@@ -99,12 +99,12 @@ def test_what_inference_can_add(iou_type: str) -> None:
     for kind in ("removed_by_nms", "cut_by_cap"):
         right = (kind, 1, 0.25, near)
         for lost in (none, badly, other):
-            assert fate(lost, right, proposed) == (kind, 0.25, -1)
+            assert fate(lost, right, proposed) == (kind, 0.25, 1 if lost == other else -1)
         assert fate(none, (kind, 1, 0.25, far)) == fate(none, (kind, 2, 0.25, near)) == ("no_proposal", np.inf, -1)
     wrong = (other, 2, 0.25, near)
     assert fate(none, wrong, proposed) == fate(badly, wrong) == (other, 0.25, 1)
     assert fate(other, wrong) == (other, np.float64(0.8), 1)  # the better of the two
-    assert fate(none, wrong, ("removed_by_nms", 1, 0.125, near)) == ("removed_by_nms", 0.125, -1)
+    assert fate(none, wrong, ("removed_by_nms", 1, 0.125, near)) == ("removed_by_nms", 0.125, 1)
     assert fate("taken", ("removed_by_nms", 1, 0.125, near))[0] in ("found", "taken")
 
 
