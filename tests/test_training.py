@@ -93,6 +93,21 @@ def test_one_and_three_ranks_evaluate_to_the_same_numbers(config: Path, stage1: 
     assert json.loads((output / "metrics.json").read_text()) == alone
 
 
+def test_a_head_of_the_same_weights_is_tried_at_evaluation(config: Path, stage1: Path) -> None:
+    """After the fact, into a folder of its own; weights that do not fit are told."""
+    words = ("evaluate.py", f"checkpoint={stage1}", "resamples=0")
+    text = run(*words, "head.name=norcal", "head.norcal.gamma=0.9")
+    folder = stage1 / "eval_head.name=norcal_head.norcal.gamma=0.9"
+    assert "main.pt with head.name=norcal head.norcal.gamma=0.9, weights" in text and str(folder) in text
+    assert json.loads((folder / "evaluation.json").read_text())["results"].count("head norcal norcal.gamma=0.9") == 1
+    assert (stage1 / "eval/origin.txt").read_text() != (folder / "origin.txt").read_text()
+    causes = (stage1 / "eval/errors.csv").read_text().splitlines()
+    row = dict(zip(causes[0].split(","), causes[1].split(","), strict=True))
+    assert row["no_detection"] == "" and row["no_proposal"] != ""  # inference left its clues
+    assert "do not fit the options" in run(*words, "head.name=bags", code=2)
+    assert "head.norcal.gama" in run(*words, "head.norcal.gama=1", code=2)
+
+
 @pytest.mark.parametrize(
     ("script", "words", "message"),
     [

@@ -58,7 +58,9 @@ def test_clues_are_what_they_are_called() -> None:
         clues = find_clues(objects, proposals, boxes, scores, found, allowed, config)
         expected = slow_clues(objects, proposals, boxes, scores, found, allowed.tolist(), config)
         for kind, (box, score, label) in clues.items():
-            rows = [(b, pytest.approx(s), c) for b, s, c in zip(box.tolist(), score.tolist(), label.tolist(), strict=True)]
+            rows = [
+                (b, pytest.approx(s), c) for b, s, c in zip(box.tolist(), score.tolist(), label.tolist(), strict=True)
+            ]
             assert [e for _, e in sorted(expected[kind].items())] == rows, (seed, kind)
             seen[kind] += len(rows)
     assert min(seen.values()) >= 10, seen
