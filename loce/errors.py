@@ -1,4 +1,4 @@
-"""Mistakes of the user: one exception, one way to print it."""
+"""Why a script of ours ends before its work is done: an exception and an exit code for each reason."""
 
 import os
 import sys
@@ -10,6 +10,21 @@ class UserError(Exception):
     """A mistake of the user; the message says everything that is wrong and how to mend it. Scripts exit with 2."""
 
 
+class DivergedError(Exception):
+    """A loss, a gradient or a weight is not finite. Scripts exit with 3."""
+
+
+class RankLostError(Exception):
+    """Another rank ended, which the message explains as far as this one knows. Scripts exit with 1."""
+
+
+class Stopped(BaseException):
+    """A signal, named by the message, asked the run to stop; the same command goes on. Scripts exit with 75.
+
+    Like KeyboardInterrupt no Exception, so that nothing on the way takes it for an error of its own.
+    """
+
+
 def raise_problems(problems: Sequence[str]) -> None:
     """One UserError for all `problems` (a line each); nothing happens when there are none."""
     if len(problems) == 1:
@@ -19,12 +34,23 @@ def raise_problems(problems: Sequence[str]) -> None:
 
 
 def run_script(main: Callable[[], None]) -> None:
-    """Run a script's `main`; a UserError is printed without traceback and ends the process with exit code 2."""
+    """Run a script's `main`; what is above is printed without traceback and ends the process with its exit code."""
+    rank = os.environ.get("RANK", "0")
     try:
         main()
     except UserError as error:
-        rank = os.environ.get("RANK", "0")
         if rank != "0":
             time.sleep(3)  # torchrun stops the other ranks when rank 0 leaves: a mistake seen by all is printed once
-        print(f"error{'' if rank == '0' else f' on rank {rank}'}: {error}", file=sys.stderr)
-        sys.exit(2)
+        _leave(f"error{'' if rank == '0' else f' on rank {rank}'}: {error}", 2)
+    except RankLostError as error:
+        _leave(str(error), 1)
+    except DivergedError as error:
+        _leave(f"error: {error}" if rank == "0" else "", 3)
+    except Stopped as request:
+        _leave(f"stopped by {request}; the same command goes on" if rank == "0" else "", 75)
+
+
+def _leave(message: str, code: int) -> None:
+    if message:
+        print(message, file=sys.stderr, flush=True)
+    sys.exit(code)

@@ -24,6 +24,7 @@ from loce.evaluation.stream import DetectionWriter
 from loce.files import file_hash, write_text
 from loce.models.mask_rcnn import MaskRCNN
 from loce.progress import progress
+from loce.session import session
 from loce.yaml_text import show
 
 LVIS_CAP = 300  # detections an image in protocol lvis
@@ -39,8 +40,7 @@ def evaluate_checkpoint(path: Path, output: Path | None, words: Sequence[str], d
     (RUN/eval_head.name=norcal); beside the file for a file; words: options that take the checkpoint's place,
     "section.key=value"; report: options of `evaluate_and_report`.
     """
-    chosen = distributed.setup(device)
-    try:
+    with session(device) as chosen:
         file = checkpoint.main_file(path)
         options = checkpoint.read(file)["config"]
         stored, config = from_dict(options, str(file)), from_dict(options, str(file), words)
@@ -53,8 +53,6 @@ def evaluate_checkpoint(path: Path, output: Path | None, words: Sequence[str], d
         source = f"{file} with {' '.join(heads)}" if heads else str(file)
         evaluate_model(model, config, output, source, annotations, **report)
         return output
-    finally:
-        distributed.teardown()
 
 
 def differences(stored: Any, config: Any, prefix: str = "") -> dict[str, Any]:

@@ -1,30 +1,33 @@
 """One run from its options to its results: set up, train (or go on), evaluate. Both training scripts call `train`."""
 
-import math
-import sys
 import time
 import warnings
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
+from itertools import accumulate
 from pathlib import Path
 
 import torch
 from torch.nn.parallel import DistributedDataParallel
 
-from loce import build, checkpoint, distributed, resume, start
+from loce import build, checkpoint, distributed, resume, start, stopping
 from loce.checkpoint_files import megabytes
 from loce.classes import GROUPS, ClassStats
 from loce.config import Config, UserError, dump, images_per_rank
 from loce.data.loader import TrainDataset, train_batches, training_plan
 from loce.data.lvis import LVISAnnotations
 from loce.data.samplers import TrainingPlan
-from loce.engine import DivergedError, fill_memory, scaled_lr, train_one_epoch
-from loce.files import file_hash
+from loce.engine import fill_memory, scaled_lr, train_one_epoch
+from loce.errors import DivergedError, Stopped
+from loce.files import file_hash, write_text
 from loce.inference import evaluate_model
 from loce.models.mask_rcnn import MaskRCNN
 from loce.progress import say
 from loce.runlog import RunLog
+from loce.session import session
 
+STOPPED = "stopped.txt"  # in the run folder while a run that was asked to stop waits to go on
 LAST_TRIES, LAST_WAIT = 20, 30.0  # of saving the last checkpoint; seconds between them
 
 
@@ -59,21 +62,19 @@ class Job:
 
 def train(config: Config) -> None:
     """Train to the end, from the newest checkpoint in the run folder where there is one, and evaluate."""
-    device = distributed.setup(config.device)
-    try:
-        job = _prepare(config, device)
-        if job.done < sum(job.lengths):
-            _train(job)
-        elif distributed.is_main():
-            say(f"{job.folder}: training is finished already")
-        if config.train.evaluate:
-            evaluate_model(job.model, config, job.folder / "eval", f"{job.folder} after {job.done} iterations")
-    except DivergedError as error:
-        if distributed.is_main():
-            print(f"error: {error}", file=sys.stderr)
-        sys.exit(3)
-    finally:
-        distributed.teardown()
+    with session(config.device) as device:
+        try:
+            job = _prepare(config, device)
+            if job.done < sum(job.lengths):
+                _train(job)
+            elif distributed.is_main():
+                say(f"{job.folder}: training is finished already")
+            if config.train.evaluate:
+                evaluate_model(job.model, config, job.folder / "eval", f"{job.folder} after {job.done} iterations")
+        except Stopped as request:
+            if distributed.is_main():  # for scripts that put the job back into its queue: torchrun hides the exit code
+                write_text(Path(config.output) / STOPPED, f"stopped by {request}; the same command goes on\n")
+            raise
 
 
 def _prepare(config: Config, device: torch.device) -> Job:
@@ -107,6 +108,8 @@ def _build(config: Config, device: torch.device, found: start.Start) -> Job:
         _resume(job, newest)
     if job.done < sum(lengths):
         resume.require_room(job.folder, config, model)
+    if distributed.is_main():
+        (job.folder / STOPPED).unlink(missing_ok=True)
     return job
 
 
@@ -114,17 +117,30 @@ def _resume(job: Job, folder: Path) -> None:
     state, changes = resume.restore(folder, job.config, job.model, job.device)
     job.optimizer.load_state_dict(state["optimizer"])
     job.scaler.load_state_dict(state["scaler"])
-    job.model.roi_heads.progress = state["iteration"] / sum(job.lengths)
-    job.done, job.resumed, job.window = state["iteration"], True, state["window"]
+    set_done(job, state["iteration"])
+    job.resumed, job.window = True, state["window"]
     line = f"going on from {folder}, {job.done} of {sum(job.lengths)} iterations are done"
     job.report = [line, *changes]
 
 
 def _train(job: Job) -> None:
-    config, train = job.config, job.config.train
-    log = RunLog(
-        job.folder,
-        dump(config),
+    log = open_log(job, job.folder)
+    for line in [*job.report, *header(job)]:
+        log.line(line)
+    with stopping.deferred():
+        if job.config.memory.enabled and not job.resumed:
+            fill(job)
+            log.line(filled(job.model))
+            _save(job, log)  # filling takes long on LVIS and is never done twice
+        advance(job, log, sum(job.lengths), partial(_after_step, job, log))
+    log.close()
+
+
+def open_log(job: Job, folder: Path) -> RunLog:
+    """The log of this training in `folder`, cut to what is done."""
+    return RunLog(
+        folder,
+        dump(job.config),
         epoch_lengths=job.lengths,
         batch_size=job.plan.rows,
         start=job.done,
@@ -132,14 +148,18 @@ def _train(job: Job) -> None:
         extra=partial(equilibrium_scalars, job.model, job.stats),
         window=job.window,
     )
-    for line in [*job.report, *header(job)]:
-        log.line(line)
-    if config.memory.enabled and not job.resumed:
-        memory = config.memory
-        images, workers = images_per_rank(train, distributed.world_size()), config.data.workers
-        fill_memory(job.model, job.dataset, memory.fill_instances, memory.shared, config.seed, images, workers)
-        log.line(filled(job.model))
-        _save(job, log)  # filling takes long on LVIS and is never done twice
+
+
+def fill(job: Job) -> None:
+    """Fill the feature memory of a second stage that begins."""
+    config, memory = job.config, job.config.memory
+    images, workers = images_per_rank(config.train, distributed.world_size()), config.data.workers
+    fill_memory(job.model, job.dataset, memory.fill_instances, memory.shared, config.seed, images, workers)
+
+
+def advance(job: Job, log: RunLog, last: int, after_step: Callable[[int, bool], None]) -> None:
+    """Train until `last` iterations are done; `after_step` as in `train_one_epoch`."""
+    train = job.config.train
     wrapped: torch.nn.Module = job.model
     if distributed.world_size() > 1:
         with warnings.catch_warnings():  # torch 2.15 renames the option; the new name would share rank 0's memory bank
@@ -151,25 +171,28 @@ def _train(job: Job) -> None:
         epochs=train.epochs,
         accumulate=train.accumulate,
         start_iteration=job.done,
-        workers=config.data.workers,
+        workers=job.config.data.workers,
     )
     stream = iter(batches)
-    end = 0
-    for epoch, length in enumerate(job.lengths):
-        end += length
-        if job.done < end:
-            after = partial(_after_step, job, log, end)
-            train_one_epoch(wrapped, stream, job.optimizer, job.scaler, train, epoch, range(job.done, end), log, after)
-    log.close()
+    for epoch, end in enumerate(accumulate(job.lengths)):
+        part = range(job.done, min(end, last))
+        if len(part):
+            train_one_epoch(wrapped, stream, job.optimizer, job.scaler, train, epoch, part, log, after_step)
 
 
-def _after_step(job: Job, log: RunLog, epoch_end: int, done: int) -> None:
-    job.done = done
-    job.model.roi_heads.progress = done / sum(job.lengths)
-    if done == epoch_end or done % job.config.train.checkpoint_every == 0:
+def set_done(job: Job, done: int) -> None:
+    """So many iterations are done."""
+    job.done, job.model.roi_heads.progress = done, done / sum(job.lengths)
+
+
+def _after_step(job: Job, log: RunLog, done: int, stop: bool) -> None:
+    set_done(job, done)
+    if stop or done in accumulate(job.lengths) or done % job.config.train.checkpoint_every == 0:
         saved = _save(job, log)
-        if done == sum(job.lengths) and not saved:
+        if done == sum(job.lengths) and not saved and not stop:
             _save_at_last(job, log)
+    if stop:
+        raise Stopped(stopping.asked[0] if stopping.asked else "a signal to another rank")
 
 
 def _save_at_last(job: Job, log: RunLog, tries: int = LAST_TRIES, wait: float = LAST_WAIT) -> None:
@@ -186,10 +209,11 @@ def _save_at_last(job: Job, log: RunLog, tries: int = LAST_TRIES, wait: float = 
 
 
 def _save(job: Job, log: RunLog) -> bool:
-    """Save; False, with a warning, where the disk does not take it. DivergedError where a weight is not finite."""
-    largest = torch.stack([p.detach().abs().max() for p in job.model.parameters()]).max().item()  # sync: a save
-    if not math.isfinite(largest):
-        raise DivergedError("training diverged: a weight is not finite; the checkpoints before are good")
+    """Save; False, with a warning, where the disk does not take it. DivergedError where there is a value not finite."""
+    numbers = [x for x in job.model.state_dict().values() if x.is_floating_point()]
+    bad = ~torch.stack([x.isfinite().all() for x in numbers]).all()
+    if distributed.all_reduce_sum(bad.float()).item():  # sync: a save
+        raise DivergedError("training diverged: a weight or a buffer is not finite; the checkpoints before are good")
     log.sync()
     state = {"iteration": job.done, "optimizer": job.optimizer.state_dict(), "scaler": job.scaler.state_dict()}
     saved = resume.save(job.folder, job.config, job.stats, job.model, state, log.unwritten())

@@ -13,7 +13,7 @@ ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = ROOT / "loce"
 LAYERS = {
     0: "config conflicts method_options options errors yaml_text classes distributed env files "
-    "checkpoint_files progress runlog runlock",
+    "checkpoint_files progress runlog runlock session stopping",
     1: "data box_generator memory_bank memory_packing mean_score equilibrium_loss heads",
     2: "models evaluation",
     3: "engine build checkpoint resume start convert drawing inference run plots",

@@ -54,7 +54,8 @@ def step_files(tmp_path_factory: pytest.TempPathFactory) -> set[str]:
 
     scaler = torch.amp.GradScaler("cpu", enabled=False)
 
-    def one_step(iteration: int) -> None:
+    def one_step(iteration: int, stop: bool) -> None:
+        assert not stop
         if iteration == 1:
             sys.setprofile(None)
 

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader
 
-from loce import distributed
+from loce import distributed, stopping
 from loce.config import DataConfig, SamplerConfig
 from loce.data.dataset import EvalDataset, Sample, TrainDataset
 from loce.data.lvis import LVISAnnotations
@@ -53,10 +53,13 @@ class Batches:
         return self.length
 
     def __iter__(self) -> Iterator[list[Sample]]:
-        for samples in self.loader:
-            for sample in samples:
-                self._note(sample.get("replaced", ()))
-            yield samples
+        try:
+            for samples in self.loader:
+                for sample in samples:
+                    self._note(sample.get("replaced", ()))
+                yield samples
+        except (ConnectionError, EOFError) as error:  # PyTorch says so itself, unless it was fetching from that worker
+            raise RuntimeError("a data worker was killed, perhaps by the system for lack of host memory") from error
 
     def _note(self, messages: Iterable[str]) -> None:
         for message in messages:
@@ -68,9 +71,10 @@ class Batches:
 
 
 def _start_worker(_: int) -> None:
-    """One thread per worker, and deaf to signals: the main process decides when to stop."""
+    """One thread per worker, and deaf to signals: the main process decides when to stop, and takes it with it."""
+    stopping.die_with_parent(signal.SIGKILL)
     cv2.setNumThreads(0)
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
+    for number in stopping.SIGNALS:
         signal.signal(number, signal.SIG_IGN)
 
 
