@@ -4,7 +4,6 @@ import os
 import re
 import signal
 import subprocess
-import sys
 import time
 import uuid
 from collections.abc import Callable, Iterator
@@ -14,10 +13,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.test_training import LOCE, ROOT, config, glyphs, main_file, metrics, stage1, weights
+from tests.tiny_runs import LOCE, ROOT, command, environment, main_file, same_run
 
-__all__ = ["config", "glyphs", "stage1"]  # fixtures
-TIMING = ("images_per_second", "data_share", "peak_memory_gib")
 LONG = ("train.epochs=40", "train.drops=[30]", "train.log_every=7", "train.checkpoint_every=1000")
 
 
@@ -25,17 +22,15 @@ class Running:
     """A script of ours in the background; its processes are gone when the test ends."""
 
     def __init__(self, script: str, words: tuple, processes: int = 1, options: tuple[str, ...] = ()) -> None:
-        launch = [sys.executable]
-        if processes > 1:
-            launch += ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}", *options]
+        line = command(script, *words, processes=processes)
         self.output, self.mark = "", uuid.uuid4().hex
         self.process = subprocess.Popen(
-            [*launch, str(ROOT / "scripts" / script), *map(str, words)],
+            [*line[:3], *options, *line[3:]],
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
             cwd=ROOT,
-            env={**os.environ, "OMP_NUM_THREADS": "1", "STARTED_BY": self.mark},
+            env={**environment(), "STARTED_BY": self.mark},
         )
 
     def family(self) -> dict[int, int]:
@@ -98,18 +93,6 @@ def start() -> Iterator[Callable[..., Running]]:
             with suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
         running.process.wait()
-
-
-def same_run(one: Path, other: Path) -> None:
-    """Equal weights, buffers and optimiser, and every number of every line that is not a time."""
-    lines = [[{k: v for k, v in m.items() if k not in TIMING} for m in metrics(run)] for run in (one, other)]
-    assert lines[0] == lines[1]
-    first, second = weights(one), weights(other)
-    assert first.keys() == second.keys() and all(torch.equal(first[name], second[name]) for name in first)
-    states = [torch.load(main_file(run), weights_only=True) for run in (one, other)]
-    assert states[0]["iteration"] == states[1]["iteration"]
-    for a, b in zip(*(state["optimizer"]["state"].values() for state in states), strict=True):
-        assert torch.equal(a["momentum_buffer"], b["momentum_buffer"])
 
 
 def iterations(folder: Path) -> int:
