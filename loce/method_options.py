@@ -70,6 +70,7 @@ class BALMSOptions:
     """Balanced meta-softmax, sigmoid form with a learned re-weighting."""
 
     meta_lr: Positive = 0.01  # Adam's, of the class weights
+    inner_lr: Positive = 0.02  # of the trial step of the classifier; it follows neither batch size nor drops
 
 
 @dataclass(frozen=True, kw_only=True)

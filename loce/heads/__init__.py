@@ -2,6 +2,7 @@
 
 from loce.heads.bags import BAGSHead
 from loce.heads.balanced_softmax import BalancedSoftmaxHead
+from loce.heads.balms import BALMSHead
 from loce.heads.base import Head, RoIs
 from loce.heads.eql import EQLHead
 from loce.heads.eqlv2 import EQLv2Head
@@ -23,6 +24,7 @@ HEADS: dict[str, type[Head]] = {
     "seesaw": SeesawHead,
     "bags": BAGSHead,
     "balanced_softmax": BalancedSoftmaxHead,
+    "balms": BALMSHead,
     "ldam": LDAMHead,
     "logit_adjustment": LogitAdjustmentHead,
     "norcal": NorCalHead,

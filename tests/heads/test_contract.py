@@ -30,7 +30,8 @@ def batch(rows, device, seed=0, classes=CLASSES):
         progress=0.5,
         drawn_N=torch.where((labels >= 0) & (labels < classes) & ~from_memory, labels, -1).to(device),
     )
-    return torch.randn(rows, FEATURES, generator=generator).to(device), rois
+    rois.features_ND = torch.randn(rows, FEATURES, generator=generator).to(device)
+    return rois.features_ND, rois
 
 
 @pytest.fixture(params=sorted(HEADS))
@@ -110,7 +111,8 @@ def test_ignored_rows_change_nothing(head, device):
     features, rois = batch(30, device)
     keep = rois.labels_N != IGNORED
     assert 0 < keep.sum() < 30
-    rows = {name: getattr(rois, name)[keep] for name in ("labels_N", "instances_N", "from_memory_N", "drawn_N")}
+    names = ("labels_N", "instances_N", "from_memory_N", "features_ND", "drawn_N")
+    rows = {name: getattr(rois, name)[keep] for name in names}
     some = dataclasses.replace(rois, **rows)
     for name, loss in head.losses(head(features), rois).items():
         torch.testing.assert_close(loss, head.losses(head(features[keep]), some)[name])
@@ -122,7 +124,7 @@ def test_learns_a_few_points(head, device):
     labels = torch.arange(CLASSES + 1, device=device)
     none = torch.full_like(labels, -1)
     indicator = torch.full((CLASSES + 1,), 0.1, device=device)
-    rois = RoIs(labels, none, torch.zeros_like(labels, dtype=torch.bool), indicator, drawn_N=labels)
+    rois = RoIs(labels, none, torch.zeros_like(labels, dtype=torch.bool), indicator, 0.0, features, labels)
     optimiser = torch.optim.SGD(head.parameters(), lr=2.0)
     for _ in range(400):
         optimiser.zero_grad()

@@ -10,6 +10,7 @@ import torch
 from torch import distributed as dist
 
 from loce import distributed
+from loce.classes import META
 from loce.heads import HEADS
 from loce.method_options import HeadConfig, SeesawOptions
 from tests.conftest import stats_of
@@ -17,7 +18,7 @@ from tests.heads.cases import random_case, rois_of
 
 ROOT = Path(__file__).resolve().parents[2]
 CLASSES, FEATURES, STEPS = 5, 6, 4
-STATEFUL = ("eqlv2", "seesaw")
+STATEFUL = ("eqlv2", "seesaw", "balms")
 
 
 def train(name: str, config: HeadConfig) -> dict[str, list]:
@@ -30,7 +31,9 @@ def train(name: str, config: HeadConfig) -> dict[str, list]:
     for step in range(STEPS):
         features, labels = random_case(28, CLASSES, FEATURES, step)  # as many ignored rows in either half
         own = slice(distributed.rank() * 28 // world, (distributed.rank() + 1) * 28 // world)
-        loss = sum(head.losses(head(features[own]), rois_of(labels[own])).values())
+        meta = torch.where(torch.arange(28) % 2 == 1, META, -1)  # every other row
+        rois = rois_of(labels[own], features_ND=features[own], drawn_N=meta[own])
+        loss = sum(head.losses(head(features[own]), rois).values())
         optimiser.zero_grad()
         loss.backward()
         for parameter in head.parameters():
