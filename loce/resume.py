@@ -1,8 +1,9 @@
 """Exact resume: everything that training depends on, saved so that a kill at any moment or a full disk loses nothing.
 
 A checkpoint is a folder `checkpoints/000001500/` with `main.pt` (model, optimiser, scaler, position, config, classes, a
-shared feature memory) and one `rank<r>.pt` per process (random state, its own feature memory, losses that wait for
-their line in the log). The sampler has no state: its batches follow from config, data, epoch and position.
+shared feature memory) and one `rank<r>.pt` per process (random state, its own feature memory, what its head keeps for
+itself, losses that wait for their line in the log). The sampler has no state: its batches follow from config, data,
+epoch and position.
 """
 
 import contextlib
@@ -72,7 +73,13 @@ def save(
     weights = {k: v for k, v in model.state_dict().items() if not k.startswith(checkpoint.MEMORY_PREFIX)}
     memory = {} if model.roi_heads.memory is None else pack(model.roi_heads.memory.bank)
     shared = config.memory.shared
-    own = {"rng": rng_state(next(model.parameters()).device), "memory": {} if shared else memory, "window": window}
+    head = model.roi_heads.head
+    own = {
+        "rng": rng_state(next(model.parameters()).device),
+        "memory": {} if shared else memory,
+        "head": {name: head.get_buffer(name) for name in head.of_rank},
+        "window": window,
+    }
     main = {
         "format": checkpoint.FORMAT,
         "config": to_dict(config),
@@ -183,9 +190,11 @@ def restore(folder: Path, config: Config, model: MaskRCNN, device: torch.device)
     lines = []
     if before == now:
         set_rng_state(own[0]["rng"], device)
+        model.roi_heads.head.load_state_dict(own[0]["head"], strict=False)
     else:
         torch.manual_seed(_fresh_seed(config.seed, main["iteration"], distributed.rank()))
         lines.append(f"{before} processes before, {now} now: the batches stay the same, random numbers begin anew")
+        lines += [f"head: the {name} of process 0 are on every process" for name in model.roi_heads.head.of_rank]
     parts = main["config"]["train"]["accumulate"]
     if parts != config.train.accumulate:
         lines.append(f"train.accumulate: {parts} before, {config.train.accumulate} now: the batches stay the same")

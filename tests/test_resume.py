@@ -16,6 +16,7 @@ import torch
 from loce import checkpoint, checkpoint_files, resume
 from loce.build import build_model, build_optimizer
 from loce.config import Config, UserError, load_config
+from loce.method_options import HeadConfig, SeesawOptions
 from loce.models.mask_rcnn import MaskRCNN
 from loce.start import check_resume
 from tests.conftest import stats_of
@@ -147,6 +148,20 @@ def test_everything_comes_back(tiny: Config, shared: bool) -> None:
     assert state["iteration"] == 7 and state["window"]["loss"].shape == (3,)
     written = sum(path.stat().st_size for path in saved.folder.glob("*.pt"))
     assert saved.bytes == written and saved.seconds > 0
+
+
+def test_counts_that_a_rank_keeps_for_itself_come_back(tiny: Config) -> None:
+    """Seesaw without synchronisation: a rank goes on with its own counts, not with those of rank 0 in main.pt."""
+    seesaw = HeadConfig(name="seesaw", seesaw=SeesawOptions(synchronise=False))
+    config = dataclasses.replace(tiny, head=seesaw)
+    model, saved = save(config, 7)
+    own = torch.load(saved.folder / "rank0.pt", weights_only=True)
+    own["head"]["counts"] += 5
+    main = torch.load(saved.folder / "main.pt", weights_only=True)
+    checkpoint_files.finish(saved.folder, [checkpoint_files.write(saved.folder / "rank0.pt", own)], main)
+    other, _ = job(config, 1)
+    resume.restore(saved.folder, config, other, torch.device("cpu"))
+    assert torch.equal(other.roi_heads.head.counts, model.roi_heads.head.counts + 5)
 
 
 def test_the_memory_is_stored_without_its_empty_slots(tiny: Config) -> None:

@@ -47,6 +47,7 @@ class SeesawHead(Head):
         super().__init__(in_features, stats, options)
         self.fc_cls = NormalisedLinear(in_features, self.num_classes + 2, self.options.seesaw.temperature)
         self.register_buffer("counts", torch.zeros(self.num_classes, dtype=torch.long))
+        self.of_rank = () if self.options.seesaw.synchronise else ("counts",)
 
     def forward(self, x_ND: Tensor) -> Tensor:
         """Features (N, D) -> logits (N, C+2)."""
