@@ -54,8 +54,8 @@ class Head(nn.Module, abc.ABC):
     All three methods accept N = 0, keep N as it is, and wait for no device. State besides the parameters lives in
     buffers. `num_classes` is C. `depth` says what a head reads: features after the two shared FCs (2), after the first
     (1), or the pooled features of a region, flattened (0); the model passes `in_features` to match, and to heads of
-    depth 0, which have FCs of their own, also `width`, that of the shared FCs. `of_rank` names the buffers that differ between
-    processes: a checkpoint holds those of each.
+    depth 0, which have FCs of their own, also `width`, that of the shared FCs. `of_rank` names the buffers
+    that differ between processes: a checkpoint holds those of each.
     """
 
     depth = 2
