@@ -15,6 +15,7 @@ from loce.evaluation.reading import block_count, iterate_json_list, offenders
 from loce.files import atomic_write
 from loce.progress import watched
 
+_MEND = "leave these rows out, or mend what made them: a diverged model, most often"
 _PART = 10_000  # result dicts that are made or read at a time
 
 
@@ -239,24 +240,27 @@ def check_detections(detections: Detections, truth: GroundTruth, source: str) ->
             "write the file's category ids, not class indices"
         )
     problems += _bad_rows(
-        detections, ~np.isfinite(detections.scores), "scores that are NaN or infinite", detections.scores
+        detections, ~np.isfinite(detections.scores), "scores that are NaN or infinite", detections.scores, _MEND
     )
     if detections.boxes is not None:
         finite = np.isfinite(detections.boxes).all(axis=1)
-        problems += _bad_rows(detections, ~finite, "boxes that are NaN or infinite", detections.boxes)
+        problems += _bad_rows(detections, ~finite, "boxes that are NaN or infinite", detections.boxes, _MEND)
         negative = finite & (detections.boxes[:, 2:] < 0).any(axis=1)
         what = "boxes with negative width or height (bbox is [x, y, width, height], not corners)"
-        problems += _bad_rows(detections, negative, what, detections.boxes)
+        problems += _bad_rows(
+            detections, negative, what, detections.boxes, "write width and height, x2 - x1 and y2 - y1"
+        )
     if detections.masks is not None:
         wrong = known & (detections.masks.sizes != truth.sizes[row]).any(axis=1)
         what = "masks whose RLE size is not the [height, width] of their image"
-        problems += _bad_rows(detections, wrong, what, detections.masks.sizes)
+        mend = "paste masks into an image of the annotated size before they are encoded"
+        problems += _bad_rows(detections, wrong, what, detections.masks.sizes, mend)
     raise_problems([f"{source}: {problem}" for problem in problems])
 
 
-def _bad_rows(detections: Detections, bad: np.ndarray, what: str, values: np.ndarray) -> list[str]:
+def _bad_rows(detections: Detections, bad: np.ndarray, what: str, values: np.ndarray, mend: str) -> list[str]:
     rows = np.flatnonzero(bad)
     if not len(rows):
         return []
     shown = [f"row {r} (image {detections.image_ids[r]}): {values[r].tolist()}" for r in rows[:5]]
-    return [f"{what}: {offenders(shown, len(rows))}"]
+    return [f"{what}: {offenders(shown, len(rows))}; {mend}"]

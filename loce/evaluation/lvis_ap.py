@@ -100,9 +100,11 @@ def choose_protocol(name: str, max_detections: int | None = None) -> Protocol:
     return Protocol(name=name, cap=max_detections, per=rules.per, federated=rules.federated)
 
 
-def load_results(results: str | Path | list[dict[str, Any]] | Detections, truth: GroundTruth) -> Detections:
-    """Detections of any accepted form, checked against the ground truth."""
-    source = str(results) if isinstance(results, (str, Path)) else "results"
+def load_results(
+    results: str | Path | list[dict[str, Any]] | Detections, truth: GroundTruth, source: str = "results"
+) -> Detections:
+    """Detections of any accepted form, checked against the ground truth; source: what a message calls them."""
+    source = str(results) if isinstance(results, (str, Path)) else source
     if isinstance(results, (str, Path)) and Path(results).is_dir():
         results = read_detections(results, truth.image_ids)
     detections = results if isinstance(results, Detections) else read_results(results)

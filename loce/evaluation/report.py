@@ -52,14 +52,15 @@ def evaluate_and_report(
     tallies_<type>.npz (for scripts/compare.py), errors.csv and errors.png. UserError for bad input, before anything is
     written.
     """
-    clues = None
+    clues, source = None, "results"
     if isinstance(results, (str, Path)):
-        origin = origin or str(results)
+        source = str(results)
+        origin = origin or source
         clues = read_clues(results) if errors and Path(results).is_dir() else None
         results = results if Path(results).is_dir() else read_results(results)
     wanted = tuple(iou_types) or (results.iou_types if isinstance(results, Detections) else ("bbox", "segm"))
     truth = load_annotations(annotations, masks="segm" in wanted)
-    detections = load_results(results, truth)
+    detections = load_results(results, truth, source)
     rules = choose_protocol(("lvis" if truth.federated else "coco") if protocol == "auto" else protocol, max_detections)
     wanted = tuple(iou_types) or detections.iou_types
     evaluations = {kind: evaluate_loaded(truth, detections, kind, rules) for kind in sorted(wanted)}

@@ -124,7 +124,12 @@ def test_results_of_a_part_are_warned_about(
         (["annotations=a.json", "results=r.json", "protocol=voc"], "protocol = voc"),
         (["annotations=a.json", "results=r.json", "iou_type=bbox"], "did you mean iou_types?"),
         (["annotations=a.json", "results=boxes.json", "iou_types=segm"], "the results have no segmentation"),
+        (["annotations=a.json", "results=other.json"], "other.json: "),
         (["annotations=a.json", "results=other.json"], "use the annotation file of the split"),
+        (["annotations=a.json", "results=nan.json"], "nan.json: scores that are NaN or infinite: row 0 (image "),
+        (["annotations=a.json", "results=nan.json"], "in all); leave these rows out, or mend what made them"),
+        (["annotations=a.json", "results=r.json", "eval.nms=0.4"], "head.* and eval.* are for checkpoints"),
+        (["annotations=a.json", "results=r.json", "protocol=fixed", "max_detections=300"], "leave max_detections out"),
     ],
 )
 def test_mistakes_exit_with_2(tmp_path: Path, words: list[str], message: str) -> None:
@@ -132,12 +137,19 @@ def test_mistakes_exit_with_2(tmp_path: Path, words: list[str], message: str) ->
     save(tmp_path, truth, results)
     (tmp_path / "boxes.json").write_text(json.dumps(without(results, "segmentation")))
     (tmp_path / "other.json").write_text(json.dumps([{**d, "image_id": d["image_id"] + 999} for d in results]))
+    (tmp_path / "nan.json").write_text(json.dumps([{**d, "score": float("nan")} for d in results]))
     words = [f"{w.split('=')[0]}={tmp_path / w.split('=')[1]}" if ".json" in w else w for w in words]
     done = script("evaluate.py", *words)
     assert done.returncode == 2
     assert message in done.stderr
     assert "Traceback" not in done.stderr
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["a.json", "boxes.json", "other.json", "r.json"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        "a.json",
+        "boxes.json",
+        "nan.json",
+        "other.json",
+        "r.json",
+    ]
 
 
 def test_compare_script(tmp_path: Path) -> None:
