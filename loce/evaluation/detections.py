@@ -247,9 +247,7 @@ def check_detections(detections: Detections, truth: GroundTruth, source: str) ->
         problems += _bad_rows(detections, ~finite, "boxes that are NaN or infinite", detections.boxes, _MEND)
         negative = finite & (detections.boxes[:, 2:] < 0).any(axis=1)
         what = "boxes with negative width or height (bbox is [x, y, width, height], not corners)"
-        problems += _bad_rows(
-            detections, negative, what, detections.boxes, "write width and height, x2 - x1 and y2 - y1"
-        )
+        problems += _bad_rows(detections, negative, what, detections.boxes, "write x2 - x1 and y2 - y1")
     if detections.masks is not None:
         wrong = known & (detections.masks.sizes != truth.sizes[row]).any(axis=1)
         what = "masks whose RLE size is not the [height, width] of their image"

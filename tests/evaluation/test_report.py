@@ -143,13 +143,8 @@ def test_mistakes_exit_with_2(tmp_path: Path, words: list[str], message: str) ->
     assert done.returncode == 2
     assert message in done.stderr
     assert "Traceback" not in done.stderr
-    assert sorted(path.name for path in tmp_path.iterdir()) == [
-        "a.json",
-        "boxes.json",
-        "nan.json",
-        "other.json",
-        "r.json",
-    ]
+    names = ["a.json", "boxes.json", "nan.json", "other.json", "r.json"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == names
 
 
 def test_compare_script(tmp_path: Path) -> None:
