@@ -6,7 +6,7 @@ from pathlib import Path
 import torch
 
 from loce.classes import ClassStats
-from loce.config import Config, TrainConfig
+from loce.config import Config, DataConfig, TrainConfig
 from loce.data.loader import EvalDataset, TrainDataset
 from loce.data.lvis import LVISAnnotations
 from loce.models.mask_rcnn import MaskRCNN, build_roi_heads
@@ -25,16 +25,20 @@ def build_model(config: Config, stats: ClassStats, pretrained: bool = True) -> M
 
 def train_annotations(config: Config) -> LVISAnnotations:
     """The training annotations; UserError where file or images are missing."""
-    return _annotations(config, config.data.train_annotations, config.data.train_images)
+    data = config.data
+    return _annotations(data, data.train_annotations, data.train_images, keep_empty=data.keep_empty)
 
 
 def val_annotations(config: Config) -> LVISAnnotations:
     """The validation annotations; UserError where file or images are missing."""
-    return _annotations(config, config.data.val_annotations, config.data.val_images)
+    return _annotations(config.data, config.data.val_annotations, config.data.val_images)
 
 
-def _annotations(config: Config, path: str, images: str) -> LVISAnnotations:
-    annotations = LVISAnnotations.open(path, config.data.rare_max, config.data.common_max)
+def _annotations(data: DataConfig, path: str, images: str, keep_empty: bool = False) -> LVISAnnotations:
+    box_masks = data.without_mask == "box"
+    annotations = LVISAnnotations.open(path, data.rare_max, data.common_max, keep_empty, box_masks)
+    if data.allow_missing:
+        return annotations.without_images(annotations.missing_images(images), images)
     annotations.require_images(images)
     return annotations
 

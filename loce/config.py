@@ -64,6 +64,11 @@ class DataConfig:
     flip: Fraction = 0.5
     group_by_aspect: bool = True
     workers: Natural = 4
+    exif: Literal["ignore", "apply"] = "ignore"  # orientation an image file asks for; COCO's and LVIS's boxes ignore it
+    allow_missing: bool = False  # go on without images that are not there; results are marked as partial
+    keep_empty: bool = False  # train on images without objects, too: all of them is background
+    without_mask: Literal["drop", "box"] = "drop"  # annotations whose mask cannot be used; box: the filled box
+    max_instances: Count = 500  # of a training image; of more a sample is taken, rare classes first
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -15,10 +15,11 @@ import torch
 
 from loce import build, checkpoint, distributed
 from loce.classes import ClassStats
-from loce.config import Config, HeadConfig, UserError, from_dict
+from loce.config import Config, HeadConfig, UserError, from_dict, raise_problems
 from loce.data.loader import Batches, TrainDataset, eval_batches
 from loce.data.lvis import LVISAnnotations
-from loce.evaluation.annotations import FederatedFilter, GroundTruth, load_annotations
+from loce.data.segmentations import BAD_MASKS
+from loce.evaluation.annotations import FederatedFilter, GroundTruth, load_annotations, only_images
 from loce.evaluation.report import evaluate_and_report
 from loce.evaluation.stream import DetectionWriter
 from loce.files import file_hash, write_text
@@ -79,6 +80,14 @@ def folder_name(changes: Mapping[str, Any]) -> str:
 def check_evaluation(config: Config, annotations: LVISAnnotations, stats: ClassStats, owner: str) -> None:
     """UserError, before any work, where the validation data or the protocol cannot be evaluated."""
     annotations.require_same_classes(stats, owner)
+    load_annotations(annotations.path, masks=False)  # finds boxes and areas that are no numbers
+    unreadable = [
+        f"{annotations.path}: {annotations.dropped[reason]} {reason} (annotations {annotations.first_ids(reason)}): "
+        "evaluation compares with every mask, so mend or remove them"
+        for reason in BAD_MASKS
+        if reason in annotations.dropped
+    ]
+    raise_problems(unreadable)
     if config.eval.protocol in ("lvis", "fixed") and annotations.negatives is None:
         raise UserError(
             f"{annotations.path}: has no neg_category_ids, which protocol {config.eval.protocol} needs; "
@@ -107,6 +116,9 @@ def evaluate_model(
     """
     annotations = annotations or build.val_annotations(config)
     truth = load_annotations(annotations.path, masks=distributed.is_main())  # rank 0 evaluates in the end
+    if len(annotations.absent):
+        present = np.delete(annotations.image_ids, annotations.absent)
+        truth = only_images(truth, present, f"the others are missing in {config.data.val_images}")
     origin = f"weights {weights_hash(model)}, {_inputs(config, annotations)}"
     if distributed.is_main() and _text(output / "origin.txt") != origin:
         shutil.rmtree(output / "detections", ignore_errors=True)
@@ -138,6 +150,8 @@ def _inputs(config: Config, annotations: LVISAnnotations) -> str:
         f"at {data.test_short_edge} x {data.long_edge} px, score > {evaluation.score_threshold:g}, "
         f"NMS {evaluation.nms:g}, {evaluation.detections} detections an image, "
         f"{'all' if evaluation.protocol == 'coco' else 'verified'} categories"
+        + (f", {len(annotations.absent)} images are missing" if len(annotations.absent) else "")
+        + (", turned as EXIF asks" if data.exif == "apply" else "")
     )
 
 
@@ -183,7 +197,8 @@ def infer(
     with DetectionWriter(folder, distributed.rank(), source) as writer:
         finished = writer.finished().tolist()
         distributed.barrier()  # all ranks see the same finished images before any adds one
-        batches = eval_batches(dataset, config.eval.batch_size, config.data.workers, skip=finished)
+        skip = [*finished, *annotations.image_ids[list(annotations.absent)].tolist()]
+        batches = eval_batches(dataset, config.eval.batch_size, config.data.workers, skip=skip)
         for samples in progress(batches, len(batches), "inference"):
             images, scales, sizes = ([s[key] for s in samples] for key in ("image", "scale", "size"))
             image_ids = [s["image_id"] for s in samples]

@@ -178,6 +178,8 @@ def advance(job: Job, log: RunLog, last: int, after_step: Callable[[int, bool], 
         part = range(job.done, min(end, last))
         if len(part):
             train_one_epoch(wrapped, stream, job.optimizer, job.scaler, train, epoch, part, log, after_step)
+    for message in batches.told:
+        log.line(f"data: {message}", shown=False)
 
 
 def set_done(job: Job, done: int) -> None:
@@ -266,6 +268,7 @@ def header(job: Job) -> list[str]:
         f"data: {job.annotations.path} (sha256 {file_hash(job.annotations.path)}), {len(job.dataset)} images, "
         f"{int(stats.instance_counts.sum())} instances, {len(stats)} classes: rare / common / frequent {groups}",
         *(f"data: left out: {count} {reason}" for reason, count in job.annotations.dropped.items()),
+        *(f"data: {note}" for note in job.annotations.notes),
         f"model: {config.model.backbone}, {trained / 1e6:.2f} of {every / 1e6:.2f} M parameters train "
         f"(train.freeze={train.freeze})",
         f"batch: {train.batch_size} = {world} ranks x {each} images x {train.accumulate} steps"

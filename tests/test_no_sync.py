@@ -172,7 +172,8 @@ def truths(device):
         square = (np.ones((30, 30), np.uint8), (5, 5))
         masks = CroppedMasks.pack([square] * len(boxes), SIZE).to(device)
         rows = torch.arange(len(boxes), device=device)  # also as labels
-        made.append(Truth(torch.tensor(boxes, device=device).reshape(-1, 4), rows, masks, rows))
+        crowd = torch.tensor([[0.0, 0.0, 30.0, 30.0]], device=device)
+        made.append(Truth(torch.tensor(boxes, device=device).reshape(-1, 4), rows, masks, rows, ignored=crowd))
     return made
 
 
@@ -191,7 +192,8 @@ def test_losses_of_the_proposals_never_wait(device, truths):
     shapes = [(x.shape[2], x.shape[3]) for x in maps]
     with no_waiting(device):
         logits, deltas = rpn(maps)
-        losses = rpn.losses(logits, deltas, rpn.anchors(maps), [SIZE] * 2, [t.boxes for t in truths], shapes)
+        boxes, ignored = [t.boxes for t in truths], [t.ignored for t in truths]
+        losses = rpn.losses(logits, deltas, rpn.anchors(maps), [SIZE] * 2, boxes, shapes, ignored)
     assert losses["loss_rpn_cls"] > 0 and losses["loss_rpn_box"] > 0
 
 

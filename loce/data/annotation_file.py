@@ -16,6 +16,7 @@ from loce.progress import phase
 
 SECTIONS = ("images", "annotations", "categories")
 NAMED = 5  # examples listed of each kind of mistake
+LONGEST = 65535  # pixels; the longest side that JPEG knows
 _WHOLE = 1 << 62
 NO_BOX = float("nan")
 
@@ -66,11 +67,16 @@ class Columns:
         row = len(self.image_ids)
         sides = (obj["id"], obj["height"], obj["width"])
         name = image_name(obj)
-        if not all(_is_whole(i) for i in sides) or min(sides[1:]) < 1:
-            self.mistakes.add("images whose id, height or width is no whole number, or a side is under 1", str(sides))
+        if not all(_is_whole(i) for i in sides) or not all(0 < side <= LONGEST for side in sides[1:]):
+            self.mistakes.add(
+                f"images whose id, height or width is no whole number, or a side is not 1 to {LONGEST}", str(sides)
+            )
             sides = (-1, 1, 1)
         if not name:
             self.mistakes.add("images with neither file_name nor coco_url", f"image {obj['id']}")
+        elif not name.isprintable():
+            self.mistakes.add("images whose file name is no text that can be printed", f"image {obj['id']} ({name!a})")
+            name = ""
         self.image_ids.append(sides[0])
         self.heights.append(sides[1])
         self.widths.append(sides[2])

@@ -1,7 +1,9 @@
 """Samples: an image with its boxes, labels and masks, ready for the model.
 
-A training image that cannot be read is replaced by another one, chosen at random but repeatably, and the sample says so
-("replaced": list of messages). An evaluation image that cannot be read is shown black: its objects count as missed.
+A training image that cannot be read is replaced by another one, chosen at random but repeatably, and the sample says
+so ("replaced": list of messages). An evaluation image that cannot be read is shown black: its objects count as missed.
+Of an image with more instances than `data.max_instances` some are used, rare classes first, so that it cannot exhaust
+the memory; the others' regions are neither objects nor background.
 """
 
 from pathlib import Path
@@ -23,10 +25,12 @@ class TrainDataset:
     """Augmented training samples.
 
     A sample: "image" uint8 (3, H, W) RGB (stored row by row with the channels last); "boxes" float32 (N, 4) xyxy in its
-    pixels; "labels" int64 (N,); "masks" CroppedMasks; "image_id" int; "size" the file's (height, width); "scale" (x, y)
-    resized / file; "drawn" int, what the image was drawn for (`TrainingPlan.epoch`); "key" int, see `sample_key`;
-    "place" int, the image's position in the batch over all ranks. Instances are the annotations
-    `annotations.rows(index)`, in that order; N is at least 1.
+    pixels; "labels" int64 (N,); "masks" CroppedMasks; "ignored" float32 (M, 4) boxes of regions that are neither
+    objects nor background; "rows" int64 (N,) indices of the annotations; "image_id" int; "size" the file's (height,
+    width); "scale" (x, y) resized / file; "drawn" int, what the image was drawn for (`TrainingPlan.epoch`); "key" int,
+    see `sample_key`; "place" int, the image's position in the batch over all ranks. Instances are the annotations
+    `annotations.rows(index)`, in that order, or some of them, and then "limited" is a message that says so; N may be 0
+    only with `data.keep_empty`.
     """
 
     def __init__(self, annotations: LVISAnnotations, folder: str | Path, config: DataConfig, seed: int) -> None:
@@ -42,7 +46,7 @@ class TrainDataset:
         try:
             sample = self.sample(index, epoch, draw)
         except ImageError as error:
-            sample = self._substitute(index, epoch, draw, str(error))
+            sample = self._substitute(index, epoch, draw, self._bad(index, error))
         return {**sample, "drawn": drawn, "key": key, "place": place}
 
     def sample(self, index: int, epoch: int, draw: int = 0) -> Sample:
@@ -51,17 +55,28 @@ class TrainDataset:
         height, width = (int(side) for side in annotations.image_sizes[index])
         generator = image_generator(self.seed, epoch, int(annotations.image_ids[index]), draw)
         geometry = random_geometry((height, width), config.short_edges, config.long_edge, config.flip, generator)
-        image = read_image(annotations.image_path(index, self.folder), (height, width))
-        rows = annotations.rows(index)
-        return {
+        image = read_image(annotations.image_path(index, self.folder), (height, width), config.exif)
+        every = annotations.rows(index)
+        rarity = annotations.stats.image_counts[annotations.labels[every]]
+        rows = limit_instances(every, rarity, config.max_instances, generator)
+        ignored = np.concatenate([annotations.ignored(index), np.setdiff1d(every, rows)])
+        sample = {
             "image": _to_tensor(geometry.image(image)),
             "boxes": torch.from_numpy(geometry.boxes(annotations.clipped_boxes(rows))),
             "labels": torch.from_numpy(annotations.labels[rows].astype(np.int64)),
             "masks": instance_masks(annotations, rows, geometry),
+            "ignored": torch.from_numpy(geometry.boxes(annotations.clipped_boxes(ignored))),
+            "rows": torch.from_numpy(rows),
             "image_id": int(annotations.image_ids[index]),
             "size": (height, width),
             "scale": geometry.scale,
         }
+        if len(rows) < len(every):
+            sample["limited"] = (
+                f"image {annotations.image_ids[index]}: {len(rows)} of its {len(every)} instances are used at a time, "
+                "rare classes first (data.max_instances)"
+            )
+        return sample
 
     def _substitute(self, index: int, epoch: int, draw: int, message: str) -> Sample:
         messages = [message]
@@ -70,8 +85,28 @@ class TrainDataset:
             try:
                 return {**self.sample(int(other), epoch, draw), "replaced": messages}
             except ImageError as error:
-                messages.append(str(error))
-        raise ImageError("no image could be read in place of one that is bad:\n" + "\n".join(messages))
+                messages.append(self._bad(int(other), error))
+        return {**self._black(index), "replaced": messages}  # no rank stops alone: the loader ends all of them
+
+    def _bad(self, index: int, error: ImageError) -> str:
+        return f"image {self.annotations.image_ids[index]}: {error}"
+
+    def _black(self, index: int) -> Sample:
+        """A small black image without objects, where no image can be read."""
+        side = min(self.config.short_edges)
+        geometry = Geometry((side, side), (side, side))
+        none = np.zeros(0, dtype=np.int64)
+        return {
+            "image": torch.zeros((3, side, side), dtype=torch.uint8),
+            "boxes": torch.zeros((0, 4)),
+            "labels": torch.zeros(0, dtype=torch.int64),
+            "masks": instance_masks(self.annotations, none, geometry),
+            "ignored": torch.zeros((0, 4)),
+            "rows": torch.from_numpy(none),
+            "image_id": int(self.annotations.image_ids[index]),
+            "size": (side, side),
+            "scale": geometry.scale,
+        }
 
 
 class EvalDataset:
@@ -94,21 +129,46 @@ class EvalDataset:
             "scale": geometry.scale,
         }
         try:
-            image = read_image(self.annotations.image_path(index, self.folder), (height, width))
+            image = read_image(self.annotations.image_path(index, self.folder), (height, width), self.config.exif)
         except ImageError as error:
-            return {**sample, "image": torch.zeros((3, *new), dtype=torch.uint8), "replaced": [str(error)]}
+            message = f"image {sample['image_id']}: {error}"
+            return {**sample, "image": torch.zeros((3, *new), dtype=torch.uint8), "replaced": [message]}
         return {**sample, "image": _to_tensor(geometry.image(image))}
 
 
+def limit_instances(rows: np.ndarray, rarity: np.ndarray, limit: int, generator: np.random.Generator) -> np.ndarray:
+    """At most `limit` of the annotations `rows` (N,), in their order: rare classes first, within a class at random.
+
+    rarity: (N,) images that show the annotation's class, over the training set. Draws nothing where all may stay.
+    """
+    if len(rows) <= limit:
+        return rows
+    first = np.lexsort((generator.random(len(rows)), rarity))[:limit]
+    return rows[np.sort(first)]
+
+
 def instance_masks(annotations: LVISAnnotations, rows: np.ndarray, geometry: Geometry) -> CroppedMasks:
-    """Masks of annotations of one image: filled at the file's size, resized (nearest), flipped."""
+    """Masks of annotations of one image: filled at the file's size, resized (nearest), flipped.
+
+    Where an annotation has no usable mask (`data.without_mask: box`), its box is the mask.
+    """
     (old_height, old_width), (height, width) = geometry.old, geometry.new
     source_x, source_y = nearest_source(old_width, width), nearest_source(old_height, height)
-    crops = [
-        resize_crop(*cut_runs(runs, old_height), source_x, source_y, geometry.flip)
-        for runs in annotations.segmentations.runs(rows, old_height, old_width)
+    drawn = annotations.has_mask[rows]
+    runs = iter(annotations.segmentations.runs(rows[drawn], old_height, old_width))
+    boxes = annotations.clipped_boxes(rows).tolist()
+    cut = [
+        cut_runs(next(runs), old_height) if has_mask else filled_box(*box)
+        for has_mask, box in zip(drawn, boxes, strict=True)
     ]
-    return CroppedMasks.pack(crops, geometry.new)
+    return CroppedMasks.pack([resize_crop(*crop, source_x, source_y, geometry.flip) for crop in cut], geometry.new)
+
+
+def filled_box(x1: float, y1: float, x2: float, y2: float) -> tuple[np.ndarray, tuple[int, int]]:
+    """The pixels whose centres a box covers, and at least one: ones (h, w) uint8 and their corner (x0, y0)."""
+    left, top = int(np.ceil(x1 - 0.5)), int(np.ceil(y1 - 0.5))
+    right, bottom = max(left + 1, int(np.ceil(x2 - 0.5))), max(top + 1, int(np.ceil(y2 - 0.5)))
+    return np.ones((bottom - top, right - left), np.uint8), (left, top)
 
 
 def _to_tensor(image: np.ndarray) -> torch.Tensor:

@@ -3,8 +3,10 @@
 What is shown when is decided before (samplers.py); workers only carry it out, so their number changes nothing.
 """
 
+import json
 import signal
 from collections.abc import Collection, Iterable, Iterator
+from itertools import chain
 from typing import Any
 
 import cv2
@@ -23,6 +25,7 @@ from loce.progress import say
 __all__ = ["EvalDataset", "TrainDataset", "eval_batches", "fill_batches", "train_batches", "training_plan"]
 PREFETCH = 3  # micro-batches each worker prepares ahead
 BAD_SHARE = 1e-3  # of all images; more bad ones than this end the run
+AGREE_EVERY = 20  # micro-batches; several ranks tell each other of bad images this often
 FILL_EPOCH = 1 << 31  # the augmentation of filling is that of no epoch
 Fill = tuple[int, np.ndarray]  # image index, annotations to store
 
@@ -30,13 +33,18 @@ Fill = tuple[int, np.ndarray]  # image index, annotations to store
 class Batches:
     """Micro-batches (lists of samples) with a length; may be gone through once.
 
-    Images that were replaced are reported once each; UserError when they are more than 0.1 % of the data set (but one
-    at least is forgiven).
+    What samples report ("replaced": images that cannot be used; "limited": those with too many instances) is told once
+    each. UserError, with a list, when more than 0.1 % of the data set cannot be used (but one image at least is
+    forgiven): on all ranks at the same micro-batch, so `together` says whether all ranks go through equally many.
     """
 
-    def __init__(self, dataset: Any, batches: Iterable[list[Any]], length: int, workers: int) -> None:
-        self.length, self.allowed = length, max(1, int(BAD_SHARE * len(dataset)))
-        self.bad: dict[str, None] = {}
+    def __init__(
+        self, dataset: Any, batches: Iterable[list[Any]], length: int, workers: int, together: bool = False
+    ) -> None:
+        self.length, self.images = length, len(dataset)
+        self.allowed = max(1, int(BAD_SHARE * self.images))
+        self.together = together
+        self.told: dict[str, bool] = {}  # message -> is the image bad?
         self.loader: DataLoader[Sample] = DataLoader(
             dataset,
             batch_sampler=batches,
@@ -52,22 +60,40 @@ class Batches:
     def __len__(self) -> int:
         return self.length
 
+    @property
+    def bad(self) -> list[str]:
+        """A message for each image that could not be used so far; of all ranks where they go together."""
+        return [message for message, is_bad in self.told.items() if is_bad]
+
     def __iter__(self) -> Iterator[list[Sample]]:
+        every = AGREE_EVERY if self.together and distributed.world_size() > 1 else 1
+        waiting: list[tuple[str, bool]] = []
         try:
-            for samples in self.loader:
-                for sample in samples:
-                    self._note(sample.get("replaced", ()))
+            for number, samples in enumerate(self.loader, 1):
+                waiting += [(message, True) for sample in samples for message in sample.get("replaced", ())]
+                waiting += [(sample["limited"], False) for sample in samples if "limited" in sample]
+                if number % every == 0 or number == self.length:
+                    own = json.dumps(waiting)
+                    self._tell(distributed.gather_texts(own) if self.together else [own])
+                    waiting = []
                 yield samples
         except (ConnectionError, EOFError) as error:  # PyTorch says so itself, unless it was fetching from that worker
             raise RuntimeError("a data worker was killed, perhaps by the system for lack of host memory") from error
 
-    def _note(self, messages: Iterable[str]) -> None:
-        for message in messages:
-            if message not in self.bad:
-                self.bad[message] = None
-                say(f"warning: {message}; another image (in evaluation: a black one) is used instead")
+    def _tell(self, parts: list[str]) -> None:
+        """Take up what the ranks found: a JSON list of (message, is the image bad?) from each."""
+        for message, is_bad in chain.from_iterable(map(json.loads, parts)):
+            if message not in self.told:
+                self.told[message] = is_bad
+                if distributed.is_main() or not self.together:
+                    used = "; another image (in evaluation: a black one) is used instead" if is_bad else ""
+                    say(f"warning: {message}{used}")
         if len(self.bad) > self.allowed:
-            raise UserError(f"more than {self.allowed} bad images, too many to go on:\n" + "\n".join(self.bad))
+            raise UserError(
+                f"more than {self.allowed} of {self.images} images cannot be used, too many to go on:\n  "
+                + "\n  ".join(self.bad)
+                + "\n`make check-data` finds all of them; mend them, and the same command goes on where it stopped"
+            )
 
 
 def _start_worker(_: int) -> None:
@@ -86,7 +112,7 @@ def training_plan(
     meta: with as many images of a meta batch, which `batch_size` does not count.
     """
     annotations = dataset.annotations
-    if not len(annotations.train_images):
+    if not len(annotations.train_rows) or not len(annotations.train_images):
         reasons = "".join(f"\n  {count} {reason}" for reason, count in annotations.dropped.items())
         raise UserError(f"{annotations.path}: no image is left to train on; left out were:{reasons or ' none'}")
     wide = annotations.wide if data.group_by_aspect else np.zeros(len(annotations), dtype=bool)
@@ -112,7 +138,7 @@ def train_batches(
     place = (*_place(rank, world), accumulate)
     lengths = plan.iterations(epochs)
     keys = _TrainingKeys(plan, lengths, start_iteration, place)
-    return Batches(dataset, keys, max(0, sum(lengths) - start_iteration) * accumulate, workers)
+    return Batches(dataset, keys, max(0, sum(lengths) - start_iteration) * accumulate, workers, together=True)
 
 
 class _TrainingKeys:
@@ -180,7 +206,7 @@ def fill_batches(
     nothing = np.zeros(0, dtype=np.int64)
     own = own + [(own[i % len(own)][0], nothing) for i in range(length - len(own))]
     batches = [list(range(start, start + images)) for start in range(first, length, together)]
-    return Batches(_FillDataset(dataset, own, together), batches, length // together, workers)
+    return Batches(_FillDataset(dataset, own, together), batches, length // together, workers, together=True)
 
 
 def _fills(annotations: LVISAnnotations, per_class: int, seed: int, stream: int) -> list[Fill]:
@@ -201,9 +227,8 @@ class _FillDataset:
     def __getitem__(self, number: int) -> Sample:
         index, rows = self.fills[number]
         sample = self.dataset[index, FILL_EPOCH, 0, -1, number % self.together]
-        positions = np.searchsorted(self.dataset.annotations.rows(index), rows)
-        keep = len(positions) if "replaced" not in sample else 0
-        return {**sample, "memory_rows": torch.from_numpy(positions[:keep])}
+        stored = np.isin(sample["rows"].numpy(), rows)  # none of another image, shown in place of a bad one
+        return {**sample, "memory_rows": torch.from_numpy(np.flatnonzero(stored))}
 
 
 def _place(rank: int | None, world: int | None) -> tuple[int, int]:

@@ -6,15 +6,16 @@ Labels are positions in the file's list of categories; image and annotation indi
 import os
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from loce.classes import GROUPS, ClassStats, frequency_groups
-from loce.data.annotation_file import NAMED, Mistakes, read_annotation_file
+from loce.classes import ClassStats, frequency_groups
+from loce.data.annotation_file import NAMED, read_annotation_file
+from loce.data.lookups import LabelLists, category_ids, check_unique, file_groups, label_lists, look_up, tell_apart
 from loce.data.segmentations import Segmentations
 from loce.data.training_rows import clip, training_rows
 from loce.errors import UserError
@@ -29,7 +30,10 @@ class LVISAnnotations:
     pixels, as in the file (not clipped). areas: (A,) float32. crowd, ignore: (A,) bool. negatives, not_exhaustive:
     per image the labels that are known to be absent, or not annotated everywhere (None where the file does not say).
     train_rows: (R,) int64, the annotations training uses, image by image; first_row: (I+1,) int64 into train_rows;
-    train_images: (T,) int64, the images training uses. dropped: how much of the file training leaves out, by reason.
+    train_images: (T,) int64, the images training uses. ignored_rows: (Q,) int64 ascending by image, annotations whose
+    region is neither object nor background (crowds). has_mask: (A,) bool. dropped: how much of the file training leaves
+    out, by reason; examples: the first indices of each. notes: what else was done to the file's content. absent: images
+    that are not on disk, which the user allows.
     """
 
     path: str
@@ -46,20 +50,34 @@ class LVISAnnotations:
     crowd: np.ndarray
     ignore: np.ndarray
     segmentations: Segmentations
-    negatives: "LabelLists | None"
-    not_exhaustive: "LabelLists | None"
+    negatives: LabelLists | None
+    not_exhaustive: LabelLists | None
     train_rows: np.ndarray
     first_row: np.ndarray
     train_images: np.ndarray
+    ignored_rows: np.ndarray
+    has_mask: np.ndarray
     dropped: dict[str, int]
+    examples: dict[str, list[int]]
+    notes: list[str]
+    absent: Sequence[int] = ()
 
     @classmethod
-    def open(cls, path: str | Path, rare_max: int = 10, common_max: int = 100) -> "LVISAnnotations":
+    def open(
+        cls,
+        path: str | Path,
+        rare_max: int = 10,
+        common_max: int = 100,
+        keep_empty: bool = False,
+        box_masks: bool = False,
+    ) -> "LVISAnnotations":
         """Read a file. rare_max, common_max: bounds in images of the groups r and c where the file has no `frequency`.
 
-        UserError: file missing or not JSON, missing sections, ids that are unknown or used twice, images without name.
+        keep_empty: train on images without objects; box_masks: where a mask cannot be used, the box is the mask.
+        UserError: file missing or not JSON, missing sections, unknown ids, image or category ids used twice, images
+        without name.
         """
-        return _build(str(path), rare_max, common_max)
+        return _build(str(path), (rare_max, common_max), keep_empty, box_masks)
 
     def __len__(self) -> int:
         return len(self.image_ids)
@@ -71,6 +89,16 @@ class LVISAnnotations:
     def rows(self, index: int) -> np.ndarray:
         """The annotations of an image that training uses (int64), in file order."""
         return self.train_rows[self.first_row[index] : self.first_row[index + 1]]
+
+    def ignored(self, index: int) -> np.ndarray:
+        """The annotations of an image whose regions training ignores (int64)."""
+        first, last = np.searchsorted(self.image_of[self.ignored_rows], [index, index + 1])
+        return self.ignored_rows[first:last]
+
+    def first_ids(self, reason: str) -> list[int]:
+        """Ids of the first annotations (or images, where the reason is about images) that are left out for a reason."""
+        ids = self.image_ids if reason.startswith("images") else self.annotation_ids
+        return ids[self.examples[reason]].tolist()
 
     def clipped_boxes(self, rows: np.ndarray) -> np.ndarray:
         """(n, 4) float32 xyxy boxes of annotations, cut at their image's border."""
@@ -103,6 +131,14 @@ class LVISAnnotations:
                 missing.append(int(index))
         return missing
 
+    def without_images(self, missing: Sequence[int], folder: str | Path) -> "LVISAnnotations":
+        """The same file, where training and evaluation leave out the images `missing` in `folder`."""
+        if not missing:
+            return self
+        left = np.setdiff1d(self.train_images, missing)
+        dropped = self.dropped | {f"images that are missing in {folder} (data.allow_missing)": len(missing)}
+        return replace(self, train_images=left, dropped=dropped, absent=missing)
+
     def require_images(self, folder: str | Path, indices: Sequence[int] | np.ndarray | None = None) -> None:
         """UserError with counts per split folder where images are missing."""
         missing = self.missing_images(folder, indices)
@@ -117,7 +153,7 @@ class LVISAnnotations:
             + f" (the first: {self.name(missing[0])}).",
             "" if Path(folder).is_dir() else f"There is no folder {folder}.",
             f"This file needs the images of {' and '.join(splits)}: put or link them into {folder}." if splits else "",
-            "data.train_images and data.val_images name the folder.",
+            "data.train_images and data.val_images name the folder; data.allow_missing=true goes on without them.",
         ]
         raise UserError(" ".join(line for line in lines if line))
 
@@ -137,46 +173,34 @@ class LVISAnnotations:
         raise UserError(f"{self.path}: its categories are not those of {owner}, in the same order: {differences}")
 
 
-@dataclass(frozen=True)
-class LabelLists:
-    """A list of labels per image, flat: labels (L,) int32, first (I+1,) int64."""
-
-    labels: np.ndarray
-    first: np.ndarray
-
-    def of(self, index: int) -> np.ndarray:
-        """Labels of one image."""
-        return self.labels[self.first[index] : self.first[index + 1]]
-
-
-def _build(path: str, rare_max: int, common_max: int) -> LVISAnnotations:
+def _build(path: str, bounds: tuple[int, int], keep_empty: bool, box_masks: bool) -> LVISAnnotations:
     columns, categories, _ = read_annotation_file(path)
     mistakes = columns.mistakes
-    category_ids = _category_ids(categories, mistakes)
+    own_ids = category_ids(categories, mistakes)
     image_ids = np.array(columns.image_ids, dtype=np.int64)
-    annotation_ids = np.array(columns.annotation_ids, dtype=np.int64)
     if not len(image_ids):
         mistakes.add("empty list", "images")
     mistakes.raise_all(path)
-    for kind, ids in (("image", image_ids), ("annotation", annotation_ids), ("category", category_ids)):
-        _check_unique(kind, ids, mistakes)
+    check_unique("image", image_ids, mistakes)
+    check_unique("category", own_ids, mistakes)
     mistakes.raise_all(path)
-    image_of = _look_up("image", image_ids, columns.annotation_images, annotation_ids, mistakes)
-    labels = _look_up("category", category_ids, columns.annotation_classes, annotation_ids, mistakes)
-    negatives = _label_lists(columns.negatives, category_ids, image_ids, mistakes)
-    not_exhaustive = _label_lists(columns.not_exhaustive, category_ids, image_ids, mistakes)
-    groups = _file_groups(categories, mistakes)
+    annotation_ids, notes = tell_apart(np.array(columns.annotation_ids, dtype=np.int64))
+    image_of = look_up("image", image_ids, columns.annotation_images, annotation_ids, mistakes)
+    labels = look_up("category", own_ids, columns.annotation_classes, annotation_ids, mistakes)
+    negatives = label_lists(columns.negatives, own_ids, image_ids, mistakes)
+    not_exhaustive = label_lists(columns.not_exhaustive, own_ids, image_ids, mistakes)
+    groups = file_groups(categories, mistakes)
     mistakes.raise_all(path)
 
     names = [name.encode() for name in columns.image_names]
     xywh = np.array(columns.boxes, dtype=np.float64).reshape(-1, 4)
     sizes = np.stack([columns.heights, columns.widths], axis=1).astype(np.int32)
     crowd, ignore = (np.frombuffer(bytes(flags), np.bool_) for flags in (columns.crowd, columns.ignore))
-    training = training_rows(columns, xywh, image_of, sizes)
+    training = training_rows(columns, xywh, image_of, sizes, keep_empty, box_masks)
     counted = ~(crowd | ignore)
     return LVISAnnotations(
         path=path,
-        stats=_stats(categories, category_ids, labels[counted], image_of[counted], groups, (rare_max, common_max)),
+        stats=_stats(categories, own_ids, labels[counted], image_of[counted], groups, bounds),
         image_ids=image_ids,
         image_sizes=sizes,
         name_bytes=np.frombuffer(b"".join(names), np.uint8),
@@ -194,67 +218,12 @@ def _build(path: str, rare_max: int, common_max: int) -> LVISAnnotations:
         train_rows=training.rows,
         first_row=training.first,
         train_images=training.images,
+        ignored_rows=training.ignored,
+        has_mask=training.has_mask,
         dropped=training.dropped,
+        examples=training.examples,
+        notes=notes,
     )
-
-
-def _category_ids(categories: list[Any], mistakes: Mistakes) -> np.ndarray:
-    for number, category in enumerate(categories):
-        if not (isinstance(category, dict) and type(category.get("id")) is int and "name" in category):
-            mistakes.add("categories without a whole-number id or without a name", f"number {number}")
-    if not categories:
-        mistakes.add("empty list", "categories")
-    ids = [c["id"] if isinstance(c, dict) and type(c.get("id")) is int else -1 for c in categories]
-    return np.array(ids, dtype=np.int64)
-
-
-def _check_unique(kind: str, ids: np.ndarray, mistakes: Mistakes) -> None:
-    values, counts = np.unique(ids, return_counts=True)
-    for value in values[counts > 1]:
-        mistakes.add(f"{kind} ids used more than once", str(value))
-
-
-def _look_up(
-    kind: str, known: np.ndarray, wanted: Sequence[int], annotation_ids: np.ndarray, mistakes: Mistakes
-) -> np.ndarray:
-    """(A,) int32 positions in `known` of the ids `wanted`; an unknown one is a mistake that names its annotation."""
-    ids = np.array(wanted, dtype=np.int64)
-    order = np.argsort(known)
-    place = np.minimum(np.searchsorted(known[order], ids), len(known) - 1)
-    found = order[place]
-    for row in np.flatnonzero(known[found] != ids):
-        mistakes.add(f"annotations with an unknown {kind}", f"annotation {annotation_ids[row]} ({kind}_id {ids[row]})")
-    return found.astype(np.int32)
-
-
-def _label_lists(
-    lists: list[Any], category_ids: np.ndarray, image_ids: np.ndarray, mistakes: Mistakes
-) -> LabelLists | None:
-    """The category ids given per image as labels; None where no image has such a list."""
-    if all(ids is None for ids in lists):
-        return None
-    label_of = {int(category): label for label, category in enumerate(category_ids)}
-    labels: list[int] = []
-    first = [0]
-    for image, ids in zip(image_ids, lists, strict=True):
-        for category in ids if isinstance(ids, list) else []:
-            if type(category) is not int or category not in label_of:
-                mistakes.add("unknown categories in image lists (absent, not exhaustive)", f"image {image}: {category}")
-            else:
-                labels.append(label_of[category])
-        first.append(len(labels))
-    return LabelLists(np.array(labels, dtype=np.int32), np.array(first, dtype=np.int64))
-
-
-def _file_groups(categories: list[dict[str, Any]], mistakes: Mistakes) -> np.ndarray | None:
-    """The file's own groups; None where no category has one."""
-    groups = [category.get("frequency") for category in categories]
-    if all(group is None for group in groups):
-        return None
-    for category, group in zip(categories, groups, strict=True):
-        if group not in GROUPS:
-            mistakes.add("categories whose `frequency` is not r, c or f", f"{category['name']} ({group})")
-    return np.array([str(group) for group in groups], dtype="<U1")
 
 
 def _stats(

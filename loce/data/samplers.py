@@ -24,7 +24,7 @@ class ImageLabels:
     """Which classes each training image shows.
 
     images: (T,) int64 image indices. labels: (P,) the distinct labels, image by image. first: (T+1,) into labels;
-    every image has one at least. instances: (C,) how many of each class they show together.
+    images without objects have none (`data.keep_empty`). instances: (C,) how many of each class they show together.
     """
 
     images: np.ndarray
@@ -66,7 +66,14 @@ def repeat_factors(labels: ImageLabels, threshold: float) -> np.ndarray:
     """
     share = labels.image_counts / len(labels.images)
     factors = np.maximum(1.0, np.sqrt(threshold / np.maximum(share, 1e-12)))
-    return np.maximum.reduceat(factors[labels.labels], labels.first[:-1])
+    return _largest(labels, factors, 1.0)
+
+
+def _largest(labels: ImageLabels, values: np.ndarray, otherwise: float) -> np.ndarray:
+    """(T,) the largest of `values` (C,) over each image's classes; `otherwise` is below all and that of no class."""
+    largest = np.full(len(labels.images), otherwise)
+    np.maximum.at(largest, labels.owner, values[labels.labels])
+    return largest
 
 
 def epoch_images(
@@ -130,7 +137,7 @@ def _bilevel(labels: ImageLabels, tau: float, generator: np.random.Generator) ->
 def meta_images(labels: ImageLabels, amount: int, generator: np.random.Generator) -> np.ndarray:
     """(amount,) images of the meta batches: with replacement, probability ~ max over an image's classes of 1 / f_c."""
     rarity = 1 / np.maximum(labels.image_counts, 1)
-    weights = np.maximum.reduceat(rarity[labels.labels], labels.first[:-1])
+    weights = _largest(labels, rarity, 0.0)
     return generator.choice(labels.images, amount, p=weights / weights.sum())
 
 

@@ -15,11 +15,13 @@ from pycocotools import mask as coco_mask
 
 GRID = 5  # steps per pixel of the COCO rasteriser
 FARTHEST = 65536.0  # pixels; a corner beyond is a mistake in the file, and would cost the rasteriser gigabytes
+EXAMPLES = 5  # rows kept for each reason
 _CHUNK = 1 << 20
 
 BAD_PART = "polygon parts with fewer than 3 points, an odd number of coordinates, or no usable number in one"
 BAD_SHAPE = "segmentation missing, empty or neither polygons nor a run-length code"
 BAD_RLE = "run-length code broken or of another size than the image"
+BAD_MASKS = (BAD_PART, BAD_SHAPE, BAD_RLE)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -89,6 +91,7 @@ class SegmentationBuilder:
 
     def __init__(self) -> None:
         self.dropped: Counter[str] = Counter()
+        self.examples: dict[str, list[int]] = {}  # reason -> the first rows
         self.rle_sizes: list[tuple[int, int, int]] = []  # row, height, width: checked when the images are known
         self._corners = array("d")
         self._chunks: list[np.ndarray] = []
@@ -106,9 +109,15 @@ class SegmentationBuilder:
             for part in segmentation:
                 self._add_part(part)
         else:
-            self.dropped[BAD_SHAPE] += 1
+            self.drop(BAD_SHAPE, len(self._first_byte) - 1)
         self._first_part.append(len(self._part_bounds) - 1)
         self._first_byte.append(len(self._rle_bytes))
+
+    def drop(self, reason: str, row: int) -> None:
+        """One more mask, or part of one, of annotation `row` that cannot be used."""
+        self.dropped[reason] += 1
+        if self.dropped[reason] <= EXAMPLES:
+            self.examples.setdefault(reason, []).append(row)
 
     def usable(self) -> np.ndarray:
         """(A,) bool: there is a polygon part or a run-length code."""
@@ -116,7 +125,7 @@ class SegmentationBuilder:
 
     def _add_part(self, part: Any) -> None:
         if not _is_polygon(part):
-            self.dropped[BAD_PART] += 1
+            self.drop(BAD_PART, len(self._first_byte) - 1)
             return
         self._corners.extend(part)
         self._values += len(part)
@@ -145,7 +154,7 @@ class SegmentationBuilder:
                 if runs.min() < 0 or runs.sum() != height * width:
                     raise ValueError("runs do not fill the canvas")
         except (KeyError, TypeError, ValueError, AttributeError, OverflowError):
-            self.dropped[BAD_RLE] += 1
+            self.drop(BAD_RLE, len(self._first_byte) - 1)
             return
         self.rle_sizes.append((len(self._first_byte) - 1, height, width))
         self._rle_bytes += counts

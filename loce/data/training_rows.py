@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from loce.data.annotation_file import Columns
-from loce.data.segmentations import BAD_RLE
+from loce.data.segmentations import BAD_RLE, EXAMPLES
 
 MIN_SIDE = 32  # pixels; smaller images are left out of training
 
@@ -18,55 +18,87 @@ MIN_SIDE = 32  # pixels; smaller images are left out of training
 class TrainingRows:
     """rows: (R,) int64 annotations used, image by image; first: (I+1,) int64 into rows; images: (T,) int64 images used.
 
-    dropped: reason -> number, of annotations, polygon parts or images; every annotation counts once.
+    ignored: (Q,) int64 annotations whose region is neither object nor background, image by image. has_mask: (A,) bool.
+    dropped: reason -> number, of annotations, polygon parts or images; every annotation counts once. examples: reason
+    -> the first rows of annotations (or of images, where the reason is about images).
     """
 
     rows: np.ndarray
     first: np.ndarray
     images: np.ndarray
+    ignored: np.ndarray
+    has_mask: np.ndarray
     dropped: dict[str, int]
+    examples: dict[str, list[int]]
 
 
-def training_rows(columns: Columns, xywh: np.ndarray, image_of: np.ndarray, sizes: np.ndarray) -> TrainingRows:
+def training_rows(
+    columns: Columns,
+    xywh: np.ndarray,
+    image_of: np.ndarray,
+    sizes: np.ndarray,
+    keep_empty: bool = False,
+    box_masks: bool = False,
+) -> TrainingRows:
     """Sort out what training uses.
 
-    xywh: (A, 4) float64 boxes; image_of: (A,) image of each annotation; sizes: (I, 2) image heights and widths.
+    xywh: (A, 4) float64 boxes; image_of: (A,) image of each annotation; sizes: (I, 2) image heights and widths;
+    keep_empty: images without objects are used, too; box_masks: an annotation without a mask is used with its box.
     """
-    dropped: dict[str, int] = {}
+    found: dict[str, np.ndarray] = {}
     kept = np.ones(len(xywh), dtype=bool)
-    for reason, holds in _drop_reasons(columns, xywh, sizes[image_of]).items():
-        dropped[reason] = int((kept & holds).sum())
+    has_mask = _usable(columns, sizes[image_of])
+    bad_boxes = _bad_boxes(xywh, sizes[image_of])
+    crowds = _crowds(columns)
+    ignored = np.logical_or.reduce([*crowds.values()]) & ~np.logical_or.reduce([*bad_boxes.values()])
+    for reason, holds in (crowds | bad_boxes | _bad_masks(columns, has_mask, box_masks)).items():
+        found[reason] = np.flatnonzero(kept & holds)
         kept &= ~holds
-    rows = np.flatnonzero(kept)
-    rows = rows[np.argsort(image_of[rows], kind="stable")]
+    if box_masks:
+        found["masks that cannot be used: the box is the mask"] = np.flatnonzero(kept & ~has_mask)
+    rows, regions = (part[np.argsort(image_of[part], kind="stable")] for part in map(np.flatnonzero, (kept, ignored)))
     counts = np.bincount(image_of[rows], minlength=len(sizes))
     small = sizes.min(axis=1) < MIN_SIDE
-    dropped |= columns.segmentations.dropped
-    dropped[f"images with a side under {MIN_SIDE} pixels"] = int(small.sum())
-    dropped["images without an annotation that training uses"] = int(((counts == 0) & ~small).sum())
+    empty = (counts == 0) & (not keep_empty)
+    found[f"images with a side under {MIN_SIDE} pixels"] = np.flatnonzero(small)
+    found["images without an annotation that training uses"] = np.flatnonzero(empty & ~small)
+    masks = columns.segmentations
     return TrainingRows(
         rows=rows,
         first=np.concatenate([[0], np.cumsum(counts)]).astype(np.int64),
-        images=np.flatnonzero((counts > 0) & ~small),
-        dropped={reason: count for reason, count in dropped.items() if count},
+        images=np.flatnonzero(~empty & ~small),
+        ignored=regions,
+        has_mask=has_mask,
+        dropped={reason: len(rows) for reason, rows in found.items() if len(rows)} | masks.dropped,
+        examples={reason: rows[:EXAMPLES].tolist() for reason, rows in found.items()} | masks.examples,
     )
 
 
-def _drop_reasons(columns: Columns, xywh: np.ndarray, sizes: np.ndarray) -> dict[str, np.ndarray]:
+def _crowds(columns: Columns) -> dict[str, np.ndarray]:
+    """Reason -> (A,) bool: annotations that are no single object."""
+    return {
+        "crowd regions": np.frombuffer(bytes(columns.crowd), np.bool_),
+        "annotations marked `ignore`": np.frombuffer(bytes(columns.ignore), np.bool_),
+    }
+
+
+def _bad_boxes(xywh: np.ndarray, sizes: np.ndarray) -> dict[str, np.ndarray]:
     """Reason -> (A,) bool; the first reason that holds is the one counted. sizes: (A, 2) of each annotation's image."""
     corner, sides = xywh[:, :2], xywh[:, 2:]
     beyond = np.maximum(0, corner + sides - sizes[:, ::-1])
     inside = sides - np.maximum(0, -corner) - beyond  # exactly the width and height where the image holds the box
     return {
-        "crowd regions": np.frombuffer(bytes(columns.crowd), np.bool_),
-        "annotations marked `ignore`": np.frombuffer(bytes(columns.ignore), np.bool_),
         "boxes that are not four numbers": np.isnan(xywh).any(axis=1),
         "boxes under 1 pixel wide or high": ~(sides >= 1).all(axis=1),
         "boxes outside the image": ~(inside > 0).all(axis=1),
         "boxes under 1 pixel wide or high inside the image": ~(inside >= 1).all(axis=1),
-        "annotations whose area is not positive": ~(np.array(columns.areas) > 0),
-        "annotations without a usable segmentation": ~_usable(columns, sizes),
     }
+
+
+def _bad_masks(columns: Columns, has_mask: np.ndarray, box_masks: bool) -> dict[str, np.ndarray]:
+    """Reason -> (A,) bool."""
+    reasons = {"annotations whose area is not positive": ~(np.array(columns.areas) > 0)}
+    return reasons if box_masks else reasons | {"annotations without a usable segmentation": ~has_mask}
 
 
 def _usable(columns: Columns, sizes: np.ndarray) -> np.ndarray:
@@ -75,7 +107,7 @@ def _usable(columns: Columns, sizes: np.ndarray) -> np.ndarray:
     for row, height, width in columns.segmentations.rle_sizes:
         if (height, width) != tuple(sizes[row]):
             usable[row] = False
-            columns.segmentations.dropped[BAD_RLE] += 1
+            columns.segmentations.drop(BAD_RLE, row)
     return usable
 
 

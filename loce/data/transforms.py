@@ -17,6 +17,7 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from loce.errors import UserError
 
 _JPEG_START, _JPEG_END = b"\xff\xd8", b"\xff\xd9"
+_ORIENTATION = 0x0112  # the tag in EXIF data
 _STREAM = 0x10CE  # keeps these random numbers apart from those of the samplers
 _KEY_STREAM = 0x3E4  # and these from both
 
@@ -25,22 +26,26 @@ class ImageError(UserError):
     """An image file that cannot be used; the message names it."""
 
 
-def read_image(path: Path, size: tuple[int, int] | None) -> np.ndarray:
+def read_image(path: Path, size: tuple[int, int] | None, exif: str = "ignore") -> np.ndarray:
     """(H, W, 3) uint8 RGB of a file of any kind (grey, palette, with alpha, 16 bits, CMYK); PNG's alpha is left out.
 
-    The EXIF orientation is not applied: the annotations of COCO and LVIS are made on the stored pixels.
-    size: (height, width) that the annotation file gives; ImageError where the file has another, or cannot be read.
-    None: a picture without annotations, turned upright by its EXIF orientation.
+    exif: "ignore" leaves the pixels as they are stored, on which COCO and LVIS are annotated; "apply" turns them as the
+    file's EXIF orientation asks. size: (height, width) that the annotation file gives; ImageError where the file has
+    another, or cannot be read. None: a picture without annotations, turned upright by its EXIF orientation.
     """
     try:
         content = path.read_bytes()
     except OSError as error:
-        raise ImageError(f"image {path}: cannot be read ({error.strerror})") from None
-    image = _decode(path, content, upright=size is None)
+        raise ImageError(f"{path}: cannot be read ({error.strerror})") from None
+    image = _decode(path, content, upright=size is None or exif == "apply")
     if size is not None and image.shape[:2] != tuple(size):
+        orientation = _orientation(content)
         turned = "; turned by 90 degrees they agree" if image.shape[1::-1] == tuple(size) else ""
+        if turned and orientation > 4:
+            other = "apply" if exif == "ignore" else "ignore"
+            turned += f": its EXIF orientation is {orientation}, data.exif={other} turns it"
         raise ImageError(
-            f"image {path}: is {image.shape[1]} x {image.shape[0]} pixels (width x height), "
+            f"{path}: is {image.shape[1]} x {image.shape[0]} pixels (width x height), "
             f"but its annotation file says {size[1]} x {size[0]}{turned}"
         )
     return image
@@ -63,9 +68,19 @@ def _decode(path: Path, content: bytes, upright: bool) -> np.ndarray:
             if picture.mode[0] in "IF":
                 raise ValueError(f"more than 8 bits a channel (mode {picture.mode})")
             return np.asarray((ImageOps.exif_transpose(picture) if upright else picture).convert("RGB"))
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+    except Exception as error:  # Pillow raises almost anything on a damaged file
         reason = "no known format" if isinstance(error, UnidentifiedImageError) else error
-        raise ImageError(f"image {path}: damaged or not an image, {len(content)} bytes ({reason})") from None
+        raise ImageError(f"{path}: damaged or not an image, {len(content)} bytes ({reason})") from None
+
+
+def _orientation(content: bytes) -> int:
+    """The EXIF orientation of a file, 1 to 8; 1 where it says nothing sensible."""
+    try:
+        with Image.open(io.BytesIO(content)) as picture:
+            found = picture.getexif().get(_ORIENTATION, 1)
+    except Exception:  # a damaged header may raise anything; the pixels were read already
+        return 1
+    return found if isinstance(found, int) and 1 <= found <= 8 else 1
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,7 @@ Legend: I images and K categories, both in ascending order of id; G annotations,
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -97,7 +97,8 @@ class FederatedFilter:
 def load_annotations(annotations: "str | Path | Mapping[str, Any] | GroundTruth", masks: bool = True) -> GroundTruth:
     """Ground truth from a path, a loaded dict (left as it is) or itself; `masks=False` leaves segmentations out.
 
-    Raises UserError with every mistake found: missing keys, repeated ids, numbers that are not finite.
+    Raises UserError with every mistake found: missing keys, repeated ids of images or categories, numbers that are not
+    finite.
     """
     if isinstance(annotations, GroundTruth):
         return annotations
@@ -161,12 +162,11 @@ def _assemble(data: Mapping[str, Any], gathered: Gathered, masks: bool, source: 
     known = np.flatnonzero(image_known & category_known)
     finite = np.isfinite(column["bbox"]).all(axis=1) & np.isfinite(column["area"])
     bad = column["id"][known][~finite[known]]
+    raise_problems([f"{source}: annotations whose bbox or area is not finite: {offenders(bad)}"] * bool(len(bad)))
     unique, counts = np.unique(column["id"][known], return_counts=True)
-    raise_problems(
-        [f"{source}: annotations whose bbox or area is not finite: {offenders(bad)}"] * bool(len(bad))
-        + [f"{source}: annotations with the same id twice: {offenders(unique[counts > 1])}"]
-        * bool(counts.max(initial=1) > 1)
-    )
+    if len(unique) < len(known):
+        again = f"{len(known) - len(unique)} annotations have the id of another one: {offenders(unique[counts > 1])}"
+        notes.append(f"{again}; all of them count")
     rows = known[np.lexsort((category[known], image[known]))]  # stable: file order within a cell
     negative, not_exhaustive = _federated(images, category_ids, source, notes)
     return GroundTruth(
@@ -188,6 +188,24 @@ def _assemble(data: Mapping[str, Any], gathered: Gathered, masks: bool, source: 
         not_exhaustive=not_exhaustive,
         notes=notes,
         source=source,
+    )
+
+
+def only_images(truth: GroundTruth, image_ids: np.ndarray, why: str) -> GroundTruth:
+    """The ground truth of some of its images, with a note that says so."""
+    kept = np.isin(truth.image_ids, image_ids)
+    rows = np.flatnonzero(kept[truth.image])
+    parts = {name: getattr(truth, name)[rows] for name in ("ids", "category", "boxes", "areas", "ignore", "crowd")}
+    return replace(
+        truth,
+        image_ids=truth.image_ids[kept],
+        sizes=truth.sizes[kept],
+        image=(np.cumsum(kept) - 1)[truth.image[rows]].astype(np.int32),
+        segmentations=None if truth.segmentations is None else [truth.segmentations[row] for row in rows],
+        negative=None if truth.negative is None else truth.negative[kept],
+        not_exhaustive=None if truth.not_exhaustive is None else truth.not_exhaustive[kept],
+        notes=[*truth.notes, f"PARTIAL: the numbers are of {kept.sum()} of {len(kept)} images, {why}"],
+        **parts,
     )
 
 

@@ -23,12 +23,19 @@ def constants(values: Sequence[float], device: torch.device) -> Tensor:
 
 def box_iou(boxes_N4: Tensor, others_M4: Tensor) -> Tensor:
     """(N, M) intersection over union; the union is at least 1e-6, so boxes of no area give 0."""
-    area_N = (boxes_N4[:, 2] - boxes_N4[:, 0]) * (boxes_N4[:, 3] - boxes_N4[:, 1])
-    area_M = (others_M4[:, 2] - others_M4[:, 0]) * (others_M4[:, 3] - others_M4[:, 1])
+    overlap_NM = overlap(boxes_N4, others_M4)
+    return overlap_NM / (_area(boxes_N4)[:, None] + _area(others_M4)[None, :] - overlap_NM).clamp(min=1e-6)
+
+
+def overlap(boxes_N4: Tensor, others_M4: Tensor) -> Tensor:
+    """(N, M) area that two boxes share."""
     low_NM2 = torch.maximum(boxes_N4[:, None, :2], others_M4[None, :, :2])
     high_NM2 = torch.minimum(boxes_N4[:, None, 2:], others_M4[None, :, 2:])
-    overlap_NM = (high_NM2 - low_NM2).clamp(min=0).prod(dim=2)
-    return overlap_NM / (area_N[:, None] + area_M[None, :] - overlap_NM).clamp(min=1e-6)
+    return (high_NM2 - low_NM2).clamp(min=0).prod(dim=2)
+
+
+def _area(boxes_N4: Tensor) -> Tensor:
+    return (boxes_N4[:, 2] - boxes_N4[:, 0]) * (boxes_N4[:, 3] - boxes_N4[:, 1])
 
 
 def _centre_size(boxes_N4: Tensor) -> tuple[Tensor, Tensor]:
@@ -69,24 +76,48 @@ def finite(boxes_N4: Tensor) -> Tensor:
 
 
 NEGATIVE, BETWEEN = -1, -2  # matched index of background boxes, and of boxes that are neither
+PAIRS = 1 << 24  # of boxes and ground truths, whose IoU is held at once: about 0.6 GB with all that is made of them
+COVERED = 0.5  # of its area; a background box of which an ignored region covers more is left out
 
 ANCHORS, REGIONS, JITTER, INSTANCES, DRAWS = range(5)  # what an image's random numbers are for
 
 Choose = Callable[[Tensor, "Tensor | int", int, "torch.Generator | None"], tuple[Tensor, Tensor]]
 
 
-def match(iou_NG: Tensor, positive: float, negative: float, low_quality: float) -> Tensor:
+def match_boxes(
+    boxes_N4: Tensor, truths_G4: Tensor, positive: float, negative: float, low_quality: float, pairs: int = PAIRS
+) -> Tensor:
+    """`match` of boxes with ground truths, `pairs` of them at a time: with many, their IoU is computed twice."""
+    rows = max(1, pairs // max(1, len(truths_G4)))
+    if len(boxes_N4) <= rows:
+        return match(box_iou(boxes_N4, truths_G4), positive, negative, low_quality)
+    parts = boxes_N4.split(rows)
+    best_G = torch.stack([box_iou(part, truths_G4).amax(dim=0) for part in parts]).amax(dim=0)
+    return torch.cat([match(box_iou(part, truths_G4), positive, negative, low_quality, best_G) for part in parts])
+
+
+def leave_out(matched_N: Tensor, boxes_N4: Tensor, ignored_M4: Tensor | None, pairs: int = PAIRS) -> Tensor:
+    """`matched_N`, where background boxes that lie in ignored regions (crowds) by more than half become BETWEEN."""
+    if ignored_M4 is None or len(ignored_M4) == 0:
+        return matched_N
+    parts = boxes_N4.split(max(1, pairs // len(ignored_M4)))
+    inside_N = torch.cat([(overlap(part, ignored_M4) / _area(part)[:, None]).amax(dim=1) > COVERED for part in parts])
+    return matched_N.masked_fill(inside_N & (matched_N == NEGATIVE), BETWEEN)
+
+
+def match(iou_NG: Tensor, positive: float, negative: float, low_quality: float, best_G: Tensor | None = None) -> Tensor:
     """(N,) long: the ground truth of each box, or NEGATIVE, or BETWEEN (`negative` <= best IoU < `positive`).
 
     A ground truth whose best IoU is at least `low_quality` also takes every box that reaches this best IoU, whatever
-    the box's own best is; of several such ground truths the last one wins.
+    the box's own best is; of several such ground truths the last one wins. best_G: the best IoU of each ground truth,
+    where the N boxes are not all there are.
     """
     boxes, truths = iou_NG.shape
     if truths == 0 or boxes == 0:
         return iou_NG.new_full((boxes,), NEGATIVE, dtype=torch.long)
     best_N, matched_N = iou_NG.max(dim=1)
     matched_N = matched_N.masked_fill(best_N < positive, BETWEEN).masked_fill(best_N < negative, NEGATIVE)
-    best_G = iou_NG.amax(dim=0)
+    best_G = iou_NG.amax(dim=0) if best_G is None else best_G
     takes_NG = (iou_NG == best_G) & (best_G >= low_quality)
     last_N = (takes_NG * torch.arange(1, truths + 1, device=iou_NG.device)).amax(dim=1) - 1
     return torch.where(last_N >= 0, last_N, matched_N)

@@ -132,10 +132,11 @@ class MaskRCNN(nn.Module):
             generator = keyed(key, INSTANCES, torch.device("cpu"))
             none = torch.empty(0, dtype=torch.long)
             rows = memory.choose(sample["labels"], generator) if memory is not None else none
-        tensors = (x.to(device, non_blocking=True) for x in (sample["boxes"], sample["labels"], rows))
-        boxes, labels, rows = tensors
+        ignored = sample.get("ignored", torch.empty((0, 4)))
+        tensors = (x.to(device, non_blocking=True) for x in (sample["boxes"], sample["labels"], rows, ignored))
+        boxes, labels, rows, ignored = tensors
         masks = sample["masks"].to(device, non_blocking=True)
-        return Truth(boxes, labels, masks, rows, sample.get("drawn", -1), key, sample.get("place", place))
+        return Truth(boxes, labels, masks, rows, sample.get("drawn", -1), key, sample.get("place", place), ignored)
 
     def forward(self, samples: list[dict[str, Any]] | list[Tensor]) -> Any:
         """Training: samples -> losses. Evaluation: images (3, h, w) -> list of {boxes, labels, scores, masks}."""
@@ -158,8 +159,8 @@ class MaskRCNN(nn.Module):
         shapes = [(x.shape[2], x.shape[3]) for x in features]
         losses = {}
         if not self.roi_heads.only_classifier:
-            boxes, keys = [t.boxes for t in truths], [t.key for t in truths]
-            losses = self.rpn.losses(logits, deltas, anchors, padded, boxes, shapes, keys)
+            boxes, keys, ignored = [t.boxes for t in truths], [t.key for t in truths], [t.ignored for t in truths]
+            losses = self.rpn.losses(logits, deltas, anchors, padded, boxes, shapes, keys, ignored)
         proposals = self.rpn.proposals(logits, deltas, anchors, sizes)
         return losses | self.roi_heads.losses(features, proposals, truths, sizes)
 
@@ -263,6 +264,8 @@ class MaskRCNN(nn.Module):
         for detections, image in zip(self.detect_images(images), images, strict=True):
             size = (image.shape[1], image.shape[2])
             rles = [{"size": size, "counts": counts} for counts in detections.pop("rles")]
-            masks = torch.from_numpy(coco_mask.decode(rles)).permute(2, 0, 1) if rles else torch.zeros((0, *size))
-            results.append({**detections, "masks": masks.bool()})
+            masks = (
+                torch.from_numpy(coco_mask.decode(rles)).permute(2, 0, 1) if rles else torch.zeros((0, *size)).byte()
+            )
+            results.append({**detections, "masks": masks.view(torch.bool)})  # zeros and ones: no copy of so much
         return results

@@ -17,7 +17,7 @@ from loce.data.masks import CroppedMasks
 from loce.distributed import all_reduce_mean, world_size
 from loce.heads.base import Head, RoIs
 from loce.mean_score import MeanScoreTracker, instance_scores
-from loce.models.boxes import REGIONS, ROI_STDS, box_iou, choose_random, encode, finite, keyed, match, sample
+from loce.models.boxes import REGIONS, ROI_STDS, choose_random, encode, finite, keyed, leave_out, match_boxes, sample
 from loce.models.mask_head import MaskHead, mask_loss, mask_targets
 from loce.models.memory_sampling import MemorySampling
 
@@ -36,6 +36,7 @@ class Truth:
     drawn: int = -1  # as RoIs.drawn_N
     key: int | None = None  # of the image's random numbers
     place: int = 0  # position in the batch over all ranks
+    ignored: Tensor | None = None  # (M, 4) regions that are neither objects nor background
 
 
 @dataclass
@@ -144,7 +145,8 @@ class RoIHeads(nn.Module):
         """Match and sample: ground-truth boxes stand in front of the proposals as positives of their own."""
         own_G = torch.arange(len(truth.boxes), device=proposals_N4.device)
         low = self.config.positive_iou
-        matched_N = match(box_iou(proposals_N4, truth.boxes), low, low, low)
+        matched_N = match_boxes(proposals_N4, truth.boxes, low, low, low)
+        matched_N = leave_out(matched_N, proposals_N4, truth.ignored)
         boxes, matched = torch.cat([truth.boxes, proposals_N4]), torch.cat([own_G, matched_N])
         generator = keyed(truth.key, REGIONS, proposals_N4.device)
         positives, positive_valid, negatives, negative_valid = sample(

@@ -17,13 +17,13 @@ from loce.models.boxes import (
     ANCHORS,
     BETWEEN,
     RPN_STDS,
-    box_iou,
     choose_random,
     constants,
     decode,
     encode,
     keyed,
-    match,
+    leave_out,
+    match_boxes,
     sample,
 )
 
@@ -113,16 +113,19 @@ class RPN(nn.Module):
         truths: list[Tensor],
         shapes: list[tuple[int, int]],
         keys: Sequence[int | None] = (),
+        ignored: Sequence[Tensor | None] = (),
     ) -> dict[str, Tensor]:
         """Objectness BCE and box L1, both summed and divided by the number of sampled anchors of the batch.
 
         truths: ground-truth boxes (G, 4) per image; shapes: (h, w) of each level's map; keys: of each image's random
-        numbers. With several ranks the number of anchors is its mean over ranks.
+        numbers; ignored: per image the regions (M, 4) that are no background either, or nothing. With several ranks
+        the number of anchors is its mean over ranks.
         """
         anchors_A4, logits_BA, deltas_BA4 = torch.cat(anchors), torch.cat(logits, 1), torch.cat(deltas, 1)
         objectness, box, count = [], [], []
         for i, truths_G4 in enumerate(truths):
             matched_A = self.match(anchors_A4, truths_G4)
+            matched_A = leave_out(matched_A, anchors_A4, ignored[i] if ignored else None)
             matched_A = matched_A.masked_fill(~_validity(shapes, padded_sizes[i], anchors_A4.device), BETWEEN)
             generator = keyed(keys[i] if keys else None, ANCHORS, anchors_A4.device)
             positives, positive_valid, negatives, negative_valid = sample(
@@ -141,7 +144,7 @@ class RPN(nn.Module):
     def match(self, anchors_A4: Tensor, truths_G4: Tensor) -> Tensor:
         """(A,) ground truth of every anchor, by the RPN's thresholds."""
         low = self.config.negative_iou
-        return match(box_iou(anchors_A4, truths_G4), self.config.positive_iou, low, low)
+        return match_boxes(anchors_A4, truths_G4, self.config.positive_iou, low, low)
 
     @staticmethod
     def _box_loss(

@@ -211,7 +211,7 @@ def test_a_bad_evaluation_image_is_shown_black_and_reported(dataset, capsys):
 def test_many_bad_images_end_the_run_with_a_list(dataset):
     damage(dataset, 2, 4, 6)
     plan = training_plan(dataset, SamplerConfig(), CONFIG, 2, seed=0)
-    with pytest.raises(UserError, match=r"(?s)more than 1 bad images.*damaged.*damaged"):
+    with pytest.raises(UserError, match=r"(?s)more than 1 of 13 images cannot be used.*damaged.*damaged.*check-data"):
         list(train_batches(dataset, plan, epochs=1))
 
 

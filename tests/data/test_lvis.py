@@ -218,7 +218,7 @@ BROKEN = {
     ),
     "image without size": ({**content(), "images": [{"id": 3}]}, "elements of `images` without all of id, height"),
     "image without name": (changed("images", 2, coco_url=None), "neither file_name nor coco_url: image 994"),
-    "image of size 0": (changed("images", 2, height=0), "a side is under 1: (994, 0,"),
+    "image of size 0": (changed("images", 2, height=0), "a side is not 1 to 65535: (994, 0,"),
     "text as id": (changed("annotations", 2, id="a"), "1 annotations whose id, image_id or category_id is no whole"),
     "unknown image": (changed("annotations", 2, image_id=5, id=77), "unknown image: annotation 77 (image_id 5)"),
     "unknown category": (
@@ -227,10 +227,9 @@ BROKEN = {
     ),
     "duplicate image": (changed("images", 2, id=1000), "1 image ids used more than once: 1000"),
     "duplicate category": (changed("categories", 2, id=7), "1 category ids used more than once: 7"),
-    "duplicate annotation": (
-        {**content(), "annotations": 2 * content()["annotations"]},
-        "annotation ids used more than once: 50, 51, 52, 53, 54, ...",
-    ),
+    "image larger than any": (changed("images", 2, height=1 << 40), "a side is not 1 to 65535"),
+    "file name that is no text": (changed("images", 2, file_name="a\ud800.jpg"), "no text that can be printed"),
+    "file name with a zero byte": (changed("images", 2, file_name="a\0.jpg"), "no text that can be printed"),
     "unknown negatives": (changed("images", 2, neg_category_ids=[7, 8]), "1 unknown categories in image lists"),
     "unknown frequency": (changed("categories", 2, frequency="x"), "`frequency` is not r, c or f: thing 20 (x)"),
 }

@@ -15,6 +15,7 @@ from pycocotools import mask as mask_utils
 
 from loce.errors import UserError
 from loce.evaluation import Detections, FederatedFilter, evaluate_lvis, load_annotations, read_results, reading
+from loce.evaluation.annotations import only_images
 
 HIT = {"image_id": 7, "category_id": 2, "score": 0.5, "bbox": [10.0, 10.0, 40.0, 40.0]}
 RLE = {"size": [100, 100], "counts": mask_utils.encode(np.eye(100, dtype=np.uint8, order="F"))["counts"]}
@@ -80,7 +81,6 @@ def test_mask_with_too_many_pixels(small: dict[str, Any]) -> None:
         (lambda d: d.pop("images"), "needs the lists images, annotations and categories"),
         (lambda d: d["images"].append(d["images"][0]), "images with the same id twice: 7"),
         (lambda d: d["categories"].append(d["categories"][0]), "categories with the same id twice: 9"),
-        (lambda d: d["annotations"].append(d["annotations"][0]), "annotations with the same id twice: 1"),
         (lambda d: d["images"][0].pop("height"), "images without all of id, height, width: 7"),
         (lambda d: d["images"][0].update(id="7"), "images whose id is not an integer: '7'"),
         (lambda d: d["annotations"][1].pop("area"), "annotations without all of .*area.*: 2"),
@@ -258,3 +258,24 @@ def test_unknown_choices_are_named(small: dict[str, Any]) -> None:
     with pytest.raises(UserError, match="has no neg_category_ids, so protocol=lvis is not possible; use protocol=coco"):
         evaluate_lvis(coco, box)
     assert evaluate_lvis(coco, box, protocol="coco").metrics["AP"] == 0.0
+
+
+def test_annotations_with_one_id_all_count_and_that_is_said(small: dict[str, Any]) -> None:
+    apart = evaluate_lvis(small, [HIT], "bbox")
+    for row in small["annotations"]:
+        row["id"] = 1
+    again = load_annotations(small)
+    assert len(again) == len(small["annotations"])
+    assert any("have the id of another one: 1; all of them count" in note for note in again.notes)
+    assert evaluate_lvis(small, [HIT], "bbox").metrics == apart.metrics
+
+
+def test_ground_truth_of_some_images_is_that_of_a_file_with_these(small: dict[str, Any]) -> None:
+    first = small["images"][0]["id"]
+    part = only_images(load_annotations(small), np.array([first]), "the others are missing")
+    rows = [row for row in small["annotations"] if row["image_id"] == first]
+    alone = load_annotations({**small, "images": small["images"][:1], "annotations": rows})
+    assert "PARTIAL: the numbers are of 1 of 2 images, the others are missing" in part.notes
+    for name in ("image_ids", "sizes", "ids", "image", "category", "boxes", "areas", "ignore", "crowd", "negative"):
+        np.testing.assert_array_equal(getattr(part, name), getattr(alone, name), err_msg=name)
+    assert 0 < len(part) < len(small["annotations"])

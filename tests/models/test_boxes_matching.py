@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from loce.models.boxes import BETWEEN, NEGATIVE, choose_random, match, sample
+from loce.models.boxes import BETWEEN, NEGATIVE, box_iou, choose_random, leave_out, match, match_boxes, sample
 
 
 def slow_match(iou: list[list[float]], positive: float, negative: float, low: float) -> list[int]:
@@ -123,3 +123,38 @@ def test_the_share_of_positives_is_rounded_down():
     matched = torch.tensor([0] * 50 + [NEGATIVE] * 50)
     _, valid, _, _ = sample(matched, 7, 0.5, choose_random)
     assert int(valid.sum()) == 3
+
+
+@pytest.mark.parametrize("pairs", [1, 7, 60, 10_000])
+def test_matching_in_parts_is_the_same(pairs):
+    """Also where a ground truth takes boxes of several parts, and where nothing overlaps."""
+    generator = torch.Generator().manual_seed(pairs)
+    for truths in (0, 1, 9):
+        corners = torch.rand(50, 2, generator=generator).mul(6).round()
+        boxes = torch.cat([corners, corners + 1 + torch.rand(50, 2, generator=generator).mul(4).round()], dim=1)
+        others = boxes[torch.randperm(50, generator=generator)[:truths]] + 0.5
+        others[:1] += 100
+        for thresholds in ((0.7, 0.3, 0.3), (0.5, 0.5, 0.5)):
+            whole = match(box_iou(boxes, others), *thresholds)
+            assert match_boxes(boxes, others, *thresholds, pairs=pairs).tolist() == whole.tolist()
+
+
+@pytest.mark.parametrize("pairs", [1, 10_000])
+def test_background_in_ignored_regions_is_left_out(pairs):
+    generator = torch.Generator().manual_seed(0)
+    corners = torch.rand(80, 2, generator=generator) * 50
+    boxes = torch.cat([corners, corners + torch.rand(80, 2, generator=generator) * 30], dim=1)
+    boxes[0] = torch.tensor([10.0, 10.0, 10.0, 30.0])  # no area
+    regions = torch.tensor([[5.0, 5.0, 40.0, 40.0], [30.0, 30.0, 70.0, 60.0]])
+    matched = torch.randint(-2, 4, (80,), generator=generator)
+    expected = []
+    for (x1, y1, x2, y2), index in zip(boxes.double().tolist(), matched.tolist(), strict=True):
+        covered = 0.0
+        for a1, b1, a2, b2 in regions.tolist():
+            shared = max(0.0, min(x2, a2) - max(x1, a1)) * max(0.0, min(y2, b2) - max(y1, b1))
+            covered = max(covered, shared / ((x2 - x1) * (y2 - y1)) if x2 > x1 and y2 > y1 else 0.0)
+        expected.append(BETWEEN if index == NEGATIVE and covered > 0.5 else index)
+    assert leave_out(matched, boxes, regions, pairs).tolist() == expected
+    assert 3 < sum(a != b for a, b in zip(expected, matched.tolist(), strict=True)) < 40
+    for nothing in (None, torch.zeros(0, 4)):
+        assert leave_out(matched, boxes, nothing) is matched

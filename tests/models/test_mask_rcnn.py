@@ -316,3 +316,25 @@ class TestPrediction:
         before = {name: value.clone() for name, value in model.state_dict().items()}
         model([noise(64, 96)])
         assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+def test_a_crowd_is_neither_object_nor_background(model_of, batch):
+    """With all of the image ignored no region is background; with none, the losses are those without the key."""
+    model = model_of("baseline")
+    plain = [loss.item() for loss in seeded(model, batch)]
+    assert [loss.item() for loss in seeded(model, [{**s, "ignored": torch.zeros(0, 4)} for s in batch])] == plain
+    everywhere = [{**s, "ignored": torch.tensor([[0.0, 0.0, s["size"][1], s["size"][0]]])} for s in batch]
+    losses = seeded(model, everywhere)
+    assert all(torch.isfinite(loss) for loss in losses) and [loss.item() for loss in losses] != plain
+    truth = model.truth(everywhere[0])
+    proposals = torch.rand(200, 4) * 40
+    proposals[:, 2:] += proposals[:, :2] + 1
+    regions = model.roi_heads.select(proposals, truth)
+    assert not (regions.labels == model.roi_heads.num_classes).any() and (regions.labels >= 0).sum() >= 3
+    usual = model.roi_heads.select(proposals, model.truth(batch[0]))
+    assert (usual.labels == model.roi_heads.num_classes).any()
+
+
+def seeded(model, samples):
+    torch.manual_seed(4)
+    return model(samples).values()

@@ -1,6 +1,8 @@
 """Pasting masks pixel by pixel, and run lengths against pycocotools."""
 
 import math
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -124,3 +126,31 @@ def test_code_of_a_large_mask():
     crop = np.zeros((900, 700), bool)
     crop[10:890, 5:690] = True
     assert encode_crop(crop, (100, 50), (1000, 1200)) == reference_code(crop, (100, 50), (1000, 1200))
+
+
+@pytest.mark.parametrize("budget", [1, 5000])
+def test_a_mask_made_column_by_column_is_the_same(budget):
+    """Runs that go on over the parts' borders, masks of all kinds and boxes beyond the image."""
+    masks = torch.cat([smooth_masks(len(BOXES)), torch.ones(1, 28, 28), torch.zeros(1, 28, 28)])
+    boxes = torch.tensor([*BOXES, [-50.0, -50.0, 90.0, 90.0], [0.0, 0.0, 40.0, 36.0]])
+    assert paste_and_encode(masks, boxes, (36, 40), budget) == paste_and_encode(masks, boxes, (36, 40))
+
+
+MEMORY = """
+import resource, torch
+from loce.models.paste import BUDGET, paste_and_encode
+def peak(): return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+masks = torch.rand(3, 7, 7)
+masks = torch.nn.functional.interpolate(masks[:, None], (28, 28), mode="bilinear")[:, 0]
+paste_and_encode(masks, torch.tensor([[0.0, 0.0, 600.0, 600.0]] * 3), (600, 600))
+before = peak()
+codes = paste_and_encode(masks, torch.tensor([[0.0, 0.0, 6000.0, 6000.0]] * 3), (6000, 6000))
+print(sum(map(len, codes)) > 3000, (peak() - before) / BUDGET)
+"""
+
+
+def test_masks_of_an_image_of_6000_pixels_a_side_fit_into_the_budget():
+    """One of its masks is 36 MB as bytes and 288 MB as sampling coordinates."""
+    done = subprocess.run([sys.executable, "-c", MEMORY], capture_output=True, text=True, check=True)
+    made, times = done.stdout.split()
+    assert made == "True" and float(times) < 1.25, done.stdout
