@@ -193,7 +193,7 @@ def test_losses_of_the_proposals_never_wait(device, truths):
     with no_waiting(device):
         logits, deltas = rpn(maps)
         boxes, ignored = [t.boxes for t in truths], [t.ignored for t in truths]
-        losses = rpn.losses(logits, deltas, rpn.anchors(maps), [SIZE] * 2, boxes, shapes, ignored)
+        losses = rpn.losses(logits, deltas, rpn.anchors(maps), [SIZE] * 2, boxes, shapes, ignored=ignored)
     assert losses["loss_rpn_cls"] > 0 and losses["loss_rpn_box"] > 0
 
 

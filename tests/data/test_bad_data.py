@@ -70,7 +70,7 @@ def test_a_crowded_image_is_limited_the_rest_is_ignored_and_that_is_said_once(wr
     batches = train_batches(dataset, training_plan(dataset, SamplerConfig(), CONFIG, 2, seed=0), epochs=3)
     assert sum(len(samples) for samples in batches) >= 12
     assert capsys.readouterr().out.count("warning: image") == 1 and batches.bad == []
-    for samples in fill_batches(dataset, 5, True, seed=0):
+    for samples in fill_batches(dataset, 5, True, seed=0, images=2):
         for each in samples:
             assert len(each["memory_rows"]) <= len(each["rows"])
             assert each["labels"][each["memory_rows"]].numel() == len(each["memory_rows"])
@@ -239,7 +239,7 @@ def test_the_users_files_are_never_changed(write, images, tmp_path):
     try:
         check_set(dataset.annotations.path, str(dataset.folder), Report(), 100)
         plan = training_plan(dataset, SamplerConfig(), CONFIG, 2, seed=0)
-        for batches in (train_batches(dataset, plan, epochs=2), fill_batches(dataset, 5, True, seed=0)):
+        for batches in (train_batches(dataset, plan, epochs=2), fill_batches(dataset, 5, True, seed=0, images=2)):
             assert sum(map(len, batches)) >= 6
         evaluation = EvalDataset(dataset.annotations, dataset.folder, CONFIG)
         assert sum(map(len, eval_batches(evaluation, 2))) == 6
