@@ -3,12 +3,15 @@
 import dataclasses
 from pathlib import Path
 
+import numpy as np
 import torch
 
 from loce.classes import ClassStats
 from loce.config import Config, DataConfig, TrainConfig
 from loce.data.loader import EvalDataset, TrainDataset
 from loce.data.lvis import LVISAnnotations
+from loce.forest_trees import read_trees
+from loce.heads.forest import TREES, ForestHead
 from loce.models.mask_rcnn import MaskRCNN, build_roi_heads
 
 
@@ -21,6 +24,19 @@ def build_model(config: Config, stats: ClassStats, pretrained: bool = True) -> M
     model.stats = stats
     model.freeze(config.train.freeze)
     return model
+
+
+def parent_trees(config: Config, annotations: LVISAnnotations) -> dict[str, np.ndarray]:
+    """Forest R-CNN's trees (C,) by name, for a training from its beginning; UserError where they do not fit."""
+    forest = config.head.forest
+    sizes = {tree: getattr(forest, tree) for tree in TREES if getattr(forest, tree)}
+    return read_trees(Path(forest.trees), annotations.path, annotations.stats.names, sizes)
+
+
+def plant_trees(config: Config, annotations: LVISAnnotations, model: MaskRCNN) -> None:
+    """Give the trees to a head that has some; a checkpoint holds them from then on."""
+    if isinstance(model.roi_heads.head, ForestHead):
+        model.roi_heads.head.plant(parent_trees(config, annotations))
 
 
 def train_annotations(config: Config) -> LVISAnnotations:

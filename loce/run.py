@@ -95,6 +95,8 @@ def _build(config: Config, device: torch.device, found: start.Start) -> Job:
     torch.manual_seed(config.seed)
     model = build.build_model(config, annotations.stats, pretrained=newest is None and not config.train.init)
     report = []
+    if newest is None:
+        build.plant_trees(config, annotations, model)
     if config.train.init and newest is None:
         report = _load(config, model, annotations.stats)
     model.to(device)

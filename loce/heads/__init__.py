@@ -7,6 +7,7 @@ from loce.heads.base import Head, RoIs
 from loce.heads.eql import EQLHead
 from loce.heads.eqlv2 import EQLv2Head
 from loce.heads.equilibrium import EquilibriumHead
+from loce.heads.forest import ForestHead
 from loce.heads.ldam import LDAMHead
 from loce.heads.logit_adjustment import LogitAdjustmentHead
 from loce.heads.norcal import NorCalHead
@@ -28,6 +29,7 @@ HEADS: dict[str, type[Head]] = {
     "ldam": LDAMHead,
     "logit_adjustment": LogitAdjustmentHead,
     "norcal": NorCalHead,
+    "forest": ForestHead,
     "simcal": SimCalHead,
 }
 
