@@ -7,6 +7,8 @@ from typing import Any
 import pytest
 
 from loce.config import Config, load_config, to_dict
+from loce.data.glyph_plan import EMPTY_SHARE, long_tail
+from loce.data.glyphs import GlyphOptions
 from loce.options import flatten, schema
 
 CONFIGS = Path(__file__).resolve().parent.parent / "configs"
@@ -90,3 +92,12 @@ def test_headers_say_what_the_recipe_is(name: str, folder: str):
         assert text["Writes to"] == config.output
         iterations = re.match(rf"{config.train.epochs} epochs, about ([\d,]+) iterations", text["Length"])
         assert iterations and int(iterations[1].replace(",", "")) == round(config.train.epochs * 99388 / 16, -3)
+
+
+def test_eqls_tail_on_glyphs_is_rare_and_common():
+    """The threshold's rule: of the planned image counts, those of rare and common classes fall below it."""
+    options = GlyphOptions(out="")
+    counts = long_tail(50, options.train_images, options.classes_per_image)
+    annotated = options.train_images * (1 - EMPTY_SHARE)
+    threshold = load_config(["glyphs/methods/eql"]).head.eql.threshold
+    assert ((counts / annotated < threshold) == (counts <= 100)).all()
