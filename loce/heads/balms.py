@@ -18,7 +18,7 @@ The classifier is linear (W holds its bias), so with E = sigmoid(z') - t, rows x
 
 f_c: share of training images that show class c, between 1/images and 1 - 1/images. Initialisation: weights N(0, 0.01),
 bias -log(999). Second stage after a sigmoid detector: only the classifier trains. Rows from the memory are training
-rows. All of the meta step is fp32.
+rows; the memory stores objects of meta images too, and draws for them. All of the meta step is fp32.
 
 State: `a` and its Adam (first and second moment, number of steps) are buffers; the meta step is that of all ranks' rows
 together, so they are the same on every rank (four sums over ranks, two of them as large as the classifier).
