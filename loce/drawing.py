@@ -12,6 +12,7 @@ from torchvision.ops import nms
 GROUP_RGB = {"r": (209, 73, 91), "c": (237, 174, 73), "f": (48, 99, 142)}  # rare, common, frequent
 GROUP_NAMES = {"r": "rare", "c": "common", "f": "frequent"}
 TINT = 0.45  # how much of the colour goes into a mask
+READABLE = 480  # pixels of the short side; smaller images are enlarged by a whole number, so that names fit
 FONT = cv2.FONT_HERSHEY_SIMPLEX
 
 
@@ -29,18 +30,21 @@ def worth_drawing(
 def draw_objects(
     image: np.ndarray, boxes: np.ndarray, masks: Sequence[dict[str, Any]], texts: Sequence[str], groups: Sequence[str]
 ) -> np.ndarray:
-    """A copy of the (H, W, 3) uint8 RGB image with N objects.
+    """A copy of the (H, W, 3) uint8 RGB image with N objects, enlarged where it is small.
 
     boxes: (N, 4) xyxy; masks: N run-length codes of the image's size, or none; texts: what is written at each; groups:
     "r", "c" or "f", which gives the colour.
     """
-    canvas = image.copy()
-    size = max(0.4, min(image.shape[:2]) / 1000)  # of the letters
+    zoom = max(1, READABLE // min(image.shape[:2]))
+    canvas = image.repeat(zoom, axis=0).repeat(zoom, axis=1)
+    boxes = boxes * zoom
+    size = max(0.4, min(canvas.shape[:2]) / 1200)  # of the letters
     line = max(1, round(2 * size))
     for place in reversed(range(len(boxes))):  # the best on top
         colour = GROUP_RGB[groups[place]]
         if masks:
-            _tint(canvas, coco_mask.decode(masks[place]).astype(bool), colour, line)
+            mask = coco_mask.decode(masks[place]).astype(bool)
+            _tint(canvas, mask.repeat(zoom, axis=0).repeat(zoom, axis=1), colour, line)
         else:
             x1, y1, x2, y2 = (round(float(side)) for side in boxes[place])
             cv2.rectangle(canvas, (x1, y1), (x2, y2), colour, line)
