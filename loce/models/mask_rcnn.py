@@ -210,7 +210,7 @@ class MaskRCNN(nn.Module):
         scale: tuple[float, float],
         original: Size,
         allowed_C: Tensor | None,
-        objects: tuple[Tensor, Tensor] | None,
+        objects: tuple[Tensor, Tensor] | None = None,
     ) -> dict[str, Any]:
         roi, finest = self.roi_heads, self.config.roi.finest_scale
         x_ND = roi.features_of(pool(features, [proposals_N4], BOX_SIDE, finest))
