@@ -41,6 +41,8 @@ def words(sampler: str, head: str, memory: bool) -> list[str]:
         chosen += ["train.freeze=detector", "train.init=stage1"]
     elif memory:
         chosen += ["train.freeze=trunk", "train.init=stage1"]
+    if head == "forest":  # the trees that a head has before it is given some
+        chosen += ["head.forest.trees=unused", "head.forest.visual=2", "head.forest.geometrical=3"]
     if memory and head == "simcal":
         chosen.append("memory.level=roi")
     return chosen
