@@ -1,0 +1,205 @@
+"""What a training works with: built from the options, brought to where a checkpoint stands, and trained on."""
+
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import partial
+from itertools import accumulate
+from pathlib import Path
+
+import torch
+from torch.nn.parallel import DistributedDataParallel
+
+from loce import build, checkpoint, distributed, resume
+from loce.classes import GROUPS, ClassStats
+from loce.config import Config, UserError, dump, images_per_rank
+from loce.data.loader import TrainDataset, train_batches, training_plan
+from loce.data.lvis import LVISAnnotations
+from loce.data.samplers import TrainingPlan
+from loce.engine import fill_memory, scaled_lr, train_one_epoch
+from loce.files import file_hash
+from loce.models.mask_rcnn import MaskRCNN
+from loce.runlog import RunLog
+
+
+@dataclass
+class Job:
+    """What a training works with."""
+
+    config: Config
+    device: torch.device
+    annotations: LVISAnnotations
+    dataset: TrainDataset
+    plan: TrainingPlan
+    lengths: list[int]  # iterations of each epoch
+    model: MaskRCNN
+    optimizer: torch.optim.SGD
+    scaler: torch.amp.GradScaler
+    report: list[str]  # lines on what was loaded
+    done: int = 0  # iterations
+    resumed: bool = False
+    window: dict[str, torch.Tensor] = field(default_factory=dict)  # losses of done iterations without their line
+
+    @property
+    def stats(self) -> ClassStats:
+        """Of the training data."""
+        return self.annotations.stats
+
+    @property
+    def folder(self) -> Path:
+        """The run folder."""
+        return Path(self.config.output)
+
+    def image_name(self, image_id: int) -> str:
+        """The training file's name of an image."""
+        return self.annotations.name(int((self.annotations.image_ids == image_id).argmax()))
+
+
+def prepare(config: Config, device: torch.device, annotations: LVISAnnotations, newest: Path | None) -> Job:
+    """Everything that trains, from the checkpoint `newest` or, where that is None, from the beginning."""
+    dataset = build.train_dataset(config, annotations)
+    meta = config.head.name == "balms"
+    plan = training_plan(dataset, config.sampler, config.data, config.train.batch_size, config.seed, meta)
+    torch.manual_seed(config.seed)
+    model = build.build_model(config, annotations.stats, pretrained=newest is None and not config.train.init)
+    report = []
+    if newest is None:
+        build.plant_trees(config, annotations, model)
+    if config.train.init and newest is None:
+        report = _load(config, model, annotations.stats)
+    model.to(device)
+    optimizer = build.build_optimizer(model, config.train)
+    scaler = torch.amp.GradScaler(device.type, enabled=config.train.precision == "fp16")
+    lengths = plan.iterations(config.train.epochs)
+    job = Job(config, device, annotations, dataset, plan, lengths, model, optimizer, scaler, report)
+    # What the model chooses at random is keyed by image; a head's own random numbers differ between ranks.
+    torch.manual_seed(config.seed * 1000003 + distributed.rank())
+    if newest is not None:
+        _resume(job, newest)
+    return job
+
+
+def _resume(job: Job, folder: Path) -> None:
+    state, changes = resume.restore(folder, job.config, job.model, job.device)
+    job.optimizer.load_state_dict(state["optimizer"])
+    job.scaler.load_state_dict(state["scaler"])
+    set_done(job, state["iteration"])
+    job.resumed, job.window = True, state["window"]
+    line = f"going on from {folder}, {job.done} of {sum(job.lengths)} iterations are done"
+    job.report = [line, *changes]
+
+
+def open_log(job: Job, folder: Path) -> RunLog:
+    """The log of this training in `folder`, cut to what is done."""
+    return RunLog(
+        folder,
+        dump(job.config),
+        epoch_lengths=job.lengths,
+        batch_size=job.plan.rows,
+        start=job.done,
+        device=job.device,
+        extra=partial(equilibrium_scalars, job.model, job.stats),
+        window=job.window,
+    )
+
+
+def fill(job: Job) -> None:
+    """Fill the feature memory of a second stage that begins."""
+    config, memory = job.config, job.config.memory
+    images, workers = images_per_rank(config.train, distributed.world_size()), config.data.workers
+    fill_memory(job.model, job.dataset, memory.fill_instances, memory.shared, config.seed, images, workers)
+
+
+def advance(job: Job, log: RunLog, last: int, after_step: Callable[[int, bool], None]) -> None:
+    """Train until `last` iterations are done; `after_step` as in `train_one_epoch`."""
+    train = job.config.train
+    wrapped: torch.nn.Module = job.model
+    if distributed.world_size() > 1:
+        with warnings.catch_warnings():  # torch 2.15 renames the option; the new name would share rank 0's memory bank
+            warnings.simplefilter("ignore", FutureWarning)
+            wrapped = DistributedDataParallel(job.model, broadcast_buffers=False)
+    batches = train_batches(
+        job.dataset,
+        job.plan,
+        epochs=train.epochs,
+        accumulate=train.accumulate,
+        start_iteration=job.done,
+        workers=job.config.data.workers,
+    )
+    stream = iter(batches)
+    for epoch, end in enumerate(accumulate(job.lengths)):
+        part = range(job.done, min(end, last))
+        if len(part):
+            train_one_epoch(wrapped, stream, job.optimizer, job.scaler, train, epoch, part, log, after_step)
+    for message in batches.told:
+        log.line(f"data: {message}", shown=False)
+
+
+def set_done(job: Job, done: int) -> None:
+    """So many iterations are done."""
+    job.done, job.model.roi_heads.progress = done, done / sum(job.lengths)
+
+
+def equilibrium_scalars(model: MaskRCNN, stats: ClassStats) -> dict[str, float]:
+    """Mean score and memory fill by rare, common and frequent classes, for the log."""
+    roi = model.roi_heads
+    values = {"mean_score": roi.tracker.scores[:-1].cpu()}  # sync: log line
+    if roi.memory is not None:
+        values["memory_fill"] = roi.memory.bank.fill.cpu()  # sync: log line
+    masks = {group: torch.from_numpy(stats.group_mask(group)) for group in GROUPS}
+    return {f"{k}/{g}": float(v[m].mean()) for k, v in values.items() for g, m in masks.items() if m.any()}
+
+
+def filled(model: MaskRCNN) -> str:
+    """A line on what the memory holds after it was filled."""
+    assert model.roi_heads.memory is not None
+    bank = model.roi_heads.memory.bank
+    counts = bank.counts.cpu()
+    return (
+        f"feature memory: {int(counts.sum())} rows, {int((counts > 0).sum())} of {len(counts)} classes have some, "
+        f"{sum(b.numel() * b.element_size() for b in bank.buffers()) / 2**20:.0f} MiB"
+    )
+
+
+def header(job: Job) -> list[str]:
+    """What this run is, for people who find its log later."""
+    config, stats, train = job.config, job.stats, job.config.train
+    world, total = distributed.world_size(), sum(job.lengths)
+    groups = " / ".join(str(int(stats.group_mask(group).sum())) for group in GROUPS)
+    memory = (
+        f"feature memory ({config.memory.level}, {config.memory.capacity} per class)"
+        if config.memory.enabled
+        else "no memory"
+    )
+    each = train.batch_size // (world * train.accumulate)
+    trained = sum(p.numel() for p in job.model.parameters() if p.requires_grad)
+    every = sum(p.numel() for p in job.model.parameters())
+    return [
+        f"method: {config.head.name} head, {memory}, indicator {config.indicator.kind}, {config.sampler.name} sampler",
+        f"data: {job.annotations.path} (sha256 {file_hash(job.annotations.path)}), {len(job.dataset)} images, "
+        f"{int(stats.instance_counts.sum())} instances, {len(stats)} classes: rare / common / frequent {groups}",
+        *(f"data: left out: {count} {reason}" for reason, count in job.annotations.dropped.items()),
+        *(f"data: {note}" for note in job.annotations.notes),
+        f"model: {config.model.backbone}, {trained / 1e6:.2f} of {every / 1e6:.2f} M parameters train "
+        f"(train.freeze={train.freeze})",
+        f"batch: {train.batch_size} = {world} ranks x {each} images x {train.accumulate} steps"
+        f"{', and as many of the meta batch, counted in images/s' if job.plan.meta else ''}; "
+        f"learning rate {scaled_lr(train):.4g} ({train.lr:g} at {train.lr_batch_size}, scaled linearly)",
+        f"schedule: {train.epochs} epochs, {total} iterations, drops after {list(train.drops)}, {train.precision}, "
+        f"seed {config.seed}; run folder {job.folder}",
+    ]
+
+
+def _load(config: Config, model: MaskRCNN, stats: ClassStats) -> list[str]:
+    """Take over the weights of `train.init`; lines that say what was loaded. UserError where frozen parts lack."""
+    init = config.train.init
+    found = checkpoint.load_weights(Path(init), model, stats, config.head.reset)
+    frozen = {name for name, p in model.named_parameters() if not p.requires_grad}
+    lacking = sorted(frozen & set(found["new"]))
+    if lacking:
+        raise UserError(
+            f"train.init = {init}: has no {', '.join(lacking[:5])}, which would stay random: they are frozen"
+        )
+    counts = ", ".join(f"{len(names)} {what}" for what, names in found.items())
+    lines = [f"weights from {init}: {counts}; {len(frozen)} tensors are frozen"]
+    return lines + [f"weights: {what}: {name}" for what in ("new", "dropped") for name in found[what]]
