@@ -13,6 +13,7 @@ from loce.data.lvis import LVISAnnotations
 from loce.forest_trees import read_trees
 from loce.heads.forest import TREES, ForestHead
 from loce.models.mask_rcnn import MaskRCNN, build_roi_heads
+from loce.models.nms_resampling import NMSResampling
 
 
 def build_model(config: Config, stats: ClassStats, pretrained: bool = True) -> MaskRCNN:
@@ -22,6 +23,8 @@ def build_model(config: Config, stats: ClassStats, pretrained: bool = True) -> M
     edges = (config.data.test_short_edge, config.data.long_edge)
     model = MaskRCNN(section, roi_heads, config.eval, edges)
     model.stats = stats
+    if config.model.rpn.nms_resampling != "none":
+        model.rpn.resampling = NMSResampling(config.model.rpn.nms_resampling, stats)
     model.freeze(config.train.freeze)
     return model
 

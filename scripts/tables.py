@@ -172,11 +172,17 @@ def prepare(options: Options, recipes: Recipes, jobs: list[Run]) -> None:
     data = waiting[0].config.data
     if options.data == "glyphs" and not Path(data.train_annotations).exists():
         run("make_glyphs.py", f"out={data.train_images}")
-    starts = {job.config.train.init for job in waiting}
+    first = stage_run(options, recipes.stages[0], 0)
+    forests = {job.config.head.forest.trees: job for job in waiting if job.config.head.name == "forest"}
+    starts = {job.config.train.init for job in waiting} | ({first.config.output} if forests else set())
     for seed in range(options.seeds):
         for stage in (stage_run(options, name, seed) for name in recipes.stages):
             if stage.config.output in starts and not stage.done:
                 step(stage.folder, "train.py", *stage.words, processes=options.gpus)
+    for trees, job in forests.items():
+        if not Path(trees).exists():
+            words = f"words=[{', '.join(map(json.dumps, job.words[1:]))}]"
+            run("build_forest.py", f"config={job.words[0]}", words, f"checkpoint={first.folder}")
 
 
 def train_row(options: Options, text: RowText, job: Run) -> None:

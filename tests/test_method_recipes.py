@@ -19,11 +19,15 @@ OWN: dict[str, tuple[str, ...]] = {
     "balms": ("train.init",),  # a stage 1 of its own: sigmoids
     "ldam": ("train.clip_norm",),  # its late class weights, as reweighted
     "reweighted": ("train.clip_norm",),  # rows of a class with one instance weigh hundreds
+    "forest": ("model.rpn.nms_resampling",),  # the other half of the method
     "simcal": ("train.lr", "train.momentum", "train.weight_decay"),  # its own optimiser, as published
 }
 METHOD_KEYS = ("head.", "sampler.", "train.freeze", "output")
 # Set from the data by a rule that the recipe's header gives, so they differ between LVIS and Glyph-LVIS.
-FROM_DATA = ("head.eql.threshold", "sampler.repeat_threshold")
+FROM_DATA = (
+    *("head.eql.threshold", "sampler.repeat_threshold"),
+    *("head.forest.trees", "head.forest.visual", "head.forest.geometrical"),
+)
 # With repeated images an epoch is longer: 318 iterations in place of 248. Not more of them in all than the peers have.
 LONGER_EPOCHS = {"rfs": 5, "balms_stage1": 4, "balms": 1}
 

@@ -161,7 +161,7 @@ class MaskRCNN(nn.Module):
         if not self.roi_heads.only_classifier:
             boxes, keys, ignored = [t.boxes for t in truths], [t.key for t in truths], [t.ignored for t in truths]
             losses = self.rpn.losses(logits, deltas, anchors, padded, boxes, shapes, keys, ignored)
-        proposals = self.rpn.proposals(logits, deltas, anchors, sizes)
+        proposals = self.rpn.proposals(logits, deltas, anchors, sizes, [(t.boxes, t.labels) for t in truths])
         return losses | self.roi_heads.losses(features, proposals, truths, sizes)
 
     @torch.no_grad()
@@ -170,7 +170,8 @@ class MaskRCNN(nn.Module):
         batch, sizes, _ = self.batch_images([s["image"] for s in samples])
         truths, features = [self.truth(s, i) for i, s in enumerate(samples)], self.features(batch)
         logits, deltas = self.rpn(features)
-        proposals = self.rpn.proposals(logits, deltas, self.rpn.anchors(features), sizes)
+        known = [(t.boxes, t.labels) for t in truths]
+        proposals = self.rpn.proposals(logits, deltas, self.rpn.anchors(features), sizes, known)
         regions = [self.roi_heads.select(p, t) for p, t in zip(proposals, truths, strict=True)]
         self.roi_heads.observe(features, regions, truths, sizes)
 

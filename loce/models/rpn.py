@@ -26,6 +26,7 @@ from loce.models.boxes import (
     match_boxes,
     sample,
 )
+from loce.models.nms_resampling import NMSResampling
 
 RATIOS = (0.5, 1.0, 2.0)  # height / width
 STRIDES = (4, 8, 16, 32, 64)
@@ -64,6 +65,7 @@ class RPN(nn.Module):
         self.config = config
         self.head = RPNHead(channels, len(RATIOS), conv_depth=1)
         self.choose = choose_random
+        self.resampling: NMSResampling | None = None  # set by whoever builds the model
 
     def forward(self, features: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
         """Objectness logits (B, A_l) and deltas (B, A_l, 4) per level, flattened in anchor order."""
@@ -82,23 +84,42 @@ class RPN(nn.Module):
 
     @torch.no_grad()
     def proposals(
-        self, logits: list[Tensor], deltas: list[Tensor], anchors: list[Tensor], image_sizes: list[tuple[int, int]]
+        self,
+        logits: list[Tensor],
+        deltas: list[Tensor],
+        anchors: list[Tensor],
+        image_sizes: list[tuple[int, int]],
+        truths: list[tuple[Tensor, Tensor]] | None = None,
     ) -> list[Tensor]:
-        """Per image at most `post_nms` boxes (n, 4), best first; NMS runs within each level; small boxes stay."""
+        """Per image at most `post_nms` boxes (n, 4), best first; NMS runs within each level; small boxes stay.
+
+        truths: in training, ground-truth boxes (G, 4) and labels (G,) of each image, for NMS resampling.
+        """
         return [
-            self._image_proposals([x[i] for x in logits], [x[i] for x in deltas], anchors, size)
+            self._image_proposals(
+                [x[i] for x in logits], [x[i] for x in deltas], anchors, size, None if truths is None else truths[i]
+            )
             for i, size in enumerate(image_sizes)
         ]
 
     def _image_proposals(
-        self, logits: list[Tensor], deltas: list[Tensor], anchors: list[Tensor], image_size: tuple[int, int]
+        self,
+        logits: list[Tensor],
+        deltas: list[Tensor],
+        anchors: list[Tensor],
+        image_size: tuple[int, int],
+        truth: tuple[Tensor, Tensor] | None,
     ) -> Tensor:
         pre_nms = self.config.pre_nms_train if self.training else self.config.pre_nms_test
         boxes, scores = [], []
         for logits_A, deltas_A4, anchors_A4 in zip(logits, deltas, anchors, strict=True):
             scores_K, top_K = logits_A.float().sigmoid().topk(min(pre_nms, len(logits_A)))
             boxes_K4 = decode(anchors_A4[top_K], deltas_A4[top_K], RPN_STDS, image_size)
-            kept = nms(boxes_K4, scores_K, self.config.nms)[: self.config.post_nms]  # sync: NMS decides how many stay
+            if self.resampling is None or truth is None:
+                kept = nms(boxes_K4, scores_K, self.config.nms)  # sync: NMS decides how many stay
+            else:
+                kept = self.resampling(boxes_K4, scores_K, *truth)
+            kept = kept[: self.config.post_nms]
             boxes.append(boxes_K4[kept])
             scores.append(scores_K[kept])
         order = torch.cat(scores).sort(descending=True, stable=True).indices[: self.config.post_nms]
