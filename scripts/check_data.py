@@ -1,4 +1,4 @@
-"""Check a data set without changing anything; exit code 2 where something must be mended.
+"""Check a data set without changing anything; exit code 2 where something must be mended, else 0.
 
 python scripts/check_data.py CONFIG.yaml [data.train_images=DIR ...] [decode=all] [key=value ...]
 python scripts/check_data.py annotations=A.json images=DIR [key=value ...]     # or A.json images=DIR
@@ -8,7 +8,7 @@ import sys
 from dataclasses import dataclass, fields
 from typing import Literal
 
-from loce.config import Count, Natural, UserError, load_config, raise_problems, read_options, run_script
+from loce.config import Config, Count, Natural, UserError, load_config, raise_problems, read_options, run_script
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -22,8 +22,8 @@ class Options:
     workers: Natural = 4  # threads that decode
 
 
-def read_words(words: list[str]) -> tuple[Options, list[tuple[str, str]], tuple[int, int]]:
-    """The options, the (annotation file, image folder) pairs to check, and the bounds of the groups r and c."""
+def read_words(words: list[str]) -> tuple[Options, list[tuple[str, str]], Config]:
+    """The options, the (annotation file, image folder) pairs to check, and the options of the run (or defaults)."""
     if "-h" in words or "--help" in words:
         print(__doc__)
         read_options(Options, ["-h"])
@@ -35,24 +35,29 @@ def read_words(words: list[str]) -> tuple[Options, list[tuple[str, str]], tuple[
     if options.annotations:
         if rest:
             raise UserError(f"command line: {' '.join(rest)}: does not go with annotations={options.annotations}")
-        return options, [(options.annotations, options.images)], (10, 100)
+        return options, [(options.annotations, options.images)], Config()
     if options.images:
         raise UserError("command line: images=: needs annotations=; with a CONFIG: data.train_images, data.val_images")
-    data = load_config(rest if rest and "=" not in rest[0] else ["stage1.yaml", *rest]).data
-    pairs = [(data.train_annotations, data.train_images), (data.val_annotations, data.val_images)]
-    return options, pairs, (data.rare_max, data.common_max)
+    config = load_config(rest if rest and "=" not in rest[0] else ["stage1.yaml", *rest])
+    data = config.data
+    return options, [(data.train_annotations, data.train_images), (data.val_annotations, data.val_images)], config
 
 
 def main() -> None:
-    options, pairs, bounds = read_words(sys.argv[1:])
+    options, pairs, config = read_words(sys.argv[1:])
     from loce.data.check import Report, check_pair, check_set  # after the command line is right
+    from loce.data.long_tail import long_tail_lines
 
     sample = {"sample": options.sample, "all": sys.maxsize, "none": 0}[options.decode]
     report = Report()
     found = []
+    bounds = (config.data.rare_max, config.data.common_max)
     for path, images in pairs:
         printed = len(report.lines)
-        found.append(check_set(path, images, report, sample, options.workers, bounds))
+        annotations = check_set(path, images, report, sample, options.workers, bounds, config.data.exif)
+        if annotations is not None and not found:  # the training set
+            report.lines += long_tail_lines(annotations, config.data, config.sampler, config.memory)
+        found.append(annotations)
         print("\n".join(report.lines[printed:]), flush=True)
     if len(pairs) == 2 and found[0] is not None and found[1] is not None:
         printed = len(report.lines)

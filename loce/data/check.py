@@ -1,7 +1,7 @@
 """What a data set holds and what is wrong with it, found by reading only.
 
 Problems are what must be mended before a training or an evaluation means anything; the rest is told, since training
-deals with it (loce/data/training_rows.py says how).
+deals with it (loce/data/training_rows.py says how, docs/data.md what to do about it).
 """
 
 import os
@@ -38,12 +38,18 @@ class Report:
 
 
 def check_set(
-    path: str, images: str, report: Report, sample: int, workers: int = 4, bounds: tuple[int, int] = (10, 100)
+    path: str,
+    images: str,
+    report: Report,
+    sample: int,
+    workers: int = 4,
+    bounds: tuple[int, int] = (10, 100),
+    exif: str = "ignore",
 ) -> LVISAnnotations | None:
     """Check an annotation file and its images; gives the annotations, None where they cannot be read.
 
     images: folder, "" to leave images out. sample: how many images are decoded, evenly over the file. bounds: of the
-    groups r and c in images, where the file has no `frequency`.
+    groups r and c in images, where the file has no `frequency`; exif: as `data.exif`.
     """
     report.lines.append(path)
     try:
@@ -56,9 +62,10 @@ def check_set(
         return None
     _check_counts(annotations, report)
     _check_boxes(annotations, report)
+    _check_left_out(annotations, report)
     if images:
         present = _check_missing(annotations, images, report)
-        _check_files(annotations, images, present[_evenly(len(present), sample)], workers, report)
+        _check_files(annotations, images, present[_evenly(len(present), sample)], workers, exif, report)
     return annotations
 
 
@@ -75,6 +82,10 @@ def check_pair(
         unseen = (train.stats.instance_counts == 0) & (val.stats.instance_counts > 0)
         untested = val.stats.instance_counts == 0
         report.add("classes", f"the same; {untested.sum()} have no validation instance, {unseen.sum()} only those")
+        for label, mask in (("no AP", untested), ("never seen", unseen)):
+            if mask.any():
+                names = [name for name, holds in zip(train.stats.names, mask, strict=True) if holds]
+                report.add(label, ", ".join(names[:NAMED]) + (", ..." if len(names) > NAMED else ""))
     if Path(train.path).resolve() == Path(val.path).resolve():
         report.add("images", "the same file for both")
         return
@@ -132,8 +143,25 @@ def _check_boxes(annotations: LVISAnnotations, report: Report) -> None:
             f"{annotations.path}: {beyond.sum()} of {len(boxes)} boxes reach over their image's border (the first: "
             f"annotation {first}). `bbox` must be x, y, width, height in pixels; are these corners (x1, y1, x2, y2)?"
         )
+
+
+def _check_left_out(annotations: LVISAnnotations, report: Report) -> None:
+    """What training and evaluation do without, or take otherwise than the file says it; and what could be done."""
     for reason, number in annotations.dropped.items():
-        report.add("left out", f"{number} {reason}")
+        report.add("left out", f"{number} {reason} (first: {', '.join(map(str, annotations.first_ids(reason)))})")
+    for note in annotations.notes:
+        report.add("changed", note)
+    cells = np.column_stack([annotations.image_of, annotations.labels, annotations.boxes.round(2)])
+    _, first, counts = np.unique(cells, axis=0, return_index=True, return_counts=True)
+    if (counts > 1).any():
+        ids = annotations.annotation_ids[np.sort(first[counts > 1])[:NAMED]]
+        report.add("twice", f"{(counts - 1).sum()} annotations repeat another's image, class and box (of {ids.tolist()})")
+    fields = {"neg_category_ids": annotations.negatives, "not_exhaustive_category_ids": annotations.not_exhaustive}
+    lacking = [name for name, lists in fields.items() if lists is None]
+    if lacking:
+        report.add("no field", f"{' and '.join(lacking)}: evaluation follows COCO's rules (protocol auto)")
+    if not annotations.own_groups:
+        report.add("no field", "frequency: rare, common and frequent are counted here (data.rare_max, data.common_max)")
 
 
 def _check_missing(annotations: LVISAnnotations, images: str, report: Report) -> np.ndarray:
@@ -176,15 +204,20 @@ def _evenly(total: int, number: int) -> np.ndarray:
 
 
 def _check_files(
-    annotations: LVISAnnotations, images: str, indices: Sequence[int] | np.ndarray, workers: int, report: Report
+    annotations: LVISAnnotations,
+    images: str,
+    indices: Sequence[int] | np.ndarray,
+    workers: int,
+    exif: str,
+    report: Report,
 ) -> None:
     """Decode images: damaged ones, and those of another size than the file says."""
 
     def complaint(index: int) -> str:
         try:
-            read_image(annotations.image_path(index, images), tuple(annotations.image_sizes[index].tolist()))
+            read_image(annotations.image_path(index, images), tuple(annotations.image_sizes[index].tolist()), exif)
         except ImageError as error:
-            return str(error)
+            return f"image {annotations.image_ids[index]}: {error}"
         return ""
 
     with ThreadPoolExecutor(max(1, workers)) as pool:

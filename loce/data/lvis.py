@@ -32,8 +32,8 @@ class LVISAnnotations:
     train_rows: (R,) int64, the annotations training uses, image by image; first_row: (I+1,) int64 into train_rows;
     train_images: (T,) int64, the images training uses. ignored_rows: (Q,) int64 ascending by image, annotations whose
     region is neither object nor background (crowds). has_mask: (A,) bool. dropped: how much of the file training leaves
-    out, by reason; examples: the first indices of each. notes: what else was done to the file's content. absent: images
-    that are not on disk, which the user allows.
+    out, by reason; examples: the first indices of each. own_groups: the file says what is rare. notes: what else was
+    done to the file's content. absent: images that are not on disk, which the user allows.
     """
 
     path: str
@@ -59,6 +59,7 @@ class LVISAnnotations:
     has_mask: np.ndarray
     dropped: dict[str, int]
     examples: dict[str, list[int]]
+    own_groups: bool
     notes: list[str]
     absent: Sequence[int] = ()
 
@@ -222,6 +223,7 @@ def _build(path: str, bounds: tuple[int, int], keep_empty: bool, box_masks: bool
         has_mask=training.has_mask,
         dropped=training.dropped,
         examples=training.examples,
+        own_groups=groups is not None,
         notes=notes,
     )
 

@@ -159,11 +159,14 @@ def test_boxes_over_the_border_and_what_training_leaves_out(write):
     assert report.problems == []
     assert told(report, "boxes") == ["1 reach more than 1 pixel over their image's border (they are cut there)"]
     assert sorted(told(report, "left out")) == [
-        "1 annotations whose area is not positive",
-        "1 boxes that are not four numbers",
-        "1 boxes under 1 pixel wide or high",
-        "1 crowd regions",
+        f"1 annotations whose area is not positive (first: {rows[5]['id']})",
+        f"1 boxes that are not four numbers (first: {rows[3]['id']})",
+        f"1 boxes under 1 pixel wide or high (first: {rows[2]['id']})",
+        f"1 crowd regions (first: {rows[4]['id']})",
     ]
+    assert "frequency: rare" in told(report, "no field")[1] and "neg_category_ids" in told(report, "no field")[0]
+    (twice,) = told(report, "twice")  # four of the six copies have another box
+    assert twice.startswith("2 annotations repeat another's image, class and box")
     assert told(report, "annotations") == [f"{len(rows)}, of which training uses {len(rows) - 4}"]
 
 
@@ -222,7 +225,9 @@ def test_classes_that_only_one_file_has_instances_of(write):
     train, val = made_set(), renamed(made_set())
     train["annotations"] = [row for row in train["annotations"] if row["category_id"] != 7]
     val["annotations"] = [row for row in val["annotations"] if row["category_id"] not in (3, 20)]
-    assert told(pair(write, train, val), "classes") == ["the same; 2 have no validation instance, 1 only those"]
+    report = pair(write, train, val)
+    assert told(report, "classes") == ["the same; 2 have no validation instance, 1 only those"]
+    assert told(report, "no AP") == ["thing 3, thing 20"] and told(report, "never seen") == ["thing 7"]
 
 
 def test_images_in_both_files(write):
