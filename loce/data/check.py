@@ -155,7 +155,9 @@ def _check_left_out(annotations: LVISAnnotations, report: Report) -> None:
     _, first, counts = np.unique(cells, axis=0, return_index=True, return_counts=True)
     if (counts > 1).any():
         ids = annotations.annotation_ids[np.sort(first[counts > 1])[:NAMED]]
-        report.add("twice", f"{(counts - 1).sum()} annotations repeat another's image, class and box (of {ids.tolist()})")
+        report.add(
+            "twice", f"{(counts - 1).sum()} annotations repeat another's image, class and box (of {ids.tolist()})"
+        )
     fields = {"neg_category_ids": annotations.negatives, "not_exhaustive_category_ids": annotations.not_exhaustive}
     lacking = [name for name, lists in fields.items() if lists is None]
     if lacking:
