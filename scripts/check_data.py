@@ -6,7 +6,7 @@ python scripts/check_data.py annotations=A.json images=DIR [key=value ...]     #
 
 import sys
 from dataclasses import dataclass, fields
-from typing import Any, Literal
+from typing import Literal
 
 from loce.config import Config, Count, Natural, UserError, load_config, raise_problems, read_options, run_script
 
@@ -50,7 +50,7 @@ def main() -> None:
 
     sample = {"sample": options.sample, "all": sys.maxsize, "none": 0}[options.decode]
     report = Report()
-    found: list[Any] = []  # LVISAnnotations, or None where a file could not be read
+    found = []
     bounds = (config.data.rare_max, config.data.common_max)
     for path, images in pairs:
         printed = len(report.lines)

@@ -129,7 +129,7 @@ def _problems(data: Mapping[str, Any]) -> list[str]:
             continue
         for key in ("id", "height", "width") if kind == "images" else ("id",):
             values = [entry[key] for entry in data[kind]]
-            bad = [v for v in values if not isinstance(v, (int, np.integer)) or isinstance(v, bool)]
+            bad = [v for v in values if not _is_integer(v)]
             if bad:
                 problems.append(f"{kind} whose {key} is not an integer: {offenders(map(repr, bad))}")
             elif key == "id" and len(set(values)) < len(values):
@@ -137,9 +137,13 @@ def _problems(data: Mapping[str, Any]) -> list[str]:
                 problems.append(f"{kind} with the same id twice: {offenders(unique[counts > 1])}")
     for key in FEDERATED_KEYS:
         lists = ((e["id"], e.get(key, [])) for e in data["images"] if has_all(e, ("id",)))
-        if bad := [i for i, ids in lists if not isinstance(ids, list) or not all(isinstance(c, int) for c in ids)]:
+        if bad := [i for i, ids in lists if not isinstance(ids, list) or not all(map(_is_integer, ids))]:
             problems.append(f"images whose {key} is not a list of category ids: {offenders(bad)}")
     return problems
+
+
+def _is_integer(value: Any) -> bool:
+    return isinstance(value, (int, np.integer)) and not isinstance(value, bool) and abs(int(value)) < 1 << 62
 
 
 def _assemble(data: Mapping[str, Any], gathered: Gathered, masks: bool, source: str) -> GroundTruth:

@@ -59,10 +59,10 @@ class Gathered:
             self.problems.append(f"annotations whose bbox is not [x, y, width, height]: {offenders(bad)}")
         if bad := [a["id"] for a in part if not isinstance(a["area"], (int, float))]:
             self.problems.append(f"annotations whose area is not a number: {offenders(bad)}")
-        columns = {key: np.array([a[key] for a in part]) for key in INTEGERS}
+        columns = {key: _integers([a[key] for a in part]) for key in INTEGERS}
         for key in INTEGERS:
             if part and columns[key].dtype.kind != "i":
-                bad = [a[key] for a in part if np.array(a[key]).dtype.kind != "i"]
+                bad = [a[key] for a in part if _integers([a[key]]).dtype.kind != "i"]
                 self.problems.append(f"annotations whose {key} is not an integer: {offenders(map(repr, bad))}")
         if not part or self.problems:
             return
@@ -71,6 +71,15 @@ class Gathered:
         self._parts.append(columns)
         if self.masks:
             self.segmentations += [a["segmentation"] for a in part]
+
+
+def _integers(values: list[Any]) -> np.ndarray:
+    """(N,) of a kind other than "i" where one is no integer, or one that does not fit 64 bits."""
+    try:
+        column = np.array(values)
+    except ValueError:  # lists of different lengths
+        return np.array(values, dtype=object)
+    return column if column.ndim == 1 else column.astype(object)
 
 
 def has_all(entry: Any, keys: Iterable[str]) -> bool:
