@@ -6,9 +6,12 @@ python scripts/check_data.py annotations=A.json images=DIR [key=value ...]     #
 
 import sys
 from dataclasses import dataclass, fields
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from loce.config import Config, Count, Natural, UserError, load_config, raise_problems, read_options, run_script
+
+if TYPE_CHECKING:
+    from loce.data.lvis import LVISAnnotations
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,7 +53,7 @@ def main() -> None:
 
     sample = {"sample": options.sample, "all": sys.maxsize, "none": 0}[options.decode]
     report = Report()
-    found = []
+    found: list[LVISAnnotations | None] = []
     bounds = (config.data.rare_max, config.data.common_max)
     for path, images in pairs:
         printed = len(report.lines)
