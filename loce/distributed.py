@@ -88,13 +88,13 @@ def all_reduce_sum(tensor: Tensor) -> Tensor:
     return total
 
 
-def all_reduce_mean(counts: Tensor) -> Tensor:
-    """Mean over ranks of what losses are divided by, fp32, no gradient; the same shape on all ranks.
+def mean_count(counts: Tensor) -> Tensor:
+    """Mean over ranks of what losses are divided by (a sum of less than 1 counts as 1); fp32, no gradient.
 
     Data-parallel training averages the gradients of the ranks. With this as divisor on every rank, and not each rank's
-    own count, their average is the gradient of all ranks' images as one batch.
+    own count, their average is the gradient of all ranks' images as one batch. The same shape on all ranks.
     """
-    return all_reduce_sum(counts) / world_size()
+    return all_reduce_sum(counts).clamp(min=1) / world_size()
 
 
 def all_gather_rows(tensor: Tensor) -> Tensor:

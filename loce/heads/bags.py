@@ -14,7 +14,7 @@ the memory are rows like others.
 State: none that training changes; `groups`, the group of every logit, is a buffer.
 
 Differences from the paper / the released code:
-- Others are drawn on the device with torch's generator, those of each process with its own (NumPy's on the host there).
+- Others are drawn on the device with torch's generator, by each process of its own rows (NumPy's on the host there).
 - Groups are made from the training set's own counts; the released table of LVIS v0.5 is written for 1231 outputs.
 - An empty group keeps its "others" logit, which never learns and is never read.
 - The published runs start from a detector trained on COCO, ours from stage 1.
@@ -25,6 +25,7 @@ import torch
 from torch import Tensor
 
 from loce.classes import IGNORED, ClassStats
+from loce.distributed import mean_count
 from loce.heads.base import Head, RoIs
 from loce.heads.layers import linear
 from loce.heads.rows import at_least_fp32
@@ -61,8 +62,8 @@ class BAGSHead(Head):
         inside_NG = taking_part_N1 & (self.groups[safe_N1] == every_G)
         target_NG = torch.where(inside_NG, safe_N1, self.num_classes + 1 + every_G)
         loss_NG = self._log_totals(z_NL) - z_NL.gather(1, target_NG)
-        kept_NG = inside_NG | self._draw_others(inside_NG, taking_part_N1)
-        loss_G = torch.where(kept_NG, loss_NG, 0).sum(dim=0) / kept_NG.sum(dim=0).clamp(min=1)
+        kept_NG = inside_NG | self._draw_others(inside_NG, taking_part_N1, rois.generator)
+        loss_G = torch.where(kept_NG, loss_NG, 0).sum(dim=0) / mean_count(kept_NG.sum(dim=0))
         return {"loss_cls": loss_G.sum()}
 
     def _log_totals(self, z_NL: Tensor) -> Tensor:
@@ -70,10 +71,12 @@ class BAGSHead(Head):
         totals = [z_NL.masked_fill(self.groups != g, -torch.inf).logsumexp(dim=1) for g in range(self.num_groups)]
         return torch.stack(totals, dim=1)
 
-    def _draw_others(self, inside_NG: Tensor, taking_part_N1: Tensor) -> Tensor:
+    def _draw_others(self, inside_NG: Tensor, taking_part_N1: Tensor, generator: torch.Generator | None) -> Tensor:
         """(N, G) bool: the "others" of each group that count, drawn without replacement and without waiting."""
         outside_NG = taking_part_N1 & ~inside_NG
-        drawn_NG = torch.rand(inside_NG.shape, device=inside_NG.device).masked_fill(~outside_NG, 2.0)
+        drawn_NG = torch.rand(inside_NG.shape, generator=generator, device=inside_NG.device).masked_fill(
+            ~outside_NG, 2.0
+        )
         place_NG = drawn_NG.argsort(dim=0).argsort(dim=0)
         most_G = self.options.bags.others_ratio * inside_NG.sum(dim=0)
         most_G[0] = torch.inf

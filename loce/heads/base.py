@@ -7,6 +7,7 @@ import abc
 from dataclasses import dataclass
 from functools import cached_property
 
+import torch
 from torch import Tensor, nn
 
 from loce.classes import IGNORED, META, ClassStats
@@ -29,6 +30,8 @@ class RoIs:
     features_ND: what the logits were computed from, without gradient (BALMS); None where nobody kept it.
     drawn_N: long, the class that the row's image was drawn for by bi-level sampling (SimCal); META for an image of the
         meta batch (BALMS); -1 otherwise, for rows from the memory too. None: -1 throughout.
+    generator: of the logits' device, for a head that chooses at random: the same batch gives the same choice, and so
+        can be repeated. None: the global one.
     """
 
     labels_N: Tensor  # noqa: N815
@@ -38,12 +41,13 @@ class RoIs:
     progress: float = 0.0
     features_ND: Tensor | None = None  # noqa: N815
     drawn_N: Tensor | None = None  # noqa: N815
+    generator: torch.Generator | None = None
 
     @cached_property
     def count(self) -> Tensor:
         """(): rows that take part, never 0; what losses are divided by.
 
-        The model puts their mean over ranks in its place, see `distributed.all_reduce_mean`.
+        The model puts their mean over ranks in its place, see `distributed.mean_count`.
         """
         return (self.labels_N != IGNORED).sum().clamp(min=1)
 

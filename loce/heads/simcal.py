@@ -24,6 +24,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from loce.classes import ClassStats
+from loce.distributed import mean_count
 from loce.heads.base import Head, RoIs
 from loce.heads.layers import linear
 from loce.heads.rows import at_least_fp32
@@ -101,7 +102,7 @@ class SimCalHead(Head):
         calibrated_NL = at_least_fp32(logits_NL[:, self.num_classes + 1 :])
         labels_N = rois.labels_N.clamp(min=0)  # ignored rows are never kept
         loss_N = F.cross_entropy(calibrated_NL, labels_N, reduction="none")
-        return {"loss_cls": (loss_N * kept_N).sum() / kept_N.sum().clamp(min=1)}
+        return {"loss_cls": (loss_N * kept_N).sum() / mean_count(kept_N.sum())}
 
     def second_level(self, rois: RoIs) -> Tensor:
         """(N,) bool: rows of the class that their image was drawn for, and as many of the background, at random."""
@@ -109,7 +110,8 @@ class SimCalHead(Head):
         own_N = rois.from_memory_N if rois.drawn_N is None else rois.from_memory_N | (rois.drawn_N == labels_N)
         positive_N = own_N & (labels_N >= 0) & (labels_N < self.num_classes)
         background_N = labels_N == self.num_classes
-        keys_N = torch.rand(labels_N.shape, device=labels_N.device).masked_fill(~background_N, -1.0)
+        keys_N = torch.rand(labels_N.shape, generator=rois.generator, device=labels_N.device)
+        keys_N = keys_N.masked_fill(~background_N, -1.0)
         place_N = keys_N.argsort(descending=True).argsort()  # background rows first, in random order
         return positive_N | (background_N & (place_N < positive_N.sum()))
 

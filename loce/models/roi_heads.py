@@ -14,10 +14,21 @@ from torchvision.ops import roi_align
 from loce.classes import IGNORED, META
 from loce.config import RoIConfig
 from loce.data.masks import CroppedMasks
-from loce.distributed import all_reduce_mean, world_size
+from loce.distributed import mean_count
 from loce.heads.base import Head, RoIs
 from loce.mean_score import MeanScoreTracker, instance_scores
-from loce.models.boxes import REGIONS, ROI_STDS, choose_random, encode, finite, keyed, leave_out, match_boxes, sample
+from loce.models.boxes import (
+    HEAD,
+    REGIONS,
+    ROI_STDS,
+    choose_random,
+    encode,
+    finite,
+    keyed,
+    leave_out,
+    match_boxes,
+    sample,
+)
 from loce.models.mask_head import MaskHead, mask_loss, mask_targets
 from loce.models.memory_sampling import MemorySampling
 
@@ -106,7 +117,8 @@ class RoIHeads(nn.Module):
         """Losses of one batch. sizes: (height, width) of each image's content."""
         regions = [self.select(p, t) for p, t in zip(proposals, truths, strict=True)]
         x_ND, targets_N4, logits_NL, rois = self.observe(features, regions, truths, sizes)
-        rois.count, positives = denominators(rois)
+        counted, positive = rois.labels_N != IGNORED, rois.instances_N >= 0
+        rois.count, positives = mean_count(torch.stack([counted.sum(), positive.sum()]))
         losses = self.head.losses(logits_NL, rois)
         if self.only_classifier:
             return losses
@@ -127,6 +139,7 @@ class RoIHeads(nn.Module):
             progress=self.progress,
             features_ND=x_ND.detach(),
             drawn_N=self._drawn(regions, truths, len(labels_N)),
+            generator=keyed(truths[0].key, HEAD, x_ND.device),
         )
         logits_NL = self.head(x_ND)
         self._track(logits_NL, rois, sum(len(t.labels) for t in truths))
@@ -233,12 +246,6 @@ class RoIHeads(nn.Module):
         ]
         logits = self.mask_head(pool(features, boxes, MASK_SIDE, self.config.finest_scale), labels_P)
         return mask_loss(logits, torch.cat(targets), positives)
-
-
-def denominators(rois: RoIs) -> Tensor:
-    """(2,) fp32: rows that take part and positive regions, means over ranks; at least one of each over all ranks."""
-    counts_2 = torch.stack([(rois.labels_N != IGNORED).sum(), (rois.instances_N >= 0).sum()])
-    return all_reduce_mean(counts_2).clamp(min=1 / world_size())
 
 
 def _box_targets(regions: Regions, truth: Truth) -> Tensor:

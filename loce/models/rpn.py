@@ -12,7 +12,7 @@ from torchvision.models.detection.rpn import RPNHead
 from torchvision.ops import nms
 
 from loce.config import RPNConfig
-from loce.distributed import all_reduce_mean
+from loce.distributed import mean_count
 from loce.models.boxes import (
     ANCHORS,
     BETWEEN,
@@ -159,7 +159,7 @@ class RPN(nn.Module):
             objectness.append((bce * picked_valid).sum())
             box.append(self._box_loss(deltas_BA4[i], anchors_A4, truths_G4, matched_A, positives, positive_valid))
             count.append(positive_valid.sum().clamp(min=1) + negative_valid.sum().clamp(min=1))
-        total = all_reduce_mean(torch.stack(count).sum())
+        total = mean_count(torch.stack(count).sum())
         return {"loss_rpn_cls": torch.stack(objectness).sum() / total, "loss_rpn_box": torch.stack(box).sum() / total}
 
     def match(self, anchors_A4: Tensor, truths_G4: Tensor) -> Tensor:

@@ -82,7 +82,7 @@ def follow(case: Case) -> list[dict[str, Tensor]]:
         optimizer.zero_grad()
         losses = wrapped(batch[distributed.rank() * images :][:images])
         sum(losses.values()).backward()
-        found = {name: distributed.all_reduce_mean(loss) for name, loss in losses.items()}
+        found = {name: distributed.all_reduce_sum(loss) / distributed.world_size() for name, loss in losses.items()}
         found |= {f"gradient of {name}": p.grad.clone() for name, p in model.named_parameters() if p.requires_grad}
         buffers = dict(model.roi_heads.named_buffers())
         found |= {name: value.clone() for name, value in buffers.items() if "tracker" in name or "memory" in name}
