@@ -71,7 +71,9 @@ class BAGSHead(Head):
         totals = [z_NL.masked_fill(self.groups != g, -torch.inf).logsumexp(dim=1) for g in range(self.num_groups)]
         return torch.stack(totals, dim=1)
 
-    def _draw_others(self, inside_NG: Tensor, taking_part_N1: Tensor, generator: torch.Generator | None) -> Tensor:
+    def _draw_others(
+        self, inside_NG: Tensor, taking_part_N1: Tensor, generator: torch.Generator | None = None
+    ) -> Tensor:
         """(N, G) bool: the "others" of each group that count, drawn without replacement and without waiting."""
         outside_NG = taking_part_N1 & ~inside_NG
         drawn_NG = torch.rand(inside_NG.shape, generator=generator, device=inside_NG.device).masked_fill(
