@@ -25,10 +25,13 @@ def dataset(write, images):
 
 
 def fingerprint(batches):
-    """What tells two streams apart: every sample's image, pixels, boxes and masks, in order."""
+    """What tells two streams apart: every sample's image, pixels, boxes, masks and numbers, in order."""
     return [
         [
-            (s["image_id"], int(s["image"].sum()), s["boxes"].tolist(), int(s["masks"].bits.sum()), s["drawn"])
+            (
+                *(s["image_id"], int(s["image"].sum()), s["boxes"].tolist(), int(s["masks"].bits.sum())),
+                *(s["drawn"], s["key"], s["place"]),
+            )
             for s in samples
         ]
         for samples in batches
@@ -70,6 +73,8 @@ def test_showings_of_an_image_differ_between_epochs_and_within_one(dataset):
     keys = [(0, epoch, draw) for epoch in range(6) for draw in range(6)]
     assert len({(*dataset[key]["image"].shape, int(dataset[key]["image"][0, 0, 0])) for key in keys}) > 3
     assert fingerprint([[dataset[0, 2]]]) == fingerprint([[dataset[0, 2, 0]]])
+    found = {dataset[key]["key"] for key in keys} | {dataset[1, 0]["key"]}
+    assert len(found) == len(keys) + 1 and all(0 <= key < 1 << 63 for key in found)
 
 
 @pytest.mark.parametrize(
