@@ -9,7 +9,7 @@ LAUNCH := $(if $(filter-out 0 1,$(GPUS)),$(VENV)/bin/torchrun --nproc_per_node=$
 ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-slow test-gpu lint train finetune eval data check-data glyphs table1 table2 table3 table4 table5 clean
+.PHONY: help setup demo test test-slow test-chaos test-gpu lint train finetune eval data check-data glyphs table1 table2 table3 table4 table5 clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z0-9-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "make %-10s %s\n", $$1, $$2}'
@@ -40,6 +40,9 @@ test: setup  ## the test suite
 
 test-slow: setup  ## tests that take minutes
 	$(RUN) -m pytest -m 'slow and not gpu' $(ARGS)
+
+test-chaos: setup  ## kill and stop a small training 35 times; it must equal one in peace (15 min or more)
+	$(RUN) scripts/chaos.py $(ARGS)
 
 test-gpu: setup  ## tests that need a CUDA device
 	$(RUN) -m pytest -m gpu $(ARGS)
