@@ -62,9 +62,12 @@ def header(path: str) -> dict[str, str]:
 
 
 def explained(module: ModuleType) -> str:
-    """The docstring of a file, its differences as a heading."""
-    text = inspect.getdoc(module) or ""
-    return re.sub(r"^(State|Differences)([^:\n]*):", r"**\1\2:**", text, flags=re.MULTILINE)
+    """The docstring of a file: its first line, the text with the equations as it stands, and what follows it."""
+    title, _, rest = (inspect.getdoc(module) or "").partition("\n")
+    body, *after_body = re.split(r"^(?=State:|Differences)", rest, flags=re.MULTILINE)
+    after = re.sub(r"^(State|Differences)([^:\n]*):", r"**\1\2:**", "".join(after_body), flags=re.MULTILINE)
+    parts = [title, f"```text\n{body.strip(chr(10))}\n```" if body.strip() else "", after.strip()]
+    return "\n\n".join(part for part in parts if part)
 
 
 def options_of(section: type, prefix: str, only: tuple[str, ...] = ()) -> str:
@@ -99,7 +102,7 @@ def page() -> str:
     found = recipes()
     parts = [
         INTRODUCTION.rstrip(),
-        *(method(name, found) for name in get_args(get_type_hints(HeadConfig)["name"]) if name in HEADS),
+        *(method(name, found) for name in get_args(get_type_hints(HeadConfig)["name"])),
     ]
     for title, name, section, prefix in OTHERS:
         only = ("nms_resampling",) if section is RPNConfig else ()
