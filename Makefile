@@ -35,8 +35,8 @@ endef
 demo: setup  ## stage 1, then LOCE and a control, on data drawn here: table and figures in runs/ (10 min, 2 cores)
 	$(RUN) scripts/demo.py $(ARGS)
 
-test: setup  ## the test suite
-	$(RUN) -m pytest -m 'not slow and not gpu' $(ARGS)
+test: setup  ## the test suite, in JOBS=2 processes of one thread each
+	OMP_NUM_THREADS=1 $(RUN) -m pytest -n $(or $(JOBS),2) --dist loadfile -m 'not slow and not gpu' $(ARGS)
 
 test-slow: setup  ## tests that take minutes
 	$(RUN) -m pytest -m 'slow and not gpu' $(ARGS)
