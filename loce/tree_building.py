@@ -147,9 +147,9 @@ def lexical_tree(path: Path, names: tuple[str, ...], parents: int) -> np.ndarray
     if not isinstance(parent_of, dict) or not all(isinstance(parent, str) for parent in parent_of.values()):
         raise UserError(f"lexical = {path}: must be an object of texts, {{class name: parent name}}")
     problems = []
-    for what, wrong in (("has no parent for", set(names) - set(parent_of)), ("unknown", set(parent_of) - set(names))):
+    for what, wrong in (("without a parent", set(names) - set(parent_of)), ("unknown", set(parent_of) - set(names))):
         if wrong:
-            problems.append(f"lexical = {path}: {len(wrong)} classes {what}: {', '.join(sorted(wrong)[:5])}")
+            problems.append(f"lexical = {path}: classes: {len(wrong)} {what}: {', '.join(sorted(wrong)[:5])}")
     used = list(dict.fromkeys(parent_of[name] for name in names if name in parent_of))
     if len(used) != parents:
         problems.append(f"lexical = {path}: has {len(used)} parents, head.forest.lexical says {parents}")
