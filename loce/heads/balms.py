@@ -38,7 +38,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from loce.classes import IGNORED, ClassStats
-from loce.distributed import all_reduce_sum
+from loce.distributed import all_reduce_sum, mean_count
 from loce.heads.base import META, Head, RoIs
 from loce.heads.layers import linear
 from loce.heads.rows import at_least_fp32, one_hot
@@ -77,7 +77,8 @@ class BALMSHead(Head):
         meta_labels_N = torch.where(meta_N, labels_N, IGNORED)
         weights_N = self.reweighter(z_NC.detach(), shifted_NC.detach(), rois.features_ND, training, meta_labels_N)
         bce_NC = F.binary_cross_entropy_with_logits(shifted_NC, own_NC.to(z_NC), reduction="none")
-        return {"loss_cls": (weights_N * bce_NC.sum(dim=1)).sum() / training.count}
+        rows = mean_count((training.labels_N != IGNORED).sum())  # `rois.count` has the meta rows, too
+        return {"loss_cls": (weights_N * bce_NC.sum(dim=1)).sum() / rows}
 
     def scores(self, logits_NL: Tensor) -> Tensor:
         """Logits (N, C) -> sigmoids (N, C), fp32; they add up to anything."""

@@ -10,7 +10,7 @@ import torch
 from torch import distributed as dist
 
 from loce import distributed
-from loce.classes import META
+from loce.classes import IGNORED, META
 from loce.heads import HEADS
 from loce.method_options import HeadConfig, SeesawOptions
 from tests.conftest import stats_of
@@ -29,10 +29,12 @@ def train(name: str, config: HeadConfig) -> dict[str, list]:
     optimiser = torch.optim.SGD(head.parameters(), lr=0.5)
     history = []
     for step in range(STEPS):
-        features, labels = random_case(28, CLASSES, FEATURES, step)  # as many ignored rows in either half
+        features, labels = random_case(28, CLASSES, FEATURES, step)
+        labels[:6:2] = IGNORED  # more of the training rows in the first half than in the second
         own = slice(distributed.rank() * 28 // world, (distributed.rank() + 1) * 28 // world)
         meta = torch.where(torch.arange(28) % 2 == 1, META, -1)  # every other row
         rois = rois_of(labels[own], features_ND=features[own], drawn_N=meta[own])
+        rois.count = distributed.mean_count(rois.count)  # as the model does
         loss = sum(head.losses(head(features[own]), rois).values())
         optimiser.zero_grad()
         loss.backward()
