@@ -175,6 +175,7 @@ class TrainConfig:
     checkpoint_every: Count = 1000  # iterations, besides every epoch's end
     keep_checkpoints: Count = 2
     evaluate: bool = True  # after the last epoch
+    evaluate_every: Natural = 0  # epochs; 0: after the last only; the best checkpoint by mask AP is kept, too
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -108,6 +108,16 @@ CONFLICTS: tuple[Conflict, ...] = (
         "batch_size must be divisible by accumulate",
     ),
     (
+        ("train.evaluate_every", "train.evaluate"),
+        lambda c: c.train.evaluate_every > 0 and not c.train.evaluate,
+        "there is nothing to do every few epochs where nothing is evaluated",
+    ),
+    (
+        ("train.evaluate_every", "train.epochs"),
+        lambda c: c.train.evaluate_every >= c.train.epochs,
+        "evaluate_every must be below epochs; the last epoch is evaluated without it",
+    ),
+    (
         ("train.drops", "train.epochs"),
         lambda c: list(c.train.drops) != sorted(set(c.train.drops)) or any(d >= c.train.epochs for d in c.train.drops),
         "drops must increase and stay below epochs",

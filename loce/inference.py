@@ -119,10 +119,11 @@ def evaluate_model(
     if len(annotations.absent):
         present = np.delete(annotations.image_ids, annotations.absent)
         truth = only_images(truth, present, f"the others are missing in {config.data.val_images}")
-    origin = f"weights {weights_hash(model)}, {_inputs(config, annotations)}"
+    origin = _origin(model, config, annotations)
     if distributed.is_main() and _text(output / "origin.txt") != origin:
         shutil.rmtree(output / "detections", ignore_errors=True)
-        (output / "mean_scores.csv").unlink(missing_ok=True)
+        for name in ("mean_scores.csv", "metrics.json"):
+            (output / name).unlink(missing_ok=True)
         write_text(output / "origin.txt", origin)
     distributed.barrier()
     infer(model, config, annotations, FederatedFilter(truth), output / "detections", origin)
@@ -137,6 +138,17 @@ def evaluate_model(
         truth = with_training_groups(truth, model.stats)
         evaluate_and_report(truth, output / "detections", output, **{**options, **report})
     distributed.barrier()
+
+
+def is_evaluated(model: MaskRCNN, config: Config, output: Path) -> bool:
+    """Whether `output` holds the numbers of this very model on this data, the same on all ranks; all must call."""
+    done = distributed.is_main() and (output / "metrics.json").is_file()
+    done = done and _text(output / "origin.txt") == _origin(model, config, build.val_annotations(config))
+    return bool(distributed.broadcast_text("done" if done else ""))
+
+
+def _origin(model: MaskRCNN, config: Config, annotations: LVISAnnotations) -> str:
+    return f"weights {weights_hash(model)}, {_inputs(config, annotations)}"
 
 
 def _inputs(config: Config, annotations: LVISAnnotations) -> str:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-from loce import distributed, divergence, resume, start, stopping
+from loce import distributed, divergence, resume, start, stopping, validation
 from loce.checkpoint_files import megabytes
 from loce.config import Config, UserError
 from loce.engine import BadStepError
@@ -59,18 +59,29 @@ def _train(job: Job) -> None:
     log = open_log(job, job.folder)
     for line in [*job.report, *header(job)]:
         log.line(line)
-    with stopping.deferred():
-        if job.config.memory.enabled and not job.resumed:
+    if job.config.memory.enabled and not job.resumed:
+        with stopping.deferred():
             fill(job)
             log.line(filled(job.model))
             _save(job, log)  # filling takes long on LVIS and is never done twice
+    for epoch, end in enumerate(accumulate(job.lengths), start=1):
+        evaluated = validation.due(job.config.train, epoch)
+        if job.done <= end and (evaluated or epoch == len(job.lengths)):
+            _advance(job, log, end)
+            if evaluated:
+                log.scalars(end, validation.evaluate_epoch(job.model, job.config, job.folder, epoch, end))
+    log.close()
+
+
+def _advance(job: Job, log: RunLog, last: int) -> None:
+    """Train until `last` iterations are done. DivergedError, and a report on disk, where a step has a bad value."""
+    with stopping.deferred():
         try:
-            advance(job, log, sum(job.lengths), partial(_after_step, job, log))
+            advance(job, log, last, partial(_after_step, job, log))
         except BadStepError as error:
             summary = divergence.report(job.folder, job.model, error.step, job.config.train.precision, job.image_name)
             log.line(summary, shown=False)
             raise DivergedError(summary) from None
-    log.close()
 
 
 def _after_step(job: Job, log: RunLog, done: int, stop: bool) -> None:
@@ -103,8 +114,9 @@ def _save(job: Job, log: RunLog) -> bool:
     if distributed.all_reduce_sum(bad.float()).item():  # sync: a save
         raise DivergedError("training diverged: a weight or a buffer is not finite; the checkpoints before are good")
     log.sync()
+    best = validation.best_checkpoint(job.folder)
     state = {"iteration": job.done, "optimizer": job.optimizer.state_dict(), "scaler": job.scaler.state_dict()}
-    saved = resume.save(job.folder, job.config, job.stats, job.model, state, log.unwritten())
+    saved = resume.save(job.folder, job.config, job.stats, job.model, state, log.unwritten(), best)
     if saved.problems:
         log.line(
             f"WARNING: no checkpoint of iteration {job.done}: {'; '.join(saved.problems)}. The checkpoints before are "

@@ -221,13 +221,20 @@ def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def cut_metrics(path: Path, iteration: int) -> None:
-    """Drop the lines after `iteration`, and a last line that was never finished."""
+    """Drop the lines after `iteration`, and a last line that was never finished.
+
+    So is the line of an evaluation at `iteration` itself, which is written again.
+    """
     if not path.exists():
         return
     keep = 0
     with path.open("rb") as file:
         for line in file:
-            if not line.endswith(b"\n") or json.loads(line)["iteration"] > iteration:
+            if not line.endswith(b"\n"):
+                break
+            record = json.loads(line)
+            evaluated = any(name.startswith("eval/") for name in record)
+            if record["iteration"] + evaluated > iteration:
                 break
             keep += len(line)
     os.truncate(path, keep)

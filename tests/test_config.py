@@ -230,7 +230,8 @@ WORDS = {
         "train.batch_size, train.accumulate, train.epochs, train.lr, train.lr_batch_size, train.momentum, "
         "train.weight_decay, "
         "train.warmup_iterations, train.warmup_factor, train.drops, train.drop_factor, train.clip_norm, "
-        "train.precision, train.log_every, train.checkpoint_every, train.keep_checkpoints, train.evaluate"
+        "train.precision, train.log_every, train.checkpoint_every, train.keep_checkpoints, train.evaluate, "
+        "train.evaluate_every"
     ),
 }
 
@@ -306,6 +307,8 @@ IMPOSSIBLE = [
     ("train.freeze=trunk",),
     ("model.norm=batch", "train.freeze=trunk", "train.init=x"),
     ("train.accumulate=3",),
+    ("train.evaluate_every=1", "train.evaluate=false"),
+    ("train.evaluate_every=24",),
     ("train.drops=[16, 16]",),
     ("head.reset=true",),
     (

@@ -16,7 +16,8 @@ LAYERS = {
     "checkpoint_files progress runlog runlock session stopping",
     1: "data box_generator memory_bank memory_packing mean_score equilibrium_loss forest_trees heads",
     2: "models evaluation",
-    3: "engine build checkpoint resume start job divergence replay convert drawing inference run plots tree_building",
+    3: "engine build checkpoint resume start validation job divergence replay convert drawing inference run plots "
+    "tree_building",
 }
 LAYER = {name: layer for layer, names in LAYERS.items() for name in names.split()}
 # Within a layer, what may import what (a folder's files may import each other; layers 0 and 3 are open, see below).

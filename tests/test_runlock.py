@@ -10,7 +10,7 @@ import pytest
 
 from loce.config import UserError
 from loce.runlock import RunLock
-from tests.tiny_runs import ROOT, command, environment, run
+from tests.tiny_runs import ROOT, command, in_namespace, run
 
 # Holds the lock of a folder, forks a child that outlives it, and waits to be killed.
 HOLDER = """
@@ -64,19 +64,6 @@ def test_folders_that_cannot_be_written(tmp_path: Path) -> None:
 
 
 READ_ONLY = "mount -t tmpfs tmpfs {0} && mkdir {0}/run && mount -o remount,ro {0} && exec {1}"
-
-
-def in_namespace(script: str) -> subprocess.CompletedProcess[str]:
-    """A shell script as root of a user namespace, which may mount; skips the test where there are none."""
-    allowed = subprocess.run(["unshare", "-rm", "true"], capture_output=True).returncode == 0 if _unshare() else False
-    if not allowed:
-        pytest.skip("no user namespaces here")
-    line = ["unshare", "-rm", "sh", "-c", script]
-    return subprocess.run(line, capture_output=True, text=True, env=environment(), cwd=ROOT, timeout=300)
-
-
-def _unshare() -> bool:
-    return any(Path(folder, "unshare").exists() for folder in os.environ.get("PATH", "").split(os.pathsep))
 
 
 def test_a_read_only_run_folder(config: Path, tmp_path: Path) -> None:

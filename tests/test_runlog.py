@@ -4,6 +4,7 @@ import json
 import math
 import os
 import pty
+import resource
 import select
 import subprocess
 import sys
@@ -17,7 +18,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from loce import progress as progress_module
 from loce.config import Config, UserError, dump, from_dict, to_dict
 from loce.evaluation.reading import read_json
-from loce.files import atomic_write, write_text
+from loce.files import PatientFile, atomic_write, write_text
 from loce.progress import clock, eta, phase, progress, watched
 from loce.runlog import RunLog, check_run_folder, cut_metrics
 
@@ -109,6 +110,45 @@ def test_a_resumed_run_has_each_line_once(tmp_path: Path, killed_at: int):
     assert keys(parts) == keys(whole)
     assert points(parts, "train/loss") == points(whole, "train/loss")
     assert (parts / "env.txt").read_text().count("started: ") == 2
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")  # of TensorBoard's own thread
+def test_a_full_disk_loses_no_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    """The limit on a file's size stands for the full disk: lines and points wait for room."""
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    log = open_log(whole)
+    train(log, range(8))
+    log.close()
+    log = open_log(parts)
+    train(log, range(2))
+    capsys.readouterr()
+    sizes = [path.stat().st_size for path in parts.rglob("*") if path.is_file()]
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (min(size for size in sizes if size > 50) + 30, limits[1]))
+    try:
+        train(log, range(2, 6))
+        log.sync()
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    told = capsys.readouterr().out
+    for name in ("metrics.jsonl", "log.txt", "tensorboard"):
+        assert (
+            told.count(f"WARNING: {parts / name}: File too large. Training goes on; what is to be written is kept") == 1
+        )
+    assert len((parts / "metrics.jsonl").read_bytes().splitlines()) < 4
+    train(log, range(6, 8))
+    log.close()
+    assert [(line["iteration"], line["loss"]) for line in records(parts)] == [
+        (line["iteration"], line["loss"]) for line in records(whole)
+    ]
+    assert points(parts, "train/loss") == points(whole, "train/loss")
+    assert len((parts / "log.txt").read_text().splitlines()) == len((whole / "log.txt").read_text().splitlines())
+
+
+def test_lines_that_never_found_room_are_counted(tmp_path: Path):
+    file = PatientFile("/dev/full")
+    assert file.write("12345\n") == file.write("") == "/dev/full: No space left on device"
+    assert file.close() == "/dev/full: No space left on device; 6 bytes are lost"
 
 
 def test_cut_metrics(tmp_path: Path):

@@ -2,10 +2,12 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 import torch
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -40,6 +42,14 @@ def run(script: str, *words: str | Path, processes: int = 1, code: int = 0) -> s
     done = subprocess.run(line, capture_output=True, text=True, env=environment(), cwd=ROOT, timeout=300)
     assert done.returncode == code, done.stdout + done.stderr
     return done.stdout + done.stderr
+
+
+def in_namespace(script: str) -> subprocess.CompletedProcess[str]:
+    """A shell script as root of a user namespace, where it may mount; skips the test where there are none."""
+    if shutil.which("unshare") is None or subprocess.run(["unshare", "-rm", "true"], capture_output=True).returncode:
+        pytest.skip("no user namespaces here")
+    line = ["unshare", "-rm", "bash", "-c", script]
+    return subprocess.run(line, capture_output=True, text=True, env=environment(), cwd=ROOT, timeout=300)
 
 
 def metrics(folder: Path) -> list[dict[str, float]]:
