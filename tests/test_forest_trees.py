@@ -199,7 +199,7 @@ def test_a_lexical_tree_comes_from_the_user(tmp_path):
 def test_from_the_shell(recipe, tmp_path):
     """Build, train, go on and evaluate: the trees are read when training starts, later they are in the checkpoint."""
     trees, forest = recipe / "made/forest.json", recipe / "forest.yaml"
-    words = (forest, f"output={tmp_path / 'run'}", "train.epochs=1", "train.drops=[]")
+    words = (forest, f"output={tmp_path / 'run'}", "train.epochs=1", "train.drops=[]", "train.evaluate=false")
     assert "there is no such file; build it" in run("train.py", *words, code=2)
     build_words = (f"config={forest}", f"checkpoint={recipe / 'stage1.pt'}")
     assert "visual tree with 2 parents, geometrical tree with 3 parents" in run("build_forest.py", *build_words)

@@ -77,6 +77,11 @@ def test_a_step_goes_through_few_files(step_files: set[str]) -> None:
     assert len(step_files) <= MOST_FILES, sorted(step_files)
 
 
+def test_the_design_page_shows_the_step(step_files: set[str]) -> None:
+    page = (PACKAGE.parent / "docs/design.md").read_text(encoding="utf-8")
+    assert [name for name in sorted(step_files) if name not in page] == []
+
+
 def test_the_loop_fits_a_screen() -> None:
     assert len(inspect.getsource(engine.train_one_epoch).splitlines()) <= 50
 
