@@ -4,6 +4,7 @@ The last words go through the store of torchrun, which outlives any rank. A rank
 process is gone is seen by the ranks on the same machine.
 """
 
+import multiprocessing
 import os
 import signal
 import socket
@@ -39,10 +40,18 @@ def session(device: str) -> Iterator[torch.device]:
         yield chosen
     except BaseException as error:
         stopping.only_note()
+        _end_workers()
         if words is not None and not isinstance(error, DivergedError):  # all ranks diverge together
             words.explain(error)
         raise
     distributed.teardown()
+
+
+def _end_workers() -> None:
+    """Kill data workers that an error has left: deaf to SIGTERM, they would keep Python waiting at its end for ever."""
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # PyTorch would take their end for another error
+    for worker in multiprocessing.active_children():
+        worker.kill()
 
 
 class LastWords:

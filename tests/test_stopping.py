@@ -2,8 +2,10 @@
 
 import os
 import re
+import shutil
 import signal
 import subprocess
+import sys
 import time
 import uuid
 from collections.abc import Callable, Iterator
@@ -78,6 +80,13 @@ class Running:
         assert not self.family(), "processes are left"
         return self.output
 
+    def kill(self) -> None:
+        """End whatever is left."""
+        for pid in [*self.family(), self.process.pid]:
+            with suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+        self.process.wait()
+
 
 @pytest.fixture
 def start() -> Iterator[Callable[..., Running]]:
@@ -89,10 +98,7 @@ def start() -> Iterator[Callable[..., Running]]:
 
     yield begin
     for running in started:
-        for pid in [*running.family(), running.process.pid]:
-            with suppress(ProcessLookupError):
-                os.kill(pid, signal.SIGKILL)
-        running.process.wait()
+        running.kill()
 
 
 def iterations(folder: Path) -> int:
@@ -104,7 +110,10 @@ def straight(config: Path, stage1: Path) -> Path:
     """A second stage of two ranks that nothing stopped."""
     folder = stage1.with_name("straight")
     running = Running("finetune.py", stage2_words(config, stage1, folder), processes=2)
-    running.end(0, 120)
+    try:
+        running.end(0, 280)
+    finally:
+        running.kill()
     return folder
 
 
@@ -117,7 +126,7 @@ def stage2_words(config: Path, stage1: Path, folder: Path, every: int = 1000) ->
 @pytest.mark.parametrize("name", ["SIGTERM", "SIGUSR1"])
 def test_a_stopped_process_saves_and_goes_on_bit_for_bit(config: Path, tmp_path: Path, start, name: str) -> None:
     short = ("train.epochs=8", "train.drops=[6]", "train.log_every=7", "train.evaluate=false", "data.workers=2")
-    start("train.py", (config, *short, f"output={tmp_path}/whole")).end(0)
+    start("train.py", (config, *short, f"output={tmp_path}/whole")).end(0, 280)
     words = (config, *short, f"output={tmp_path}/stopped")
     running = start("train.py", words)
     running.until("iter 1/3")  # iteration 7 of 24: the next line is written at 9, the end of an epoch
@@ -127,7 +136,7 @@ def test_a_stopped_process_saves_and_goes_on_bit_for_bit(config: Path, tmp_path:
     done = iterations(tmp_path / "stopped")
     assert 7 < done < 24
     assert name in (tmp_path / "stopped/stopped.txt").read_text()
-    text = start("train.py", words).end(0)
+    text = start("train.py", words).end(0, 280)
     assert f"{done} of 24 iterations are done" in text
     assert not (tmp_path / "stopped/stopped.txt").exists()
     same_run(tmp_path / "whole", tmp_path / "stopped")
@@ -145,7 +154,7 @@ def test_ranks_stop_at_the_same_step_and_go_on_bit_for_bit(
     text = running.end(1)
     assert "stopped by SIGTERM; the same command goes on" in text
     assert 7 < iterations(stage1.with_name("ranks")) < 24
-    start("finetune.py", words, processes=2).end(0)
+    start("finetune.py", words, processes=2).end(0, 280)
     same_run(straight, stage1.with_name("ranks"))
 
 
@@ -193,7 +202,7 @@ def test_torchrun_starts_a_killed_run_again(config: Path, stage1: Path, straight
     running = start("finetune.py", words, processes=2, options=("--max-restarts=1",))
     running.until("iter 1/3")
     os.kill(running.ranks()[1], signal.SIGKILL)
-    text = running.end(0)
+    text = running.end(0, 280)
     assert "of 24 iterations are done" in text
 
 
@@ -213,3 +222,71 @@ def test_a_second_signal_ends_at_once(config: Path, tmp_path: Path, start) -> No
     assert waiting not in running.family()
     os.kill(frozen, signal.SIGCONT)
     assert "rank 0 ended" in running.end(1)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("processes", [1, 2])
+def test_stopped_while_the_memory_is_filled(
+    config: Path, stage1: Path, straight: Path, start: Callable[..., Running], processes: int
+) -> None:
+    """Nothing is there to be saved; the run begins again and is the same."""
+    folder = stage1.with_name(f"filled{processes}")
+    words = stage2_words(config, stage1, folder)
+    running = start("finetune.py", words, processes=processes)
+    running.until("filling the feature memory")
+    os.kill(running.process.pid, signal.SIGTERM)
+    text = running.end(75 if processes == 1 else 1)
+    assert "stopped by SIGTERM" in text and "Traceback" not in text.split("stopped by SIGTERM")[0]
+    assert not list(folder.glob("checkpoints/*/main.pt"))
+    if processes == 2:
+        start("finetune.py", words, processes=2).end(0, 280)
+        same_run(straight, folder)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("processes", [1, 2])
+def test_stopped_in_evaluation_goes_on_with_what_is_left(config: Path, tmp_path: Path, start, processes: int) -> None:
+    words = (config, f"output={tmp_path}/run", "train.epochs=1", "train.drops=[]")
+    running = start("train.py", words, processes=processes)
+    running.until("inference: 0/")
+    os.kill(running.process.pid, signal.SIGINT)
+    text = running.end(75 if processes == 1 else 1)
+    assert "stopped by SIGINT" in text
+    assert (tmp_path / "run/stopped.txt").exists() and not (tmp_path / "run/eval/metrics.json").exists()
+    text = start("train.py", words, processes=processes).end(0, 280)
+    assert "training is finished already" in text
+    assert (tmp_path / "run/eval/metrics.json").exists() and not (tmp_path / "run/stopped.txt").exists()
+
+
+@pytest.mark.slow
+def test_a_rank_that_meets_too_many_bad_images_is_named(config: Path, glyphs: Path, tmp_path: Path, start) -> None:
+    shutil.copytree(glyphs / "train2017", tmp_path / "images/train2017")
+    for image in sorted((tmp_path / "images/train2017").iterdir())[::2]:
+        image.write_bytes(image.read_bytes()[:100])
+    words = (config, *LONG, f"output={tmp_path}/run", f"data.train_images={tmp_path}/images")
+    text = start("train.py", words, processes=2).end(1)
+    assert "bad images" in text
+    assert re.search(r"error( on rank 1)?: (rank 1 ended: UserError: )?.*bad images", text)
+
+
+ENDS = """
+import time
+from torch.utils.data import DataLoader
+from loce.data.loader import _start_worker
+from loce.session import session
+
+class Slow:
+    def __len__(self): return 1000
+    def __getitem__(self, i): return time.sleep(0.02)
+
+with session("cpu"):
+    batches = iter(DataLoader(Slow(), num_workers=2, multiprocessing_context="fork", worker_init_fn=_start_worker))
+    next(batches)
+    raise ValueError("an error of ours")
+"""
+
+
+def test_an_error_ends_a_process_that_has_workers() -> None:
+    """Python waits for its children at its end, and these are deaf to the signal that it sends them."""
+    done = subprocess.run([sys.executable, "-c", ENDS], capture_output=True, text=True, timeout=100, cwd=ROOT)
+    assert done.returncode == 1 and "ValueError: an error of ours" in done.stderr
