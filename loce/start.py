@@ -2,12 +2,13 @@
 
 import json
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TypeVar
 
 from loce import build, checkpoint, distributed, resume
-from loce.config import Config, UserError, dump, images_per_rank, raise_problems
+from loce.config import Config, DataConfig, UserError, dump, images_per_rank, raise_problems
+from loce.data.check import images_in_both
 from loce.data.lvis import LVISAnnotations
 from loce.inference import check_evaluation
 from loce.models.backbone import require_cache
@@ -69,6 +70,7 @@ def check(config: Config) -> Start:
         if annotations is not None and validation is not None:
             stats = annotations.stats
             checks.run(lambda: check_evaluation(config, validation, stats, "the training data"))
+            annotations = _with_overlap(config.data, annotations, validation)
     texts = distributed.gather_texts(json.dumps(checks.problems))
     problems = list(dict.fromkeys(problem for text in texts for problem in json.loads(text)))
     if problems and lock is not None:
@@ -76,6 +78,15 @@ def check(config: Config) -> Start:
     raise_problems(problems)
     assert annotations is not None
     return Start(annotations, newest, lock)
+
+
+def _with_overlap(data: DataConfig, train: LVISAnnotations, val: LVISAnnotations) -> LVISAnnotations:
+    """The training annotations, with a note where evaluation will use images that training has seen."""
+    both = images_in_both(train, val, data.train_images, data.val_images)
+    if not both:
+        return train
+    note = f"WARNING: {len(both)} images are in {val.path}, too (the first: {both[0]}): no result of unseen images"
+    return replace(train, notes=[*train.notes, note])
 
 
 def check_resume(wish: str, folder: Path, newest: Path | None) -> None:

@@ -89,13 +89,20 @@ def check_pair(
     if Path(train.path).resolve() == Path(val.path).resolve():
         report.add("images", "the same file for both")
         return
-    both = sorted(_paths(train, train_images) & _paths(val, val_images))
+    both = images_in_both(train, val, train_images, val_images)
     report.add("images", f"{len(both)} in both")
     if both:
         report.problems.append(
             f"{len(both)} images are in {train.path} and in {val.path} (the first: {both[0]}): the result would not be "
             "one of unseen images; remove them from one of the files"
         )
+
+
+def images_in_both(train: LVISAnnotations, val: LVISAnnotations, train_images: str, val_images: str) -> list[str]:
+    """Paths of the image files that two annotation files share, in order; none where it is one file for both."""
+    if Path(train.path).resolve() == Path(val.path).resolve():
+        return []
+    return sorted(_paths(train, train_images) & _paths(val, val_images))
 
 
 def _paths(annotations: LVISAnnotations, images: str) -> set[str]:

@@ -57,18 +57,22 @@ data: {{train_annotations: {0}/annotations.json, train_images: {0}/images, val_a
 model: {{backbone: tiny, weights: none, norm: group, frozen_stages: 0, fpn_channels: 8, fc_features: 8,
   mask_channels: 8, mask_convs: 1, rpn: {{anchor_scale: 4, pre_nms_train: 50, pre_nms_test: 50, post_nms: 30,
   batch_per_image: 16}}, roi: {{batch_per_image: 16, finest_scale: 14}}}}
-train: {{batch_size: 2, epochs: 1, drops: [1], log_every: 1, clip_norm: 10, evaluate: false}}
+train: {{batch_size: 2, epochs: 1, drops: [], log_every: 1, clip_norm: 10, evaluate: false}}
 """
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("seed", SCRIPT_SEEDS)
-def test_the_script_ends_with_0_or_2_and_no_traceback(seed, tmp_path):
-    make_case(seed, tmp_path)
-    config = tmp_path / "tiny.yaml"
-    config.write_text(CONFIG.format(tmp_path))
-    words = [sys.executable, str(ROOT / "scripts/train.py"), str(config), f"output={tmp_path / 'run'}"]
-    done = subprocess.run(words, capture_output=True, text=True, cwd=ROOT, timeout=300)
-    told = done.stdout + done.stderr
-    assert done.returncode in (0, 2) and "Traceback" not in told, f"seed {seed}, exit code {done.returncode}: {told}"
-    assert done.returncode == 0 or "error: " in done.stderr
+def test_the_script_ends_with_0_or_2_and_no_traceback(tmp_path):
+    codes: Counter[int] = Counter()
+    for seed in SCRIPT_SEEDS:
+        folder = tmp_path / str(seed)
+        make_case(seed, folder)
+        config = folder / "tiny.yaml"
+        config.write_text(CONFIG.format(folder))
+        words = [sys.executable, str(ROOT / "scripts/train.py"), str(config), f"output={folder / 'run'}"]
+        done = subprocess.run(words, capture_output=True, text=True, cwd=ROOT, timeout=300)
+        told = done.stdout + done.stderr
+        assert done.returncode in (0, 2) and "Traceback" not in told, f"seed {seed}, code {done.returncode}: {told}"
+        assert done.returncode == 0 or f"error: {folder}" in done.stderr or "images cannot be used" in done.stderr, told
+        codes[done.returncode] += 1
+    assert min(codes[0], codes[2]) > 3, codes  # it tests both
