@@ -63,8 +63,9 @@ def check(config: Config) -> Start:
     if newest is None and not init and distributed.is_main():
         checks.run(lambda: require_cache(config.model))
     annotations = checks.run(lambda: build.train_annotations(config))
-    if newest is None and config.head.name == "forest" and annotations is not None:
-        checks.run(lambda: build.parent_trees(config, annotations))
+    train = annotations
+    if newest is None and config.head.name == "forest" and train is not None:
+        checks.run(lambda: build.parent_trees(config, train))
     if config.train.evaluate:
         validation = checks.run(lambda: build.val_annotations(config))
         if annotations is not None and validation is not None:
