@@ -127,7 +127,7 @@ def change_bytes(raw: bytes, rng: np.random.Generator) -> bytes:
     if kind == "zeros":
         return raw[:at] + bytes(length) + raw[at + length :]
     if kind == "gzip":
-        return gzip.compress(raw)
+        return gzip.compress(raw, mtime=0)
     return (b"\xef\xbb\xbf", b"version https://git-lfs", b"PK\x03\x04", b"\xff\xfe", b" \n")[length % 5] + raw
 
 
