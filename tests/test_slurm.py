@@ -33,8 +33,7 @@ def job(tmp_path: Path):
     }
 
     def start(mode: str) -> subprocess.Popen:
-        environment = {**os.environ, "MODE": mode, "PATH": f"{tmp_path}:{os.environ['PATH']}"}
-        environment |= {f"SLURM_{name}": value for name, value in facts.items()}
+        environment = {**os.environ, **facts, "MODE": mode, "PATH": f"{tmp_path}:{os.environ['PATH']}"}
         words = ["scripts/train.py", "stage1.yaml", "run", "seed=1"]
         return subprocess.Popen(["bash", str(SCRIPT), *words], cwd=tmp_path, env=environment)
 
