@@ -68,7 +68,8 @@ def test_two_ranks_end_together_with_one_list(folder: Path) -> None:
         path.write_bytes(b"\xff\xd8 cut")
     text = run(folder / "tiny.yaml", f"output={folder / 'run'}", "train.evaluate=false", processes=2, code=2)
     assert "more than 1 of 24 images cannot be used" in text and "`make check-data` finds all of them" in text
-    assert text.count("error: more than 1 of 24") == 1 and "error on rank" not in text
+    lists = text.split("more than 1 of 24 images cannot be used, too many to go on:\n")[1:]  # of rank 0, perhaps of 1
+    assert len({part.split("`make check-data`")[0] for part in lists}) == 1
     for path in paths[::4]:
         told = text.count(f"warning: image {int(path.stem)}: {path}: damaged")
         assert told == 1, (path, told)  # an epoch shows each of them once, on one rank or the other
@@ -89,10 +90,10 @@ def test_training_and_evaluation_go_on_without_missing_images(folder: Path) -> N
 
 
 def test_images_in_both_splits_are_said_when_training_starts(folder: Path) -> None:
-    made = as_format(content(images=6, seed=1), "lvis_v1")  # the same file names as in training
-    sizes = {image["id"]: image for image in as_format(content(images=24), "lvis_v1")["images"]}
-    made["images"] = [{**sizes[image["id"]], "neg_category_ids": []} for image in made["images"]]
-    made["annotations"] = made["annotations"][:1]
+    made = json.loads((folder / "train.json").read_text())
+    made["images"] = made["images"][:6]
+    ids = {image["id"] for image in made["images"]}
+    made["annotations"] = [row for row in made["annotations"] if row["image_id"] in ids]
     write_set(folder, "val", made)
     text = run(folder / "tiny.yaml", f"output={folder / 'run'}")
     assert "data: WARNING: 6 images are in" in text and "no result of unseen images" in text
@@ -105,18 +106,3 @@ def test_masks_that_evaluation_cannot_read_are_said_before_training(folder: Path
     text = run(folder / "tiny.yaml", f"output={folder / 'run'}", code=2)
     assert f"(annotations [{made['annotations'][3]['id']}]): evaluation compares with every mask" in text
     assert "iter 1/" not in text
-
-
-@pytest.mark.parametrize("method", ["head.name=softmax", "head.name=equilibrium"])
-def test_a_class_of_one_split_only_and_images_without_objects(folder: Path, method: str) -> None:
-    for name, gone in (("train", 7), ("val", 3)):
-        made = json.loads((folder / f"{name}.json").read_text())
-        made["annotations"] = [row for row in made["annotations"] if row["category_id"] != gone]
-        empty = made["images"][0]["id"]
-        made["annotations"] = [row for row in made["annotations"] if row["image_id"] != empty]
-        (folder / f"{name}.json").write_text(json.dumps(made))
-    words = (method, "memory.enabled=true", "train.freeze=trunk", "data.keep_empty=true", "memory.capacity=4")
-    text = run(folder / "tiny.yaml", f"output={folder / 'run'}", *words)
-    assert "24 images, " in text and "4 classes" in text
-    values = [json.loads(line) for line in (folder / "run/metrics.jsonl").read_text().splitlines()]
-    assert len(values) == 6 and all(isinstance(line["loss"], float) for line in values)

@@ -277,7 +277,7 @@ from loce.session import session
 
 class Slow:
     def __len__(self): return 1000
-    def __getitem__(self, i): return time.sleep(0.02)
+    def __getitem__(self, i): return time.sleep(0.02) or i
 
 with session("cpu"):
     batches = iter(DataLoader(Slow(), num_workers=2, multiprocessing_context="fork", worker_init_fn=_start_worker))
