@@ -62,7 +62,6 @@ class RunLog:
         self.waited = 0.0
         self.writing = distributed.is_main()
         if self.writing:
-            check_run_folder(self.folder, config_text)
             self._open(config_text, device)
         self.bar = bar("training", self.iterations * batch_size, start * batch_size, "images")
         self.started = self.since = time.monotonic()
@@ -190,8 +189,11 @@ def mean_losses(window: list[dict[str, Tensor]]) -> dict[str, float]:
     return {"loss": sum(means), **dict(zip(names, means, strict=True))}
 
 
-def check_run_folder(folder: Path | str, config_text: str) -> None:
-    """UserError where `folder` holds another run than `config_text` describes, or files that are no run of ours."""
+def check_run_folder(folder: Path | str, config_text: str, defaults_text: str) -> None:
+    """UserError where `folder` holds another run than `config_text` describes, or files that are no run of ours.
+
+    An option that is newer than the run there had its default (`defaults_text`) when that run began.
+    """
     folder = Path(folder)
     config_file = folder / "config.yaml"
     if not config_file.is_file():
@@ -202,7 +204,8 @@ def check_run_folder(folder: Path | str, config_text: str) -> None:
                 "choose another with output=..."
             )
         return
-    there = _flat(load_yaml(config_file.read_text(encoding="utf-8"), str(config_file)))
+    there = _flat(load_yaml(defaults_text, "defaults"))
+    there |= _flat(load_yaml(config_file.read_text(encoding="utf-8"), str(config_file)))
     here = _flat(load_yaml(config_text, "config"))
     keys = [key for key in {**here, **there} if key not in MAY_CHANGE and here.get(key) != there.get(key)]
     if keys:

@@ -53,7 +53,7 @@ def check(config: Config) -> Start:
     Nothing is written but the lock in the run folder, and that is undone where something is wrong.
     """
     checks, folder, init = _Checks(), Path(config.output), config.train.init
-    checks.run(lambda: check_run_folder(folder, dump(config)))
+    checks.run(lambda: check_run_folder(folder, dump(config), dump(Config())))
     lock = checks.run(lambda: RunLock(folder)) if distributed.is_main() and not checks.problems else None
     checks.run(lambda: images_per_rank(config.train, distributed.world_size()))
     newest = checks.run(lambda: resume.newest(folder))

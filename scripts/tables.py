@@ -269,7 +269,7 @@ def main() -> None:
         from loce.runlog import check_run_folder  # imports torch, after the options are known to be right
 
         for job in started:
-            check_run_folder(job.folder, dump(job.config))
+            check_run_folder(job.folder, dump(job.config), dump(Config()))
     prepare(options, recipes, [job for row in chosen for job in row.runs])
     file = Path(options.runs, options.data, f"table{options.table}.md")
     for row in chosen:

@@ -71,7 +71,7 @@ def test_ranks_diverge_together_and_the_last_checkpoint_is_good(config: Path, st
     folder = stage1.with_name("diverged")
     words = (config, *LOCE, f"train.init={stage1}", f"output={folder}", *DIVERGES, "train.checkpoint_every=1")
     text = run("finetune.py", *words, processes=2, code=1)
-    assert text.count("exitcode  : 3 ") == 2
+    assert text.count("exitcode  : 3 ") >= 1  # torchrun may end the second rank before it comes to its own
     report = json.loads((folder / "nan_report/report.json").read_text())
     assert len(report["ranks"]) == 2
     assert int(main_file(folder).parent.name) == report["iteration"] - 1

@@ -169,12 +169,16 @@ def changed(**sections) -> str:
     return dump(from_dict({**to_dict(Config()), **sections}))
 
 
+def check(folder: Path, text: str) -> None:
+    check_run_folder(folder, text, dump(Config()))
+
+
 def test_another_run_is_not_overwritten(tmp_path: Path):
     text = dump(Config())
     open_log(tmp_path / "run", text=text).close()
     before = {path.name: path.read_bytes() for path in (tmp_path / "run").iterdir() if path.is_file()}
     with pytest.raises(UserError) as caught:
-        open_log(tmp_path / "run", text=changed(seed=3, train={"lr": 0.01, "log_every": 7}))
+        check(tmp_path / "run", changed(seed=3, train={"lr": 0.01, "log_every": 7}))
     folder = tmp_path / "run"
     assert str(caught.value) == (
         f"output = {folder}: holds another run, which is not overwritten. What differs:\n"
@@ -184,9 +188,19 @@ def test_another_run_is_not_overwritten(tmp_path: Path):
     assert {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file()} == before
 
 
+def test_an_option_newer_than_the_run_had_its_default(tmp_path: Path):
+    older = [line for line in dump(Config()).splitlines() if not line.startswith("  clip_norm:")]
+    assert len(older) == len(dump(Config()).splitlines()) - 1
+    open_log(tmp_path / "run", text="\n".join(older)).close()
+    check(tmp_path / "run", dump(Config()))
+    with pytest.raises(UserError, match=r"differs:\n  train.clip_norm: \S+ there, 7.0 now\n"):
+        check(tmp_path / "run", changed(train={"clip_norm": 7.0}))
+
+
 def test_the_same_run_may_log_more_often(tmp_path: Path):
     open_log(tmp_path / "run", text=dump(Config())).close()
     more = changed(train={"log_every": 7, "checkpoint_every": 9}, data={"workers": 1})
+    check(tmp_path / "run", more)
     open_log(tmp_path / "run", text=more, start=2).close()
     assert (tmp_path / "run" / "config.yaml").read_text() == more
 
@@ -194,11 +208,11 @@ def test_the_same_run_may_log_more_often(tmp_path: Path):
 def test_a_folder_of_something_else_is_refused(tmp_path: Path):
     (tmp_path / "metrics.jsonl").write_text("mine")
     with pytest.raises(UserError, match=r"is no folder of a run \(no config.yaml\), but holds metrics.jsonl; choose"):
-        check_run_folder(tmp_path, "seed: 0\n")
+        check(tmp_path, "seed: 0\n")
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match="holds a file"):
-        check_run_folder(tmp_path / "file", "seed: 0\n")
-    check_run_folder(tmp_path / "new", "seed: 0\n")
+        check(tmp_path / "file", "seed: 0\n")
+    check(tmp_path / "new", "seed: 0\n")
 
 
 # Files
