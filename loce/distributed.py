@@ -23,7 +23,7 @@ def setup(device: str = "auto") -> torch.device:
     device: "auto" (CUDA where there is one) | "cpu" | "cuda". UserError where that cannot be.
     """
     local_rank = int(os.environ.get("LOCAL_RANK", "0"))
-    local_world = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    local_world = local_world_size()
     chosen = _choose_device(device, local_rank, local_world)
     if chosen.type == "cuda":
         torch.cuda.set_device(chosen)
@@ -32,6 +32,11 @@ def setup(device: str = "auto") -> torch.device:
     if int(os.environ.get("WORLD_SIZE", "1")) > 1 and not dist.is_initialized():
         _join("nccl" if chosen.type == "cuda" else "gloo")
     return chosen
+
+
+def local_world_size() -> int:
+    """Number of processes on this machine; 1 without torchrun."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
 
 
 def _choose_device(device: str, local_rank: int, local_world: int) -> torch.device:

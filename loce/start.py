@@ -10,6 +10,7 @@ from loce import build, checkpoint, distributed, resume
 from loce.config import Config, DataConfig, UserError, dump, images_per_rank, raise_problems
 from loce.data.check import images_in_both
 from loce.data.lvis import LVISAnnotations
+from loce.data.worker_limits import require_shared_memory
 from loce.inference import check_evaluation
 from loce.models.backbone import require_cache
 from loce.runlock import RunLock
@@ -55,7 +56,9 @@ def check(config: Config) -> Start:
     checks, folder, init = _Checks(), Path(config.output), config.train.init
     checks.run(lambda: check_run_folder(folder, dump(config), dump(Config())))
     lock = checks.run(lambda: RunLock(folder)) if distributed.is_main() and not checks.problems else None
-    checks.run(lambda: images_per_rank(config.train, distributed.world_size()))
+    images = checks.run(lambda: images_per_rank(config.train, distributed.world_size()))
+    if images is not None:
+        checks.run(lambda: require_shared_memory(config.data, images, distributed.local_world_size()))
     newest = checks.run(lambda: resume.newest(folder))
     checks.run(lambda: check_resume(config.train.resume, folder, newest))
     if newest is None and init:

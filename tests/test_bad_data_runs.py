@@ -1,7 +1,9 @@
 """Whole runs on data that is not as it should be, through the scripts that users start."""
 
+import csv
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -10,6 +12,7 @@ from typing import Any
 import cv2
 import numpy as np
 import pytest
+import torch
 
 from tests.data.made_annotations import as_format, content
 
@@ -106,3 +109,30 @@ def test_masks_that_evaluation_cannot_read_are_said_before_training(folder: Path
     text = run(folder / "tiny.yaml", f"output={folder / 'run'}", code=2)
     assert f"(annotations [{made['annotations'][3]['id']}]): evaluation compares with every mask" in text
     assert "iter 1/" not in text
+
+
+@pytest.mark.slow
+def test_classes_of_one_split_and_images_without_objects_through_both_stages(folder: Path) -> None:
+    train, val = (json.loads((folder / f"{split}.json").read_text()) for split in ("train", "val"))
+    ids = sorted(
+        {row["category_id"] for row in train["annotations"]} & {row["category_id"] for row in val["annotations"]}
+    )
+    only_val, only_train = ids[0], ids[1]
+    bare = {image["id"] for image in train["images"][:3]}
+    train["annotations"] = [
+        row for row in train["annotations"] if row["category_id"] != only_val and row["image_id"] not in bare
+    ]
+    val["annotations"] = [row for row in val["annotations"] if row["category_id"] != only_train]
+    for split, made in (("train", train), ("val", val)):
+        (folder / f"{split}.json").write_text(json.dumps(made))
+    stage1, loce = folder / "stage1", folder / "loce"
+    text = run(folder / "tiny.yaml", f"output={stage1}")
+    assert re.search(r"data: left out: [3-9] images without an annotation that training uses", text), text
+    words = (f"output={loce}", f"train.init={stage1}", "data.keep_empty=true", "train.freeze=trunk")
+    words = (*words, "head.name=equilibrium", "memory.enabled=true")
+    text = run(folder / "tiny.yaml", *words, script="finetune.py")
+    rows = {int(row["id"]): row for row in csv.DictReader((loce / "eval/per_category.csv").open())}
+    assert rows[only_train]["AP"] == "-1" and float(rows[only_val]["AP"]) >= 0
+    memory = torch.load(max(loce.glob("checkpoints/*/rank0.pt")), weights_only=True)["memory"]
+    labels = [category["id"] for category in train["categories"]]
+    assert memory["written"][labels.index(only_val)] == 0 and memory["written"][labels.index(only_train)] > 0

@@ -19,11 +19,11 @@ from loce.config import DataConfig, SamplerConfig
 from loce.data.dataset import EvalDataset, Sample, TrainDataset
 from loce.data.lvis import LVISAnnotations
 from loce.data.samplers import TrainingPlan, image_labels, memory_fill_images, rank_slice
+from loce.data.worker_limits import PREFETCH, allow_open_files
 from loce.errors import UserError
 from loce.progress import say
 
 __all__ = ["EvalDataset", "TrainDataset", "eval_batches", "fill_batches", "train_batches", "training_plan"]
-PREFETCH = 3  # micro-batches each worker prepares ahead
 BAD_SHARE = 1e-3  # of all images; more bad ones than this end the run
 AGREE_EVERY = 20  # micro-batches; several ranks tell each other of bad images this often
 FILL_EPOCH = 1 << 31  # the augmentation of filling is that of no epoch
@@ -45,6 +45,8 @@ class Batches:
         self.allowed = max(1, int(BAD_SHARE * self.images))
         self.together = together
         self.told: dict[str, bool] = {}  # message -> is the image bad?
+        if workers:
+            allow_open_files()
         self.loader: DataLoader[Sample] = DataLoader(
             dataset,
             batch_sampler=batches,
