@@ -7,9 +7,10 @@ GPUS ?= 0
 # One process, or one per GPU.
 LAUNCH := $(if $(filter-out 0 1,$(GPUS)),$(VENV)/bin/torchrun --nproc_per_node=$(GPUS),$(RUN))
 ARGS ?=
+TABLES = data=$(or $(DATA:glyph50=glyphs),glyphs) seeds=$(or $(SEEDS),1) $(if $(RECORDS),records='$(RECORDS)')
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-slow test-chaos test-gpu lint train finetune eval data check-data glyphs table1 table2 table3 table4 table5 clean
+.PHONY: help setup demo test test-slow test-chaos test-gpu lint train finetune eval data check-data glyphs table1 table2 table3 table4 table5 tables results clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z0-9-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "make %-10s %s\n", $$1, $$2}'
@@ -67,7 +68,12 @@ glyphs: setup  ## draw Glyph-LVIS, the demo's data (OUT=runs/glyphs50 CLASSES=50
 
 table1:  ## the paper's Table 1 (table2 to table5: the others): trains what is missing (DATA=glyphs|lvis, SEEDS=1, GPUS=8)
 table1 table2 table3 table4 table5: setup
-	$(RUN) scripts/tables.py table=$(@:table%=%) data=$(or $(DATA),glyphs) seeds=$(or $(SEEDS),1) gpus=$(GPUS) $(ARGS)
+	$(RUN) scripts/tables.py table=$(@:table%=%) $(TABLES) gpus=$(GPUS) $(ARGS)
+
+tables: table1 table2 table3 table4 table5 results  ## all five, then results (DATA, SEEDS, GPUS; RECORDS=folder)
+
+results: setup  ## what the finished rows show: all tables over seeds, the paper's claims, a figure (OUT=folder)
+	$(RUN) scripts/results.py $(TABLES) $(if $(OUT),out='$(OUT)') $(ARGS)
 
 data: setup  ## fetch LVIS annotations and COCO images, 20 GB (VERSION=0.5|coco, OUT=data, ARGS="only=annotations")
 	$(RUN) scripts/fetch_data.py version=$(or $(VERSION),1.0) out=$(or $(OUT),data) $(ARGS)

@@ -89,6 +89,26 @@ def _bars(axis: Any, values: np.ndarray, groups: np.ndarray) -> None:
     axis.spines[["top", "right"]].set_visible(False)
 
 
+def score_figure(runs: Mapping[str, Mapping[str, Sequence[Any]]], output: Path) -> None:
+    """Mean score against mask AP of every class, one panel per run, coloured by group (what Figure 1 claims).
+
+    runs: title -> "mean score", "AP" and "group" of every class; None where validation has no objects.
+    """
+    figure, axes = plt.subplots(1, len(runs), figsize=(4.2 * len(runs), 4.2), sharex=True, sharey=True, squeeze=False)
+    for axis, (title, classes) in zip(axes[0], runs.items(), strict=True):
+        for group, colour in GROUP_COLOURS.items():
+            points = zip(classes["mean score"], classes["AP"], classes["group"], strict=True)
+            mine = [(score, ap) for score, ap, g in points if g == group and score is not None and ap is not None]
+            axis.scatter(*np.array(mine or np.empty((0, 2))).T, s=22, color=colour, alpha=0.8, label=GROUP_NAMES[group])
+        axis.set_title(title, fontsize=11)
+        axis.set_xlabel("mean score of own class")
+        axis.spines[["top", "right"]].set_visible(False)
+    axes[0, 0].set_ylabel("mask AP")
+    axes[0, 0].legend(frameon=False)
+    figure.tight_layout()
+    _save(figure, output)
+
+
 def prediction_sheet(
     annotations: LVISAnnotations, images: str, runs: Mapping[str, Path], output: Path, rows: int = 6
 ) -> None:

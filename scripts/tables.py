@@ -5,166 +5,26 @@ configs/tables.yaml lists the rows. Stage 1 and each row are trained unless they
 
 import json
 import sys
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
 
-from steps import average_precisions, percent, run, step
+from steps import percent, run, step
+from table_records import write_record
+from table_rows import COLUMNS, UNKNOWN, Recipes, Row, RowRun, RowText, RunOptions, read_rows, stage_run
 
-from loce.config import (
-    Config,
-    UserError,
-    dump,
-    find_config,
-    images_per_rank,
-    load_config,
-    raise_problems,
-    read_options,
-    run_script,
-)
-from loce.files import inside, write_text
-from loce.options import Conflict, Count, Natural, build, flatten
-from loce.yaml_text import load_yaml
-
-COLUMNS = ("box AP", "AP", "APr", "APc", "APf")
-UNKNOWN = -1.0  # among the published numbers
+from loce.config import Config, Count, UserError, dump, read_options, run_script
+from loce.files import write_text
 
 
 @dataclass(frozen=True, kw_only=True)
-class Options:
+class Options(RunOptions):
     """Train the rows of a table of the paper, and print it."""
 
     table: Count  # 1 to 5
-    data: Literal["glyphs", "lvis"] = "glyphs"  # glyphs: drawn here, a small model on CPU cores
-    seeds: Count = 1  # trainings of every row, stage 1 included: seeds 0, 1, ...
-    gpus: Natural = 0  # processes of a training; 0 or 1: one
-    runs: str = "runs/tables"  # folder of the tables, of other seeds, and of the rows that change a recipe
     rows: tuple[str, ...] = ()  # train these rows only, by name; the others stand in the table if they are finished
-    words: tuple[str, ...] = ()  # key=value for every training, such as where the images are
 
 
-@dataclass(frozen=True, kw_only=True)
-class RowText:
-    """A row as configs/tables.yaml has it."""
-
-    name: str
-    recipe: str  # one of `recipes`, or a file in the folder of the methods
-    words: tuple[str, ...] = ()
-    post_hoc: tuple[str, ...] = ()  # the run of `recipe`, evaluated anew with these words
-    paper: tuple[float, ...]  # as COLUMNS; -1: not published
-    source: str = ""  # of the published numbers, and what was trained for them
-
-
-ROW_CONFLICTS: tuple[Conflict, ...] = (
-    (("paper",), lambda row: len(row.paper) != len(COLUMNS), f"must be {len(COLUMNS)} numbers: {', '.join(COLUMNS)}"),
-)
-
-
-@dataclass(frozen=True)
-class Recipes:
-    """What configs/tables.yaml says of a data set: the stages that rows start from, and where recipes are."""
-
-    stages: list[str]
-    named: dict[str, str]
-    methods: str
-    note: str
-
-    def file(self, recipe: str) -> str:
-        """The path, below configs/, of a row's recipe."""
-        return self.named.get(recipe, f"{self.methods}/{recipe}.yaml")
-
-
-@dataclass(frozen=True)
-class Run:
-    """One training, and the folder of its evaluation; `words` begin with the recipe, config is what they mean."""
-
-    words: list[str]
-    config: Config
-    evaluation: Path
-
-    @property
-    def folder(self) -> Path:
-        """The run folder."""
-        return Path(self.config.output)
-
-    @property
-    def done(self) -> bool:
-        """Whether it is trained to its end and evaluated."""
-        return (self.evaluation / "metrics.json").exists()
-
-
-@dataclass(frozen=True)
-class Row:
-    """A row, ready to be trained: one run for each seed."""
-
-    text: RowText
-    runs: list[Run]
-
-    @property
-    def done(self) -> list[Run]:
-        """The runs that are finished."""
-        return [run for run in self.runs if run.done]
-
-
-def read_rows(options: Options) -> tuple[str, Recipes, list[Row]]:
-    """The title of the table, where recipes are, and the rows. UserError with what is wrong in any of them."""
-    file = find_config("tables.yaml")
-    content = load_yaml(file.read_text(encoding="utf-8"), str(file))
-    name = f"table{options.table}"
-    if name not in content:
-        raise UserError(f"table = {options.table}: {file} has {', '.join(n for n in content if n != 'recipes')}")
-    recipes = Recipes(**content["recipes"][options.data])
-    rows, problems = [], []
-    for position, values in enumerate(content[name]["rows"], start=1):
-        source = f"{file}, {name}, row {position}"
-        try:
-            text = build(RowText, flatten(RowText, values, source), ROW_CONFLICTS)
-            rows.append(Row(text, [make_run(options, recipes, text, seed) for seed in range(options.seeds)]))
-        except UserError as error:
-            problems.append(f"{source}: {error}")
-    names = [row.text.name for row in rows]
-    problems += [f"rows: there is no {name!r}; there are: {', '.join(names)}" for name in set(options.rows) - {*names}]
-    raise_problems(problems)
-    return content[name]["title"], recipes, rows
-
-
-def make_run(options: Options, recipes: Recipes, text: RowText, seed: int) -> Run:
-    """The run of a row: in the recipe's own folder where nothing is changed, else below `options.runs`."""
-    recipe = recipes.file(text.recipe)
-    words = [recipe, *text.words, *options.words]
-    if any(word.startswith("output=") for word in words):
-        raise UserError("output: every row has its own run folder; runs=... chooses where")
-    plain = load_config([recipe])
-    if seed:
-        words += [f"seed={seed}"]
-        stages = {load_config([stage]).output: stage for stage in recipes.stages}
-        if plain.train.init in stages:
-            words.append(f"train.init={stage_run(options, stages[plain.train.init], seed).config.output}")
-    config = load_config(words)
-    images_per_rank(config.train, max(options.gpus, 1))
-    folder = plain.output
-    if replace(config, output=folder) != plain:
-        folder = str(inside(seed_folder(options, seed), "+".join([Path(recipe).stem, *text.words])))
-        words.append(f"output={folder}")
-    name = "+".join(["eval", *text.post_hoc])
-    return Run(words, replace(config, output=folder), inside(folder, name))
-
-
-def seed_folder(options: Options, seed: int) -> Path:
-    """Where the runs of a seed go."""
-    return Path(options.runs, options.data, *([f"seed{seed}"] if seed else []))
-
-
-def stage_run(options: Options, stage: str, seed: int) -> Run:
-    """A stage that rows start from: seed 0 in the recipe's own folder, as `make demo` and users train it."""
-    words = [stage, *options.words]
-    if seed:
-        words += [f"seed={seed}", f"output={seed_folder(options, seed) / Path(stage).stem}"]
-    config = load_config(words)
-    return Run(words, config, Path(config.output, "eval"))
-
-
-def prepare(options: Options, recipes: Recipes, jobs: list[Run]) -> None:
+def prepare(options: Options, recipes: Recipes, jobs: list[RowRun]) -> None:
     """Draw the glyphs and train the stages that are missing, where one of the runs needs them."""
     waiting = [job for job in jobs if not job.done]
     if not waiting:
@@ -177,7 +37,7 @@ def prepare(options: Options, recipes: Recipes, jobs: list[Run]) -> None:
     starts = {job.config.train.init for job in waiting} | ({first.config.output} if forests else set())
     for seed in range(options.seeds):
         for stage in (stage_run(options, name, seed) for name in recipes.stages):
-            if stage.config.output in starts and not stage.done:
+            if stage.config.output in starts and not stage.trained:
                 step(stage.folder, "train.py", *stage.words, processes=options.gpus)
     for trees, job in forests.items():
         if not Path(trees).exists():
@@ -185,10 +45,10 @@ def prepare(options: Options, recipes: Recipes, jobs: list[Run]) -> None:
             run("build_forest.py", f"config={job.words[0]}", words, f"checkpoint={first.folder}")
 
 
-def train_row(options: Options, text: RowText, job: Run) -> None:
+def train_row(options: Options, text: RowText, job: RowRun) -> None:
     """Train and evaluate one run, then evaluate it anew where the row says so; what is finished is not done again."""
     if job.done:
-        print(f"{text.name}: {job.evaluation}: finished before, used as it is", flush=True)
+        print(f"{text.name}: {job.record}: finished before, used as it is", flush=True)
         return
     script = "finetune.py" if job.config.train.init else "train.py"
     step(job.folder, script, *job.words, processes=options.gpus)
@@ -217,15 +77,16 @@ def markdown(options: Options, title: str, recipes: Recipes, rows: list[Row]) ->
         lines.append(f"Mean ± standard deviation over the seeds that are trained, at most {options.seeds}.")
     sources = [f"{row.text.name}: {row.text.source}" for row in rows if row.text.source]
     lines += [f"Published numbers: {', '.join(sources)}."] if sources else []
-    for name, find in (("data", data_of), ("protocol", protocol_of), ("code", code_of)):
-        lines.append(f"{name}: {'; '.join(dict.fromkeys(find(job) for job in done)) or 'no row is trained'}")
+    facts = [job.facts for job in done]
+    for name in ("data", "protocol", "code", "device"):
+        lines.append(f"{name}: {'; '.join(dict.fromkeys(fact[name] for fact in facts)) or 'no row is trained'}")
     return "\n".join(lines) + "\n"
 
 
 def ours(row: Row) -> list[str]:
     """COLUMNS of a row in percent, the mean over its finished runs; "-" of no classes."""
-    columns = list(zip(*(average_precisions(job.evaluation) for job in row.done), strict=True))
-    return [percent(values) for values in columns] or ["not run"] * len(COLUMNS)
+    values = [job.facts["values"] for job in row.done]
+    return [percent([value[name] for value in values]) if values else "not run" for name in COLUMNS]
 
 
 def training(config: Config) -> str:
@@ -237,33 +98,13 @@ def training(config: Config) -> str:
     return f"{train.init} + {train.epochs} epochs, {parts[train.freeze]}"
 
 
-def facts(job: Run) -> dict[str, Any]:
-    """What the numbers of a run are of."""
-    found: dict[str, Any] = json.loads((job.evaluation / "evaluation.json").read_text(encoding="utf-8"))
-    return found
-
-
-def data_of(job: Run) -> str:
-    """The data that a run was evaluated on."""
-    found = facts(job)
-    return f"{found['annotations']}, {found['images']:,} images, {found['categories']:,} categories"
-
-
-def protocol_of(job: Run) -> str:
-    """How a run was evaluated."""
-    return str(facts(job)["rules"])
-
-
-def code_of(job: Run) -> str:
-    """Version and commit of loce that a run was trained with, the last where it was resumed."""
-    file = job.folder / "env.txt"
-    lines = file.read_text(encoding="utf-8").splitlines() if file.is_file() else []
-    return next((line.removeprefix("code: ") for line in reversed(lines) if line.startswith("code: ")), "unknown")
-
-
 def main() -> None:
     options = read_options(Options, sys.argv[1:])
-    title, recipes, rows = read_rows(options)
+    title, recipes, rows = read_rows(options, options.table)
+    unknown = set(options.rows) - {row.text.name for row in rows}
+    if unknown:
+        there = ", ".join(row.text.name for row in rows)
+        raise UserError("\n".join(f"rows: there is no {name!r}; there are: {there}" for name in sorted(unknown)))
     chosen = [row for row in rows if not options.rows or row.text.name in options.rows]
     if started := [job for row in rows for job in row.runs if job.folder.exists()]:
         from loce.runlog import check_run_folder  # imports torch, after the options are known to be right
@@ -273,8 +114,10 @@ def main() -> None:
     prepare(options, recipes, [job for row in chosen for job in row.runs])
     file = Path(options.runs, options.data, f"table{options.table}.md")
     for row in chosen:
-        for job in row.runs:
+        for seed, job in enumerate(row.runs):
             train_row(options, row.text, job)
+            if not job.done:
+                write_record(job, seed)
             write_text(file, markdown(options, title, recipes, rows))
     print(f"\n{file.read_text(encoding='utf-8')}\nwrote {file}")
 

@@ -120,6 +120,27 @@ def test_runs_of_another_table_are_not_trained_again(workplace: Path, first: str
     assert "\nsmall\n" in written
 
 
+def test_a_finished_row_leaves_a_record_that_stands_for_its_run(workplace: Path, first: str) -> None:
+    file = workplace / "runs/tables/records/glyphs/seed0/loce.json"
+    record = json.loads(file.read_text())
+    metrics = json.loads((workplace / "runs/tiny/loce/eval/metrics.json").read_text())
+    assert record["values"]["AP"] == 100 * metrics["segm"]["AP"]
+    assert record["values"]["box AP"] == 100 * metrics["bbox"]["AP"]
+    assert set(record["resamples"]) == {"box AP", "AP", "APr"}  # the tiny set has rare classes only
+    assert all(len(values) == 400 and min(values) >= 0 for values in record["resamples"].values())
+    assert record["classes"]["group"] == ["r"] * 4 and len(record["classes"]["AP"]) == 4
+    assert record["seed"] == 0 and record["minutes"] > 0 and record["command"].startswith("finetune.py tiny/loce.yaml")
+    assert record["options"]["head.name"] == "equilibrium" and record["options"]["init"] == "stage1"
+    elsewhere = workplace / "elsewhere/glyphs/seed0"
+    shutil.copytree(file.parent, elsewhere)
+    text = run(workplace, "table=2", "runs=runs/other", "records=elsewhere")
+    assert commands(text) == [] and text.count("finished before") == 2
+    changed = {**record, "options": {**record["options"], "train.lr": 7}}
+    (elsewhere / "loce.json").write_text(json.dumps(changed))
+    text = run(workplace, "table=2", "runs=runs/other", "records=elsewhere", code=2)
+    assert "elsewhere/glyphs/seed0/loce.json: is of a run with another train.lr; delete it" in text
+
+
 def test_a_finished_run_of_other_options_is_no_row(workplace: Path, first: str) -> None:
     shutil.copytree(workplace / "runs/tiny/loce", workplace / "runs/seed1/glyphs/loce")
     text = run(workplace, "table=2", "runs=runs/seed1", "words=[seed=1]", code=2)

@@ -1,0 +1,161 @@
+"""Means, intervals and differences over seeds and images; the page of results that is made of records."""
+
+import json
+import math
+import random
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT / "scripts"))
+
+from result_statistics import difference, estimate, metric, rank_correlation, score_tracks_accuracy  # noqa: E402
+from results import Options, page, read_tables  # noqa: E402
+from table_rows import COLUMNS, RowRun  # noqa: E402
+
+
+def slow_estimate(values: list[float], drawn: list[list[float]], chosen: list[list[int]]) -> tuple[float, float]:
+    """The interval of `estimate` in plain loops, for these draws of seeds."""
+    seeds, mean = len(values), sum(values) / len(values)
+    enlarged = math.sqrt(seeds / (seeds - 1)) if seeds > 1 else 1.0
+    sums = []
+    for b, own in enumerate(chosen):
+        images = sum(drawn[s][b] - sum(drawn[s]) / len(drawn[s]) for s in range(seeds)) / seeds
+        sums.append(mean + images + enlarged * sum(values[s] - mean for s in own) / seeds)
+    sums.sort()
+
+    def quantile(q: float) -> float:
+        place = q * (len(sums) - 1)
+        low = math.floor(place)
+        return sums[low] + (place - low) * (sums[min(low + 1, len(sums) - 1)] - sums[low])
+
+    return quantile(0.025), quantile(0.975)
+
+
+@pytest.mark.parametrize("seeds", [1, 2, 5])
+def test_estimate_equals_its_slow_twin(seeds: int) -> None:
+    rng = np.random.default_rng(seeds)
+    values, drawn = rng.normal(20, 1, seeds), rng.normal(20, 2, (seeds, 40))
+    found = estimate(values, drawn, seed=7)
+    chosen = np.random.default_rng(7).integers(0, seeds, (40, seeds))
+    expected = slow_estimate(values.tolist(), drawn.tolist(), chosen.tolist())
+    assert (found.low, found.high) == pytest.approx(expected, abs=1e-12)
+    assert found.mean == pytest.approx(sum(values) / seeds) and found.seeds == seeds
+    assert math.isnan(found.deviation) == (seeds == 1)
+
+
+def test_the_interval_holds_the_truth_as_often_as_it_says() -> None:
+    generator = random.Random(0)
+    hits = 0
+    for trial in range(300):
+        image = generator.gauss(0, 1)  # what these validation images do to all seeds alike
+        values = np.array([10 + image + generator.gauss(0, 1) for _ in range(5)])
+        drawn = values[:, None] + np.random.default_rng(trial).normal(0, 1, 400)
+        found = estimate(values, drawn, seed=trial)
+        hits += found.low <= 10 <= found.high
+    assert 0.85 <= hits / 300 <= 0.99  # five seeds: a little less than 95%
+
+
+def record(seed: int, shift: float, command: str) -> dict[str, Any]:
+    rng = np.random.default_rng(seed)
+    noise = rng.normal(0, 0.3, 400)
+    values = dict.fromkeys(COLUMNS, 20 + shift + 0.1 * seed)
+    ap = rng.random(30)
+    return {
+        "seed": seed,
+        "command": f"{command} seed={seed}",
+        "values": values,
+        "resamples": {name: (value + noise).tolist() for name, value in values.items()},
+        "classes": {"mean score": [None, *ap**2], "AP": [None, *ap], "group": ["r", *"rcf" * 10]},
+        **dict.fromkeys(("data", "protocol", "device", "code"), "the same"),
+        "started": "2026-01-02T03:04:05",
+        "minutes": 6.0,
+    }
+
+
+def test_differences_pair_seeds_and_images() -> None:
+    first, second = ([record(s, shift, "x") for s in seeds] for shift, seeds in ((0.0, (0, 1, 2)), (1.5, (1, 2, 5))))
+    found = difference(second, first, "AP")
+    assert found is not None and found.seeds == 2
+    assert (found.mean, found.low, found.high) == pytest.approx((1.5, 1.5, 1.5))  # what both share cancels out
+    assert difference(second, [record(9, 0.0, "x")], "AP") is None
+    alone = metric(first, "AP")
+    assert alone is not None and alone.low < 19.9 and alone.high > 20.3
+    del first[0]["resamples"]["APf"]
+    assert metric(first, "APf") is None and difference(first, first, "APf") is None
+
+
+def test_rank_correlation() -> None:
+    assert rank_correlation([1, 2, 3, 10], [0.1, 0.2, 0.3, 0.9]) == pytest.approx(1)
+    assert rank_correlation([1, 2, 3], [3, 2, 1]) == pytest.approx(-1)
+    # Ranks 1, 2.5, 2.5, 4 against 1, 3, 2, 4: covariance 4.5, variances 4.5 and 5.
+    assert rank_correlation([1, 2, 2, 3], [1, 3, 2, 4]) == pytest.approx(4.5 / math.sqrt(4.5 * 5))
+    assert score_tracks_accuracy(record(0, 0, "x")) == pytest.approx(1)
+
+
+def test_the_page_judges_the_claims(tmp_path: Path) -> None:
+    options = Options(seeds=2, records=str(tmp_path / "records"))
+    shifts = {
+        "baseline": 0.0,
+        "softmax": 0.0,
+        "s, EBL": 2.0,
+        "s, MFS": 3.0,
+        "s, EBL + MFS": 4.0,
+        "P(y), EBL + MFS": 5.0,
+    }
+    for table in read_tables(options):
+        for row in table.rows:
+            for seed, job in enumerate(row.runs):
+                shift = shifts.get(row.text.name, 4.0 if row.text.recipe == "loce" else 1.0)
+                if row.text.name in ("0.1", "k = 2, m = 2"):
+                    shift = 4.5 if row.text.name == "0.1" else 1.0
+                if row.text.name != "Seesaw":
+                    leave(job, record(seed, shift, row.text.name))
+    text = page(read_tables(options), "note")
+    verdicts = {
+        line.split(" | ")[0][2:]: line.split(" | ")[2][:-2] for line in text.splitlines() if line.count(" | ") == 2
+    }
+    assert verdicts.pop("claim of the paper") == "verdict"
+    assert verdicts == {
+        "the mean score tracks accuracy (Figure 1)": "confirmed",
+        "EBL helps rare, common and frequent classes (Table 1)": "confirmed",
+        "MFS lifts the rare classes (Table 1)": "confirmed",
+        "both together beat EBL alone (Table 1)": "confirmed",
+        "both together beat MFS alone (Table 1)": "confirmed",
+        "the mean score beats counts for frequent classes (Table 1)": "not confirmed",
+        "alpha matters little (Table 2)": "confirmed",
+        "the background's score matters little (Table 3)": "confirmed",
+        "the choice of k and m matters little (Table 4)": "not confirmed",
+        "LOCE beats EQL (Table 5)": "confirmed",
+        "LOCE beats RFS (Table 5)": "confirmed",
+        "LOCE beats Forest R-CNN (Table 5)": "confirmed",
+        "LOCE beats Seesaw (Table 5)": "-",
+        "LOCE beats EQL v2 (Table 5)": "confirmed",
+        "LOCE beats BAGS (Table 5)": "confirmed",
+    }
+    seesaw, ebl = (
+        next(line for line in text.splitlines() if line.startswith(f"| {name} ")) for name in ("Seesaw", "s, EBL")
+    )
+    assert seesaw.count("not run") == 5 and seesaw.endswith("| 24.3 / 23.3 / 13.0 / 22.9 / 28.2 |")
+    assert ebl.startswith("| s, EBL | 2 | 22.1 ± 0.1 | 22.1 ± 0.1 |") and "+2.0 [+2.0, +2.0] | -2.0 [-2.0, -2.0]" in ebl
+
+
+def leave(job: RowRun, content: dict[str, Any]) -> None:
+    job.record.parent.mkdir(parents=True, exist_ok=True)
+    job.record.write_text(json.dumps({**content, "options": job.options}))
+
+
+def test_without_records_nothing_is_claimed(tmp_path: Path) -> None:
+    words = (f"records={tmp_path}/none", f"out={tmp_path}/out")
+    done = subprocess.run(
+        [sys.executable, ROOT / "scripts/results.py", *words], capture_output=True, text=True, cwd=tmp_path
+    )
+    assert done.returncode == 0, done.stderr
+    text = (tmp_path / "out/results.md").read_text()
+    assert "confirmed" not in text and "0 runs" in text
+    assert sum(line.endswith(" | not run | - |") for line in text.splitlines()) == 15
