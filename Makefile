@@ -10,7 +10,7 @@ ARGS ?=
 TABLES = data=$(or $(DATA:glyph50=glyphs),glyphs) seeds=$(or $(SEEDS),1) $(if $(RECORDS),records='$(RECORDS)')
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-slow test-chaos test-gpu lint train finetune eval data check-data glyphs table1 table2 table3 table4 table5 tables results clean
+.PHONY: help setup demo test test-slow test-chaos test-gpu lint train finetune eval predict data check-data glyphs table1 table2 table3 table4 table5 tables results clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z0-9-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "make %-10s %s\n", $$1, $$2}'
@@ -62,6 +62,9 @@ finetune: setup  ## stage 2, LOCE, from runs/stage1 (GPUS=8, CONFIG=loce.yaml, A
 eval: setup  ## evaluate the newest run, or CKPT=..., or a results file: PRED=results.json ANN=annotations.json (GPUS=8)
 	$(if $(PRED),$(RUN),$(LAUNCH)) scripts/evaluate.py $(if $(CKPT),checkpoint='$(CKPT)') $(if $(PRED),results='$(PRED)') \
 		$(if $(ANN),annotations='$(ANN)') $(ARGS)
+
+predict: setup  ## draw what a model finds (CKPT=run folder or file, IMAGES=file or folder, OUT=predictions)
+	$(RUN) scripts/predict.py $(if $(CKPT),'$(CKPT)') $(if $(IMAGES),'$(IMAGES)') $(if $(OUT),output='$(OUT)') $(ARGS)
 
 glyphs: setup  ## draw Glyph-LVIS, the demo's data (OUT=runs/glyphs50 CLASSES=50)
 	$(RUN) scripts/make_glyphs.py out=$(or $(OUT),runs/glyphs50) classes=$(or $(CLASSES),50) $(ARGS)

@@ -105,13 +105,14 @@ class RoIConfig:
     batch_per_image: Count = 512
     positive_fraction: Share = 0.25
     finest_scale: Positive = 56.0  # boxes up to twice this side (px) are pooled from the finest level
+    aligned: bool = True  # false: torchvision's pooling, half a pixel off, 2 samples a bin; for weights trained so
 
 
 @dataclass(frozen=True, kw_only=True)
 class ModelConfig:
     """Mask R-CNN with FPN."""
 
-    backbone: Literal["tiny", "resnet50", "resnet101"] = "resnet50"
+    backbone: Literal["tiny", "resnet18", "resnet50", "resnet101"] = "resnet50"
     weights: Literal["imagenet", "none"] = "imagenet"
     norm: Literal["frozen", "batch", "group"] = "frozen"  # frozen: BN statistics fixed, affine trained
     frozen_stages: Annotated[int, Range(0, 4)] = 1  # 1 = stem and layer1 never train

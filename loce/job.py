@@ -12,14 +12,19 @@ from torch.nn.parallel import DistributedDataParallel
 
 from loce import build, checkpoint, distributed, resume
 from loce.classes import GROUPS, ClassStats
-from loce.config import Config, UserError, dump, images_per_rank
+from loce.config import Config, UserError, dump, from_dict, images_per_rank
 from loce.data.loader import TrainDataset, train_batches, training_plan
 from loce.data.lvis import LVISAnnotations
 from loce.data.samplers import TrainingPlan
 from loce.engine import fill_memory, scaled_lr, train_one_epoch
 from loce.files import file_hash
+from loce.inference import differences
 from loce.models.mask_rcnn import MaskRCNN
 from loce.runlog import RunLog
+from loce.yaml_text import show
+
+# Options that give weights their meaning, and that no shape shows.
+UNSEEN = ("model.mask_predictor", "model.rpn.anchor_scale", "model.roi.finest_scale", "model.roi.aligned")
 
 
 @dataclass
@@ -202,4 +207,9 @@ def _load(config: Config, model: MaskRCNN, stats: ClassStats) -> list[str]:
         )
     counts = ", ".join(f"{len(names)} {what}" for what, names in found.items())
     lines = [f"weights from {init}: {counts}; {len(frozen)} tensors are frozen"]
-    return lines + [f"weights: {what}: {name}" for what in ("new", "dropped") for name in found[what]]
+    lines += [f"weights: {what}: {name}" for what in ("new", "dropped") for name in found[what]]
+    made_with = from_dict(checkpoint.read(checkpoint.main_file(Path(init)))["config"], init)
+    words = [f"{key}={show(value)}" for key, value in differences(config, made_with).items() if key in UNSEEN]
+    if words:
+        lines.append(f"WARNING: {init} was made with {' '.join(words)}, this run says otherwise: its weights fit worse")
+    return lines

@@ -22,7 +22,7 @@ from loce.data.masks import cut_runs
 from loce.data.samplers import memory_fill_images
 from loce.forest_trees import k_means, squared_distances, write_trees
 from loce.models.mask_rcnn import MaskRCNN
-from loce.models.roi_heads import BOX_SIDE, pool
+from loce.models.roi_heads import BOX_SIDE
 from loce.progress import progress
 
 GRID = 8
@@ -99,7 +99,7 @@ def class_features(model: MaskRCNN, config: Config, annotations: LVISAnnotations
         batch, _, _ = model.batch_images([sample["image"] for sample in samples])
         boxes = [sample["boxes"][sample["memory_rows"]].to(device) for sample in samples]
         labels_N = torch.cat([sample["labels"][sample["memory_rows"]] for sample in samples]).to(device)
-        x_NF = roi.box_head(pool(model.features(batch), boxes, BOX_SIDE, model.config.roi.finest_scale))
+        x_NF = roi.box_head(roi.pool(model.features(batch), boxes, BOX_SIDE))
         sums_CF.index_add_(0, labels_N, x_NF.double())
         counts_C.index_add_(0, labels_N, torch.ones_like(labels_N, dtype=torch.float64))
     return (sums_CF / counts_C[:, None]).cpu().numpy()  # no instances: 0 / 0 = nan

@@ -1,6 +1,7 @@
 """Convert a checkpoint: python scripts/convert.py SOURCE OUT [key=value ...]
 
-SOURCE -> ours: a Mask R-CNN of MMDetection 2.x (LOCE's release, for one) or of torchvision. With --to mmdet (to=mmdet):
+SOURCE -> ours: a Mask R-CNN of MMDetection 2.x (LOCE's release, for one) or of torchvision; model.* and data.* are a
+run's options that no weight shows (data.test_short_edge=800, model.rpn.anchor_scale=8). With --to mmdet (to=mmdet):
 a checkpoint or run folder of ours -> MMDetection's.
 """
 
@@ -30,8 +31,11 @@ CONFLICTS = (
 )
 
 
-def read_words(words: list[str]) -> tuple[Path, Path, ConvertOptions]:
-    """SOURCE, OUT and the options of a command line; `--to X` and `--to=X` mean to=X."""
+RUN_OPTIONS = ("model.", "data.")
+
+
+def read_words(words: list[str]) -> tuple[Path, Path, ConvertOptions, list[str]]:
+    """SOURCE, OUT, the options of a command line, and those of a run; `--to X` and `--to=X` mean to=X."""
     if "--to" in words[:-1]:
         at = words.index("--to")
         words = [*words[:at], f"to={words[at + 1]}", *words[at + 2 :]]
@@ -42,12 +46,16 @@ def read_words(words: list[str]) -> tuple[Path, Path, ConvertOptions]:
     paths = [word for word in words if "=" not in word and not word.startswith("-")]
     if len(paths) != 2:
         raise UserError("usage: python scripts/convert.py SOURCE OUT [key=value ...]; --help lists the keys")
-    rest = [word for word in words if word not in paths]
-    return Path(paths[0]), Path(paths[1]), read_options(ConvertOptions, rest, CONFLICTS)
+    own = [word for word in words if word not in paths and not word.startswith(RUN_OPTIONS)]
+    options = read_options(ConvertOptions, own, CONFLICTS)
+    rest = [word for word in words if word.startswith(RUN_OPTIONS)]
+    if rest and options.to == "mmdet":
+        raise UserError(f"{', '.join(rest)}: the options stay as they are with to=mmdet")
+    return Path(paths[0]), Path(paths[1]), options, rest
 
 
 def main() -> None:
-    source, out, options = read_words(sys.argv[1:])
+    source, out, options, words = read_words(sys.argv[1:])
     if out.exists():
         raise UserError(f"{out} exists; files are never overwritten: remove it, or give another name")
     import torch  # after the command line is known to be right
@@ -57,7 +65,7 @@ def main() -> None:
     if options.to == "mmdet":
         content, report = to_mmdetection(source)
     else:
-        content, report = convert(source, options.annotations, options.source_classes, options.mask_predictor)
+        content, report = convert(source, options.annotations, options.source_classes, options.mask_predictor, words)
     with atomic_write(out) as temporary:
         torch.save(content, temporary)
     print("\n".join([*report, f"wrote {out}"]))

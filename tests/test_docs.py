@@ -1,4 +1,6 @@
-"""README and docs: links lead somewhere, files that are named exist, and commands are given in words that parse."""
+"""README and docs: links lead somewhere, files that are named exist and none is left out, commands are given in words
+that parse and are run by a test or need what no test has, and the spelling is British.
+"""
 
 import importlib
 import re
@@ -10,6 +12,7 @@ from torch.distributed.run import get_args_parser
 
 from loce.config import load_config, read_options
 from loce.options import schema
+from tests.doc_pages import FENCE, blocks, fenced_commands
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = [
@@ -18,7 +21,6 @@ PAGES = [
 ]
 MAKEFILE = (ROOT / "Makefile").read_text(encoding="utf-8")
 EACH_PAGE = pytest.mark.parametrize("page", PAGES, ids=[page.name for page in PAGES])
-FENCE = re.compile(r"^```(\w*)\n(.*?)^```", flags=re.DOTALL | re.MULTILINE)
 # Scripts whose options are not in their own `Options`.
 OPTIONS = {"make_glyphs": ("loce.data.glyphs", "GlyphOptions"), "convert": ("scripts.convert", "ConvertOptions")}
 WRITTEN_BY_READERS = {"head.name=focal", "loce/heads/focal.py"}  # docs/plugin.md; tests/test_plugin.py does all of it
@@ -88,7 +90,7 @@ def test_commands_are_found() -> None:
     assert {"torchrun", "python"} <= {command.split()[0] for _, command in ALL}
 
 
-def check_script(script: str, words: list[str]) -> None:
+def check_script(script: str, words: list[str], tmp_path: Path) -> None:
     """The words of a command line parse as the script reads them: its own options, or a recipe and words for it."""
     assert (ROOT / script).is_file(), script
     words = [re.sub(r"=N$", "=1", word) for word in words if word not in ("-h", "--help", *WRITTEN_BY_READERS)]
@@ -101,12 +103,15 @@ def check_script(script: str, words: list[str]) -> None:
     if options:
         read_options(options, own)
     recipes = [word for word in words if word.endswith(".yaml") and "=" not in word]
+    if recipes == ["rebalance.yaml"]:  # written on its page
+        recipes = [str(tmp_path / recipes[0])]
+        Path(recipes[0]).write_text(blocks(ROOT / "docs/rebalance.md", "yaml")[0])
     rest = [word for word in words if "=" in word and word not in own]
     if recipes or rest or (options is None and words):
         load_config([*(recipes or ["loce.yaml"]), *rest])
 
 
-def check_make(words: list[str]) -> None:
+def check_make(words: list[str], tmp_path: Path) -> None:
     """The targets exist, and use the variables, whose words parse as the target's script reads them."""
     rules = re.findall(r"^([\w -]+):.*\n((?:\t.*\n)+)", MAKEFILE, flags=re.MULTILINE)
     bodies = {target: body for targets, body in rules for target in targets.split()}
@@ -116,7 +121,7 @@ def check_make(words: list[str]) -> None:
         for name, value in (word.split("=", 1) for word in words if "=" in word):
             assert f"$({name})" in MAKEFILE or f"$(or $({name})" in MAKEFILE or f"{name} ?=" in MAKEFILE, name
             if name == "ARGS" and scripts:
-                check_script(scripts[0], shlex.split(value))
+                check_script(scripts[0], shlex.split(value), tmp_path)
             elif name == "ARGS":
                 assert all((ROOT / path).exists() for path in value.split()), value
             elif value.endswith(".yaml"):
@@ -124,18 +129,92 @@ def check_make(words: list[str]) -> None:
 
 
 @pytest.mark.parametrize(("page", "command"), ALL, ids=[f"{page}: {command}" for page, command in ALL])
-def test_commands_name_what_exists_in_words_that_parse(page: str, command: str) -> None:
+def test_commands_name_what_exists_in_words_that_parse(page: str, command: str, tmp_path: Path) -> None:
     program, *words = shlex.split(command)
     if program == "make":
-        check_make(words)
+        check_make(words, tmp_path)
     elif program == "torchrun":
         has_script = any(word.endswith(".py") for word in words)
         parsed = get_args_parser().parse_args(words if has_script else [*words, "x.py"])
         if has_script:
-            check_script(parsed.training_script, parsed.training_script_args)
+            check_script(parsed.training_script, parsed.training_script_args, tmp_path)
     elif program == "sbatch":
         wrapper, script, config, run, *rest = (word for word in words if not word.startswith("--"))
         assert (ROOT / wrapper).is_file(), wrapper
-        check_script(script, [config, f"output={run}", *rest])
+        check_script(script, [config, f"output={run}", *rest], tmp_path)
     else:
-        check_script(words[0], words[1:])
+        check_script(words[0], words[1:], tmp_path)
+
+
+# Who runs them: the test file that does, or what it needs that no test here has.
+GPU, NETWORK, TIME = "needs GPUs and LVIS", "needs the network", "needs many minutes"
+RUN_BY = {
+    r"README.md: make demo": TIME,
+    r".*: torchrun --nproc_per_node=\d .*": GPU,
+    r".*: sbatch .*": GPU,
+    r".*: make (train|finetune) GPUS=8": GPU,
+    r"README.md: make data": NETWORK,
+    r".*: make eval (CKPT=\S+|CKPT=\S+ GPUS=8|PRED=.*)": "tests/test_training.py",
+    r"README.md: make check-data DATA=stage1.yaml": "needs LVIS",
+    r"README.md: make table\d": TIME,
+    r".*: make setup": NETWORK,
+    r".*: make (test|test-slow|test-chaos|lint)": "these tests themselves, and their linters",
+    r"README.md: python scripts/train.py --help": "tests/test_config.py",
+    r"README.md: python scripts/(train|finetune).py (stage1|loce|methods/\w+).yaml.*": "needs LVIS",
+    r"README.md: python scripts/predict.py .*": "tests/test_predict.py",
+    r"README.md: python scripts/convert.py .*": "tests/convert/test_files.py",
+    r"own_data.md: .*": "tests/test_own_data.py",
+    r"rebalance.md: .*": "tests/convert/test_torchvision_agrees.py",
+}
+FENCED = [f"{page.name}: {command}" for page in PAGES for command in fenced_commands(page)]
+
+
+@pytest.mark.parametrize("command", FENCED)
+def test_fenced_commands_are_run_by_a_test_or_need_what_none_has(command: str) -> None:
+    found = [who for pattern, who in RUN_BY.items() if re.fullmatch(pattern, command)]
+    assert len(found) == 1, f"{command}: say in RUN_BY which test runs it, or what it needs"
+    if found[0].startswith("tests/"):
+        assert (ROOT / found[0]).is_file()
+
+
+def test_every_row_of_run_by_is_of_a_command() -> None:
+    assert [pattern for pattern in RUN_BY if not any(re.fullmatch(pattern, command) for command in FENCED)] == []
+
+
+# Files and spelling
+
+
+def test_every_file_has_a_line_in_the_list_of_files() -> None:
+    text = (ROOT / "docs/files.md").read_text(encoding="utf-8")
+    files = [path for folder in ("loce", "scripts", "benchmarks") for path in (ROOT / folder).rglob("*.[ps][yh]")]
+    names = sorted(str(path.relative_to(ROOT)) for path in files if path.name != "__init__.py")
+    assert len(names) > 100
+    assert [name for name in names if not re.search(rf"^- `{re.escape(name)}`: \w.*\.", text, re.MULTILINE)] == []
+
+
+MISSPELT = re.compile(
+    r"\b((?:color|behavior|neighbor|favor)\w*|center(?:s|ed|ing)?|gray\w*|(?:label|model|cancel)(?:ed|ing)"
+    r"|(?:optim|normal|initial|visual|recogn|summar|organ|synchron|general|local|raster|minim|maxim|real|categor|priorit)"
+    r"iz(?:e|es|ed|er|ers|ing|ation|ations)|artifacts?|analyz\w+|catalogs?|fulfill?s|teh|seperat\w+|occured|occurence"
+    r"|recieve\w*|wich|refered|existance|independant|lenght\w*|preceed\w*|dependan\w+|sucess\w*|necesar\w+"
+    r"|accomodat\w*|untill|begining|writen|paramter\w*|arguement\w*|transfered|thier|acheiv\w*|compatab\w+)\b",
+    re.IGNORECASE,
+)
+
+
+def misspelt(text: str) -> list[str]:
+    """American and common wrong spellings in prose: code, commands, links and titles of papers are left out."""
+    prose = re.sub(r"`[^`]*`|\]\([^)]*\)|https?:\S+|\"[^\"\n]*\"", "", FENCE.sub("", text))
+    return [found[0] for found in MISSPELT.finditer(prose)]
+
+
+def test_wrong_spellings_are_found() -> None:
+    assert misspelt('A color, `color` and "Color": normalized, labelled. Optimiser centre [x](gray.md)') == [
+        "color",
+        "normalized",
+    ]
+
+
+@EACH_PAGE
+def test_spelling(page: Path) -> None:
+    assert misspelt(page.read_text(encoding="utf-8")) == []

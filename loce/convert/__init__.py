@@ -1,6 +1,7 @@
-"""Checkpoints of MMDetection 2.x into ours and back, bit for bit; torchvision's as a start for training."""
+"""Checkpoints of MMDetection 2.x into ours and back, bit for bit; torchvision's, too."""
 
 from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,13 +15,18 @@ __all__ = ["convert", "to_mmdetection"]
 
 
 def convert(
-    source: Path, annotations: str = "", source_classes: str = "", mask_predictor: MaskPredictor = "auto"
+    source: Path,
+    annotations: str = "",
+    source_classes: str = "",
+    mask_predictor: MaskPredictor = "auto",
+    words: Sequence[str] = (),
 ) -> tuple[dict[str, Any], list[str]]:
     """(checkpoint of ours for `loce.load_model` and train.init, lines of a report) from somebody else's file.
 
     annotations: file of the data set that the model is for, or will be trained on; "" for the names that the source
     gives, or placeholders. source_classes: annotation file of what a torchvision model was trained on, where that is
-    not COCO. UserError, with everything that is wrong: unreadable, another architecture, classes that do not fit.
+    not COCO. words: "model.*" and "data.*" options that no weight shows, such as sizes. UserError, with everything
+    that is wrong: unreadable, another architecture, classes that do not fit.
     """
     content = read_foreign(source)
     weights, others = state_dict(content, source)
@@ -28,7 +34,7 @@ def convert(
         if any(key.startswith(reader.FORMAT.mark) for key in weights):
             found = open_weights(source, reader.FORMAT, weights, content.get("meta"))
             stats = LVISAnnotations.open(annotations).stats if annotations else None
-            checkpoint, report = reader.convert(found, stats, source_classes, mask_predictor)
+            checkpoint, report = reader.convert(found, stats, source_classes, mask_predictor, words)
             return checkpoint, report + ([f"dropped on purpose: {', '.join(others)}"] if others else [])
     parts = ", ".join(f"{part} ({n})" for part, n in Counter(key.split(".")[0] for key in weights).most_common(8))
     raise UserError(

@@ -52,7 +52,11 @@ FORMAT = Format(
 
 
 def convert(
-    found: Source, stats: ClassStats | None, source_classes: str, mask_predictor: MaskPredictor
+    found: Source,
+    stats: ClassStats | None,
+    source_classes: str,
+    mask_predictor: MaskPredictor,
+    words: Sequence[str] = (),
 ) -> tuple[dict[str, Any], list[str]]:
     """See `loce.convert.convert`."""
     if source_classes:
@@ -76,7 +80,7 @@ def convert(
     if mask_predictor == "auto":
         mask_predictor, reason = _guess_predictor(found.meta)
         report.append(f"mask predictor: {mask_predictor}, {reason}")
-    head, model = new_model(architecture(found, mask_predictor), stats)
+    head, model = new_model(architecture(found, mask_predictor), stats, words)
     check(found, model)
     return {**head, "model": model | found.weights}, report
 

@@ -14,7 +14,7 @@ from torch import Tensor
 from loce.build import build_model
 from loce.checkpoint import FORMAT, stats_to_dict
 from loce.classes import ClassStats, frequency_groups
-from loce.config import Config, ModelConfig, UserError, raise_problems, to_dict
+from loce.config import Config, ModelConfig, UserError, from_dict, raise_problems, to_dict
 
 Weights = dict[str, Tensor]
 MaskPredictor = Literal["auto", "normalised", "linear"]
@@ -118,12 +118,14 @@ def original(form: Format, key: str) -> str:
 
 
 def architecture(found: Source, mask_predictor: str) -> ModelConfig:
-    """The options of the model that the weights come from; UserError where it is no ResNet-50 or -101."""
+    """The options of the model that the weights come from; UserError where it is no ResNet-18, -50 or -101."""
     blocks = {key.split(".")[3] for key in found.weights if key.startswith("backbone.body.layer3.")}
-    backbone = {6: "resnet50", 23: "resnet101"}.get(len(blocks))
+    convs = 3 if "backbone.body.layer3.0.conv3.weight" in found.weights else 2
+    backbone = {(2, 2): "resnet18", (6, 3): "resnet50", (23, 3): "resnet101"}.get((len(blocks), convs))
     if backbone is None:
         raise UserError(
-            f"{found.path}: its backbone has {len(blocks)} blocks in layer3; loce has ResNet-50 (6) and ResNet-101 (23)"
+            f"{found.path}: its backbone has {len(blocks)} blocks of {convs} convolutions in layer3; loce has "
+            "ResNet-18 (2 of 2), ResNet-50 (6 of 3) and ResNet-101 (23 of 3)"
         )
     modules = {
         "fpn_channels": "backbone.fpn.inner_blocks.0.0.bias",
@@ -131,12 +133,17 @@ def architecture(found: Source, mask_predictor: str) -> ModelConfig:
         "mask_channels": "roi_heads.mask_head.convs.0.bias",
     }
     widths = {option: len(found.weights[key]) for option, key in modules.items() if key in found.weights}
+    mask_convs = {key.split(".")[3] for key in found.weights if key.startswith("roi_heads.mask_head.convs.")}
+    widths["mask_convs"] = len(mask_convs)
     return ModelConfig(backbone=backbone, mask_predictor=mask_predictor, **widths)  # type: ignore[arg-type]
 
 
-def new_model(config: ModelConfig, stats: ClassStats) -> tuple[dict[str, Any], Weights]:
-    """(a checkpoint without weights, the weights of an untrained model, always the same)."""
-    whole = Config(model=config)
+def new_model(config: ModelConfig, stats: ClassStats, words: Sequence[str] = ()) -> tuple[dict[str, Any], Weights]:
+    """(a checkpoint without weights, the weights of an untrained model, always the same).
+
+    words: options of a run, "section.key=value", that no weight shows: sizes of images and anchors, for one.
+    """
+    whole = from_dict(to_dict(Config(model=config)), "what the weights say", words)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         weights = build_model(whole, stats, pretrained=False).state_dict()

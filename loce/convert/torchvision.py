@@ -1,15 +1,17 @@
-"""torchvision's Mask R-CNN (COCO's, or a user's own) as a start for training.
+"""torchvision's Mask R-CNN (COCO's, or a user's own): the same detector but for what docs/differences.md lists.
 
-Its labels put the background first; anchors, pooling and mask pasting differ from ours, so the result is no detector.
+Its labels put the background first, its pooling is not aligned; how anchors are rounded and masks are pasted is ours.
 """
 
+from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from loce.classes import ClassStats
-from loce.config import UserError
+from loce.config import Config, UserError, from_dict
 from loce.convert.source import (
     CLASSIFIER,
     Format,
@@ -22,7 +24,9 @@ from loce.convert.source import (
     new_model,
 )
 from loce.data.annotation_file import read_annotation_file
+from loce.inference import differences
 from loce.models.torchvision_classes import coco_rows
+from loce.yaml_text import show
 
 FORMAT = Format(
     name="torchvision",
@@ -70,7 +74,11 @@ COUNTER = ".num_batches_tracked"  # torchvision's frozen batch norm has none
 
 
 def convert(
-    found: Source, stats: ClassStats | None, source_classes: str, mask_predictor: MaskPredictor
+    found: Source,
+    stats: ClassStats | None,
+    source_classes: str,
+    mask_predictor: MaskPredictor,
+    words: Sequence[str] = (),
 ) -> tuple[dict[str, Any], list[str]]:
     """See `loce.convert.convert`."""
     outputs = found.outputs
@@ -81,7 +89,11 @@ def convert(
     row_of = {_normal(name): row for row, name in enumerate(names) if name is not None}
     rows = [row_of.get(_normal(name)) for name in stats.names]
     options = architecture(found, "linear" if mask_predictor == "auto" else mask_predictor)
-    head, model = new_model(options, stats)
+    options = replace(options, roi=replace(options.roi, aligned=False))
+    head, model = new_model(options, stats, words)
+    data, model_options = head["config"]["data"], head["config"]["model"]
+    changes = differences(Config(), from_dict(head["config"]))
+    options_to_train = [f"{key}={show(value)}" for key, value in changes.items() if key.startswith(("model.", "data."))]
     check(found, _with_outputs(model, outputs), optional=COUNTER)
     weights = dict(found.weights)
     for key, height in _class_keys():
@@ -97,7 +109,11 @@ def convert(
         f"{len(fresh)} classes start anew: {', '.join(fresh) or 'none'}",
         f"new, zero: {len(new)} num_batches_tracked, which nothing reads",
         f"mask predictor: {options.mask_predictor}",
-        "this is a start for training (train.init): as a detector it differs from torchvision's",
+        "pooling: torchvision's (model.roi.aligned=false)",
+        "not seen from weights, so as given here or by default: "
+        f"data.test_short_edge={data['test_short_edge']} data.long_edge={data['long_edge']} (torchvision: min_size, "
+        f"max_size), model.rpn.anchor_scale={model_options['rpn']['anchor_scale']:g} (side of the finest anchors / 4)",
+        f"to train from it: {' '.join(options_to_train)}",
     ]
 
 

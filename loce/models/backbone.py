@@ -1,4 +1,4 @@
-"""Backbones with a feature pyramid: ResNet-50/101 from torchvision, and a small one for CPUs.
+"""Backbones with a feature pyramid: ResNet-18/50/101 from torchvision, and a small one for CPUs.
 
 Both give P2..P6 (strides 4..64); P6 is P5 subsampled and serves the RPN only.
 """
@@ -15,7 +15,15 @@ from urllib.error import URLError
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torchvision.models import ResNet50_Weights, ResNet101_Weights, WeightsEnum, resnet50, resnet101
+from torchvision.models import (
+    ResNet18_Weights,
+    ResNet50_Weights,
+    ResNet101_Weights,
+    WeightsEnum,
+    resnet18,
+    resnet50,
+    resnet101,
+)
 from torchvision.models.detection.backbone_utils import BackboneWithFPN
 from torchvision.ops.feature_pyramid_network import LastLevelMaxPool
 
@@ -23,9 +31,12 @@ from loce.config import ModelConfig, UserError
 
 LAYERS = {f"layer{i + 1}": str(i) for i in range(4)}
 TINY_CHANNELS = (16, 32, 64, 96, 128)
+CHANNELS = {"tiny": TINY_CHANNELS[1:], "resnet18": (64, 128, 256, 512)}  # of the four levels, and of the deeper ones:
+DEEP_CHANNELS = (256, 512, 1024, 2048)
 
 
 _RESNETS: dict[str, tuple[Callable[..., nn.Module], WeightsEnum]] = {
+    "resnet18": (resnet18, ResNet18_Weights.IMAGENET1K_V1),
     "resnet50": (resnet50, ResNet50_Weights.IMAGENET1K_V1),
     "resnet101": (resnet101, ResNet101_Weights.IMAGENET1K_V1),
 }
@@ -108,9 +119,8 @@ def _cached(weights: WeightsEnum) -> Path:
 
 def build_backbone(config: ModelConfig) -> BackboneWithFPN:
     """Body and pyramid; `.body` and `.fpn` as torchvision names them. The pyramid starts Xavier-uniform."""
-    tiny = config.backbone == "tiny"
-    body = _tiny() if tiny else _resnet(config)
-    channels = list(TINY_CHANNELS[1:]) if tiny else [256, 512, 1024, 2048]
+    body = _tiny() if config.backbone == "tiny" else _resnet(config)
+    channels = list(CHANNELS.get(config.backbone, DEEP_CHANNELS))
     # Trained from scratch, the pyramid is normalised too (arXiv 1803.08494, Sec. 4.2.1).
     norm = _group_norm if config.norm == "group" else None
     backbone = BackboneWithFPN(body, dict(LAYERS), channels, config.fpn_channels, LastLevelMaxPool(), norm)

@@ -23,7 +23,7 @@ from loce.models.detection import detect
 from loce.models.mask_head import MaskHead
 from loce.models.memory_sampling import MemorySampling
 from loce.models.paste import paste_and_encode
-from loce.models.roi_heads import BOX_SIDE, MASK_SIDE, BoxHead, RoIHeads, Truth, pool
+from loce.models.roi_heads import BOX_SIDE, MASK_SIDE, BoxHead, RoIHeads, Truth
 from loce.models.rpn import RPN
 
 PIXEL_MEAN = (123.675, 116.28, 103.53)  # RGB, ImageNet
@@ -213,8 +213,8 @@ class MaskRCNN(nn.Module):
         allowed_C: Tensor | None,
         objects: tuple[Tensor, Tensor] | None = None,
     ) -> dict[str, Any]:
-        roi, finest = self.roi_heads, self.config.roi.finest_scale
-        x_ND = roi.features_of(pool(features, [proposals_N4], BOX_SIDE, finest))
+        roi = self.roi_heads
+        x_ND = roi.features_of(roi.pool(features, [proposals_N4], BOX_SIDE))
         scores_NC = roi.head.scores(roi.head(x_ND))
         deltas_NC4 = roi.deltas(x_ND).float().reshape(len(x_ND), -1, 4)
         scale_4 = proposals_N4.new_tensor([*scale, *scale])
@@ -230,7 +230,7 @@ class MaskRCNN(nn.Module):
         if allowed_C is not None:
             kept = allowed_C[labels_M]
             boxes_M4, scores_M, labels_M = boxes_M4[kept], scores_M[kept], labels_M[kept]
-        masks = roi.mask_head(pool(features, [boxes_M4 * scale_4], MASK_SIDE, finest), labels_M).float().sigmoid()
+        masks = roi.mask_head(roi.pool(features, [boxes_M4 * scale_4], MASK_SIDE), labels_M).float().sigmoid()
         rles = paste_and_encode(masks, boxes_M4, original)
         return {"boxes": boxes_M4.cpu(), "scores": scores_M.cpu(), "labels": labels_M.cpu(), "rles": rles, **clues}
 
@@ -241,7 +241,7 @@ class MaskRCNN(nn.Module):
         truths = [self.truth(s) for s in samples]
         boxes, labels_G = [t.boxes for t in truths], torch.cat([t.labels for t in truths])
         roi = self.roi_heads
-        x_GD = roi.features_of(pool(self.features(batch), boxes, BOX_SIDE, self.config.roi.finest_scale))
+        x_GD = roi.features_of(roi.pool(self.features(batch), boxes, BOX_SIDE))
         scores_GC = roi.head.scores(roi.head(x_GD))
         own_G = scores_GC.gather(1, labels_G[:, None])[:, 0]
         return labels_G.cpu(), own_G.cpu(), (scores_GC.argmax(dim=1) == labels_G).cpu()

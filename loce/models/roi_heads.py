@@ -34,6 +34,7 @@ from loce.models.memory_sampling import MemorySampling
 
 BOX_SIDE, MASK_SIDE = 7, 14
 POOL_STRIDES = (4, 8, 16, 32)  # P2..P5; P6 serves the RPN only
+TORCHVISION_SAMPLES = 2  # a bin and axis
 
 
 @dataclass
@@ -146,6 +147,10 @@ class RoIHeads(nn.Module):
         rois.indicator = self.indicator.clone()
         return x_ND, targets_N4, logits_NL, rois
 
+    def pool(self, features: list[Tensor], boxes: list[Tensor], side: int) -> Tensor:
+        """(N, D, S, S) features of boxes, as `config` says; see the function `pool`."""
+        return pool(features, boxes, side, self.config.finest_scale, self.config.aligned)
+
     def features_of(self, pooled: Tensor) -> Tensor:
         """(N, F) what the classification head reads of pooled features."""
         return self.box_head(pooled, last=self.head.depth)
@@ -182,7 +187,7 @@ class RoIHeads(nn.Module):
         boxes = [r.boxes for r in regions]
         labels_R = torch.cat([r.labels for r in regions])
         targets_R4 = torch.cat([_box_targets(r, t) for r, t in zip(regions, truths, strict=True)])
-        pooled = pool(features, boxes, BOX_SIDE, self.config.finest_scale)
+        pooled = self.pool(features, boxes, BOX_SIDE)
         if self.memory is None:
             return self.features_of(pooled), labels_R, targets_R4, torch.zeros_like(labels_R, dtype=torch.bool)
         boxes_N4, labels_N = [t.boxes for t in truths], [t.labels for t in truths]
@@ -202,7 +207,7 @@ class RoIHeads(nn.Module):
     def _stored_features(self, features: list[Tensor], boxes: list[Tensor]) -> Tensor:
         """What the memory stores of each box: pooled features (level roi) or what the classifier reads (fc)."""
         assert self.memory is not None
-        pooled = pool(features, boxes, BOX_SIDE, self.config.finest_scale)
+        pooled = self.pool(features, boxes, BOX_SIDE)
         return self.features_of(pooled) if self.memory.config.level == "fc" else pooled
 
     @torch.no_grad()
@@ -244,7 +249,7 @@ class RoIHeads(nn.Module):
         targets = [
             mask_targets(t.masks, r.instances[p], r.boxes[p]) for r, t, p in zip(regions, truths, rows, strict=True)
         ]
-        logits = self.mask_head(pool(features, boxes, MASK_SIDE, self.config.finest_scale), labels_P)
+        logits = self.mask_head(self.pool(features, boxes, MASK_SIDE), labels_P)
         return mask_loss(logits, torch.cat(targets), positives)
 
 
@@ -262,11 +267,14 @@ def pyramid_level(boxes_N4: Tensor, finest_scale: float) -> Tensor:
     return (scale_N / finest_scale + 1e-6).log2().floor().nan_to_num(0).clamp(0, len(POOL_STRIDES) - 1).long()
 
 
-def pool(features: list[Tensor], boxes: list[Tensor], side: int, finest_scale: float) -> Tensor:
+def pool(features: list[Tensor], boxes: list[Tensor], side: int, finest_scale: float, aligned: bool = True) -> Tensor:
     """(N, D, S, S) features of the boxes (n_i, 4) of each image, in their order. A box without area gives zeros.
 
     So does one with nan, as a diverged model makes them: there is a row for every box, and the loss shows the nan.
+    aligned: as many samples a bin as it has pixels, pixels' centres half a pixel in; False: torchvision's MultiScale-
+    RoIAlign, 2 x 2 samples, pixels' centres at whole numbers, sides of at least a pixel of the map.
     """
+    samples = 0 if aligned else TORCHVISION_SAMPLES
     image_N = torch.cat([b.new_full((len(b),), i) for i, b in enumerate(boxes)])
     boxes_N4 = finite(torch.cat(boxes))
     level_N = pyramid_level(boxes_N4, finest_scale)
@@ -274,6 +282,6 @@ def pool(features: list[Tensor], boxes: list[Tensor], side: int, finest_scale: f
     rows, parts = [], []
     for level, stride in enumerate(POOL_STRIDES):
         rows.append((level_N == level).nonzero()[:, 0])  # sync: how many boxes each level gets
-        parts.append(roi_align(features[level].float(), regions_N5[rows[-1]], side, 1 / stride, 0, True))
+        parts.append(roi_align(features[level].float(), regions_N5[rows[-1]], side, 1 / stride, samples, aligned))
     back_N = torch.cat(rows).argsort()
     return torch.cat(parts).to(features[0].dtype).index_select(0, back_N)

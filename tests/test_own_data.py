@@ -1,0 +1,98 @@
+"""docs/own_data.md on a COCO-style set: no field of LVIS, category ids with gaps. The page's own commands are run."""
+
+import csv
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from loce import build
+from loce.config import load_config
+from tests.doc_pages import ROOT, clone, fenced_commands, run_command
+
+PAGE = ROOT / "docs/own_data.md"
+# What makes the page's runs short, appended to them: a tiny model on images of 64 pixels, two epochs.
+SHORT = (
+    "data.short_edges=[64] data.test_short_edge=64 data.workers=0 model.backbone=tiny model.weights=none "
+    "model.norm=group model.frozen_stages=0 model.fpn_channels=16 model.fc_features=32 model.mask_channels=8 "
+    "model.mask_convs=1 model.rpn.anchor_scale=4 model.rpn.post_nms=50 model.roi.batch_per_image=32 "
+    "train.epochs=2 train.drops=[1] train.warmup_iterations=2 train.log_every=1 train.clip_norm=10"
+)
+
+
+def coco_style(glyphs: Path, folder: Path) -> Path:
+    """`glyphs` as somebody's own set in `folder`/mine: only COCO's fields, ids 7, 14, ..., one folder of images."""
+    mine = folder / "mine"
+    (mine / "images").mkdir(parents=True)
+    for split in ("train", "val"):
+        content = json.loads((glyphs / f"annotations/{split}.json").read_text())
+        new_id = {category["id"]: 7 * (i + 1) for i, category in enumerate(content["categories"])}
+        images = []
+        for image in content["images"]:
+            source = glyphs / "/".join(image["coco_url"].split("/")[-2:])
+            shutil.copy(source, mine / "images")
+            images.append({key: image[key] for key in ("id", "width", "height")} | {"file_name": source.name})
+        fields = ("id", "image_id", "bbox", "area", "segmentation")
+        found = content["annotations"]
+        content = {
+            "images": images,
+            "annotations": [
+                {**{key: a[key] for key in fields}, "iscrowd": 0, "category_id": new_id[a["category_id"]]}
+                for a in found
+            ],
+            "categories": [{"id": new_id[c["id"]], "name": c["name"]} for c in content["categories"]],
+        }
+        (mine / f"{split}.json").write_text(json.dumps(content))
+    return mine
+
+
+def paths(mine: Path) -> list[str]:
+    return [
+        *(f"data.{split}_annotations={mine / split}.json" for split in ("train", "val")),
+        *(f"data.{split}_images={mine / 'images'}" for split in ("train", "val")),
+    ]
+
+
+def test_classes_and_groups_are_read_from_the_file(glyphs: Path, tmp_path: Path) -> None:
+    """Names and ids as they stand there; rare, common, frequent by the config's bounds on counted images."""
+    mine = coco_style(glyphs, tmp_path)
+    content = json.loads((mine / "train.json").read_text())
+    counted = [len({a["image_id"] for a in content["annotations"] if a["category_id"] == 7 * c}) for c in range(1, 7)]
+    low, high = sorted(counted)[1], sorted(counted)[3]
+    assert low < high < max(counted)
+    bounds = [f"data.rare_max={low}", f"data.common_max={high}"]
+    config = load_config(["stage1.yaml", *paths(mine), *bounds])
+    stats = build.train_annotations(config).stats
+    assert stats.category_ids.tolist() == [7, 14, 21, 28, 35, 42]
+    assert list(stats.names) == [category["name"] for category in content["categories"]]
+    assert stats.image_counts.tolist() == counted
+    assert stats.groups.tolist() == ["r" if n <= low else "c" if n <= high else "f" for n in counted]
+    assert build.val_annotations(config).negatives is None
+    assert np.unique(stats.groups).size == 3
+
+
+@pytest.mark.slow
+def test_the_commands_of_the_page(glyphs: Path, tmp_path: Path) -> None:
+    """From the two files to a LOCE model with numbers and pictures; training commands get the words of `SHORT`."""
+    folder = clone(tmp_path)
+    mine = coco_style(glyphs, folder)
+    before = {file: file.read_bytes() for file in mine.rglob("*") if file.is_file()}
+    commands = fenced_commands(PAGE)
+    scripts = [next((word for word in command.split() if word.endswith(".py")), "make") for command in commands]
+    assert scripts == ["make", "make", "scripts/train.py", "scripts/finetune.py", "scripts/predict.py"]
+    for command in commands:
+        training = "scripts/train.py" in command or "scripts/finetune.py" in command
+        run_command(f"{command} {SHORT} data.rare_max=2 data.common_max=4" if training else command, folder)
+    names = [category["name"] for category in json.loads((mine / "train.json").read_text())["categories"]]
+    for run in ("mine_stage1", "mine"):
+        metrics = json.loads((folder / f"runs/{run}/eval/metrics.json").read_text())
+        assert 0 <= metrics["segm"]["AP"] <= 1
+        assert json.loads((folder / f"runs/{run}/eval/evaluation.json").read_text())["protocol"] == "coco"
+        with (folder / f"runs/{run}/eval/per_category.csv").open() as file:
+            assert {row["name"] for row in csv.DictReader(file)} == set(names)
+    found = json.loads((folder / "predictions/predictions.json").read_text())
+    assert {record["name"] for record in found} <= set(names) and {r["category_id"] % 7 for r in found} <= {0}
+    assert len(list((folder / "predictions").glob("*.png"))) == len(list((mine / "images").iterdir()))
+    assert {file: file.read_bytes() for file in before} == before
