@@ -12,13 +12,14 @@ from loce.yaml_text import load_yaml
 
 COLUMNS = ("box AP", "AP", "APr", "APc", "APf")
 UNKNOWN = -1.0  # among the published numbers
+PEERS = 5  # the table of methods, for which a data set may lack recipes
 
 
 @dataclass(frozen=True, kw_only=True)
 class RunOptions:
     """What to train, on which data, and where it goes."""
 
-    data: Literal["glyphs", "lvis"] = "glyphs"  # glyphs: drawn here, a small model on CPU cores
+    data: Literal["glyphs", "glyph1203", "lvis"] = "glyphs"  # glyphs: for CPU cores; glyph1203: for a GPU; both drawn
     seeds: Count = 1  # trainings of every row, stage 1 included: seeds 0, 1, ...
     gpus: Natural = 0  # processes of a training; 0 or 1: one
     runs: str = "runs/tables"  # folder of the tables, of other seeds, and of the rows that change a recipe
@@ -45,12 +46,14 @@ ROW_CONFLICTS: tuple[Conflict, ...] = (
 
 @dataclass(frozen=True)
 class Recipes:
-    """What configs/tables.yaml says of a data set: the stages that rows start from, and where recipes are."""
+    """What configs/tables.yaml says of a data set."""
 
     stages: list[str]
     named: dict[str, str]
     methods: str
     note: str
+    glyphs: tuple[str, ...] = ()
+    only: tuple[str, ...] = ()
 
     def file(self, recipe: str) -> str:
         """The path, below configs/, of a row's recipe."""
@@ -131,6 +134,8 @@ def read_rows(options: RunOptions, table: int) -> tuple[str, Recipes, list[Row]]
         source = f"{file}, {name}, row {position}"
         try:
             text = build(RowText, flatten(RowText, values, source), ROW_CONFLICTS)
+            if table == PEERS and recipes.only and text.name not in recipes.only:
+                continue
             rows.append(Row(text, [make_run(options, recipes, text, seed) for seed in range(options.seeds)]))
         except UserError as error:
             problems.append(f"{source}: {error}")

@@ -30,8 +30,8 @@ def prepare(options: Options, recipes: Recipes, jobs: list[RowRun]) -> None:
     if not waiting:
         return
     data = waiting[0].config.data
-    if options.data == "glyphs" and not Path(data.train_annotations).exists():
-        run("make_glyphs.py", f"out={data.train_images}")
+    if recipes.glyphs and not Path(data.train_annotations).exists():
+        run("make_glyphs.py", f"out={data.train_images}", *recipes.glyphs)
     first = stage_run(options, recipes.stages[0], 0)
     forests = {job.config.head.forest.trees: job for job in waiting if job.config.head.name == "forest"}
     starts = {job.config.train.init for job in waiting} | ({first.config.output} if forests else set())

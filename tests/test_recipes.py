@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 
 from loce.config import Config, load_config, to_dict
+from loce.data.glyph_plan import EMPTY_SHARE, long_tail
 from loce.options import flatten, schema
 from loce.yaml_text import load_yaml
 
@@ -148,7 +149,7 @@ def test_tables_are_the_papers():
         assert ours == [(recipe, numbers) for recipe, _, numbers in rows], table
 
 
-@pytest.mark.parametrize("data", ["glyphs", "lvis"])
+@pytest.mark.parametrize("data", ["glyphs", "glyph1203", "lvis"])
 @pytest.mark.parametrize("table", PAPER)
 def test_rows_differ_from_their_recipe_by_what_the_paper_varies(table: str, data: str):
     for row, (recipe, changes, _) in zip(TABLES[table]["rows"], PAPER[table], strict=True):
@@ -162,9 +163,36 @@ def test_rows_start_from_the_stage_1_of_their_data():
         stage1 = load_config([recipes["stages"][0]])
         named = recipes["named"]
         assert load_config([named["loce"]]).train.init == stage1.output
-        assert load_config([named["baseline"]]).train.init == (stage1.output if data == "glyphs" else "")
+        assert load_config([named["baseline"]]).train.init == ("" if data == "lvis" else stage1.output)
 
 
-def test_the_glyph_baseline_is_trained_as_long_as_loce():
-    softmax, loce = (flat(load_config([f"glyphs/{name}"])) for name in ("softmax", "loce"))
+@pytest.mark.parametrize("folder", ["glyphs", "glyph1203"])
+def test_the_glyph_baseline_is_trained_as_long_as_loce(folder: str):
+    softmax, loce = (flat(load_config([f"{folder}/{name}"])) for name in ("softmax", "loce"))
     assert {key for key in loce if loce[key] != softmax[key]} == {"output", "head.name", "memory.enabled"}
+
+
+def test_glyph_1203_has_the_groups_of_lvis_v1_and_iterations_as_its_headers_say():
+    recipes = TABLES["recipes"]["glyph1203"]
+    words = dict(word.split("=") for word in recipes["glyphs"])
+    images = int(words["train_images"])
+    counts = long_tail(int(words["classes"]), images, float(words["classes_per_image"]))
+    assert [(counts <= 10).sum(), ((counts > 10) & (counts <= 100)).sum(), (counts > 100).sum()] == [337, 461, 405]
+    per_epoch = -(-round(images * (1 - EMPTY_SHARE)) // 32)
+    assert per_epoch == 619 and f"4 epochs of {per_epoch} iterations" in header("glyph1203/stage1")
+    epochs = {path.stem: load_config([str(path)]).train.epochs for path in (CONFIGS / "glyph1203").rglob("*.yaml")}
+    one_stage = {"norcal", "seesaw", "eqlv2"}
+    assert {epochs[name] for name in one_stage} == {epochs["stage1"] + epochs["loce"]} and epochs["bags"] == epochs[
+        "loce"
+    ]
+
+
+@pytest.mark.parametrize("name", ["norcal", "rfs", "seesaw", "eqlv2", "bags"])
+def test_a_method_on_glyph_1203_is_the_one_of_glyph_50(name: str):
+    large, small = (flat(load_config([f"{folder}/methods/{name}"])) for folder in ("glyph1203", "glyphs"))
+    parts = ("head.", "sampler.", "memory.", "indicator.", "train.freeze", "train.momentum", "train.weight_decay")
+    differing = {key for key in large if key.startswith(parts) and large[key] != small[key]}
+    assert differing == ({"sampler.repeat_threshold"} if name == "rfs" else set())
+    peer = flat(load_config(["glyph1203/softmax" if name == "bags" else "glyph1203/stage1"]))
+    own = ("head.", "sampler.", "output", "train.freeze", "train.epochs", "train.drops")
+    assert [key for key in large if large[key] != peer[key] and not key.startswith(own)] == []
