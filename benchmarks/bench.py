@@ -3,7 +3,7 @@
     python benchmarks/bench.py [size=small] [rows=[stage1,nms]] [rounds=3] [device=cuda] ...
 
 Everything is made here: images, annotations, weights. size=full is LVIS v1's (1203 classes, 2 images of 800 x 1333 with
-13 instances each on average); size=small has the same classes and smaller images and files, to try the scripts. On a
+13 instances each on average); size=small has the same classes, a tenth of the pixels and regions, and smaller files. On a
 CPU times are CPU seconds, which other programs disturb least; only ratios say something. The sides of a row take
 turns in one process (memory rows: in processes of their own). Results are added to benchmarks/results/speed.json, with
 commit and hardware for each row; rows that were not measured here are printed as they were found before.
