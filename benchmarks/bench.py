@@ -3,10 +3,10 @@
     python benchmarks/bench.py [size=small] [rows=[stage1,nms]] [rounds=3] [device=cuda] ...
 
 Everything is made here: images, annotations, weights. size=full is LVIS v1's (1203 classes, 2 images of 800 x 1333 with
-13 instances each on average); size=small has the same classes, a tenth of the pixels and regions, and smaller files. On a
-CPU times are CPU seconds, which other programs disturb least; only ratios say something. The sides of a row take
+13 instances each on average); size=small has the same classes, a tenth of the pixels and regions, and smaller files.
+On a CPU times are CPU seconds, which other programs disturb least; only ratios say something. The sides of a row take
 turns in one process (memory rows: in processes of their own). Results are added to benchmarks/results/speed.json, with
-commit and hardware for each row; rows that were not measured here are printed as they were found before.
+commit and hardware for each row. What needs a GPU is "not measured" on a CPU.
 """
 
 import dataclasses
@@ -18,7 +18,7 @@ from typing import Literal
 
 import torch
 from data_rows import loader, mask_memory, opening
-from detector_rows import Setting, inference, loce_cost, loce_step, memory_bank, nms, stage1, stage2
+from detector_rows import Setting, gpu_rows, inference, loce_cost, loce_step, memory_bank, nms, stage1, stage2
 from sides import Row, save, table
 
 from loce.config import UserError, read_options, run_script
@@ -66,7 +66,7 @@ def main() -> None:
         save(rows, dataclasses.asdict(options), device, options.output)
         print(f"{name}: {time.monotonic() - started:.0f} s", flush=True)
     print(f"\nsize={options.size}, {device}, {options.threads} thread(s), medians of {options.rounds} rounds\n")
-    print(table(found))
+    print(table(found + (gpu_rows() if device.type == "cpu" and "stage1" in options.rows else [])))
 
 
 if __name__ == "__main__":

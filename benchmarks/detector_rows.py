@@ -20,6 +20,11 @@ from loce.models.detection import best_detections
 
 BATCH = 2
 MASKS = 300  # detections an image
+GPU_PAIRS = (  # row, our precision, theirs, goal
+    ("stage1", "fp32", "fp32", 1.5),
+    ("stage1_bf16", "bf16", "bf16", 1.5),
+    ("stage1_default", "bf16", "fp32", 2.5),
+)
 
 
 @dataclass(frozen=True)
@@ -117,11 +122,26 @@ def stage2(setting: Setting) -> list[Row]:
 
 def stage1(setting: Setting) -> list[Row]:
     """A step of stage 1 against torchvision's; on a GPU also with bf16 on both sides, and with its defaults."""
-    cpu = setting.device.type == "cpu"
-    pairs = [("stage1", "fp32", "fp32", 1.2 if cpu else 1.5)]
-    if not cpu:
-        pairs += [("stage1_bf16", "bf16", "bf16", 1.5), ("stage1_default", "bf16", "fp32", 2.5)]
-    return [row for pair in pairs for row in _stage1(setting, *pair)]
+    if setting.device.type == "cpu":
+        return _stage1(setting, "stage1", "fp32", "fp32", 1.2)
+    return [row for numbers in GPU_PAIRS for row in _stage1(setting, *numbers)]
+
+
+def gpu_rows() -> list[Row]:
+    """Rows of `stage1` that need a GPU, empty."""
+    steps = [Row(name, _step(own), _torchvision(other), goal) for name, own, other, goal in GPU_PAIRS[1:]]
+    return steps + [
+        Row(f"{name}_memory", f"{_step(own)}: most memory", _torchvision(other), 1.0)
+        for name, own, other, _ in GPU_PAIRS
+    ]
+
+
+def _step(precision: str) -> str:
+    return f"stage-1 step, {precision}"
+
+
+def _torchvision(precision: str) -> str:
+    return f"torchvision's, 1204 outputs, {precision}"
 
 
 def _stage1(setting: Setting, name: str, own: str, other: str, goal: float) -> list[Row]:
@@ -132,10 +152,10 @@ def _stage1(setting: Setting, name: str, own: str, other: str, goal: float) -> l
     sides: list[Callable[[], Any]] = [lambda: ours.step(samples), lambda: theirs.step(images, targets)]
     for side in (ours, theirs):
         side.give_proposals(scenes)
-    row = Row(name, f"stage-1 step, {own}", f"torchvision's, 1204 outputs, {other}", goal)
+    row = Row(name, _step(own), _torchvision(other), goal)
     rows = [take_turns(row, *sides, setting.device, setting.rounds)]
     if setting.device.type == "cuda":
-        most = Row(f"{name}_memory", f"stage-1 step, {own}: most memory", f"torchvision's, {other}", 1.0, unit="MiB")
+        most = Row(f"{name}_memory", f"{_step(own)}: most memory", _torchvision(other), 1.0, unit="MiB")
         for side, found in zip(sides, (most.ours, most.theirs), strict=True):
             torch.cuda.empty_cache()
             torch.cuda.reset_peak_memory_stats()
