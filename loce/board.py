@@ -84,5 +84,5 @@ def _add(writer: Any, title: str, value: Shown, at: int) -> None:
         writer.add_histogram(title, value, at)
     elif isinstance(value, np.ndarray):
         writer.add_image(title, value, at, dataformats="HWC")
-    else:
+    elif value >= 0 or not title.startswith("eval/"):  # -1: there is nothing to evaluate
         writer.add_scalar(title, value, at)

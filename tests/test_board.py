@@ -32,9 +32,11 @@ def test_what_is_given_is_there(tmp_path: Path) -> None:
     board = Board(tmp_path, 1)
     scores = torch.tensor([0.1, 0.2, 0.2, 0.9])
     assert board.show(3, {"loss": 1.5, "mean_score/classes": scores, "a/picture": picture, "run/config": "    x"}) == ""
+    assert board.show(4, {"eval/segm_APr": -1.0, "eval/segm_APf": 0.5}) == ""
     board.close()
     events = read(tmp_path)
     assert [(e.step, e.value) for e in events.Scalars("loss/all")] == [(3, 1.5)]
+    assert "eval/segm_APr" not in events.Tags()["scalars"] and events.Scalars("eval/segm_APf")[0].value == 0.5
     (histogram,) = events.Histograms("mean_score/classes")
     value = histogram.histogram_value
     assert (histogram.step, value.num) == (3, 4)
