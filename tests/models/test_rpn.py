@@ -158,6 +158,17 @@ def test_the_head_at_some_anchors_is_the_head_everywhere(rpn):
         torch.testing.assert_close(own, expected)
 
 
+def test_a_forward_pass_without_gradients_before_takes_none_away_under_autocast(rpn):
+    """Autocast keeps weights that it has cast; those of a pass under no_grad must not be used for the losses."""
+    features = [torch.randn(1, 8, *size) for size in SIZES]
+    with torch.autocast("cpu", torch.bfloat16):
+        with torch.no_grad():
+            rpn(features)
+        logits, deltas = rpn.at([x[0] for x in features], torch.arange(100))
+    (logits.float().sum() + deltas.float().sum()).backward()
+    assert all(parameter.grad is not None and parameter.grad.any() for parameter in rpn.parameters())
+
+
 def slow_losses(logits, deltas, anchors, truths, chosen):
     """chosen: per image (positives, negatives) as lists; matched by the caller."""
     bce, l1, count = 0.0, 0.0, 0
