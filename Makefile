@@ -10,7 +10,7 @@ ARGS ?=
 TABLES = data=$(or $(DATA:glyph50=glyphs),glyphs) seeds=$(or $(SEEDS),1) $(if $(RECORDS),records='$(RECORDS)')
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-slow test-chaos test-gpu lint train finetune eval predict data check-data glyphs table1 table2 table3 table4 table5 tables results clean
+.PHONY: help setup demo test test-slow test-chaos test-gpu lint train finetune eval predict data check-data glyphs table1 table2 table3 table4 table5 tables results bench clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z0-9-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "make %-10s %s\n", $$1, $$2}'
@@ -77,6 +77,9 @@ tables: table1 table2 table3 table4 table5 results  ## all five, then results (D
 
 results: setup  ## what the finished rows show: all tables over seeds, the paper's claims, a figure (OUT=folder)
 	$(RUN) scripts/results.py $(TABLES) $(if $(OUT),out='$(OUT)') $(ARGS)
+
+bench: setup  ## ours against torchvision's and the usual way, in one table (SIZE=small to try; DEVICE=cuda)
+	$(RUN) benchmarks/bench.py size=$(or $(SIZE),full) device=$(or $(DEVICE),auto) $(ARGS)
 
 data: setup  ## fetch LVIS annotations and COCO images, 20 GB (VERSION=0.5|coco, OUT=data, ARGS="only=annotations")
 	$(RUN) scripts/fetch_data.py version=$(or $(VERSION),1.0) out=$(or $(OUT),data) $(ARGS)

@@ -103,10 +103,13 @@ class Loce:
         labels_N = torch.cat([given.row_labels, drawn_K])
         instances_N = F.pad(given.row_instances, (0, len(drawn_K)), value=-1)
         from_memory_N = torch.arange(len(labels_N), device=labels_N.device) >= len(given.row_labels)
-        p_N = given.logits.detach().softmax(1).gather(1, labels_N.clamp(0, self.classes)[:, None])[:, 0]
+        most = len(given.row_labels) // 4 + len(drawn_K)  # positives and memory rows: the detector scores no others
+        rows = (~((instances_N >= 0) | from_memory_N)).to(torch.uint8).sort(stable=True).indices[:most]
+        labels_M, own_M1 = labels_N[rows], labels_N[rows].clamp(0, self.classes)[:, None]
+        p_M = given.logits.detach()[rows].softmax(1).gather(1, own_M1)[:, 0]
         instances = sum(map(len, given.labels))
-        drawn = (torch.where(from_memory_N, labels_N, IGNORED), p_N)
-        self.tracker.update(*instance_scores(p_N, labels_N, instances_N, instances), drawn)
+        drawn = (torch.where(from_memory_N[rows], labels_M, IGNORED), p_M)
+        self.tracker.update(*instance_scores(p_M, labels_M, instances_N[rows], instances), drawn)
         loss = equilibrium_loss(given.logits, labels_N, self.tracker.scores)
         loss.backward()
         return loss.detach()

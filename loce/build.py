@@ -8,6 +8,7 @@ import torch
 
 from loce.classes import ClassStats
 from loce.config import Config, DataConfig, TrainConfig
+from loce.data.annotation_cache import open_annotations
 from loce.data.loader import EvalDataset, TrainDataset
 from loce.data.lvis import LVISAnnotations
 from loce.forest_trees import read_trees
@@ -55,7 +56,7 @@ def val_annotations(config: Config) -> LVISAnnotations:
 
 def _annotations(data: DataConfig, path: str, images: str, keep_empty: bool = False) -> LVISAnnotations:
     box_masks = data.without_mask == "box"
-    annotations = LVISAnnotations.open(path, data.rare_max, data.common_max, keep_empty, box_masks)
+    annotations = open_annotations(path, data.rare_max, data.common_max, keep_empty, box_masks)
     if data.allow_missing:
         return annotations.without_images(annotations.missing_images(images), images)
     annotations.require_images(images)

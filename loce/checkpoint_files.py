@@ -178,4 +178,6 @@ def _digest(content: Any) -> Any:
 
 def megabytes(count: float) -> str:
     """A number of bytes for people."""
+    if count >= 1e10:
+        return f"{count / 1e9:.1f} GB"
     return f"{count / 1e6:.1f} MB" if count >= 1e5 else f"{count / 1e3:.1f} kB"

@@ -177,6 +177,9 @@ class TrainConfig:
     keep_checkpoints: Count = 2
     evaluate: bool = True  # after the last epoch
     evaluate_every: Natural = 0  # epochs; 0: after the last only; the best checkpoint by mask AP is kept, too
+    dry_run: bool = False  # two steps, save, resume and evaluation of a few images, in RUN/dry_run, instead of the run
+    overfit: Natural = 0  # images to learn by heart, in RUN/overfit, instead of the run; 0: off
+    wandb: bool = False  # curves and pictures on Weights & Biases, too; needs pip install loce[wandb]
 
 
 @dataclass(frozen=True, kw_only=True)

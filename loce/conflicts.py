@@ -118,6 +118,16 @@ CONFLICTS: tuple[Conflict, ...] = (
         "evaluate_every must be below epochs; the last epoch is evaluated without it",
     ),
     (
+        ("train.overfit", "train.dry_run"),
+        lambda c: c.train.overfit > 0 and c.train.dry_run,
+        "these are two different trials; give one of them",
+    ),
+    (
+        ("train.overfit", "head.name"),
+        lambda c: c.train.overfit > 0 and c.head.name == "simcal",
+        "this head draws images by class and cannot learn fixed ones; try the recipe of the stage before",
+    ),
+    (
         ("train.drops", "train.epochs"),
         lambda c: list(c.train.drops) != sorted(set(c.train.drops)) or any(d >= c.train.epochs for d in c.train.drops),
         "drops must increase and stay below epochs",

@@ -118,7 +118,7 @@ def evaluate_model(
     truth = load_annotations(annotations.path, masks=distributed.is_main())  # rank 0 evaluates in the end
     if len(annotations.absent):
         present = np.delete(annotations.image_ids, annotations.absent)
-        truth = only_images(truth, present, f"the others are missing in {config.data.val_images}")
+        truth = only_images(truth, present, _why(config))
     origin = _origin(model, config, annotations)
     if distributed.is_main() and _text(output / "origin.txt") != origin:
         shutil.rmtree(output / "detections", ignore_errors=True)
@@ -138,6 +138,11 @@ def evaluate_model(
         truth = with_training_groups(truth, model.stats)
         evaluate_and_report(truth, output / "detections", output, **{**options, **report})
     distributed.barrier()
+
+
+def _why(config: Config) -> str:
+    missing = f"the others are missing in {config.data.val_images}"
+    return missing if config.data.allow_missing else "the others are left out"
 
 
 def is_evaluated(model: MaskRCNN, config: Config, output: Path) -> bool:
@@ -162,7 +167,11 @@ def _inputs(config: Config, annotations: LVISAnnotations) -> str:
         f"at {data.test_short_edge} x {data.long_edge} px, score > {evaluation.score_threshold:g}, "
         f"NMS {evaluation.nms:g}, {evaluation.detections} detections an image, "
         f"{'all' if evaluation.protocol == 'coco' else 'verified'} categories"
-        + (f", {len(annotations.absent)} images are missing" if len(annotations.absent) else "")
+        + (
+            f", {len(annotations.absent)} images are {'missing' if data.allow_missing else 'left out'}"
+            if len(annotations.absent)
+            else ""
+        )
         + (", turned as EXIF asks" if data.exif == "apply" else "")
     )
 

@@ -10,17 +10,21 @@ from pathlib import Path
 import torch
 from torch.nn.parallel import DistributedDataParallel
 
-from loce import build, checkpoint, distributed, resume
+from loce import build, checkpoint, distributed, pace, resume
+from loce.board import Shown
+from loce.checkpoint_files import megabytes
 from loce.classes import GROUPS, ClassStats
 from loce.config import Config, UserError, dump, from_dict, images_per_rank
 from loce.data.loader import TrainDataset, train_batches, training_plan
 from loce.data.lvis import LVISAnnotations
 from loce.data.samplers import TrainingPlan
-from loce.engine import fill_memory, scaled_lr, train_one_epoch
-from loce.files import file_hash
+from loce.engine import fill_memory, train_one_epoch
+from loce.env import available_cores
+from loce.errors import DivergedError
 from loce.inference import differences
 from loce.models.mask_rcnn import MaskRCNN
 from loce.runlog import RunLog
+from loce.validation import best_checkpoint
 from loce.yaml_text import show
 
 # Options that give weights their meaning, and that no shape shows.
@@ -105,6 +109,8 @@ def open_log(job: Job, folder: Path) -> RunLog:
         device=job.device,
         extra=partial(equilibrium_scalars, job.model, job.stats),
         window=job.window,
+        cure=pace.more_workers(job.config.data.workers, available_cores(), distributed.local_world_size()),
+        wandb=job.config.train.wandb,
     )
 
 
@@ -140,19 +146,40 @@ def advance(job: Job, log: RunLog, last: int, after_step: Callable[[int, bool], 
         log.line(f"data: {message}", shown=False)
 
 
+def save(job: Job, log: RunLog) -> bool:
+    """Save; False, with a warning, where the disk does not take it. DivergedError where there is a value not finite."""
+    numbers = [x for x in job.model.state_dict().values() if x.is_floating_point()]
+    bad = ~torch.stack([x.isfinite().all() for x in numbers]).all()
+    if distributed.all_reduce_sum(bad.float()).item():  # sync: a save
+        raise DivergedError("training diverged: a weight or a buffer is not finite; the checkpoints before are good")
+    log.sync()
+    best = best_checkpoint(job.folder)
+    state = {"iteration": job.done, "optimizer": job.optimizer.state_dict(), "scaler": job.scaler.state_dict()}
+    saved = resume.save(job.folder, job.config, job.stats, job.model, state, log.unwritten(), best)
+    if saved.problems:
+        log.line(
+            f"WARNING: no checkpoint of iteration {job.done}: {'; '.join(saved.problems)}. The checkpoints before are "
+            f"untouched, training goes on; the next try is at the next checkpoint"
+        )
+    else:
+        log.line(f"checkpoint {saved.folder.name}: {megabytes(saved.bytes)} in {saved.seconds:.2f} s")
+    return not saved.problems
+
+
 def set_done(job: Job, done: int) -> None:
     """So many iterations are done."""
     job.done, job.model.roi_heads.progress = done, done / sum(job.lengths)
 
 
-def equilibrium_scalars(model: MaskRCNN, stats: ClassStats) -> dict[str, float]:
-    """Mean score and memory fill by rare, common and frequent classes, for the log."""
+def equilibrium_scalars(model: MaskRCNN, stats: ClassStats) -> dict[str, Shown]:
+    """Mean score and memory fill by rare, common and frequent classes, and of all classes (C,), for the log."""
     roi = model.roi_heads
     values = {"mean_score": roi.tracker.scores[:-1].cpu()}  # sync: log line
     if roi.memory is not None:
         values["memory_fill"] = roi.memory.bank.fill.cpu()  # sync: log line
     masks = {group: torch.from_numpy(stats.group_mask(group)) for group in GROUPS}
-    return {f"{k}/{g}": float(v[m].mean()) for k, v in values.items() for g, m in masks.items() if m.any()}
+    means = {f"{k}/{g}": float(v[m].mean()) for k, v in values.items() for g, m in masks.items() if m.any()}
+    return {**means, **{f"{name}/classes": value for name, value in values.items()}}
 
 
 def filled(model: MaskRCNN) -> str:
@@ -164,35 +191,6 @@ def filled(model: MaskRCNN) -> str:
         f"feature memory: {int(counts.sum())} rows, {int((counts > 0).sum())} of {len(counts)} classes have some, "
         f"{sum(b.numel() * b.element_size() for b in bank.buffers()) / 2**20:.0f} MiB"
     )
-
-
-def header(job: Job) -> list[str]:
-    """What this run is, for people who find its log later."""
-    config, stats, train = job.config, job.stats, job.config.train
-    world, total = distributed.world_size(), sum(job.lengths)
-    groups = " / ".join(str(int(stats.group_mask(group).sum())) for group in GROUPS)
-    memory = (
-        f"feature memory ({config.memory.level}, {config.memory.capacity} per class)"
-        if config.memory.enabled
-        else "no memory"
-    )
-    each = train.batch_size // (world * train.accumulate)
-    trained = sum(p.numel() for p in job.model.parameters() if p.requires_grad)
-    every = sum(p.numel() for p in job.model.parameters())
-    return [
-        f"method: {config.head.name} head, {memory}, indicator {config.indicator.kind}, {config.sampler.name} sampler",
-        f"data: {job.annotations.path} (sha256 {file_hash(job.annotations.path)}), {len(job.dataset)} images, "
-        f"{int(stats.instance_counts.sum())} instances, {len(stats)} classes: rare / common / frequent {groups}",
-        *(f"data: left out: {count} {reason}" for reason, count in job.annotations.dropped.items()),
-        *(f"data: {note}" for note in job.annotations.notes),
-        f"model: {config.model.backbone}, {trained / 1e6:.2f} of {every / 1e6:.2f} M parameters train "
-        f"(train.freeze={train.freeze})",
-        f"batch: {train.batch_size} = {world} ranks x {each} images x {train.accumulate} steps"
-        f"{', and as many of the meta batch, counted in images/s' if job.plan.meta else ''}; "
-        f"learning rate {scaled_lr(train):.4g} ({train.lr:g} at {train.lr_batch_size}, scaled linearly)",
-        f"schedule: {train.epochs} epochs, {total} iterations, drops after {list(train.drops)}, {train.precision}, "
-        f"seed {config.seed}; run folder {job.folder}",
-    ]
 
 
 def _load(config: Config, model: MaskRCNN, stats: ClassStats) -> list[str]:

@@ -132,20 +132,29 @@ def _tidy(run: Path, folder: Path, keep: int, best: Path | None) -> None:
         say(f"WARNING: an old checkpoint could not be deleted: {error}")
 
 
-def require_room(run: Path, config: Config, model: MaskRCNN) -> None:
-    """UserError where the disk of a run has no room for one checkpoint more, its feature memory full."""
+def checkpoint_bytes(config: Config, model: MaskRCNN) -> int:
+    """What one checkpoint takes at most: its feature memory full."""
     trained = [p for p in model.parameters() if p.requires_grad]  # with a momentum each
     memory = checkpoint.memory_state(model)
     copies = 1 if config.memory.shared else distributed.world_size()
     rest = [tensor for name, tensor in model.state_dict().items() if name not in memory]
-    needed = sum(_bytes(t) for t in [*rest, *trained]) + copies * sum(_bytes(t) for t in memory.values())
-    place = next(folder for folder in (run.absolute(), *run.absolute().parents) if folder.exists())
-    free = shutil.disk_usage(place).free
+    return sum(_bytes(t) for t in [*rest, *trained]) + copies * sum(_bytes(t) for t in memory.values())
+
+
+def require_room(run: Path, config: Config, model: MaskRCNN) -> None:
+    """UserError where the disk of a run has no room for one checkpoint more, its feature memory full."""
+    needed, free = checkpoint_bytes(config, model), free_bytes(run)
     if free < needed:
         raise UserError(
             f"output = {run}: a checkpoint takes up to {files.megabytes(needed)}, {files.megabytes(free)} are free on "
             f"its disk: free {files.megabytes(needed - free)}, or choose a folder on another disk with output=..."
         )
+
+
+def free_bytes(run: Path) -> int:
+    """What is free on the disk of a run folder, which may not be there yet."""
+    place = next(folder for folder in (run.absolute(), *run.absolute().parents) if folder.exists())
+    return shutil.disk_usage(place).free
 
 
 def _bytes(tensor: Tensor) -> int:

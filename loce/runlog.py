@@ -5,8 +5,7 @@ import math
 import os
 import time
 from bisect import bisect_left
-from collections.abc import Callable, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Mapping, Sequence
 from itertools import accumulate
 from pathlib import Path
 from typing import Any
@@ -15,10 +14,13 @@ import torch
 from torch import Tensor
 
 from loce import distributed
+from loce.board import Board, Shown
 from loce.env import environment
 from loce.errors import UserError
 from loce.files import PatientFile, write_text
+from loce.pace import Pace
 from loce.progress import bar, clock, eta, peak_memory, say
+from loce.wandb_log import WandbLog
 from loce.yaml_text import load_yaml, show
 
 # What may differ when a run goes on: it changes how fast a run goes and what it writes, not what it learns; so, but for
@@ -26,7 +28,7 @@ from loce.yaml_text import load_yaml, show
 MAY_CHANGE = {"output", "device", "data.workers", "data.train_images", "data.val_images"} | {
     *("eval.batch_size", "eval.errors"),
     *("train.resume", "train.accumulate", "train.evaluate", "train.evaluate_every"),
-    *("train.log_every", "train.checkpoint_every", "train.keep_checkpoints"),
+    *("train.log_every", "train.checkpoint_every", "train.keep_checkpoints", "train.wandb"),
 }
 
 
@@ -35,10 +37,11 @@ class RunLog:
 
     epoch_lengths: iterations of each epoch; start: iterations that are done (0: from the beginning; else the log is cut
     there, so that no line is lost or doubled); batch_size: images of an iteration over all ranks; extra: called when a
-    line is written, by every rank; gives more numbers for it ("mean_score/r": 0.02); window: `unwritten` of the run
-    that this one goes on from. Whoever trains adds to `window` the losses of each forward pass (scalars on the device,
-    with the same names on all ranks), to `waited` the seconds that a step waited for its images, and moves `bar`, a
-    tqdm bar of images that shows on terminals only.
+    line is written, by every rank; gives more numbers for it ("mean_score/r": 0.02), and tensors (N,) whose spread is
+    shown; window: `unwritten` of the run that this one goes on from; cure: what helps where images come too slowly;
+    wandb: show everything on Weights & Biases, too. Whoever trains adds to `window` the losses of each forward pass
+    (scalars on the device, with the same names on all ranks), to `waited` the seconds that a step waited for its
+    images, and moves `bar`, a tqdm bar of images that shows on terminals only.
     """
 
     def __init__(
@@ -50,8 +53,10 @@ class RunLog:
         batch_size: int,
         start: int = 0,
         device: torch.device | str = "cpu",
-        extra: Callable[[], dict[str, float]] | None = None,
+        extra: Callable[[], Mapping[str, Shown]] | None = None,
         window: dict[str, Tensor] | None = None,
+        cure: str = "",
+        wandb: bool = False,
     ) -> None:
         self.folder = Path(folder)
         self.ends, self.batch_size = list(accumulate(epoch_lengths)), batch_size
@@ -59,16 +64,15 @@ class RunLog:
         self.start, self.done, self.extra = start, start, extra
         names, columns = list(window or {}), list((window or {}).values())
         self.window = [dict(zip(names, row, strict=True)) for row in zip(*(c.to(device) for c in columns), strict=True)]
-        self.waited = 0.0
+        self.waited, self.pace = 0.0, Pace(start, self.iterations, cure)
         self.writing = distributed.is_main()
         if self.writing:
-            self._open(config_text, device)
+            self._open(config_text, device, wandb)
         self.bar = bar("training", self.iterations * batch_size, start * batch_size, "images")
         self.started = self.since = time.monotonic()
 
-    def _open(self, config_text: str, device: torch.device | str) -> None:
+    def _open(self, config_text: str, device: torch.device | str, wandb: bool) -> None:
         self.troubled: set[str] = set()  # what the disk does not take
-        self.undrawn: list[tuple[int, dict[str, float]]] = []
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             write_text(self.folder / "config.yaml", config_text)
@@ -76,7 +80,7 @@ class RunLog:
                 file.write(environment(device, distributed.world_size()) + "\n\n")
             cut_metrics(self.folder / "metrics.jsonl", self.start)
             self.metrics, self.text = (PatientFile(self.folder / name) for name in ("metrics.jsonl", "log.txt"))
-            self.board = self._new_board(self.start + 1)
+            self.boards = open_boards(self.folder, self.start + 1, config_text if wandb else "")
         except OSError as error:
             raise UserError(
                 f"output = {self.folder}: cannot be written ({error}); choose another with output=..."
@@ -90,7 +94,7 @@ class RunLog:
     def write(self, iteration: int, lr: float) -> dict[str, float]:
         """Write the line of `iteration` (steps done over the whole training); the mean losses, equal on all ranks."""
         means = mean_losses(self.window)
-        values = {**means, "lr": lr, **(self.extra() if self.extra else {})}
+        values: dict[str, Any] = {**means, "lr": lr, **(self.extra() if self.extra else {})}
         seconds = max(time.monotonic() - self.since, 1e-9)
         values["images_per_second"] = (iteration - self.done) * self.batch_size / seconds
         values["data_share"] = min(self.waited / seconds, 1.0)
@@ -106,6 +110,8 @@ class RunLog:
             f"eta {eta(self.started, iteration - self.start, self.iterations - iteration)}",
             shown=bool(self.bar.disable),
         )
+        for message in self.pace.add(self.done, iteration, seconds, self.waited):
+            self.line(message)
         self.window, self.waited = [], 0.0
         self.done, self.since = iteration, time.monotonic()
         return means
@@ -116,37 +122,22 @@ class RunLog:
         first = self.ends[epoch - 1] if epoch else 0
         return epoch + 1, iteration - first, self.ends[epoch] - first
 
-    def scalars(self, iteration: int, values: dict[str, float]) -> None:
-        """One line of metrics.jsonl and TensorBoard points. JSON has no infinity and no NaN: they become null."""
+    def scalars(self, iteration: int, values: Mapping[str, Shown]) -> None:
+        """The numbers as a line of metrics.jsonl, and all as `show`. JSON has no infinity and no NaN: null."""
         if not self.writing:
             return
         epoch, step, length = self.place(iteration)
         record: dict[str, Any] = {"iteration": iteration, "epoch": epoch - 1 + step / length}
-        record |= {name: value if math.isfinite(value) else None for name, value in values.items()}
+        numbers = {name: value for name, value in values.items() if isinstance(value, (int, float))}
+        record |= {name: value if math.isfinite(value) else None for name, value in numbers.items()}
         self._warn("metrics.jsonl", self.metrics.write(json.dumps(record, allow_nan=False) + "\n"))
-        self._draw(iteration, values)
+        self.show(iteration, values)
 
-    def _draw(self, iteration: int, values: dict[str, float]) -> None:
-        """TensorBoard points. Its writer does not survive a full disk: a new one draws again what has got lost."""
-        self.undrawn.append((iteration, values))
-        problem = ""
-        try:
-            if self.board is None:
-                self.board = self._new_board(self.undrawn[0][0])
-            for at, points in self.undrawn:
-                for name, value in points.items():
-                    self.board.add_scalar(name if "/" in name else f"train/{name}", value, at)
-            self.board.flush()
-            self.undrawn = []
-        except OSError as error:
-            problem, self.board = f"{self.folder / 'tensorboard'}: {error.strerror}", None
-        self._warn("tensorboard", problem)
-
-    def _new_board(self, first: int) -> Any:
-        """A TensorBoard writer whose points take the place of those that are there, from iteration `first` on."""
-        from torch.utils.tensorboard import SummaryWriter  # takes seconds to import, one rank needs it
-
-        return SummaryWriter(str(self.folder / "tensorboard"), purge_step=first)
+    def show(self, iteration: int, values: Mapping[str, Shown]) -> None:
+        """Numbers, tensors, pictures and texts on the pages of TensorBoard. Rank 0 only."""
+        if self.writing:
+            for board in self.boards:
+                self._warn(board.name, board.show(iteration, values))
 
     def _warn(self, what: str, problem: str) -> None:
         """Tell what the disk did not take, once until it takes something again."""
@@ -175,10 +166,17 @@ class RunLog:
             self.line(f"{self.done}/{self.iterations} iterations done, {clock(time.monotonic() - self.started)}")
             self._warn("metrics.jsonl", self.metrics.close())
             self._warn("log.txt", self.text.close())
-            if self.board is not None:
-                with suppress(OSError):  # every line was flushed before
-                    self.board.close()
+            for board in self.boards:
+                board.close()
             self.writing = False
+
+
+def open_boards(folder: Path, first: int | None, wandb_config: str = "") -> list[Board | WandbLog]:
+    """The pages of a run folder, see `Board`; with a text of options on Weights & Biases, too. Close them."""
+    boards: list[Board | WandbLog] = [Board(folder / "tensorboard", first)]
+    if wandb_config:
+        boards.append(WandbLog(folder, load_yaml(wandb_config, "config")))
+    return boards
 
 
 def mean_losses(window: list[dict[str, Tensor]]) -> dict[str, float]:

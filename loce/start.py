@@ -15,6 +15,7 @@ from loce.inference import check_evaluation
 from loce.models.backbone import require_cache
 from loce.runlock import RunLock
 from loce.runlog import check_run_folder
+from loce.wandb_log import require_wandb
 
 T = TypeVar("T")
 
@@ -65,6 +66,8 @@ def check(config: Config) -> Start:
         checks.run(lambda: checkpoint.main_file(Path(init)))
     if newest is None and not init and distributed.is_main():
         checks.run(lambda: require_cache(config.model))
+    if config.train.wandb and distributed.is_main():
+        checks.run(require_wandb)
     annotations = checks.run(lambda: build.train_annotations(config))
     train = annotations
     if newest is None and config.head.name == "forest" and train is not None:

@@ -4,13 +4,17 @@ Best is by mask AP on the validation data, so its own number is too good to be r
 of the last checkpoint.
 """
 
+import dataclasses
 import json
 import shutil
 from pathlib import Path
 from typing import Any
 
-from loce import distributed
+from loce import build, distributed
+from loce.board import Shown
 from loce.config import Config, TrainConfig
+from loce.contact_sheet import predictions, write_jpeg
+from loce.data.loader import TrainDataset
 from loce.files import write_text
 from loce.inference import evaluate_model, is_evaluated
 from loce.models.mask_rcnn import MaskRCNN
@@ -23,8 +27,8 @@ def due(train: TrainConfig, epoch: int) -> bool:
     return bool(train.evaluate_every) and epoch % train.evaluate_every == 0 and epoch < train.epochs
 
 
-def evaluate_epoch(model: MaskRCNN, config: Config, run: Path, epoch: int, iteration: int) -> dict[str, float]:
-    """Evaluate into RUN/eval_epoch_<epoch> unless that is done, and note the best; numbers for the log.
+def evaluate_epoch(model: MaskRCNN, config: Config, run: Path, epoch: int, iteration: int) -> dict[str, Shown]:
+    """Evaluate into RUN/eval_epoch_<epoch> unless that is done, and note the best; `results` for the log.
 
     Every rank must call. Detections are not kept. Nothing that training depends on changes: evaluation draws no random
     numbers.
@@ -36,8 +40,22 @@ def evaluate_epoch(model: MaskRCNN, config: Config, run: Path, epoch: int, itera
     if distributed.is_main():
         shutil.rmtree(output / "detections", ignore_errors=True)
         note_best(run, output, epoch, iteration)
+    return results(model, config, output) if distributed.is_main() else {}
+
+
+def results(model: MaskRCNN, config: Config, output: Path) -> dict[str, Shown]:
+    """The numbers of an evaluation in `output`, and a picture of predictions, also written there. Rank 0 only."""
+    data = dataclasses.replace(config.data, short_edges=(config.data.test_short_edge,), flip=0.0)
+    annotations = build.val_annotations(config)
+    picture = predictions(model, TrainDataset(annotations, Path(data.val_images), data, config.seed))
+    write_jpeg(output / "predictions.jpg", picture)
     metrics: dict[str, Any] = json.loads((output / "metrics.json").read_text(encoding="utf-8"))
-    return {f"eval/{kind}_{name}": value for kind, values in metrics.items() for name, value in values.items()}
+    numbers = {
+        f"eval/{kind}_{name}": float("nan") if value is None else value
+        for kind, values in metrics.items()
+        for name, value in values.items()
+    }
+    return {**numbers, "predictions/validation": picture}
 
 
 def note_best(run: Path, output: Path, epoch: int, iteration: int) -> None:

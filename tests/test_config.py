@@ -231,7 +231,7 @@ WORDS = {
         "train.weight_decay, "
         "train.warmup_iterations, train.warmup_factor, train.drops, train.drop_factor, train.clip_norm, "
         "train.precision, train.log_every, train.checkpoint_every, train.keep_checkpoints, train.evaluate, "
-        "train.evaluate_every"
+        "train.evaluate_every, train.dry_run, train.overfit, train.wandb"
     ),
 }
 
@@ -309,6 +309,8 @@ IMPOSSIBLE = [
     ("train.accumulate=3",),
     ("train.evaluate_every=1", "train.evaluate=false"),
     ("train.evaluate_every=24",),
+    ("train.overfit=8", "train.dry_run=true"),
+    ("train.overfit=8", "head.name=simcal", "sampler.name=bilevel", "train.freeze=detector", "train.init=x"),
     ("train.drops=[16, 16]",),
     ("head.reset=true",),
     (

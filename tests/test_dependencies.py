@@ -13,8 +13,8 @@ IMPORT_NAMES = {"PIL": "Pillow", "yaml": "pyyaml"}
 
 def declared() -> set[str]:
     """Names between the quotes of pyproject.toml's lists of dependencies."""
-    lists = re.findall(r"^(?:dependencies|dev|bench) = \[(.*?)\]", PROJECT, flags=re.DOTALL | re.MULTILINE)
-    assert len(lists) == 3
+    lists = re.findall(r"^(?:dependencies|dev|bench|wandb) = \[(.*?)\]", PROJECT, flags=re.DOTALL | re.MULTILINE)
+    assert len(lists) == 4
     return {re.split("[><=]", text)[0] for part in lists for text in re.findall(r'"([^"]+)"', part)}
 
 

@@ -150,7 +150,8 @@ def test_commands_name_what_exists_in_words_that_parse(page: str, command: str, 
 GPU, NETWORK, TIME = "needs GPUs and LVIS", "needs the network", "needs many minutes"
 RUN_BY = {
     r"README.md: make demo": TIME,
-    r".*: torchrun --nproc_per_node=\d .*": GPU,
+    r".*: torchrun .*": GPU,
+    r"first_minutes.md: .*": "needs LVIS",
     r".*: sbatch .*": GPU,
     r".*: make (train|finetune) GPUS=8": GPU,
     r"README.md: make data": NETWORK,

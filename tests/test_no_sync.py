@@ -189,11 +189,9 @@ def test_box_arithmetic_never_waits(device):
 def test_losses_of_the_proposals_never_wait(device, truths):
     rpn = RPN(8, RPNConfig(batch_per_image=32)).to(device)
     maps = [torch.randn(2, 8, -(-SIZE[0] // s), -(-SIZE[1] // s), device=device) for s in (4, 8, 16, 32, 64)]
-    shapes = [(x.shape[2], x.shape[3]) for x in maps]
     with no_waiting(device):
-        logits, deltas = rpn(maps)
         boxes, ignored = [t.boxes for t in truths], [t.ignored for t in truths]
-        losses = rpn.losses(logits, deltas, rpn.anchors(maps), [SIZE] * 2, boxes, shapes, ignored=ignored)
+        losses = rpn.losses(maps, rpn.anchors(maps), [SIZE] * 2, boxes, ignored=ignored)
     assert losses["loss_rpn_cls"] > 0 and losses["loss_rpn_box"] > 0
 
 

@@ -60,8 +60,8 @@ def test_a_run_folder(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
         a = line["iteration"] - 1.5  # mean over the iterations since the last line
         assert (line["a"], line["b"], line["loss"], line["lr"], line["mean_score/r"]) == (a, 2 * a, 3 * a, 0.1, 0.25)
         assert line["images_per_second"] > 0 and line["peak_memory_gib"] > 0 and 0 <= line["data_share"] <= 1
-    assert points(tmp_path / "run", "train/loss") == [(2, 1.5), (4, 7.5), (6, 13.5), (8, 19.5)]
-    assert points(tmp_path / "run", "mean_score/r")[-1] == (8, 0.25)
+    assert points(tmp_path / "run", "loss/all") == [(2, 1.5), (4, 7.5), (6, 13.5), (8, 19.5)]
+    assert points(tmp_path / "run", "mean_score/rare")[-1] == (8, 0.25)
     printed = capsys.readouterr().out.splitlines()
     assert printed[0].startswith("epoch 1/2 iter 2/4 loss 1.5 a 0.5 b 1 lr 0.1 ") and "images/s data 0%" in printed[0]
     assert printed[2].startswith("epoch 2/2 iter 2/4 loss 13.5 a 4.5 b 9 lr 0.1 ") and " eta 0:00:00" in printed[2]
@@ -108,7 +108,7 @@ def test_a_resumed_run_has_each_line_once(tmp_path: Path, killed_at: int):
         return [(line["iteration"], line["loss"], line["lr"]) for line in records(folder)]
 
     assert keys(parts) == keys(whole)
-    assert points(parts, "train/loss") == points(whole, "train/loss")
+    assert points(parts, "loss/all") == points(whole, "loss/all")
     assert (parts / "env.txt").read_text().count("started: ") == 2
 
 
@@ -141,7 +141,7 @@ def test_a_full_disk_loses_no_line(tmp_path: Path, capsys: pytest.CaptureFixture
     assert [(line["iteration"], line["loss"]) for line in records(parts)] == [
         (line["iteration"], line["loss"]) for line in records(whole)
     ]
-    assert points(parts, "train/loss") == points(whole, "train/loss")
+    assert points(parts, "loss/all") == points(whole, "loss/all")
     assert len((parts / "log.txt").read_text().splitlines()) == len((whole / "log.txt").read_text().splitlines())
 
 

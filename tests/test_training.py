@@ -1,10 +1,13 @@
 """Whole runs on a tiny Glyph-LVIS, through the scripts that users start, in processes of their own."""
 
 import json
+import re
 from pathlib import Path
 
+import cv2
 import pytest
 import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from loce.data.glyphs import GlyphOptions, make_glyphs
 from tests.tiny_runs import CONFIG, LOCE, TIMING, main_file, memory, metrics, run, weights
@@ -29,7 +32,16 @@ def test_a_run_leaves_everything_that_is_promised(stage1: Path) -> None:
     assert [line["lr"] for line in lines] == pytest.approx([2.5e-6, 0.00125125, 2.5e-3, 2.5e-4, 2.5e-4, 2.5e-4])
     for name in ("config.yaml", "env.txt", "log.txt", "eval/metrics.json", "eval/mean_scores.csv"):
         assert (stage1 / name).stat().st_size, name
-    assert list((stage1 / "tensorboard").iterdir())
+    for picture in ("first_samples.jpg", "eval/predictions.jpg"):
+        assert min(cv2.imread(str(stage1 / picture)).shape[:2]) > 400
+    pages = EventAccumulator(str(stage1 / "tensorboard")).Reload().Tags()
+    curves = {"loss/all", "loss/mask", "speed/learning_rate", "mean_score/rare", "memory/peak_GiB", "eval/segm_AP"}
+    assert curves <= set(pages["scalars"])
+    assert pages["images"] == ["run/first_samples", "predictions/validation"]
+    assert pages["histograms"] == ["mean_score/classes"]
+    assert {"run/header/text_summary", "run/config/text_summary"} <= set(pages["tensors"])
+    log = (stage1 / "log.txt").read_text()
+    assert "expected end: the run is over before" in log and re.search(r"disk: up to [\d.]+ MB .* are free", log)
     found = json.loads((stage1 / "eval/metrics.json").read_text())
     assert set(found) == {"bbox", "segm"} and all(-1 <= value <= 1 for value in found["segm"].values())
 

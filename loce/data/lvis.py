@@ -140,6 +140,11 @@ class LVISAnnotations:
         dropped = self.dropped | {f"images that are missing in {folder} (data.allow_missing)": len(missing)}
         return replace(self, train_images=left, dropped=dropped, absent=missing)
 
+    def only(self, images: Sequence[int]) -> "LVISAnnotations":
+        """The same file, where training and evaluation use these images alone; facts of the classes stay."""
+        rest = np.setdiff1d(np.arange(len(self)), images).tolist()
+        return replace(self, train_images=np.array(sorted(images)), absent=rest)
+
     def require_images(self, folder: str | Path, indices: Sequence[int] | np.ndarray | None = None) -> None:
         """UserError with counts per split folder where images are missing."""
         missing = self.missing_images(folder, indices)

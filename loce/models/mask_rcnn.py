@@ -154,13 +154,13 @@ class MaskRCNN(nn.Module):
         self, features: list[Tensor], sizes: list[Size], padded: list[Size], truths: list[Truth]
     ) -> dict[str, Tensor]:
         """Losses from the pyramid on."""
-        logits, deltas = self.rpn(features)
+        with torch.no_grad():  # proposals have no gradient, and the losses need few anchors
+            logits, deltas = self.rpn(features)
         anchors = self.rpn.anchors(features)
-        shapes = [(x.shape[2], x.shape[3]) for x in features]
         losses = {}
         if not self.roi_heads.only_classifier:
             boxes, keys, ignored = [t.boxes for t in truths], [t.key for t in truths], [t.ignored for t in truths]
-            losses = self.rpn.losses(logits, deltas, anchors, padded, boxes, shapes, keys, ignored)
+            losses = self.rpn.losses(features, anchors, padded, boxes, keys, ignored)
         proposals = self.rpn.proposals(logits, deltas, anchors, sizes, [(t.boxes, t.labels) for t in truths])
         return losses | self.roi_heads.losses(features, proposals, truths, sizes)
 

@@ -143,7 +143,9 @@ class RoIHeads(nn.Module):
             generator=keyed(truths[0].key, HEAD, x_ND.device),
         )
         logits_NL = self.head(x_ND)
-        self._track(logits_NL, rois, sum(len(t.labels) for t in truths))
+        positives = len(truths) * int(self.config.batch_per_image * self.config.positive_fraction)
+        most = positives + len(labels_N) - len(instances_R)
+        self._track(logits_NL, rois, sum(len(t.labels) for t in truths), most)
         rois.indicator = self.indicator.clone()
         return x_ND, targets_N4, logits_NL, rois
 
@@ -211,13 +213,18 @@ class RoIHeads(nn.Module):
         return self.features_of(pooled) if self.memory.config.level == "fc" else pooled
 
     @torch.no_grad()
-    def _track(self, logits_NL: Tensor, rois: RoIs, instances: int) -> None:
-        """Eq. 2, before the loss of the same step, with scores that carry no margin."""
-        labels_N = rois.labels_N
-        own_N1 = labels_N.clamp(0, self.num_classes - 1)[:, None]
-        probabilities_N = self.head.scores(logits_NL.detach()).gather(1, own_N1)[:, 0]
-        drawn = (torch.where(rois.from_memory_N, labels_N, IGNORED), probabilities_N)
-        self.tracker.update(*instance_scores(probabilities_N, labels_N, rois.instances_N, instances), drawn)
+    def _track(self, logits_NL: Tensor, rois: RoIs, instances: int, most: int) -> None:
+        """Eq. 2, before the loss of the same step, with scores that carry no margin.
+
+        most: positives and memory rows there can be; only so many rows are scored, a quarter of all as a rule.
+        """
+        counts_N = (rois.instances_N >= 0) | rois.from_memory_N
+        rows = (~counts_N).to(torch.uint8).sort(stable=True).indices[:most]
+        labels_M, own_M = rois.labels_N[rows], rois.instances_N[rows]
+        own_M1 = labels_M.clamp(0, self.num_classes - 1)[:, None]
+        probabilities_M = self.head.scores(logits_NL.detach()[rows]).gather(1, own_M1)[:, 0]
+        drawn = (torch.where(rois.from_memory_N[rows], labels_M, IGNORED), probabilities_M)
+        self.tracker.update(*instance_scores(probabilities_M, labels_M, own_M, instances), drawn)
 
     def _drawn(self, regions: list[Regions], truths: list[Truth], rows: int) -> Tensor:
         """(N,) what each row's image was drawn for; -1 for rows from the memory."""

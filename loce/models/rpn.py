@@ -127,22 +127,20 @@ class RPN(nn.Module):
 
     def losses(
         self,
-        logits: list[Tensor],
-        deltas: list[Tensor],
+        features: list[Tensor],
         anchors: list[Tensor],
         padded_sizes: list[tuple[int, int]],
         truths: list[Tensor],
-        shapes: list[tuple[int, int]],
         keys: Sequence[int | None] = (),
         ignored: Sequence[Tensor | None] = (),
     ) -> dict[str, Tensor]:
         """Objectness BCE and box L1, both summed and divided by the number of sampled anchors of the batch.
 
-        truths: ground-truth boxes (G, 4) per image; shapes: (h, w) of each level's map; keys: of each image's random
-        numbers; ignored: per image the regions (M, 4) that are no background either, or nothing. With several ranks
-        the number of anchors is its mean over ranks.
+        truths: ground-truth boxes (G, 4) per image; keys: of each image's random numbers; ignored: per image the
+        regions (M, 4) that are no background either, or nothing. With several ranks the number of anchors is its mean
+        over ranks. Only sampled anchors have a gradient, so the head is evaluated at them alone, see `at`.
         """
-        anchors_A4, logits_BA, deltas_BA4 = torch.cat(anchors), torch.cat(logits, 1), torch.cat(deltas, 1)
+        anchors_A4, shapes = torch.cat(anchors), [(x.shape[2], x.shape[3]) for x in features]
         objectness, box, count = [], [], []
         for i, truths_G4 in enumerate(truths):
             matched_A = self.match(anchors_A4, truths_G4)
@@ -152,15 +150,44 @@ class RPN(nn.Module):
             positives, positive_valid, negatives, negative_valid = sample(
                 matched_A, self.config.batch_per_image, self.config.positive_fraction, self.choose, generator
             )
-            picked = torch.cat([positives, negatives])
+            logits_K, deltas_K4 = self.at([x[i] for x in features], torch.cat([positives, negatives]))
             picked_valid = torch.cat([positive_valid, negative_valid])
             targets = torch.cat([torch.ones_like(positives), torch.zeros_like(negatives)]).float()
-            bce = F.binary_cross_entropy_with_logits(logits_BA[i, picked].float(), targets, reduction="none")
+            bce = F.binary_cross_entropy_with_logits(logits_K.float(), targets, reduction="none")
             objectness.append((bce * picked_valid).sum())
-            box.append(self._box_loss(deltas_BA4[i], anchors_A4, truths_G4, matched_A, positives, positive_valid))
+            deltas_P4 = deltas_K4[: len(positives)]
+            box.append(
+                self._box_loss(deltas_P4, anchors_A4[positives], truths_G4, matched_A[positives], positive_valid)
+            )
             count.append(positive_valid.sum().clamp(min=1) + negative_valid.sum().clamp(min=1))
         total = mean_count(torch.stack(count).sum())
         return {"loss_rpn_cls": torch.stack(objectness).sum() / total, "loss_rpn_box": torch.stack(box).sum() / total}
+
+    def at(self, features: list[Tensor], anchors_K: Tensor) -> tuple[Tensor, Tensor]:
+        """Logits (K,) and deltas (K, 4) of `forward` at some anchors of one image, whose maps (D, h, w) are given.
+
+        Up to rounding the same numbers and gradients; the work grows with K, not with the image. K: indices in anchor
+        order; they may repeat.
+        """
+        conv, device = self.head.conv[0][0], anchors_K.device
+        stacked_DS = torch.cat([F.pad(x, (1, 1, 1, 1)).flatten(1) for x in features], dim=1)
+        corners, rows, first = [], [], 0  # of each cell's 3 x 3 neighbourhood in S: its upper left, the next line
+        for h, w in [(x.shape[1], x.shape[2]) for x in features]:
+            y, x = torch.arange(h, device=device), torch.arange(w, device=device)
+            corners.append((first + y[:, None] * (w + 2) + x).flatten())
+            rows.append(torch.full_like(corners[-1], w + 2))
+            first += (h + 2) * (w + 2)
+        cell_K, ratio_K = anchors_K // len(RATIOS), anchors_K % len(RATIOS)
+        three = torch.arange(3, device=device)
+        row_K11 = torch.cat(rows)[cell_K, None, None]
+        index_K33 = torch.cat(corners)[cell_K, None, None] + three[:, None] * row_K11 + three
+        patch_DK9 = stacked_DS.index_select(1, index_K33.flatten()).reshape(len(stacked_DS), -1, 9)
+        x_KD = F.relu(F.linear(patch_DK9.transpose(0, 1).flatten(1), conv.weight.flatten(1), conv.bias))
+        score, box = self.head.cls_logits, self.head.bbox_pred
+        logits_KR = F.linear(x_KD, score.weight.flatten(1), score.bias)
+        deltas_KR4 = F.linear(x_KD, box.weight.flatten(1), box.bias).reshape(-1, len(RATIOS), 4)
+        each_K = torch.arange(len(anchors_K), device=device)
+        return logits_KR[each_K, ratio_K], deltas_KR4[each_K, ratio_K]
 
     def match(self, anchors_A4: Tensor, truths_G4: Tensor) -> Tensor:
         """(A,) ground truth of every anchor, by the RPN's thresholds."""
@@ -169,10 +196,9 @@ class RPN(nn.Module):
 
     @staticmethod
     def _box_loss(
-        deltas_A4: Tensor, anchors_A4: Tensor, truths_G4: Tensor, matched_A: Tensor, positives: Tensor, valid: Tensor
+        deltas_P4: Tensor, anchors_P4: Tensor, truths_G4: Tensor, matched_P: Tensor, valid_P: Tensor
     ) -> Tensor:
         if len(truths_G4) == 0:
-            return deltas_A4.sum() * 0
-        targets = encode(anchors_A4[positives], truths_G4[matched_A[positives].clamp(min=0)], RPN_STDS)
-        errors = deltas_A4[positives].float() - targets
-        return torch.where(valid[:, None], errors, 0).abs().sum()
+            return deltas_P4.sum() * 0
+        targets_P4 = encode(anchors_P4, truths_G4[matched_P.clamp(min=0)], RPN_STDS)
+        return torch.where(valid_P[:, None], deltas_P4.float() - targets_P4, 0).abs().sum()

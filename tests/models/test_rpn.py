@@ -137,6 +137,38 @@ def test_nms_of_proposals_keeps_an_iou_of_exactly_the_threshold():
     assert proposals.count([0, 0, 1, 1]) == 4  # NMS runs level by level
 
 
+def test_the_head_at_some_anchors_is_the_head_everywhere(rpn):
+    """Values and every gradient, at corners and borders of all levels, with anchors that are asked for twice."""
+    rpn = rpn.double()
+    features = [torch.randn(2, 8, *size, dtype=torch.float64, requires_grad=True) for size in SIZES]
+    every = sum(3 * h * w for h, w in SIZES)
+    picked = torch.cat([torch.arange(0, every, 7), torch.arange(every - 9, every), torch.arange(12)])
+    weight_K5 = torch.randn(len(picked), 5, dtype=torch.float64)
+
+    def gradients(logits, deltas):
+        loss = (torch.cat([logits[:, None], deltas], 1) * weight_K5).sum()
+        return torch.autograd.grad(loss, [*features, *rpn.parameters()])
+
+    logits, deltas = (torch.cat(x, dim=1)[1, picked] for x in rpn(features))
+    own_logits, own_deltas = rpn.at([x[1] for x in features], picked)
+    torch.testing.assert_close(own_logits, logits)
+    torch.testing.assert_close(own_deltas, deltas)
+    for own, expected in zip(gradients(own_logits, own_deltas), gradients(logits, deltas), strict=True):
+        assert expected.any()
+        torch.testing.assert_close(own, expected)
+
+
+def test_a_forward_pass_without_gradients_before_takes_none_away_under_autocast(rpn):
+    """Autocast keeps weights that it has cast; those of a pass under no_grad must not be used for the losses."""
+    features = [torch.randn(1, 8, *size) for size in SIZES]
+    with torch.autocast("cpu", torch.bfloat16):
+        with torch.no_grad():
+            rpn(features)
+        logits, deltas = rpn.at([x[0] for x in features], torch.arange(100))
+    (logits.float().sum() + deltas.float().sum()).backward()
+    assert all(parameter.grad is not None and parameter.grad.any() for parameter in rpn.parameters())
+
+
 def slow_losses(logits, deltas, anchors, truths, chosen):
     """chosen: per image (positives, negatives) as lists; matched by the caller."""
     bce, l1, count = 0.0, 0.0, 0
@@ -157,7 +189,7 @@ TRUTHS = [torch.tensor([[4.0, 6, 40, 50], [30, 20, 90, 60]]), torch.tensor([[10.
 
 def run_losses(rpn, maps, truths, padded, choose):
     """The losses, and per image what was chosen: (positives, matched, negatives)."""
-    features, logits, deltas, anchors = maps
+    features, _, _, anchors = maps
     calls = []
 
     def spy(candidates, limit, slots, generator):
@@ -166,8 +198,7 @@ def run_losses(rpn, maps, truths, padded, choose):
         return indices, valid
 
     rpn.choose = spy
-    shapes = [tuple(x.shape[2:]) for x in features]
-    losses = rpn.losses(logits, deltas, anchors, padded, truths, shapes)
+    losses = rpn.losses(features, anchors, padded, truths)
     every = torch.cat(anchors)
     chosen = []
     for image, boxes in enumerate(truths):

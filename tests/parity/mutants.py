@@ -115,10 +115,10 @@ MUTANTS = (
     Mutant(
         "loss with the mean score of before",
         "models/roi_heads.py",
-        "        self._track(logits_NL, rois, sum(len(t.labels) for t in truths))\n"
+        "        self._track(logits_NL, rois, sum(len(t.labels) for t in truths), most)\n"
         "        rois.indicator = self.indicator.clone()\n",
         "        rois.indicator = self.indicator.clone()\n"
-        "        self._track(logits_NL, rois, sum(len(t.labels) for t in truths))\n",
+        "        self._track(logits_NL, rois, sum(len(t.labels) for t in truths), most)\n",
     ),
     Mutant("one decay per class", "mean_score.py", "self.momentum**count_L", "self.momentum ** count_L.clamp(max=1)"),
     Mutant(

@@ -67,9 +67,7 @@ def iterations(model):
                 roi_heads, "observe", lambda *a, r=record, o=observe: r.__dict__.setdefault("rows", o(*a))
             )
             model.zero_grad()
-            logits, deltas = model.rpn(features)
-            anchors, shapes = model.rpn.anchors(features), [tuple(x.shape[2:]) for x in features]
-            losses = model.rpn.losses(logits, deltas, anchors, PADDED, [t.boxes for t in truths], shapes)
+            losses = model.rpn.losses(features, model.rpn.anchors(features), PADDED, [t.boxes for t in truths])
             losses |= roi_heads.losses(features, official.proposals(), truths, CONTENT)
             sum(losses.values()).backward()
         results.append(

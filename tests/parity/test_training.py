@@ -56,9 +56,7 @@ def regions(model, truths):
 
 @pytest.fixture(scope="module")
 def losses(model, features, truths):
-    logits, deltas = model.rpn(features)
-    anchors, shapes = model.rpn.anchors(features), [tuple(x.shape[2:]) for x in features]
-    found = model.rpn.losses(logits, deltas, anchors, PADDED, [t.boxes for t in truths], shapes)
+    found = model.rpn.losses(features, model.rpn.anchors(features), PADDED, [t.boxes for t in truths])
     return found | model.roi_heads.losses(features, official.proposals(), truths, CONTENT)
 
 
