@@ -139,3 +139,8 @@ def test_commands_name_what_exists_in_words_that_parse(page: str, command: str) 
         check_script(script, [config, f"output={run}", *rest])
     else:
         check_script(words[0], words[1:])
+
+
+def test_targets_start_the_interpreter_by_its_name() -> None:
+    """RUN is what users give `make report`; a target that began with it would start their run folder."""
+    assert not re.search(r"^\t.*\$\(RUN\) (scripts|benchmarks)", MAKEFILE, flags=re.MULTILINE)
