@@ -2,15 +2,15 @@
 SHELL := /bin/bash
 PYTHON ?= python3
 VENV := .venv
-RUN := $(VENV)/bin/python
+PY := $(VENV)/bin/python
 GPUS ?= 0
 # One process, or one per GPU.
-LAUNCH := $(if $(filter-out 0 1,$(GPUS)),$(VENV)/bin/torchrun --nproc_per_node=$(GPUS),$(RUN))
+LAUNCH := $(if $(filter-out 0 1,$(GPUS)),$(VENV)/bin/torchrun --nproc_per_node=$(GPUS),$(PY))
 ARGS ?=
 TABLES = data=$(or $(DATA:glyph50=glyphs),glyphs) seeds=$(or $(SEEDS),1) $(if $(RECORDS),records='$(RECORDS)')
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-slow test-chaos test-gpu lint train finetune eval predict data check-data glyphs table1 table2 table3 table4 table5 tables results bench clean
+.PHONY: help setup demo test test-slow test-chaos test-gpu lint train finetune eval predict report figures data check-data glyphs table1 table2 table3 table4 table5 tables results bench clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z0-9-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "make %-10s %s\n", $$1, $$2}'
@@ -19,9 +19,9 @@ setup: $(VENV)/stamp  ## create .venv and install loce into it (PYTHON=python3.1
 
 # The stamp is as new as the last finished installation; a changed pyproject.toml makes it old.
 $(VENV)/stamp: pyproject.toml
-	@$(RUN) -m pip --version >/dev/null 2>&1 || { $(create_venv); }
+	@$(PY) -m pip --version >/dev/null 2>&1 || { $(create_venv); }
 	@echo "Installing loce and what it needs into $(VENV) (the first time: some minutes, several GB, most of it torch)"
-	$(RUN) -m pip install --disable-pip-version-check -e '.[dev]'
+	$(PY) -m pip install --disable-pip-version-check -e '.[dev]'
 	@touch $@
 
 define create_venv
@@ -34,19 +34,19 @@ $(PYTHON) -m venv $(VENV) || \
 endef
 
 demo: setup  ## stage 1, then LOCE and a control, on data drawn here: table and figures in runs/ (10 min, 2 cores)
-	$(RUN) scripts/demo.py $(ARGS)
+	$(PY) scripts/demo.py $(ARGS)
 
 test: setup  ## the test suite, in JOBS=2 processes of one thread each
-	OMP_NUM_THREADS=1 $(RUN) -m pytest -n $(or $(JOBS),2) --dist loadfile -m 'not slow and not gpu' $(ARGS)
+	OMP_NUM_THREADS=1 $(PY) -m pytest -n $(or $(JOBS),2) --dist loadfile -m 'not slow and not gpu' $(ARGS)
 
 test-slow: setup  ## tests that take minutes
-	$(RUN) -m pytest -m 'slow and not gpu' $(ARGS)
+	$(PY) -m pytest -m 'slow and not gpu' $(ARGS)
 
 test-chaos: setup  ## kill and stop a small training 35 times; it must equal one in peace (15 min or more)
-	$(RUN) scripts/chaos.py $(ARGS)
+	$(PY) scripts/chaos.py $(ARGS)
 
 test-gpu: setup  ## tests that need a CUDA device
-	$(RUN) -m pytest -m gpu $(ARGS)
+	$(PY) -m pytest -m gpu $(ARGS)
 
 lint: setup  ## ruff and mypy
 	$(VENV)/bin/ruff check .
@@ -60,32 +60,38 @@ finetune: setup  ## stage 2, LOCE, from runs/stage1 (GPUS=8, CONFIG=loce.yaml, A
 	$(LAUNCH) scripts/finetune.py $(or $(CONFIG),loce.yaml) $(ARGS)
 
 eval: setup  ## evaluate the newest run, or CKPT=..., or a results file: PRED=results.json ANN=annotations.json (GPUS=8)
-	$(if $(PRED),$(RUN),$(LAUNCH)) scripts/evaluate.py $(if $(CKPT),checkpoint='$(CKPT)') $(if $(PRED),results='$(PRED)') \
+	$(if $(PRED),$(PY),$(LAUNCH)) scripts/evaluate.py $(if $(CKPT),checkpoint='$(CKPT)') $(if $(PRED),results='$(PRED)') \
 		$(if $(ANN),annotations='$(ANN)') $(ARGS)
 
 predict: setup  ## draw what a model finds (CKPT=run folder or file, IMAGES=file or folder, OUT=predictions)
-	$(RUN) scripts/predict.py $(if $(CKPT),'$(CKPT)') $(if $(IMAGES),'$(IMAGES)') $(if $(OUT),output='$(OUT)') $(ARGS)
+	$(PY) scripts/predict.py $(if $(CKPT),'$(CKPT)') $(if $(IMAGES),'$(IMAGES)') $(if $(OUT),output='$(OUT)') $(ARGS)
+
+report: setup  ## equilibrium report, one HTML file, of the newest run, or RUN="runs/a runs/b" (ARGS="output=x.html")
+	$(PY) scripts/report.py $(RUN) $(ARGS)
+
+figures: setup  ## the paper's Figures 1 and 4, PNG and PDF, of RUN="runs/a runs/b": run or evaluation folders
+	$(PY) scripts/figures.py $(RUN) $(ARGS)
 
 glyphs: setup  ## draw Glyph-LVIS, the demo's data (OUT=runs/glyphs50 CLASSES=50)
-	$(RUN) scripts/make_glyphs.py out=$(or $(OUT),runs/glyphs50) classes=$(or $(CLASSES),50) $(ARGS)
+	$(PY) scripts/make_glyphs.py out=$(or $(OUT),runs/glyphs50) classes=$(or $(CLASSES),50) $(ARGS)
 
 table1:  ## the paper's Table 1 (table2 to table5: the others): trains what is missing (DATA=glyphs|lvis, SEEDS=1, GPUS=8)
 table1 table2 table3 table4 table5: setup
-	$(RUN) scripts/tables.py table=$(@:table%=%) $(TABLES) gpus=$(GPUS) $(ARGS)
+	$(PY) scripts/tables.py table=$(@:table%=%) $(TABLES) gpus=$(GPUS) $(ARGS)
 
 tables: table1 table2 table3 table4 table5 results  ## all five, then results (DATA, SEEDS, GPUS; RECORDS=folder)
 
 results: setup  ## what the finished rows show: all tables over seeds, the paper's claims, a figure (OUT=folder)
-	$(RUN) scripts/results.py $(TABLES) $(if $(OUT),out='$(OUT)') $(ARGS)
+	$(PY) scripts/results.py $(TABLES) $(if $(OUT),out='$(OUT)') $(ARGS)
 
 bench: setup  ## ours against torchvision's and the usual way, in one table (SIZE=small to try; DEVICE=cuda)
-	$(RUN) benchmarks/bench.py size=$(or $(SIZE),full) device=$(or $(DEVICE),auto) $(ARGS)
+	$(PY) benchmarks/bench.py size=$(or $(SIZE),full) device=$(or $(DEVICE),auto) $(ARGS)
 
 data: setup  ## fetch LVIS annotations and COCO images, 20 GB (VERSION=0.5|coco, OUT=data, ARGS="only=annotations")
-	$(RUN) scripts/fetch_data.py version=$(or $(VERSION),1.0) out=$(or $(OUT),data) $(ARGS)
+	$(PY) scripts/fetch_data.py version=$(or $(VERSION),1.0) out=$(or $(OUT),data) $(ARGS)
 
 check-data: setup  ## check a data set read-only (DATA=CONFIG.yaml, or DATA=annotations.json IMAGES=folder)
-	$(RUN) scripts/check_data.py $(DATA) $(if $(IMAGES),images='$(IMAGES)') $(ARGS)
+	$(PY) scripts/check_data.py $(DATA) $(if $(IMAGES),images='$(IMAGES)') $(ARGS)
 
 clean:  ## remove caches of tools and builds; never runs/, data/ or .venv
 	rm -rf build dist .pytest_cache .ruff_cache .mypy_cache

@@ -30,6 +30,8 @@ from loce.yaml_text import show
 # Options that give weights their meaning, and that no shape shows.
 UNSEEN = ("model.mask_predictor", "model.rpn.anchor_scale", "model.roi.finest_scale", "model.roi.aligned")
 
+SNAPSHOTS = 50  # lines of equilibrium.jsonl: half a megabyte on LVIS
+
 
 @dataclass
 class Job:
@@ -180,6 +182,24 @@ def equilibrium_scalars(model: MaskRCNN, stats: ClassStats) -> dict[str, Shown]:
     masks = {group: torch.from_numpy(stats.group_mask(group)) for group in GROUPS}
     means = {f"{k}/{g}": float(v[m].mean()) for k, v in values.items() for g, m in masks.items() if m.any()}
     return {**means, **{f"{name}/classes": value for name, value in values.items()}}
+
+
+def snapshot_due(done: int, total: int) -> bool:
+    """Whether equilibrium.jsonl has a line of iteration `done`: at most SNAPSHOTS, evenly over all, and the last one.
+
+    Checkpoints have no say, so that the lines are the same however often a run was stopped.
+    """
+    return done * SNAPSHOTS // total > (done - 1) * SNAPSHOTS // total
+
+
+def equilibrium_of_classes(model: MaskRCNN) -> dict[str, list[float]]:
+    """Mean score (four digits) and rows in the memory (this rank's) of every class, for equilibrium.jsonl."""
+    roi = model.roi_heads
+    scores = roi.tracker.scores[:-1].tolist()  # sync: a snapshot
+    values: dict[str, list[float]] = {"mean_score": [float(f"{score:.4g}") for score in scores]}
+    if roi.memory is not None:
+        values["memory"] = roi.memory.bank.counts.tolist()  # sync: a snapshot
+    return values
 
 
 def filled(model: MaskRCNN) -> str:

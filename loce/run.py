@@ -14,7 +14,18 @@ from loce.errors import DivergedError, Stopped
 from loce.files import write_text
 from loce.header import introduce
 from loce.inference import evaluate_model
-from loce.job import Job, advance, fill, filled, open_log, prepare, save, set_done
+from loce.job import (
+    Job,
+    advance,
+    equilibrium_of_classes,
+    fill,
+    filled,
+    open_log,
+    prepare,
+    save,
+    set_done,
+    snapshot_due,
+)
 from loce.progress import say
 from loce.runlog import RunLog, open_boards
 from loce.session import session
@@ -99,6 +110,8 @@ def _advance(job: Job, log: RunLog, last: int) -> None:
 
 def _after_step(job: Job, log: RunLog, done: int, stop: bool) -> None:
     set_done(job, done)
+    if snapshot_due(done, sum(job.lengths)):
+        log.snapshot(done, equilibrium_of_classes(job.model))
     if stop or done in accumulate(job.lengths) or done % job.config.train.checkpoint_every == 0:
         saved = save(job, log)
         if done == sum(job.lengths) and not saved and not stop:

@@ -1,4 +1,5 @@
-"""The run folder: what was run (config.yaml, env.txt) and what happened (log.txt, metrics.jsonl, TensorBoard)."""
+"""The run folder: what was run (config.yaml, env.txt) and what happened (log.txt, metrics.jsonl, TensorBoard), and
+what became of every class (equilibrium.jsonl)."""
 
 import json
 import math
@@ -78,8 +79,10 @@ class RunLog:
             write_text(self.folder / "config.yaml", config_text)
             with (self.folder / "env.txt").open("a", encoding="utf-8") as file:
                 file.write(environment(device, distributed.world_size()) + "\n\n")
-            cut_metrics(self.folder / "metrics.jsonl", self.start)
-            self.metrics, self.text = (PatientFile(self.folder / name) for name in ("metrics.jsonl", "log.txt"))
+            for name in ("metrics.jsonl", "equilibrium.jsonl"):
+                cut_metrics(self.folder / name, self.start)
+            names = ("metrics.jsonl", "equilibrium.jsonl", "log.txt")
+            self.metrics, self.classes, self.text = self.files = [PatientFile(self.folder / name) for name in names]
             self.boards = open_boards(self.folder, self.start + 1, config_text if wandb else "")
         except OSError as error:
             raise UserError(
@@ -139,6 +142,13 @@ class RunLog:
             for board in self.boards:
                 self._warn(board.name, board.show(iteration, values))
 
+    def snapshot(self, iteration: int, values: dict[str, list[float]]) -> None:
+        """One line of equilibrium.jsonl: lists with a number for each class; null where it is not finite."""
+        if self.writing:
+            known = {name: [x if math.isfinite(x) else None for x in column] for name, column in values.items()}
+            line = json.dumps({"iteration": iteration, **known}, allow_nan=False, separators=(",", ":"))
+            self._warn("equilibrium.jsonl", self.classes.write(line + "\n"))
+
     def _warn(self, what: str, problem: str) -> None:
         """Tell what the disk did not take, once until it takes something again."""
         if problem and what not in self.troubled:
@@ -148,8 +158,8 @@ class RunLog:
     def sync(self) -> None:
         """Wait until all lines would survive a crash of the machine, before a checkpoint takes them for granted."""
         if self.writing:
-            self._warn("metrics.jsonl", self.metrics.sync())
-            self._warn("log.txt", self.text.sync())
+            for file in self.files:
+                self._warn(Path(file.path).name, file.sync())
 
     def line(self, text: str, shown: bool = True) -> None:
         """A line of log.txt, also printed unless `shown` is False. Rank 0 only."""
@@ -164,8 +174,8 @@ class RunLog:
         self.bar.close()
         if self.writing:
             self.line(f"{self.done}/{self.iterations} iterations done, {clock(time.monotonic() - self.started)}")
-            self._warn("metrics.jsonl", self.metrics.close())
-            self._warn("log.txt", self.text.close())
+            for file in self.files:
+                self._warn(Path(file.path).name, file.close())
             for board in self.boards:
                 board.close()
             self.writing = False

@@ -12,6 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from steps import newest_run
+
 from loce.config import Natural, UserError, read_options, run_script
 from loce.evaluation.report import evaluate_and_report
 
@@ -73,6 +75,8 @@ def evaluate_a_checkpoint(options: Options, words: Sequence[str]) -> None:
     from loce.inference import evaluate_checkpoint  # torch is not needed to evaluate results
 
     path = Path(options.checkpoint) if options.checkpoint else newest_run(Path("runs"))
+    if path is None:
+        raise UserError("no checkpoint below runs/; give checkpoint=RUN_OR_FILE, or results=R.json annotations=A.json")
     names = {"data.val_annotations": options.annotations, "data.val_images": options.images}
     names |= {"eval.protocol": options.protocol if options.protocol != "auto" else ""}
     names |= {"eval.detections": str(options.detections or ""), "eval.errors": "" if options.errors else "false"}
@@ -80,16 +84,6 @@ def evaluate_a_checkpoint(options: Options, words: Sequence[str]) -> None:
     output = Path(options.output) if options.output else None
     output = evaluate_checkpoint(path, output, words, options.device, **report_options(options))
     print(f"{WRITTEN} {output}")
-
-
-def newest_run(runs: Path) -> Path:
-    """The run folder with the checkpoint written last."""
-    files = sorted(runs.glob("**/checkpoints/*/main.pt"), key=lambda file: file.stat().st_mtime)
-    if not files:
-        raise UserError(
-            f"no checkpoint below {runs}/; give checkpoint=RUN_OR_FILE, or results=R.json annotations=A.json"
-        )
-    return files[-1].parents[2]
 
 
 def main() -> None:

@@ -60,3 +60,17 @@ def percent(values: Sequence[float]) -> str:
         return "-"
     deviation = f" ± {statistics.stdev(values):.1f}" if len(values) > 1 else ""
     return f"{statistics.mean(values):.1f}{deviation}"
+
+
+def newest_run(runs: Path) -> Path | None:
+    """The run folder below `runs` with the checkpoint written last."""
+    files = sorted(runs.glob("**/checkpoints/*/main.pt"), key=lambda file: file.stat().st_mtime)
+    return files[-1].parents[2] if files else None
+
+
+def folders_of(words: Sequence[str]) -> tuple[list[Path], list[str]]:
+    """The folders among a command's words, each once, or else the newest run below runs/; and the other words."""
+    named = [word for word in words if not word.startswith("-") and ("=" not in word or Path(word).exists())]
+    folders = [Path(word) for word in dict.fromkeys(word.rstrip("/") for word in named)]
+    newest = None if folders or {"-h", "--help"} & set(words) else newest_run(Path("runs"))
+    return folders or ([newest] if newest else []), [word for word in words if word not in named]

@@ -174,7 +174,7 @@ SINGLE = {
     "memory: {enable: true}": "run.yaml: memory.enable = true: unknown key; did you mean memory.enabled?",
     "model: {roi: 512}": (
         "run.yaml: model.roi = 512: is a section; its keys are model.roi.positive_iou, model.roi.batch_per_image, "
-        "model.roi.positive_fraction, model.roi.finest_scale"
+        "model.roi.positive_fraction, model.roi.finest_scale, model.roi.aligned"
     ),
     "data: {workers: true}": "run.yaml: data.workers = true: must be a whole number >= 0",
     "data: {group_by_aspect: 1}": "run.yaml: data.group_by_aspect = 1: must be true or false",

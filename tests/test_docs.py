@@ -146,6 +146,11 @@ def test_commands_name_what_exists_in_words_that_parse(page: str, command: str, 
         check_script(words[0], words[1:], tmp_path)
 
 
+def test_targets_start_the_interpreter_by_its_name() -> None:
+    """RUN is what users give `make report`; a target that began with it would start their run folder."""
+    assert not re.search(r"^\t.*\$\(RUN\) (scripts|benchmarks)", MAKEFILE, flags=re.MULTILINE)
+
+
 # Who runs them: the test file that does, or what it needs that no test here has.
 GPU, NETWORK, TIME = "needs GPUs and LVIS", "needs the network", "needs many minutes"
 RUN_BY = {
@@ -163,6 +168,7 @@ RUN_BY = {
     r"README.md: python scripts/train.py --help": "tests/test_config.py",
     r"README.md: python scripts/(train|finetune).py (stage1|loce|methods/\w+).yaml.*": "needs LVIS",
     r"README.md: make predict .*": "tests/test_predict.py",
+    r".*: (make (report|figures)|python scripts/(report|figures).py).*": "tests/test_report.py",
     r"README.md: python scripts/convert.py .*": "tests/convert/test_files.py",
     r"own_data.md: .*": "tests/test_own_data.py",
     r"rebalance.md: .*": "tests/convert/test_torchvision_agrees.py",

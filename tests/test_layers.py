@@ -17,7 +17,7 @@ LAYERS = {
     1: "data box_generator memory_bank memory_packing mean_score equilibrium_loss forest_trees heads",
     2: "models evaluation",
     3: "engine build checkpoint resume start validation job divergence replay convert drawing inference run plots "
-    "tree_building contact_sheet header trials profiling",
+    "tree_building contact_sheet header trials profiling report",
 }
 LAYER = {name: layer for layer, names in LAYERS.items() for name in names.split()}
 # Within a layer, what may import what (a folder's files may import each other; layers 0 and 3 are open, see below).

@@ -9,6 +9,7 @@ import select
 import subprocess
 import sys
 import time
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -19,6 +20,7 @@ from loce import progress as progress_module
 from loce.config import Config, UserError, dump, from_dict, to_dict
 from loce.evaluation.reading import read_json
 from loce.files import PatientFile, atomic_write, write_text
+from loce.job import snapshot_due
 from loce.progress import clock, eta, phase, progress, watched
 from loce.runlog import RunLog, check_run_folder, cut_metrics
 
@@ -33,6 +35,7 @@ def train(log: RunLog, iterations: range) -> None:
         log.window.append({"b": torch.tensor(2.0 * i), "a": torch.tensor(float(i))})
         if i % 2:
             log.write(i + 1, 0.1)
+        log.snapshot(i + 1, {"mean_score": [math.nan, i / 8]})
 
 
 def records(folder: Path) -> list[dict]:
@@ -109,6 +112,9 @@ def test_a_resumed_run_has_each_line_once(tmp_path: Path, killed_at: int):
 
     assert keys(parts) == keys(whole)
     assert points(parts, "loss/all") == points(whole, "loss/all")
+    snapshots = [(folder / "equilibrium.jsonl").read_text() for folder in (parts, whole)]
+    assert snapshots[0] == snapshots[1] and snapshots[0].count("\n") == 8
+    assert snapshots[0].splitlines()[2] == '{"iteration":3,"mean_score":[null,0.25]}'
     assert (parts / "env.txt").read_text().count("started: ") == 2
 
 
@@ -149,6 +155,12 @@ def test_lines_that_never_found_room_are_counted(tmp_path: Path):
     file = PatientFile("/dev/full")
     assert file.write("12345\n") == file.write("") == "/dev/full: No space left on device"
     assert file.close() == "/dev/full: No space left on device; 6 bytes are lost"
+
+
+def test_snapshots_are_few_even_and_end_with_the_last():
+    assert [i for i in range(1, 8) if snapshot_due(i, 7)] == list(range(1, 8))
+    at = [i for i in range(1, 1041) if snapshot_due(i, 1040)]
+    assert len(at) == 50 and at[-1] == 1040 and {b - a for a, b in pairwise(at)} == {20, 21}
 
 
 def test_cut_metrics(tmp_path: Path):

@@ -70,7 +70,9 @@ def memory(folder: Path, rank: int = 0) -> dict[str, torch.Tensor]:
 
 
 def same_run(one: Path, other: Path) -> None:
-    """Fail where two runs differ in the weights or memory of their last checkpoint, or in a line of their metrics."""
+    """Fail where two runs differ in the weights or memory of their last checkpoint, in a line of their metrics, or in
+    what became of a class."""
+    assert (one / "equilibrium.jsonl").read_text() == (other / "equilibrium.jsonl").read_text() != ""
     for line, expected in zip(metrics(one), metrics(other), strict=True):
         assert {k: v for k, v in line.items() if k not in TIMING} == {
             k: v for k, v in expected.items() if k not in TIMING

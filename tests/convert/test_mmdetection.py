@@ -114,7 +114,7 @@ def test_missing_extra_and_misshapen_keys_are_all_named(written):
 def test_another_architecture(written, tmp_path):
     with pytest.raises(UserError, match=r"not of the architecture that loce has: roi_head.bbox_head.0.fc_cls.weight"):
         convert(written({"roi_head.bbox_head.0.fc_cls.weight": torch.zeros(2, 2)}))
-    with pytest.raises(UserError, match=r"36 blocks in layer3; loce has ResNet-50"):
+    with pytest.raises(UserError, match=r"36 blocks of 3 convolutions in layer3; loce has ResNet-18"):
         convert(written({f"backbone.layer3.{i}.conv1.weight": torch.zeros(1) for i in range(36)}))
     torch.save({"state_dict": {"backbone.conv1.weight": torch.zeros(1), "bbox_head.x": torch.zeros(1)}}, tmp_path / "r")
     with pytest.raises(UserError, match=r"no Mask R-CNN(.|\n)*tensors in it: backbone \(1\), bbox_head \(1\)"):
