@@ -168,7 +168,7 @@ RUN_BY = {
     r"README.md: python scripts/train.py --help": "tests/test_config.py",
     r"README.md: python scripts/(train|finetune).py (stage1|loce|methods/\w+).yaml.*": "needs LVIS",
     r"README.md: make predict .*": "tests/test_predict.py",
-    r".*: (make (report|figures)|python scripts/(report|figures).py).*": "tests/test_report.py",
+    r".*: (make (report|figures)|python scripts/(report|figures).py).*": "tests/test_equilibrium_report.py",
     r"README.md: python scripts/convert.py .*": "tests/convert/test_files.py",
     r"own_data.md: .*": "tests/test_own_data.py",
     r"rebalance.md: .*": "tests/convert/test_torchvision_agrees.py",
