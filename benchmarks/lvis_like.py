@@ -79,7 +79,7 @@ def _image(rng: np.random.Generator, image_id: int) -> dict[str, Any]:
     height, width = FILE_SIZE
     return {
         "date_captured": "2013-11-14 11:18:45",
-        "neg_category_ids": rng.choice(CLASSES, 9, replace=False).tolist(),
+        "neg_category_ids": (rng.choice(CLASSES, 9, replace=False) + 1).tolist(),
         "id": image_id,
         "license": 1,
         "height": height,

@@ -177,9 +177,9 @@ def summary(events: list[Any], on_gpu: bool) -> dict[str, Part]:
     """What each part took, of the profiler's events; the parts' times add up to that of all events."""
     parts: dict[str, Part] = defaultdict(Part)
     part_of: dict[int, str] = {}  # autograd's number of a forward operation -> its part
-    for event in events:
-        if event.sequence_nr >= 0 and event.scope == 0:
-            part_of.setdefault(event.sequence_nr, _owner(event))
+    for event in sorted(events, key=lambda event: event.time_range.start):
+        if event.sequence_nr >= 0 and event.scope == 0 and _backward_root(event) is None:
+            part_of[event.sequence_nr] = _owner(event)  # operations without gradient before it have the same number
     for event in events:
         spent = (event.self_device_time_total if on_gpu else event.self_cpu_time_total) / 1e3
         backward = _backward_root(event)
