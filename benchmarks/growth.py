@@ -30,7 +30,7 @@ from loce.options import Count
 from loce.plots import _save as save_figure
 from loce.plots import plt
 
-SMALL = ("model.backbone=tiny", "model.norm=group")
+SMALL = ("model.backbone=tiny", "model.norm=group", "model.weights=none")
 SMALL_REGIONS = 64
 LABELS = {"classes": "classes", "instances": "instances in an image", "capacity": "features a class, M"}
 
