@@ -12,7 +12,7 @@ from loce.data.masks import CroppedMasks
 from loce.models.boxes import clip, finite
 
 MASK_SIZE = 28
-_CROPS_AT_ONCE = 16  # bounds the memory of float crops while targets are made
+_CROPS_AT_ONCE, _PIXELS_AT_ONCE = 16, 1 << 21  # bound the memory of float crops while targets are made
 
 
 class MaskHead(nn.Module):
@@ -72,8 +72,9 @@ def mask_targets(masks: CroppedMasks, instances_P: Tensor, boxes_P4: Tensor) -> 
     """
     boxes_P4 = finite(clip(boxes_P4, masks.size))
     corner_N2 = masks.windows[:, :2].to(boxes_P4.dtype)
+    number = max(1, min(_CROPS_AT_ONCE, _PIXELS_AT_ONCE // (masks.largest[0] * masks.largest[1])))
     targets = []
-    for rows, boxes in zip(instances_P.split(_CROPS_AT_ONCE), boxes_P4.split(_CROPS_AT_ONCE), strict=True):
+    for rows, boxes in zip(instances_P.split(number), boxes_P4.split(number), strict=True):
         crops = masks.crops(rows)[:, None]
         shifted = boxes - corner_N2[rows].repeat(1, 2)
         index = torch.arange(len(rows), device=boxes.device, dtype=boxes.dtype)[:, None]
