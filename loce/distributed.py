@@ -4,6 +4,7 @@ A collective is entered by every rank, whatever its data holds; with one process
 """
 
 import os
+import socket
 import time
 from datetime import timedelta
 
@@ -12,7 +13,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from loce.env import available_cores
-from loce.errors import UserError
+from loce.errors import RankLostError, UserError
 
 TIMEOUT = timedelta(minutes=30)  # the longest honest wait: the others while rank 0 merges an evaluation
 
@@ -56,11 +57,24 @@ def _join(backend: str) -> None:
     missing = [name for name in ("RANK", "MASTER_ADDR", "MASTER_PORT") if name not in os.environ]
     if missing:
         raise UserError(f"WORLD_SIZE is set, but {', '.join(missing)} not: start several processes with torchrun")
+    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
+        require_torchrun(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]))
     try:
         dist.init_process_group(backend, timeout=TIMEOUT)
     except dist.DistNetworkError as error:
         address = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
         raise UserError(f"the processes cannot meet at {address}; use another --master_port ({error})") from error
+
+
+def require_torchrun(address: str, port: int) -> None:
+    """RankLostError where nobody listens there: torchrun was killed while this process started.
+
+    The meeting itself would wait for it as long as for the slowest rank.
+    """
+    try:
+        socket.create_connection((address, port), timeout=60).close()
+    except OSError as error:
+        raise RankLostError(f"error: torchrun at {address}:{port} has ended ({error}); nothing was begun") from None
 
 
 def teardown() -> None:

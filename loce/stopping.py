@@ -74,9 +74,14 @@ def only_note() -> None:
     _deferred = True
 
 
-def die_with_parent(number: signal.Signals) -> None:
-    """Let the system send this signal to this process when its parent dies, however it does (Linux; else nothing)."""
+def die_with_parent(number: signal.Signals, parent: int = 0) -> None:
+    """Let the system send this signal to this process when its parent dies, however it does (Linux; else nothing).
+
+    parent: the parent's id, where it is known; the signal comes at once where that process is gone already.
+    """
     import ctypes  # here, since it is not needed where there are no parents to lose
 
     if hasattr(os, "sched_getaffinity"):
         ctypes.CDLL(None, use_errno=True).prctl(1, int(number), 0, 0, 0)  # 1: PR_SET_PDEATHSIG
+        if parent and os.getppid() != parent:
+            os.kill(os.getpid(), number)

@@ -4,6 +4,7 @@ import os
 import re
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -15,6 +16,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from loce.distributed import require_torchrun
+from loce.errors import RankLostError
 from tests.tiny_runs import LOCE, ROOT, command, environment, main_file, same_run
 
 LONG = ("train.epochs=40", "train.drops=[30]", "train.log_every=7", "train.checkpoint_every=1000")
@@ -52,8 +55,9 @@ class Running:
         found = {}
         for pid, parent in self.family().items():
             words = Path(f"/proc/{pid}/environ").read_text().split("\0")
-            if parent == self.process.pid:
-                found[next(int(word[5:]) for word in words if word.startswith("RANK="))] = pid
+            rank = next((int(word[5:]) for word in words if word.startswith("RANK=")), None)
+            if parent == self.process.pid and rank is not None:
+                found[rank] = pid
         return [found[rank] for rank in sorted(found)]
 
     def children(self, rank: int) -> list[int]:
@@ -198,6 +202,32 @@ def test_when_torchrun_is_killed_its_ranks_save_and_end(config: Path, tmp_path: 
 
 
 @pytest.mark.slow
+def test_when_torchrun_is_killed_before_its_ranks_have_met_they_end(config: Path, tmp_path: Path, start) -> None:
+    running = start("train.py", (config, *LONG, f"output={tmp_path}/run"), processes=2)
+    while len(running.ranks()) < 2:
+        time.sleep(0.01)
+    os.kill(running.process.pid, signal.SIGKILL)
+    text = running.end(-9)
+    assert "has ended" in text and "iter 1/" not in text
+
+
+def test_who_listens_nowhere_has_ended() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = server.getsockname()[1]
+        require_torchrun("127.0.0.1", port)
+    with pytest.raises(RankLostError, match=f"torchrun at 127.0.0.1:{port} has ended"):
+        require_torchrun("127.0.0.1", port)
+
+
+def test_a_process_whose_parent_is_gone_already_ends() -> None:
+    code = "from loce.stopping import die_with_parent; die_with_parent(9, {}); print('lives')"
+    for parent, expected in ((os.getpid(), "lives\n"), (os.getppid(), "")):
+        words = [sys.executable, "-c", code.format(parent)]
+        done = subprocess.run(words, capture_output=True, text=True, timeout=60, cwd=ROOT)
+        assert done.stdout == expected and done.returncode == (0 if expected else -9)
+
+
+@pytest.mark.slow
 def test_torchrun_starts_a_killed_run_again(config: Path, stage1: Path, straight: Path, start) -> None:
     words = stage2_words(config, stage1, stage1.with_name("again"), every=5)
     running = start("finetune.py", words, processes=2, options=("--max-restarts=1",))
@@ -271,7 +301,8 @@ def test_a_rank_that_meets_too_many_bad_images_is_named(config: Path, glyphs: Pa
 
 
 ENDS = """
-import time
+import os, time
+from functools import partial
 from torch.utils.data import DataLoader
 from loce.data.loader import _start_worker
 from loce.session import session
@@ -281,7 +312,8 @@ class Slow:
     def __getitem__(self, i): return time.sleep(0.02) or i
 
 with session("cpu"):
-    batches = iter(DataLoader(Slow(), num_workers=2, multiprocessing_context="fork", worker_init_fn=_start_worker))
+    init = partial(_start_worker, os.getpid())
+    batches = iter(DataLoader(Slow(), num_workers=2, multiprocessing_context="fork", worker_init_fn=init))
     next(batches)
     raise ValueError("an error of ours")
 """

@@ -4,8 +4,10 @@ What is shown when is decided before (samplers.py); workers only carry it out, s
 """
 
 import json
+import os
 import signal
 from collections.abc import Collection, Iterable, Iterator
+from functools import partial
 from itertools import chain
 from typing import Any
 
@@ -53,7 +55,7 @@ class Batches:
             num_workers=workers,
             collate_fn=list,
             pin_memory=torch.cuda.is_available(),
-            worker_init_fn=_start_worker,
+            worker_init_fn=partial(_start_worker, os.getpid()),
             prefetch_factor=PREFETCH if workers else None,
             multiprocessing_context="fork" if workers else None,  # workers share the annotation arrays
             generator=torch.Generator(),  # else the loader would draw from, and so change, the global one
@@ -98,9 +100,9 @@ class Batches:
             )
 
 
-def _start_worker(_: int) -> None:
+def _start_worker(parent: int, _: int) -> None:
     """One thread per worker, and deaf to signals: the main process decides when to stop, and takes it with it."""
-    stopping.die_with_parent(signal.SIGKILL)
+    stopping.die_with_parent(signal.SIGKILL, parent)
     cv2.setNumThreads(0)
     for number in stopping.SIGNALS:
         signal.signal(number, signal.SIG_IGN)
