@@ -268,5 +268,5 @@ def test_a_disk_without_room_is_found_at_the_start(tiny: Config) -> None:
     resume.require_room(Path(tiny.output), huge, model)
     with torch.device("meta"):
         model.roi_heads.memory.bank.register_buffer("features", torch.empty(10**15))
-    with pytest.raises(UserError, match=r"a checkpoint takes up to 4000000\d+\.\d MB, .* are free on its disk: free "):
+    with pytest.raises(UserError, match=r"a checkpoint takes up to 400000\d\.\d GB, .* are free on its disk: free "):
         resume.require_room(Path(tiny.output), huge, model)
