@@ -19,6 +19,7 @@ from loce.files import write_text
 TABLES = (1, 2, 3, 4, 5)
 TRACKS = 0.7  # rank correlation from which on the mean score tracks accuracy
 LITTLE = 1.0  # box AP: what matters less matters little
+ENOUGH_SEEDS = 3  # for a verdict without a word of warning
 Records = list[dict[str, Any]]
 
 
@@ -69,10 +70,7 @@ def line(row: Row, records: Records, softmax: Records, loce: Records) -> str:
         str(len(records)),
         *(mean(metric(records, name)) if records else "not run" for name in COLUMNS),
         f"{whole.low:.1f} to {whole.high:.1f}" if whole else "-",
-        *(
-            str(difference(records, others, "AP") or "-") if others is not records else "-"
-            for others in (softmax, loce)
-        ),
+        *(str(difference(records, others, "AP") or "-") if others != records else "-" for others in (softmax, loce)),
         " / ".join("-" if value == UNKNOWN else f"{value:.1f}" for value in row.text.paper),
     ]
     return f"| {' | '.join(cells)} |"
@@ -118,7 +116,7 @@ def better(claim: str, ours: Records, others: Records, columns: Sequence[str]) -
     if len(known) < len(columns):
         return claim, "not run", "-"
     text = ", ".join(f"{name} {value}" for name, value in known.items())
-    return claim, text, verdict([value.low > 0 for value in known.values()], [v.high < 0 for v in known.values()])
+    return claim, text, verdict([v.low > 0 for v in known.values()], [v.high < 0 for v in known.values()], ours)
 
 
 def little(claim: str, table: Table, loce: Records) -> tuple[str, str, str]:
@@ -130,7 +128,7 @@ def little(claim: str, table: Table, loce: Records) -> tuple[str, str, str]:
         return claim, "not run", "-"
     text = "box AP " + ", ".join(f"{name}: {value}" for name, value in known.items())
     within = [abs(value.mean) <= LITTLE for value in known.values()]
-    return claim, text, verdict(within, [v.low > LITTLE or v.high < -LITTLE for v in known.values()])
+    return claim, text, verdict(within, [v.low > LITTLE or v.high < -LITTLE for v in known.values()], loce)
 
 
 def tracking(rows: dict[str, Records]) -> tuple[str, str, str]:
@@ -141,12 +139,13 @@ def tracking(rows: dict[str, Records]) -> tuple[str, str, str]:
     means = {name: sum(map(score_tracks_accuracy, records)) / len(records) for name, records in rows.items()}
     text = "rank correlation " + ", ".join(f"{name} {value:.2f}" for name, value in means.items())
     above = [value >= TRACKS for value in means.values()]
-    return claim, text, verdict(above, [not value for value in above])
+    return claim, text, verdict(above, [not value for value in above], rows["LOCE"])
 
 
-def verdict(holds: list[bool], fails: list[bool]) -> str:
-    """In a word."""
-    return "confirmed" if all(holds) else "not confirmed" if any(fails) else "within noise"
+def verdict(holds: list[bool], fails: list[bool], records: Records) -> str:
+    """In a word, and of how many seeds where these are too few to say much."""
+    word = "confirmed" if all(holds) else "not confirmed" if any(fails) else "within noise"
+    return word if len(records) >= ENOUGH_SEEDS else f"{word}, by {len(records)} seed{'s' * (len(records) > 1)} only"
 
 
 def origin(records: Records) -> list[str]:
