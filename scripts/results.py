@@ -12,6 +12,7 @@ from typing import Any
 
 from result_statistics import Estimate, difference, metric, score_tracks_accuracy
 from table_rows import COLUMNS, UNKNOWN, Row, RunOptions, read_rows
+from tables import training
 
 from loce.config import read_options, run_script
 from loce.files import write_text
@@ -52,10 +53,18 @@ def read_tables(options: Options) -> list[Table]:
 def page(tables: list[Table], note: str) -> str:
     """All of it in Markdown."""
     softmax, loce = tables[0].records["baseline"], tables[0].records["s, EBL + MFS"]
-    lines = ["# Results", "", note, "", *claims(tables), "", "![Mean score and AP of every class](score_accuracy.png)"]
+    lines = [
+        "# Results",
+        "",
+        note,
+        "",
+        *claims(tables),
+        "",
+        "![Mean score and AP of every class](images/score_accuracy.png)",
+    ]
     for table in tables:
         lines += ["", f"## Table {table.number}: {table.title}", ""]
-        names = ["seeds", *COLUMNS, "AP, 95%", "AP - softmax", "AP - LOCE", f"paper: {', '.join(COLUMNS)}"]
+        names = ["seeds", *COLUMNS, "AP, 95%", "AP - softmax", "AP - LOCE", f"paper: {', '.join(COLUMNS)}", "training"]
         lines += [f"| | {' | '.join(names)} |", "|---" * (len(names) + 1) + "|"]
         lines += [line(row, table.records[row.text.name], softmax, loce) for row in table.rows]
     every = [record for table in tables for rows in table.records.values() for record in rows]
@@ -72,6 +81,7 @@ def line(row: Row, records: Records, softmax: Records, loce: Records) -> str:
         f"{whole.low:.1f} to {whole.high:.1f}" if whole else "-",
         *(str(difference(records, others, "AP") or "-") if others != records else "-" for others in (softmax, loce)),
         " / ".join("-" if value == UNKNOWN else f"{value:.1f}" for value in row.text.paper),
+        training(row.runs[0].config),
     ]
     return f"| {' | '.join(cells)} |"
 
@@ -184,7 +194,7 @@ def main() -> None:
     first = {name: records[0] for name, records in rows.items() if records}
     titles = {f"{name}: rank correlation {score_tracks_accuracy(r):.2f}": r["classes"] for name, r in first.items()}
     if titles:
-        score_figure(titles, folder / "score_accuracy.png")
+        score_figure(titles, folder / "images/score_accuracy.png")
     write_text(folder / "results.md", text)
     print(f"{text}\nwrote {folder / 'results.md'}")
 
