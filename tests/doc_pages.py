@@ -34,7 +34,7 @@ def run_command(command: str, folder: Path) -> str:
     """Run a command line of a page in `folder`; what it prints. `make` runs without its set-up, on this Python."""
     program, *words = shlex.split(command)
     if program == "make":
-        line = ["make", "-o", "setup", f"RUN={sys.executable}", *words]
+        line = ["make", "-o", "setup", f"PY={sys.executable}", *words]
     else:
         assert program == "python", command
         line = [sys.executable, *words]

@@ -96,7 +96,8 @@ def test_a_replayed_iteration_is_the_same(config: Path, stage1: Path) -> None:
         for number, image in enumerate(seen["images"]):
             assert 0 < len(image["regions"]) <= 32
             picture = folder.with_name("replayed_seen") / f"rank{rank}_{number}_image{image['image_id']}_regions.png"
-            assert read_image(picture, (64, 64)).shape == (64, 64, 3)
+            height, width, _ = read_image(picture, None).shape  # small images are enlarged
+            assert height == width and height % 64 == 0
 
 
 def test_a_replay_of_what_is_not_there_is_refused(config: Path, stage1: Path, tmp_path: Path) -> None:

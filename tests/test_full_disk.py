@@ -9,7 +9,7 @@ from tests.tiny_runs import LOCE, command, in_namespace
 
 # A small disk that is filled after two steps, also with what an old checkpoint gives up, until one finds no room.
 SCRIPT = """
-mount -t tmpfs -o size=6m tmpfs {disk} || exit 99
+mount -t tmpfs -o size=8m tmpfs {disk} || exit 99
 (
   until grep -qs "iter 2/3" {disk}/run/log.txt; do sleep 0.01; done
   until grep -qs "WARNING: no checkpoint" {out}; do cat /dev/zero >> {disk}/ballast; sleep 0.01; done

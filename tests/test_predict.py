@@ -72,7 +72,7 @@ def test_the_makefile_takes_paths_with_spaces(folder: Path) -> None:
     (folder / "my photos").mkdir()
     (folder / "my photos/a.jpg").write_bytes((folder / "images/colour.jpg").read_bytes())
     words = [f"CKPT={folder / 'run'}", f"IMAGES={folder / 'my photos'}", f"OUT={folder / 'made'}"]
-    line = ["make", "-C", str(ROOT), "-o", "setup", f"RUN={sys.executable}", "predict", *words]
+    line = ["make", "-C", str(ROOT), "-o", "setup", f"PY={sys.executable}", "predict", *words]
     done = subprocess.run(line, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
     assert done.returncode == 0, done.stdout + done.stderr
     assert (folder / "made/a.jpg.png").is_file() and (folder / "made/predictions.json").is_file()
