@@ -12,6 +12,7 @@ from loce.errors import UserError
 from loce.files import write_text
 
 SCRIPTS = Path(__file__).resolve().parent
+TRIALS = ("dry_run", "overfit")  # folders in a run folder
 
 
 def run(name: str, *words: str, processes: int = 1) -> float:
@@ -63,8 +64,9 @@ def percent(values: Sequence[float]) -> str:
 
 
 def newest_run(runs: Path) -> Path | None:
-    """The run folder below `runs` with the checkpoint written last."""
-    files = sorted(runs.glob("**/checkpoints/*/main.pt"), key=lambda file: file.stat().st_mtime)
+    """The run folder below `runs` with the checkpoint written last; trials in a run folder are no runs."""
+    found = [file for file in runs.glob("**/checkpoints/*/main.pt") if file.parents[2].name not in TRIALS]
+    files = sorted(found, key=lambda file: file.stat().st_mtime)
     return files[-1].parents[2] if files else None
 
 

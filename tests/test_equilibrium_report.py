@@ -225,6 +225,8 @@ def test_report_of_a_run_and_of_the_newest(tmp_path: Path, monkeypatch: pytest.M
         call(monkeypatch, "report")
     (folder / "checkpoints/000000020").mkdir(parents=True)
     (folder / "checkpoints/000000020/main.pt").touch()
+    (folder / "overfit/checkpoints/000000020").mkdir(parents=True)  # a later trial in the run folder
+    (folder / "overfit/checkpoints/000000020/main.pt").touch()
     call(monkeypatch, "report", "output=out.html", "pictures=0")
     assert cells(Path("out.html").read_text(), NAMES[0]) == cells(text, NAMES[0])
 
