@@ -22,7 +22,7 @@ from loce.files import PatientFile, write_text
 from loce.pace import Pace
 from loce.progress import bar, clock, eta, peak_memory, say
 from loce.wandb_log import WandbLog
-from loce.yaml_text import load_yaml, show
+from loce.yaml_text import dotted, load_yaml, show
 
 # What may differ when a run goes on: it changes how fast a run goes and what it writes, not what it learns; so, but for
 # rounding and the random draws, does `accumulate`, as the number of processes does.
@@ -212,9 +212,9 @@ def check_run_folder(folder: Path | str, config_text: str, defaults_text: str) -
                 "choose another with output=..."
             )
         return
-    there = _flat(load_yaml(defaults_text, "defaults"))
-    there |= _flat(load_yaml(config_file.read_text(encoding="utf-8"), str(config_file)))
-    here = _flat(load_yaml(config_text, "config"))
+    there = dotted(load_yaml(defaults_text, "defaults"))
+    there |= dotted(load_yaml(config_file.read_text(encoding="utf-8"), str(config_file)))
+    here = dotted(load_yaml(config_text, "config"))
     keys = [key for key in {**here, **there} if key not in MAY_CHANGE and here.get(key) != there.get(key)]
     if keys:
         lines = [f"  {key}: {show(there.get(key))} there, {show(here.get(key))} now" for key in keys]
@@ -222,13 +222,6 @@ def check_run_folder(folder: Path | str, config_text: str, defaults_text: str) -
             f"output = {folder}: holds another run, which is not overwritten. What differs:\n" + "\n".join(lines) + "\n"
             f"Go on with that run by giving its values, choose another folder with output=..., or delete {folder}."
         )
-
-
-def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for name, value in values.items():
-        flat |= _flat(value, f"{prefix}{name}.") if isinstance(value, dict) else {prefix + name: value}
-    return flat
 
 
 def cut_metrics(path: Path, iteration: int) -> None:

@@ -81,6 +81,14 @@ def dump_yaml(values: Mapping[str, Any]) -> str:
     return yaml.dump(values, Dumper=_Dumper, sort_keys=False, width=1000, allow_unicode=True)
 
 
+def dotted(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """{"train": {"lr": 1}} -> {"train.lr": 1}, as options are named on a command line."""
+    found: dict[str, Any] = {}
+    for name, value in values.items():
+        found |= dotted(value, f"{prefix}{name}.") if isinstance(value, Mapping) else {prefix + name: value}
+    return found
+
+
 def show(value: Any) -> str:
     """A value in a message, as YAML on one line."""
     if isinstance(value, float) and not math.isfinite(value):

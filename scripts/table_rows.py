@@ -8,7 +8,7 @@ from typing import Any, Literal
 from loce.config import Config, UserError, find_config, images_per_rank, load_config, raise_problems, to_dict
 from loce.files import inside
 from loce.options import Conflict, Count, Natural, build, flatten
-from loce.yaml_text import load_yaml
+from loce.yaml_text import dotted, load_yaml
 
 COLUMNS = ("box AP", "AP", "APr", "APc", "APf")
 UNKNOWN = -1.0  # among the published numbers
@@ -94,8 +94,8 @@ class RowRun(Run):
     def options(self) -> dict[str, Any]:
         """What decides its numbers, besides the code: the options that are not their defaults."""
         config = replace(self.config, output="", train=replace(self.config.train, init=""))
-        defaults = flat(to_dict(Config()))
-        changed = {key: value for key, value in flat(to_dict(config)).items() if value != defaults[key]}
+        defaults = dotted(to_dict(Config()))
+        changed = {key: value for key, value in dotted(to_dict(config)).items() if value != defaults[key]}
         return {**changed, "evaluation": self.evaluation.name, "init": Path(self.config.train.init).name}
 
     @property
@@ -178,11 +178,3 @@ def stage_run(options: RunOptions, stage: str, seed: int) -> Run:
     if seed:
         words += [f"seed={seed}", f"output={seed_folder(options, seed) / Path(stage).stem}"]
     return Run(words, load_config(words))
-
-
-def flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """{"train": {"lr": 1}} -> {"train.lr": 1}."""
-    found: dict[str, Any] = {}
-    for name, value in values.items():
-        found |= flat(value, f"{prefix}{name}.") if isinstance(value, dict) else {prefix + name: value}
-    return found

@@ -2,12 +2,11 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from html import escape
-from typing import Any
 
 from loce.evaluation.errors import CAUSES
 from loce.report.reading import Run, Values
 from loce.report.states import GROUPS, KINDS, order
-from loce.yaml_text import show
+from loce.yaml_text import dotted, show
 
 METRICS = ("AP", "AP50", "AP75", "APr", "APc", "APf")
 NAMES = {"segm": "mask", "bbox": "box"}
@@ -187,7 +186,7 @@ def most_lost(row: Mapping[str, str]) -> str:
 
 def differences(runs: Sequence[Run]) -> str:
     """The options in which the runs differ."""
-    flat = [_flat(run.config) for run in runs]
+    flat = [{key: show(value) for key, value in dotted(run.config).items()} for run in runs]
     keys = [key for key in dict.fromkeys(key for options in flat for key in options) if key != "output"]
     differing = [key for key in keys if len({options.get(key, "-") for options in flat}) > 1]
     if not differing:
@@ -198,14 +197,6 @@ def differences(runs: Sequence[Run]) -> str:
         for key in differing
     )
     return f'<h3>Options that differ</h3><div class="wide"><table><tr><th></th>{head}</tr>{rows}</table></div>'
-
-
-def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
-    """key.sub -> value as config.yaml writes it."""
-    flat: dict[str, str] = {}
-    for name, value in values.items():
-        flat |= _flat(value, f"{prefix}{name}.") if isinstance(value, Mapping) else {prefix + name: show(value)}
-    return flat
 
 
 def origin(run: Run, _: int) -> str:

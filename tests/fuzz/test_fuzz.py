@@ -13,6 +13,7 @@ import pytest
 
 from tests.fuzz.harness import run_case
 from tests.fuzz.mutations import make_case
+from tests.test_bad_data_runs import CONFIG
 
 ROOT = Path(__file__).resolve().parents[2]
 SMOKE, BLOCK, WHOLE = 40, 250, (0, 2000)
@@ -51,16 +52,6 @@ def test_many_damaged_data_sets(first, tmp_path):
     assert min(ends["trained"], ends["refused"]) > 0.1 * sum(ends.values()), ends  # it tests both
 
 
-CONFIG = """
-data: {{train_annotations: {0}/annotations.json, train_images: {0}/images, val_annotations: {0}/annotations.json,
-  val_images: {0}/images, short_edges: [64], test_short_edge: 64, long_edge: 100, workers: 1}}
-model: {{backbone: tiny, weights: none, norm: group, frozen_stages: 0, fpn_channels: 8, fc_features: 8,
-  mask_channels: 8, mask_convs: 1, rpn: {{anchor_scale: 4, pre_nms_train: 50, pre_nms_test: 50, post_nms: 30,
-  batch_per_image: 16}}, roi: {{batch_per_image: 16, finest_scale: 14}}}}
-train: {{batch_size: 2, epochs: 1, drops: [], log_every: 1, clip_norm: 10, evaluate: false}}
-"""
-
-
 @pytest.mark.slow
 def test_the_script_ends_with_0_or_2_and_no_traceback(tmp_path):
     codes: Counter[int] = Counter()
@@ -69,8 +60,10 @@ def test_the_script_ends_with_0_or_2_and_no_traceback(tmp_path):
         make_case(seed, folder)
         config = folder / "tiny.yaml"
         config.write_text(CONFIG.format(folder))
-        words = [sys.executable, str(ROOT / "scripts/train.py"), str(config), f"output={folder / 'run'}"]
-        done = subprocess.run(words, capture_output=True, text=True, cwd=ROOT, timeout=300)
+        files = [f"data.{split}_annotations={folder / 'annotations.json'}" for split in ("train", "val")]
+        words = [str(config), *files, f"output={folder / 'run'}", "train.batch_size=2", "train.evaluate=false"]
+        line = [sys.executable, str(ROOT / "scripts/train.py"), *words]
+        done = subprocess.run(line, capture_output=True, text=True, cwd=ROOT, timeout=300)
         told = done.stdout + done.stderr
         assert done.returncode in (0, 2) and "Traceback" not in told, f"seed {seed}, code {done.returncode}: {told}"
         assert done.returncode == 0 or f"error: {folder}" in done.stderr or "images cannot be used" in done.stderr, told
