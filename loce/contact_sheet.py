@@ -65,12 +65,10 @@ def _fit(image: torch.Tensor) -> tuple[np.ndarray, float]:
 
 def _scaled(masks: CroppedMasks, size: tuple[int, ...], scale: float) -> list[dict[str, Any]]:
     """Run-length codes of the masks on a canvas of `size`, one by one: all at once may not fit the memory."""
-    codes, first, bits = [], 0, masks.bits.numpy()
-    for x0, y0, width, height in masks.windows.tolist():
-        crop = bits[first : first + width * height].reshape(height, width)
-        first += width * height
+    codes = []
+    for crop, (x0, y0) in masks.crops():
         move = np.array([[scale, 0, x0 * scale], [0, scale, y0 * scale]])
-        canvas = cv2.warpAffine(crop, move, (size[1], size[0]), flags=cv2.INTER_NEAREST)
+        canvas = cv2.warpAffine(crop.numpy(), move, (size[1], size[0]), flags=cv2.INTER_NEAREST)
         codes.append(coco_mask.encode(np.asfortranarray(canvas)))
     return codes
 

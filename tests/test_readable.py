@@ -93,7 +93,7 @@ WAITS = re.compile(
 STEP = {
     *("losses", "losses_of", "forward", "observe", "proposals", "anchors", "level_anchors", "level_validity", "match"),
     *("encode", "decode", "clip", "finite", "constants", "box_iou", "choose_random", "sample", "select", "pool"),
-    *("pyramid_level", "crops", "mask_targets", "mask_loss", "boxes", "exchange", "dense_boxes", "valid", "enqueue"),
+    *("pyramid_level", "sheets", "mask_targets", "mask_loss", "boxes", "exchange", "dense_boxes", "valid", "enqueue"),
     *("update", "instance_scores", "sampling_probability", "equilibrium_loss", "scores", "features"),
 }
 

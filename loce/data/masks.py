@@ -5,7 +5,9 @@ cost a few. Cutting is exact: the rasteriser fills the polygon on the whole canv
 lengths are cut. (Shifting the polygon instead is not exact: the rasteriser's rounding depends on the position.)
 """
 
-from collections.abc import Sequence
+import math
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -13,84 +15,98 @@ import torch
 from torch import Tensor
 
 MARGIN = 2  # pixels of zeros around a mask, so that bilinear sampling near its edge reads what the full mask would give
+SHEET_PIXELS = 1 << 21  # at most on one sheet, unless a single mask has more: a sheet becomes float to be sampled
 
 
 @dataclass(frozen=True)
 class CroppedMasks:
-    """N masks of one resized image.
+    """N masks of one resized image, cut to what they cover, on sheets: crops of similar size lie on one sheet.
 
-    bits: (S,) uint8, all crops row by row, one after the other. windows: (N, 4) int64, each crop's x0, y0, width and
-    height in the image; at least 1 x 1. size: (height, width) of the image. largest: (height, width) that holds every
-    crop, host integers, so that no device has to be asked.
+    bits: (S,) uint8, all sheets one after the other. shapes: of each sheet (crops, height, width), host integers, so
+    that no device has to be asked. windows: (N, 4) int64, each crop's x0, y0, width and height in the image, at least
+    1 x 1. places: (N, 2) int64, its sheet and where on that. size: (height, width) of the image.
+
+    A crop lies in the upper left corner of its part of the sheet, which is zero elsewhere; only its last column and row
+    are there twice. They are zero inside the image (the margin), and at the image's right and lower border they make
+    RoIAlign see what it sees at the border of the full mask, for boxes that were clipped to the image.
     """
 
     bits: Tensor
+    shapes: tuple[tuple[int, int, int], ...]
     windows: Tensor
+    places: Tensor
     size: tuple[int, int]
-    largest: tuple[int, int]
 
     @staticmethod
     def pack(crops: Sequence[tuple[np.ndarray, tuple[int, int]]], size: tuple[int, int]) -> "CroppedMasks":
         """From crops (bits (h, w) uint8, corner (x0, y0)) of an image of `size` (height, width)."""
         windows = [(x0, y0, bits.shape[1], bits.shape[0]) for bits, (x0, y0) in crops]
-        flat = np.concatenate([bits.ravel() for bits, _ in crops]) if crops else np.zeros(0, np.uint8)
-        largest = (max((w[3] for w in windows), default=1), max((w[2] for w in windows), default=1))
+        places = np.zeros((len(crops), 2), np.int64)
+        sheets: list[np.ndarray] = []
+        for rows in _of_similar_size([bits.shape for bits, _ in crops]):
+            places[rows] = [(len(sheets), slot) for slot in range(len(rows))]
+            sheets.append(_sheet([crops[row][0] for row in rows]))
+        flat = np.concatenate([sheet.ravel() for sheet in sheets]) if sheets else np.zeros(0, np.uint8)
+        shapes = tuple((len(sheet), sheet.shape[1], sheet.shape[2]) for sheet in sheets)
         table = torch.tensor(windows, dtype=torch.int64).reshape(-1, 4)
-        return CroppedMasks(torch.from_numpy(flat), table, size, largest)
+        return CroppedMasks(torch.from_numpy(flat), shapes, table, torch.from_numpy(places), size)
 
     def __len__(self) -> int:
         return self.windows.shape[0]
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> "CroppedMasks":
         """The same masks on another device."""
-        bits, windows = (x.to(device, non_blocking=non_blocking) for x in (self.bits, self.windows))
-        return CroppedMasks(bits, windows, self.size, self.largest)
+        bits, windows, places = (x.to(device, non_blocking=non_blocking) for x in self._tensors())
+        return CroppedMasks(bits, self.shapes, windows, places, self.size)
 
     def pin_memory(self) -> "CroppedMasks":
         """In page-locked memory (a DataLoader calls this)."""
-        return CroppedMasks(self.bits.pin_memory(), self.windows.pin_memory(), self.size, self.largest)
+        bits, windows, places = (x.pin_memory() for x in self._tensors())
+        return CroppedMasks(bits, self.shapes, windows, places, self.size)
 
-    def flip(self) -> "CroppedMasks":
-        """Mirrored left to right."""
-        x0, y0, width, height = self.windows.unbind(1)
-        area = width * height
-        row = torch.repeat_interleave(area, output_size=self.bits.numel())
-        position = torch.arange(self.bits.numel(), device=self.bits.device) - self._first()[row]
-        column = position % width[row]
-        bits = torch.empty_like(self.bits)
-        bits[self._first()[row] + position - column + width[row] - 1 - column] = self.bits
-        windows = torch.stack([self.size[1] - x0 - width, y0, width, height], dim=1)
-        return CroppedMasks(bits, windows, self.size, self.largest)
+    def _tensors(self) -> tuple[Tensor, Tensor, Tensor]:
+        return self.bits, self.windows, self.places
 
-    def crops(self, rows: Tensor) -> Tensor:
-        """Crops of instances `rows` (K,) long as (K, h, w) float32 with (h, w) = `largest`; the rest is zero.
+    def sheets(self) -> list[Tensor]:
+        """Each sheet, (crops, height, width) uint8."""
+        parts = self.bits.split([math.prod(shape) for shape in self.shapes])
+        return [part.reshape(shape) for part, shape in zip(parts, self.shapes, strict=True)]
 
-        One column and row more than the window repeat its edge. They are zero inside the image (the margin), and at
-        the image's right and lower border they make RoIAlign see what it sees at the border of the full mask, for
-        boxes that were clipped to the image. Shift boxes by windows[rows, :2].
-        """
-        windows = self.windows[rows]
-        width, height = windows[:, 2, None, None], windows[:, 3, None, None]
-        y = torch.arange(self.largest[0], device=self.bits.device)[None, :, None]
-        x = torch.arange(self.largest[1], device=self.bits.device)[None, None, :]
-        index = torch.minimum(y, height - 1) * width + torch.minimum(x, width - 1)
-        values = self.bits[index + self._first()[rows, None, None]]
-        return values.float() * ((y <= height) & (x <= width))
+    def crops(self) -> Iterator[tuple[Tensor, tuple[int, int]]]:
+        """As they were packed, (bits (h, w) uint8, corner (x0, y0)): for drawing and tests, waits for the device."""
+        sheets = self.sheets()
+        for (sheet, slot), (x0, y0, width, height) in zip(self.places.tolist(), self.windows.tolist(), strict=True):
+            yield sheets[sheet][slot, :height, :width], (x0, y0)
 
     def full(self) -> Tensor:
         """(N, H, W) uint8 at full size: for drawing and tests, not for training."""
         masks = self.bits.new_zeros((len(self), *self.size))
-        first = 0
-        for mask, (x0, y0, width, height) in zip(masks, self.windows.tolist(), strict=True):
-            area = width * height
-            mask[y0 : y0 + height, x0 : x0 + width] = self.bits[first : first + area].reshape(height, width)
-            first += area
+        for mask, (crop, (x0, y0)) in zip(masks, self.crops(), strict=True):
+            mask[y0 : y0 + crop.shape[0], x0 : x0 + crop.shape[1]] = crop
         return masks
 
-    def _first(self) -> Tensor:
-        """(N,) where each crop starts in `bits`."""
-        area = self.windows[:, 2] * self.windows[:, 3]
-        return area.cumsum(0) - area
+
+def _of_similar_size(shapes: Sequence[tuple[int, ...]]) -> Iterator[list[int]]:
+    """Rows of crops (h, w) whose longer sides differ by less than a factor of 2; a group fits on one sheet."""
+    groups: dict[int, list[int]] = defaultdict(list)
+    for row, shape in enumerate(shapes):
+        groups[max(shape).bit_length()].append(row)
+    for rows in groups.values():
+        height, width = (max(shapes[row][side] for row in rows) + 1 for side in (0, 1))
+        number = max(1, SHEET_PIXELS // (height * width))
+        yield from (rows[first : first + number] for first in range(0, len(rows), number))
+
+
+def _sheet(crops: Sequence[np.ndarray]) -> np.ndarray:
+    """(crops, height, width) uint8: see `CroppedMasks`."""
+    height, width = (max(crop.shape[side] for crop in crops) + 1 for side in (0, 1))
+    sheet = np.zeros((len(crops), height, width), np.uint8)
+    for part, crop in zip(sheet, crops, strict=True):
+        h, w = crop.shape
+        part[:h, :w] = crop
+        part[h, :w] = crop[-1]
+        part[: h + 1, w] = part[: h + 1, w - 1]
+    return sheet
 
 
 def cut_runs(runs: np.ndarray, height: int) -> tuple[np.ndarray, tuple[int, int]]:

@@ -12,7 +12,6 @@ from loce.data.masks import CroppedMasks
 from loce.models.boxes import clip, finite
 
 MASK_SIZE = 28
-_CROPS_AT_ONCE, _PIXELS_AT_ONCE = 16, 1 << 21  # bound the memory of float crops while targets are made
 
 
 class MaskHead(nn.Module):
@@ -70,14 +69,11 @@ def mask_targets(masks: CroppedMasks, instances_P: Tensor, boxes_P4: Tensor) -> 
 
     masks: ground truth of one image; instances_P: which instance; boxes_P4: regions, in pixels of that image.
     """
-    boxes_P4 = finite(clip(boxes_P4, masks.size))
-    corner_N2 = masks.windows[:, :2].to(boxes_P4.dtype)
-    number = max(1, min(_CROPS_AT_ONCE, _PIXELS_AT_ONCE // (masks.largest[0] * masks.largest[1])))
-    targets = []
-    for rows, boxes in zip(instances_P.split(number), boxes_P4.split(number), strict=True):
-        crops = masks.crops(rows)[:, None]
-        shifted = boxes - corner_N2[rows].repeat(1, 2)
-        index = torch.arange(len(rows), device=boxes.device, dtype=boxes.dtype)[:, None]
-        regions = torch.cat([index, shifted], dim=1)
-        targets.append(roi_align(crops, regions, MASK_SIZE, aligned=True, sampling_ratio=0)[:, 0] >= 0.5)
-    return torch.cat(targets) if targets else boxes_P4.new_zeros((0, MASK_SIZE, MASK_SIZE), dtype=torch.bool)
+    shifted_P4 = finite(clip(boxes_P4, masks.size)) - masks.windows[instances_P, :2].repeat(1, 2)
+    sheet_P1, slot_P1 = masks.places[instances_P].split(1, dim=1)
+    regions_P5 = torch.cat([slot_P1, shifted_P4], dim=1)
+    share_PSS = shifted_P4.new_zeros(len(boxes_P4), MASK_SIZE, MASK_SIZE)
+    for number, sheet in enumerate(masks.sheets()):
+        here_P5 = torch.where(sheet_P1 == number, regions_P5, 0)  # the others: a box without area, which gives zeros
+        share_PSS += roi_align(sheet[:, None].float(), here_P5, MASK_SIZE, aligned=True, sampling_ratio=0)[:, 0]
+    return share_PSS >= 0.5
