@@ -6,7 +6,8 @@ Everything is made here: images, annotations, weights. size=full is LVIS v1's (1
 13 instances each on average); size=small has the same classes, a tenth of the pixels and regions, and smaller files.
 On a CPU times are CPU seconds, which other programs disturb least; only ratios say something. The sides of a row take
 turns in one process (memory rows: in processes of their own). Results are added to benchmarks/results/speed.json, with
-commit and hardware for each row. What needs a GPU is "not measured" on a CPU.
+commit and hardware for each row, and the table shows all that it holds of this size: rows may be measured one by one,
+and rows=[] only shows. What needs a GPU is "not measured" on a CPU.
 """
 
 import dataclasses
@@ -19,7 +20,7 @@ from typing import Literal
 import torch
 from data_rows import loader, mask_memory, opening
 from detector_rows import Setting, gpu_rows, inference, loce_cost, loce_step, memory_bank, nms, stage1, stage2
-from sides import Row, save, table
+from sides import Row, save, saved, table
 
 from loce.config import UserError, read_options, run_script
 from loce.distributed import setup
@@ -58,15 +59,14 @@ def main() -> None:
     device = setup(options.device)
     torch.set_num_threads(options.threads)
     setting = Setting(device, options.size, options.rounds)
-    found: list[Row] = []
     for name in options.rows:
         started = time.monotonic()
         rows = ROWS[name](setting)
-        found += rows
         save(rows, dataclasses.asdict(options), device, options.output)
         print(f"{name}: {time.monotonic() - started:.0f} s", flush=True)
-    print(f"\nsize={options.size}, {device}, {options.threads} thread(s), medians of {options.rounds} rounds\n")
-    print(table(found + (gpu_rows() if device.type == "cpu" and "stage1" in options.rows else [])))
+    missing = gpu_rows() if device.type == "cpu" else []
+    print(f"\nsize={options.size}: all rows in {options.output}\n")
+    print(table(saved(options.output, options.size) + missing))
 
 
 if __name__ == "__main__":

@@ -69,9 +69,9 @@ def loce_step(setting: Setting) -> list[Row]:
     plain = all_steps(plain_step, vectors)
     what, against = "jitter, store, draw, mean score, EBL", "loops over classes and instances, memory on the host"
     goal = 50 if setting.device.type == "cuda" else 20
-    whole = Row("loce_step", what, against, None, notes={"steps": len(given)})
+    whole = Row("loce_step", what, against, notes={"steps": len(given)})
     take_turns(whole, ours, theirs, setting.device, setting.rounds)
-    base = take_turns(Row("plain", "", "", None), plain, plain, setting.device, setting.rounds)
+    base = take_turns(Row("plain", "", ""), plain, plain, setting.device, setting.rounds)
     over = Row("loce_step_over_ce", f"{what}; less the plain cross-entropy", against, goal)
     over.ours = [a - b for a, b in zip(whole.ours, base.ours, strict=True)]
     over.theirs = [a - b for a, b in zip(whole.theirs, base.ours, strict=True)]
@@ -87,9 +87,7 @@ def memory_bank(setting: Setting) -> list[Row]:
             bank = FeatureMemoryBank(CLASSES, (1024,), 80, dtype)
         used = sum(x.numel() * x.element_size() for x in bank.buffers()) / MIB
         name = str(dtype).removeprefix("torch.")
-        row = Row(
-            f"memory_{name}", f"feature memory, {name}", "1203 x 80 x 256 x 7 x 7 fp32", official / most, unit="MiB"
-        )
+        row = Row(f"memory_{name}", f"feature memory, {name}", "1203 x 80 x 256 x 7 x 7 fp32", most=most, unit="MiB")
         row.ours, row.theirs = [used], [official]
         rows.append(row)
     return rows
@@ -105,7 +103,7 @@ def loce_cost(setting: Setting) -> list[Row]:
         side.give_proposals(scenes)
         sides.append(side)
     goal = 1.03 if setting.device.type == "cuda" else 1.06
-    row = Row("loce_cost", "stage-2 step with EBL and MFS", "the same without", goal, "ours / theirs")
+    row = Row("loce_cost", "stage-2 step with EBL and MFS", "the same without", goal, ratio="ours / theirs")
     return [take_turns(row, *[lambda s=s: s.step(samples) for s in sides], setting.device, setting.rounds)]
 
 
@@ -116,7 +114,7 @@ def stage2(setting: Setting) -> list[Row]:
     sides = [Ours(recipe, setting.device, regions=setting.regions) for recipe in ("loce.yaml", "stage1.yaml")]
     for side in sides:
         side.give_proposals(scenes)
-    row = Row("stage2", "stage-2 step (LOCE)", "stage-1 step", 0.55, "ours / theirs")
+    row = Row("stage2", "stage-2 step (LOCE)", "stage-1 step", 0.55, ratio="ours / theirs")
     return [take_turns(row, *[lambda s=s: s.step(samples) for s in sides], setting.device, setting.rounds)]
 
 

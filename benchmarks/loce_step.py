@@ -175,8 +175,8 @@ class Loops:
         weight = 1 / (self.scores[: self.classes] + 1e-7)
         cumulative = (weight / weight.sum()).cumsum(0)
         labels, features, targets = [], [], []
-        for u in sorted(torch.rand(classes_drawn).tolist()):
-            label = 0
+        label = 0
+        for u in sorted(torch.rand(classes_drawn).tolist()):  # one walk for all of them
             while label < self.classes - 1 and u > cumulative[label]:
                 label += 1
             if self.count[label]:

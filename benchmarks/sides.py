@@ -7,7 +7,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -22,12 +22,16 @@ MIB = 1 << 20
 
 @dataclass
 class Row:
-    """One comparison. ratio: how it is read, "theirs / ours" (a gain) or "ours / theirs" (a share)."""
+    """One comparison. ratio: how it is read, "theirs / ours" (a gain) or "ours / theirs" (a share).
+
+    goal: of the ratio; most: of our side, in `unit`. None: nothing is promised, or another row has the goal.
+    """
 
     name: str
     what: str
     against: str
-    goal: float | None  # of the ratio; None: nothing is promised, or another row has the goal
+    goal: float | None = None
+    most: float | None = None
     ratio: str = "theirs / ours"
     unit: str = "s"
     ours: list[float] = field(default_factory=list)
@@ -41,11 +45,20 @@ class Row:
 
     @property
     def reached(self) -> bool | None:
-        """Whether the median ratio is on the goal's side; None where nothing was measured, or no goal is set."""
-        if self.goal is None or not self.ours:
+        """Whether the medians are on the goal's side; None where nothing was measured, or no goal is set."""
+        if not self.ours or (self.goal is None and self.most is None):
             return None
+        if self.goal is None:
+            return statistics.median(self.ours) <= float(self.most or 0)
         middle = statistics.median(self.ratios())
         return middle >= self.goal if self.ratio == "theirs / ours" else middle <= self.goal
+
+    @property
+    def promise(self) -> str:
+        """The goal as the table says it."""
+        if self.goal is None:
+            return "" if self.most is None else f"≤ {self.most:g} {self.unit}"
+        return f"{'≥' if self.ratio == 'theirs / ours' else '≤'} {self.goal:g}"
 
 
 def seconds(work: Side, device: torch.device) -> float:
@@ -89,17 +102,16 @@ def table(rows: list[Row]) -> str:
     """The rows in Markdown; medians, and the smallest and largest ratio of the rounds."""
     lines = ["| row | what | against | ratio | goal | ours | theirs | ratio, min to max |", "|---" * 8 + "|"]
     for row in rows:
-        sign = "≥" if row.ratio == "theirs / ours" else "≤"
-        goal = "" if row.goal is None else f"{sign} {row.goal:g}"
         if not row.ours:
-            lines.append(f"| {row.name} | {row.what} | {row.against} | not measured | {goal} | | | |")
+            lines.append(f"| {row.name} | {row.what} | {row.against} | not measured | {row.promise} | | | |")
             continue
         found = row.ratios()
         mark = {True: "", False: " (missed)", None: ""}[row.reached]
         ours, theirs = (f"{_number(statistics.median(x))} {row.unit}" for x in (row.ours, row.theirs))
         spread = f"{min(found):.3g} to {max(found):.3g}"
         middle = f"{statistics.median(found):.3g}{mark}"
-        lines.append(f"| {row.name} | {row.what} | {row.against} | {middle} | {goal} | {ours} | {theirs} | {spread} |")
+        cells = (row.name, row.what, row.against, middle, row.promise, ours, theirs, spread)
+        lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
@@ -109,8 +121,7 @@ def _number(value: float) -> str:
 
 def save(rows: list[Row], options: Mapping[str, Any], device: torch.device, path: str) -> None:
     """The rows with commit, hardware and options; rows of another run in the same file stay, each with its own."""
-    place = Path(path)
-    kept = json.loads(place.read_text(encoding="utf-8"))["rows"] if place.exists() else {}
+    kept = _content(path)
     facts = dict(line.split(": ", 1) for line in environment(device).splitlines())
     facts["threads"] = str(torch.get_num_threads())
     facts["load"] = f"{os.getloadavg()[0]:.1f} other and own processes on {os.cpu_count()} cores"
@@ -119,3 +130,14 @@ def save(rows: list[Row], options: Mapping[str, Any], device: torch.device, path
             found = {"ratio": statistics.median(row.ratios()), "reached": row.reached}
             kept[row.name] = {**asdict(row), "found": found, "options": dict(options), "environment": facts}
     write_text(path, json.dumps({"benchmark": "speed", "rows": kept}, indent=1) + "\n")
+
+
+def saved(path: str, size: str) -> list[Row]:
+    """The rows that a file holds of one size, whichever run they are of."""
+    names = [field.name for field in fields(Row)]
+    content = [row for row in _content(path).values() if row["options"]["size"] == size]
+    return [Row(**{name: row[name] for name in names if name in row}) for row in content]
+
+
+def _content(path: str) -> dict[str, Any]:
+    return json.loads(Path(path).read_text(encoding="utf-8"))["rows"] if Path(path).exists() else {}
