@@ -133,6 +133,7 @@ class IndicatorConfig:
     kind: Literal["score", "prior"] = "score"  # score: mean score, Eq. 2; prior: instance counts (supplement)
     momentum: Decay = 0.9  # alpha
     initial_score: Share = 0.01
+    warm_start: bool = True  # the images that fill the memory update the mean score, too
     background_score: Share = 0.01  # the paper's s^_{C+1}
     background_count: Positive = 1.0  # the supplement's n^_{C+1}, for kind: prior
 
@@ -146,10 +147,13 @@ class MemoryConfig:
     instances_per_class: Count = 5  # stored per class and image, chosen at random
     fill_instances: Count = 5  # per class, before the first iteration
     level: Literal["fc", "roi"] = "fc"  # fc: the vector after the shared FCs; roi: the pooled RoI features
+    allow_stale: bool = False  # level: fc although the shared FCs train, and so change what is stored
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     shared: bool = False  # true: every rank holds the rows of all ranks
     classes_per_draw: Count = 8  # k, per 2 images on a rank
     features_per_class: Count = 4  # m
+    transform: Literal["inverse", "inverse_root", "log_inverse"] = "inverse"  # f of Eq. 7: 1 / s, 1 / sqrt(s), -log(s)
+    eta: Literal["box", "image"] = "box"  # Eq. 5's random numbers: of each box, or (released code) 16 x 4 an image
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -211,6 +215,15 @@ class Config:
     memory: MemoryConfig = field(default_factory=MemoryConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
     eval: EvalConfig = field(default_factory=EvalConfig)
+
+
+# What may differ when a run goes on: it changes how fast a run goes and what it writes, not what it learns; so, but for
+# rounding and the random draws, does `accumulate`, as the number of processes does.
+MAY_CHANGE = {"output", "device", "data.workers", "data.train_images", "data.val_images"} | {
+    *("eval.batch_size", "eval.errors"),
+    *("train.resume", "train.accumulate", "train.evaluate", "train.evaluate_every"),
+    *("train.log_every", "train.checkpoint_every", "train.keep_checkpoints", "train.wandb"),
+}
 
 
 def load_config(argv: Sequence[str]) -> Config:

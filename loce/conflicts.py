@@ -23,6 +23,11 @@ def _other_heads_options() -> Iterator[Conflict]:
                 yield (f"head.{section.name}.{option.name}", "head.name"), is_wrong, reason
 
 
+def _stale(c: Any) -> bool:
+    """Whether vectors are stored that come from layers which train."""
+    return bool(c.memory.enabled and c.memory.level == "fc" and c.train.freeze == "backbone")
+
+
 # What cannot stand together: the keys, when it is wrong, and why (or what is right).
 CONFLICTS: tuple[Conflict, ...] = (
     (("data.train_annotations",), lambda c: not c.data.train_annotations, "must name a file"),
@@ -89,8 +94,24 @@ CONFLICTS: tuple[Conflict, ...] = (
     ),
     (
         ("memory.enabled", "memory.level", "train.freeze"),
-        lambda c: c.memory.enabled and c.memory.level == "fc" and c.train.freeze == "backbone",
-        "the shared FCs train, so vectors stored after them would be stale; set train.freeze=trunk or memory.level=roi",
+        lambda c: _stale(c) and not c.memory.allow_stale,
+        "the shared FCs train, so vectors stored after them would be stale; set train.freeze=trunk, memory.level=roi, "
+        "or memory.allow_stale=true to try it",
+    ),
+    (
+        ("memory.allow_stale", "memory.enabled", "memory.level", "train.freeze"),
+        lambda c: c.memory.allow_stale and not _stale(c),
+        "nothing stored would be stale; leave allow_stale out",
+    ),
+    (
+        ("memory.transform", "indicator.kind"),
+        lambda c: c.memory.transform == "log_inverse" and c.indicator.kind == "prior",
+        "-log of instance counts is no probability; set memory.transform=inverse or inverse_root",
+    ),
+    (
+        ("indicator.warm_start", "memory.enabled"),
+        lambda c: not c.indicator.warm_start and not c.memory.enabled,
+        "without a memory nothing is filled, and the mean score starts at initial_score anyway; leave warm_start out",
     ),
     (
         ("train.freeze", "train.init"),

@@ -30,10 +30,15 @@ class MeanScoreTracker(nn.Module):
         super().__init__()
         self.num_classes = num_classes
         self.momentum = momentum
+        self.initial_score = initial_score
         self.background_score = background_score
-        scores_L = torch.full((num_classes + 1,), initial_score)
-        scores_L[-1] = background_score
-        self.register_buffer("scores", scores_L)
+        self.register_buffer("scores", torch.empty(num_classes + 1))
+        self.restart()
+
+    def restart(self) -> None:
+        """Every class at `initial_score`, whatever was tracked before."""
+        self.scores = torch.full_like(self.scores, self.initial_score)
+        self.scores[-1:].fill_(self.background_score)
 
     @torch.no_grad()
     def update(self, labels: Tensor, probabilities: Tensor, drawn: tuple[Tensor, Tensor] | None = None) -> None:

@@ -24,6 +24,13 @@ HeadName = Literal[
 
 
 @dataclass(frozen=True, kw_only=True)
+class EquilibriumOptions:
+    """Equilibrium loss."""
+
+    background: Literal["fixed", "learned"] = "fixed"  # s^_{C+1}: as indicator says, or a parameter that starts there
+
+
+@dataclass(frozen=True, kw_only=True)
 class ReweightedOptions:
     """Softmax whose rows are weighted by class."""
 
@@ -122,6 +129,7 @@ class HeadConfig:
 
     name: HeadName = "softmax"
     reset: bool = False  # start the classifier anew, whatever train.init holds of it
+    equilibrium: EquilibriumOptions = field(default_factory=EquilibriumOptions)
     reweighted: ReweightedOptions = field(default_factory=ReweightedOptions)
     eql: EQLOptions = field(default_factory=EQLOptions)
     eqlv2: EQLv2Options = field(default_factory=EQLv2Options)

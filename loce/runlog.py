@@ -16,6 +16,7 @@ from torch import Tensor
 
 from loce import distributed
 from loce.board import Board, Shown
+from loce.config import MAY_CHANGE
 from loce.env import environment
 from loce.errors import UserError
 from loce.files import PatientFile, write_text
@@ -23,14 +24,6 @@ from loce.pace import Pace
 from loce.progress import bar, clock, eta, peak_memory, say
 from loce.wandb_log import WandbLog
 from loce.yaml_text import dotted, load_yaml, show
-
-# What may differ when a run goes on: it changes how fast a run goes and what it writes, not what it learns; so, but for
-# rounding and the random draws, does `accumulate`, as the number of processes does.
-MAY_CHANGE = {"output", "device", "data.workers", "data.train_images", "data.val_images"} | {
-    *("eval.batch_size", "eval.errors"),
-    *("train.resume", "train.accumulate", "train.evaluate", "train.evaluate_every"),
-    *("train.log_every", "train.checkpoint_every", "train.keep_checkpoints", "train.wandb"),
-}
 
 
 class RunLog:

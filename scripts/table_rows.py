@@ -5,7 +5,16 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from loce.config import Config, UserError, find_config, images_per_rank, load_config, raise_problems, to_dict
+from loce.config import (
+    MAY_CHANGE,
+    Config,
+    UserError,
+    find_config,
+    images_per_rank,
+    load_config,
+    raise_problems,
+    to_dict,
+)
 from loce.files import inside
 from loce.options import Conflict, Count, Natural, build, flatten
 from loce.yaml_text import dotted, load_yaml
@@ -35,7 +44,10 @@ class RowText:
     recipe: str  # one of `recipes`, or a file in the folder of the methods
     words: tuple[str, ...] = ()
     post_hoc: tuple[str, ...] = ()  # the run of `recipe`, evaluated anew with these words
-    paper: tuple[float, ...]  # as COLUMNS; -1: not published
+    processes: Natural = 0  # of its training; 0: as many as GPUs
+    question: str = ""  # that the difference to the row `against` answers
+    against: str = "LOCE"
+    paper: tuple[float, ...] = (UNKNOWN,) * len(COLUMNS)  # as COLUMNS; -1: not published
     source: str = ""  # of the published numbers, and what was trained for them
 
 
@@ -82,6 +94,7 @@ class Run:
 class RowRun(Run):
     """The run of a row with one seed, the folder of its evaluation and the file of its record (table_records.py)."""
 
+    processes: int
     evaluation: Path
     record: Path
 
@@ -95,7 +108,8 @@ class RowRun(Run):
         """What decides its numbers, besides the code: the options that are not their defaults."""
         config = replace(self.config, output="", train=replace(self.config.train, init=""))
         defaults = dotted(to_dict(Config()))
-        changed = {key: value for key, value in dotted(to_dict(config)).items() if value != defaults[key]}
+        given = {key: value for key, value in dotted(to_dict(config)).items() if key not in MAY_CHANGE}
+        changed = {key: value for key, value in given.items() if value != defaults[key]}
         return {**changed, "evaluation": self.evaluation.name, "init": Path(self.config.train.init).name}
 
     @property
@@ -103,7 +117,8 @@ class RowRun(Run):
         """The record of a run that is done. UserError where it is one of other options."""
         found: dict[str, Any] = json.loads(self.record.read_text(encoding="utf-8"))
         there, here = found["options"], self.options
-        if differing := [key for key in {**there, **here} if there.get(key) != here.get(key)]:
+        decisive = [key for key in {**there, **here} if key not in MAY_CHANGE]
+        if differing := [key for key in decisive if there.get(key) != here.get(key)]:
             raise UserError(f"{self.record}: is of a run with another {', '.join(differing)}; delete it")
         return found
 
@@ -156,15 +171,17 @@ def make_run(options: RunOptions, recipes: Recipes, text: RowText, seed: int) ->
         if plain.train.init in stages:
             words.append(f"train.init={stage_run(options, stages[plain.train.init], seed).config.output}")
     config = load_config(words)
-    images_per_rank(config.train, max(options.gpus, 1))
+    processes = text.processes or options.gpus
+    images_per_rank(config.train, max(processes, 1))
+    changes = [*text.words, *([f"processes={processes}"] if text.processes else [])]
     folder = plain.output
-    if replace(config, output=folder) != plain:
-        folder = str(inside(seed_folder(options, seed), "+".join([Path(recipe).stem, *text.words])))
+    if text.processes or replace(config, output=folder) != plain:
+        folder = str(inside(seed_folder(options, seed), "+".join([Path(recipe).stem, *changes])))
         words.append(f"output={folder}")
     evaluation = inside(folder, "+".join(["eval", *text.post_hoc]))
-    record = "+".join([Path(recipe).stem, *text.words, *text.post_hoc]) + ".json"
+    record = "+".join([Path(recipe).stem, *changes, *text.post_hoc]) + ".json"
     record_file = inside(Path(options.records, options.data, f"seed{seed}"), record)
-    return RowRun(words, replace(config, output=folder), evaluation, record_file)
+    return RowRun(words, replace(config, output=folder), processes, evaluation, record_file)
 
 
 def seed_folder(options: RunOptions, seed: int) -> Path:

@@ -1,4 +1,4 @@
-"""Tables 1 to 5 of the paper, ours beside the paper's numbers: python scripts/tables.py table=1 data=glyphs|lvis.
+"""The paper's Tables 1 to 5, ours beside its numbers, and what it leaves open: python scripts/tables.py table=1.
 
 configs/tables.yaml lists the rows. Stage 1 and each row are trained unless they are finished; what was stopped goes on.
 """
@@ -20,7 +20,7 @@ from loce.files import write_text
 class Options(RunOptions):
     """Train the rows of a table of the paper, and print it."""
 
-    table: Count  # 1 to 5
+    table: Count  # 1 to 5, as the paper; 6: what it leaves open
     rows: tuple[str, ...] = ()  # train these rows only, by name; the others stand in the table if they are finished
 
 
@@ -45,16 +45,16 @@ def prepare(options: Options, recipes: Recipes, jobs: list[RowRun]) -> None:
             run("build_forest.py", f"config={job.words[0]}", words, f"checkpoint={first.folder}")
 
 
-def train_row(options: Options, text: RowText, job: RowRun) -> None:
+def train_row(text: RowText, job: RowRun) -> None:
     """Train and evaluate one run, then evaluate it anew where the row says so; what is finished is not done again."""
     if job.done:
         print(f"{text.name}: {job.record}: finished before, used as it is", flush=True)
         return
     script = "finetune.py" if job.config.train.init else "train.py"
-    step(job.folder, script, *job.words, processes=options.gpus)
+    step(job.folder, script, *job.words, processes=job.processes)
     if text.post_hoc:
         words = (f"checkpoint={job.folder}", *text.post_hoc, f"output={job.evaluation}")
-        run("evaluate.py", *words, processes=options.gpus)
+        run("evaluate.py", *words, processes=job.processes)
 
 
 def markdown(options: Options, title: str, recipes: Recipes, rows: list[Row]) -> str:
@@ -115,7 +115,7 @@ def main() -> None:
     file = Path(options.runs, options.data, f"table{options.table}.md")
     for row in chosen:
         for seed, job in enumerate(row.runs):
-            train_row(options, row.text, job)
+            train_row(row.text, job)
             if not job.done:
                 write_record(job, seed)
             write_text(file, markdown(options, title, recipes, rows))

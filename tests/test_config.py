@@ -304,6 +304,12 @@ IMPOSSIBLE = [
     ("model.weights=none", "model.norm=batch"),
     ("memory.enabled=true",),
     ("memory.enabled=true", "train.freeze=backbone", "train.init=x"),
+    ("memory.enabled=true", "train.freeze=trunk", "train.init=x", "memory.allow_stale=true"),
+    (
+        *("memory.enabled=true", "train.freeze=trunk", "train.init=x"),
+        *("memory.transform=log_inverse", "indicator.kind=prior"),
+    ),
+    ("indicator.warm_start=false",),
     ("train.freeze=trunk",),
     ("model.norm=batch", "train.freeze=trunk", "train.init=x"),
     ("train.accumulate=3",),
@@ -353,6 +359,7 @@ def test_ways_out_of_conflicts(load):
     memory = ["memory.enabled=true", "train.init=runs/stage1"]
     assert load("", *memory, "train.freeze=trunk").memory.level == "fc"
     assert load("", *memory, "train.freeze=backbone", "memory.level=roi").memory.enabled
+    assert load("", *memory, "train.freeze=backbone", "memory.allow_stale=true").memory.level == "fc"
     assert load("", "model.weights=none", "train.init=x").model.norm == "frozen"
     assert load("", "model.weights=none", "model.norm=group", "model.frozen_stages=0").model.weights == "none"
 

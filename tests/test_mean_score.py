@@ -55,6 +55,8 @@ def test_start_and_defaults():
     assert tracker.scores.tolist() == pytest.approx([0.01, 0.01, 0.5])
     tracker.update(torch.tensor([1]), torch.tensor([1.0]))
     assert tracker.scores.tolist() == pytest.approx([0.01, 0.9 * 0.01 + 0.1, 0.5])
+    tracker.restart()
+    assert tracker.scores.tolist() == pytest.approx([0.01, 0.01, 0.5])
 
 
 def test_one_entry_at_a_time_or_all_together():

@@ -43,6 +43,10 @@ table4:
   title: other options at test time
   rows:
     - {name: two detections, recipe: loce, post_hoc: [detections=2], paper: [1, 2, 3, 4, 5]}
+table6:
+  title: processes of its own
+  rows:
+    - {name: two ranks, recipe: loce, processes: 2}
 """
 
 
@@ -133,8 +137,11 @@ def test_a_finished_row_leaves_a_record_that_stands_for_its_run(workplace: Path,
     assert record["options"]["head.name"] == "equilibrium" and record["options"]["init"] == "stage1"
     elsewhere = workplace / "elsewhere/glyphs/seed0"
     shutil.copytree(file.parent, elsewhere)
-    text = run(workplace, "table=2", "runs=runs/other", "records=elsewhere")
+    words = ("table=2", "runs=runs/other", "records=elsewhere")
+    text = run(workplace, *words)
     assert commands(text) == [] and text.count("finished before") == 2
+    words = (*words, "words=[data.workers=3]")  # another machine's number of workers makes no other numbers
+    assert commands(run(workplace, *words)) == []
     changed = {**record, "options": {**record["options"], "train.lr": 7}}
     (elsewhere / "loce.json").write_text(json.dumps(changed))
     text = run(workplace, "table=2", "runs=runs/other", "records=elsewhere", code=2)
@@ -178,11 +185,19 @@ def test_a_row_may_evaluate_another_rows_run_anew(workplace: Path, first: str) -
     assert run(workplace, "table=4").count("finished before") == 1
 
 
+def test_a_row_may_have_processes_of_its_own(workplace: Path, first: str) -> None:
+    text = run(workplace, "table=6")
+    folder = "runs/tables/glyphs/loce+processes=2"
+    assert commands(text) == [f"$ torchrun --nproc_per_node=2 scripts/finetune.py tiny/loce.yaml output={folder}"]
+    assert cells(workplace, 6)[0][6:11] == ["-"] * 5
+    assert (workplace / "runs/tables/records/glyphs/seed0/loce+processes=2.json").exists()
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [
         (("table=1", "rows=[none]"), "there is no 'none'; there are: EBL, MFS, broken"),
-        (("table=9",), "has table1, table2, table3, table4"),
+        (("table=9",), "has table1, table2, table3, table4, table6"),
         ((), "table is missing"),
         (("table=x",), "table = x: must be a whole number >= 1"),
         (("table=1", "words=[output=x]"), "every row has its own run folder; runs=... chooses where"),

@@ -23,7 +23,8 @@ class MemorySampling(nn.Module):
     def __init__(self, num_classes: int, feature_shape: tuple[int, ...], config: MemoryConfig) -> None:
         super().__init__()
         self.config = config
-        self.bank = FeatureMemoryBank(num_classes, feature_shape, config.capacity, getattr(torch, config.dtype))
+        dtype = getattr(torch, config.dtype)
+        self.bank = FeatureMemoryBank(num_classes, feature_shape, config.capacity, dtype, config.transform)
 
     def choose(self, labels_N: Tensor, generator: torch.Generator | None = None) -> Tensor:
         """Rows of one image's labels (N,), still on the host, whose boxes will be stored: a few of each class."""
@@ -45,7 +46,8 @@ class MemorySampling(nn.Module):
         boxes, all_labels, targets = [], [], []
         keys = keys or [None] * len(truths)
         for truths_N4, labels_N, rows_n, size, key in zip(truths, labels, rows, sizes, keys, strict=True):
-            dense_n164 = dense_boxes(truths_N4[rows_n], size, generator=keyed(key, JITTER, truths_N4.device))
+            random = keyed(key, JITTER, truths_N4.device)
+            dense_n164 = dense_boxes(truths_N4[rows_n], size, generator=random, one_eta=self.config.eta == "image")
             source = truths_N4[rows_n, None].expand_as(dense_n164).reshape(-1, 4)
             dense = dense_n164.reshape(-1, 4)
             fits = valid(dense)

@@ -57,7 +57,8 @@ def over_time(run: Run) -> dict[str, list[tuple[int, Values]]]:
 def draws(run: Run, snapshot: Snapshot) -> Values:
     """Eq. 7-8: the probability that a draw from the memory is of each class. Without memory: if all were stored."""
     stored = torch.tensor(snapshot.memory or [1] * len(run.classes.ids))
-    return _known(sampling_probability(_indicator(run, snapshot), stored))
+    transform = run.option("memory", "transform", "inverse")
+    return _known(sampling_probability(_indicator(run, snapshot), stored, transform))
 
 
 def margins(run: Run, snapshot: Snapshot) -> Values:
