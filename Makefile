@@ -82,7 +82,7 @@ table1 table2 table3 table4 table5 table6: setup
 tables: table1 table2 table3 table4 table5 table6 results  ## all of them, then results (DATA, SEEDS, GPUS; RECORDS=folder)
 
 results: setup  ## what the finished rows show: all tables over seeds, the paper's claims, a figure (OUT=folder)
-	$(PY) scripts/results.py $(TABLES) $(if $(OUT),out='$(OUT)') $(ARGS)
+	$(PY) scripts/results.py $(TABLES) $(if $(OUT),out='$(OUT)') $(if $(README),readme='$(README)') $(ARGS)
 
 bench: setup  ## ours against torchvision's and the usual way, in one table (SIZE=small to try; DEVICE=cuda)
 	$(PY) benchmarks/bench.py size=$(or $(SIZE),full) device=$(or $(DEVICE),auto) $(ARGS)

@@ -20,8 +20,16 @@ from loce.files import write_text
 TABLES = (1, 2, 3, 4, 5, 6)
 TRACKS = 0.7  # rank correlation from which on the mean score tracks accuracy
 LITTLE = 1.0  # box AP: what matters less matters little
+MARKS = ("<!-- Table 1: begin -->\n", "<!-- Table 1: end -->\n")
 ENOUGH_SEEDS = 3  # for a verdict without a word of warning
 Records = list[dict[str, Any]]
+NAMES = {  # of the rows of Table 1, for readers who have not seen the paper
+    "baseline": "softmax",
+    "s, EBL": "Equilibrium Loss (EBL)",
+    "s, MFS": "feature sampling (MFS)",
+    "s, EBL + MFS": "**LOCE** = EBL + MFS",
+    "P(y), EBL + MFS": "LOCE with class counts in place of scores",
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,6 +37,7 @@ class Options(RunOptions):
     """Write what the records of all tables show."""
 
     out: str = ""  # folder of results.md and its figure; empty: beside the tables
+    readme: str = ""  # a page whose part between MARKS becomes Table 1; empty: none
 
 
 @dataclass(frozen=True)
@@ -86,6 +95,33 @@ def line(row: Row, records: Records, softmax: Records, loce: Records) -> str:
         training(row.runs[0].config),
     ]
     return f"| {' | '.join(cells)} |"
+
+
+def short_table(table: Table) -> str:
+    """Table 1 for a first page: our means beside the paper's numbers."""
+    seeds = max(map(len, table.records.values()))
+    head = f"Glyph-50, {seeds} seed{'s' * (seeds > 1)}"
+    lines = [f"| box AP / mask AP (rare, common, frequent) | {head} | the paper, LVIS v1 |", "|---|---|---|"]
+    for row in table.rows:
+        found = [metric(table.records[row.text.name], name) for name in COLUMNS]
+        ours = in_short([value.mean if value else UNKNOWN for value in found])
+        lines.append(f"| {NAMES[row.text.name]} | {ours} | {in_short(row.text.paper)} |")
+    return "\n".join(lines) + "\n"
+
+
+def in_short(values: Sequence[float]) -> str:
+    """The numbers of COLUMNS: "28.1 / 17.0 (0.7, 17.9, 29.4)"."""
+    box, mask, *groups = ("-" if value == UNKNOWN else f"{value:.1f}" for value in values)
+    return f"{box} / {mask} ({', '.join(groups)})"
+
+
+def between_marks(page: str, text: str) -> str:
+    """`page` with `text` between MARKS. ValueError where it does not have them."""
+    before, begin, rest = page.partition(MARKS[0])
+    _, end, after = rest.partition(MARKS[1])
+    if not (begin and end):
+        raise ValueError(f"no {MARKS[0].strip()} ... {MARKS[1].strip()}")
+    return before + begin + text + end + after
 
 
 def mean(found: Estimate | None) -> str:
@@ -218,6 +254,10 @@ def main() -> None:
         score_figure(titles, folder / "images/score_accuracy.png")
     write_text(folder / "results.md", text)
     print(f"{text}\nwrote {folder / 'results.md'}")
+    if options.readme:
+        readme = Path(options.readme)
+        write_text(readme, between_marks(readme.read_text(encoding="utf-8"), short_table(tables[0])))
+        print(f"wrote {readme}")
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
 import json
 import math
 import random
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -15,7 +16,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "scripts"))
 
 from result_statistics import difference, estimate, metric, rank_correlation, score_tracks_accuracy  # noqa: E402
-from results import Options, page, read_tables  # noqa: E402
+from results import Options, between_marks, note, page, read_tables, short_table  # noqa: E402
 from table_rows import COLUMNS, RowRun  # noqa: E402
 
 
@@ -173,3 +174,17 @@ def test_without_records_nothing_is_claimed(tmp_path: Path) -> None:
     text = (tmp_path / "out/results.md").read_text()
     assert "confirmed" not in text and "0 runs" in text
     assert sum(line.endswith(" | not run | - |") for line in text.splitlines()) == 15 + 14  # claims, questions
+
+
+def test_the_committed_pages_are_what_the_committed_records_give(monkeypatch: pytest.MonkeyPatch) -> None:
+    """docs/results.md and the README's first table; the command stands in the page."""
+    monkeypatch.chdir(ROOT)
+    written = (ROOT / "docs/results.md").read_text(encoding="utf-8")
+    seeds, records = re.search(r"SEEDS=(\d+)` from records in `(\S+)`", written).groups()  # type: ignore[union-attr]
+    options = Options(seeds=int(seeds), records=records)
+    tables = read_tables(options)
+    assert page(tables, note(options)) == written
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert between_marks(readme, short_table(tables[0])) == readme
+    with pytest.raises(ValueError, match="Table 1: begin"):
+        between_marks("# no marks\n", "")
