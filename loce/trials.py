@@ -21,7 +21,7 @@ from loce.errors import Stopped
 from loce.header import introduce
 from loce.inference import evaluate_model
 from loce.job import Job, advance, fill, filled, open_log, prepare, save, set_done
-from loce.progress import peak_memory
+from loce.progress import peak_memory, say
 from loce.runlog import RunLog, check_run_folder
 
 STEPS = 2  # of a dry run
@@ -99,12 +99,12 @@ def dry_run(config: Config, device: torch.device) -> None:
         _evaluate_few(again)
         log.line(f"dry run: evaluation of a few validation images: {again.folder / 'eval'}")
     log.line(f"dry run: peak memory of a process: {peak:.1f} GiB in training, {peak_memory():.1f} GiB in all")
-    log.line(f"dry run: passed; apart from {again.folder}, nothing in {config.output} was touched")
     log.close()
     distributed.barrier()
     if distributed.is_main():
         for part in ("checkpoints", "tensorboard"):
             shutil.rmtree(again.folder / part)
+        say(f"dry run: passed; apart from {again.folder}, nothing in {config.output} was touched")
 
 
 def _crowded(annotations: LVISAnnotations, count: int) -> np.ndarray:
