@@ -8,8 +8,8 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
+from result_claims import Records, Table, answers, claims
 from result_statistics import Estimate, difference, metric, score_tracks_accuracy
 from table_rows import COLUMNS, UNKNOWN, Row, RunOptions, read_rows
 from tables import training
@@ -18,11 +18,7 @@ from loce.config import read_options, run_script
 from loce.files import write_text
 
 TABLES = (1, 2, 3, 4, 5, 6)
-TRACKS = 0.7  # rank correlation from which on the mean score tracks accuracy
-LITTLE = 1.0  # box AP: what matters less matters little
 MARKS = ("<!-- Table 1: begin -->\n", "<!-- Table 1: end -->\n")
-ENOUGH_SEEDS = 3  # for a verdict without a word of warning
-Records = list[dict[str, Any]]
 NAMES = {  # of the rows of Table 1, for readers who have not seen the paper
     "baseline": "softmax",
     "s, EBL": "Equilibrium Loss (EBL)",
@@ -38,16 +34,6 @@ class Options(RunOptions):
 
     out: str = ""  # folder of results.md and its figure; empty: beside the tables
     readme: str = ""  # a page whose part between MARKS becomes Table 1; empty: none
-
-
-@dataclass(frozen=True)
-class Table:
-    """A table and the records of each row, by name."""
-
-    number: int
-    title: str
-    rows: list[Row]
-    records: dict[str, Records]
 
 
 def read_tables(options: Options) -> list[Table]:
@@ -78,6 +64,7 @@ def page(tables: list[Table], note: str) -> str:
         names = ["seeds", *COLUMNS, "AP, 95%", "AP - softmax", "AP - LOCE", f"paper: {', '.join(COLUMNS)}", "training"]
         lines += [f"| | {' | '.join(names)} |", "|---" * (len(names) + 1) + "|"]
         lines += [line(row, table.records[row.text.name], softmax, loce) for row in table.rows]
+        lines += beside_the_paper(table) if table.number == 1 else []
     every = [record for table in tables for rows in table.records.values() for record in rows]
     return "\n".join([*lines, "", *origin(list({record["command"]: record for record in every}.values()))]) + "\n"
 
@@ -97,16 +84,43 @@ def line(row: Row, records: Records, softmax: Records, loce: Records) -> str:
     return f"| {' | '.join(cells)} |"
 
 
+def beside_the_paper(table: Table) -> list[str]:
+    """Table 1's differences to its first row, ours and the paper's; how many signs agree; the order of the rows."""
+    base, *rows = table.rows
+    lines = ["", f"| minus {base.text.name}: here / the paper | {' | '.join(COLUMNS)} |", "|---" * 6 + "|"]
+    pairs = []
+    for row in rows:
+        cells = []
+        for column, theirs, plain in zip(COLUMNS, row.text.paper, base.text.paper, strict=True):
+            ours = difference(table.records[row.text.name], table.records[base.text.name], column)
+            pairs += [(ours.mean, theirs - plain)] if ours else []
+            cells.append(f"{ours.mean:+.1f} / {theirs - plain:+.1f}" if ours else "not run")
+        lines.append(f"| {row.text.name} | {' | '.join(cells)} |")
+    agree = sum(ours * theirs > 0 for ours, theirs in pairs)
+    done = [row for row in table.rows if table.records[row.text.name]]
+    orders = (
+        sorted(done, key=lambda row: -means(table.records[row.text.name])[1]),
+        sorted(done, key=lambda row: -row.text.paper[1]),
+    )
+    here, there = (" > ".join(row.text.name for row in order) for order in orders)
+    return [*lines, "", f"The sign agrees in {agree} of {len(pairs)}. By mask AP: here {here}; the paper {there}."]
+
+
 def short_table(table: Table) -> str:
     """Table 1 for a first page: our means beside the paper's numbers."""
     seeds = max(map(len, table.records.values()))
     head = f"Glyph-50, {seeds} seed{'s' * (seeds > 1)}"
     lines = [f"| box AP / mask AP (rare, common, frequent) | {head} | the paper, LVIS v1 |", "|---|---|---|"]
     for row in table.rows:
-        found = [metric(table.records[row.text.name], name) for name in COLUMNS]
-        ours = in_short([value.mean if value else UNKNOWN for value in found])
+        ours = in_short(means(table.records[row.text.name]))
         lines.append(f"| {NAMES[row.text.name]} | {ours} | {in_short(row.text.paper)} |")
     return "\n".join(lines) + "\n"
+
+
+def means(records: Records) -> list[float]:
+    """Of COLUMNS over seeds, in percent; UNKNOWN where there is none."""
+    found = [metric(records, name) for name in COLUMNS]
+    return [UNKNOWN if value is None else value.mean for value in found]
 
 
 def in_short(values: Sequence[float]) -> str:
@@ -129,90 +143,6 @@ def mean(found: Estimate | None) -> str:
     if found is None:
         return "-"
     return f"{found.mean:.1f} ± {found.deviation:.1f}" if found.seeds > 1 else f"{found.mean:.1f}"
-
-
-def claims(tables: list[Table]) -> list[str]:
-    """The paper's claims, each with numbers and a verdict."""
-    one, five = tables[0].records, tables[4].records
-    base, ebl, mfs, loce, prior = (one[row.text.name] for row in tables[0].rows)
-    lines = ["| claim of the paper | here | verdict |", "|---|---|---|"]
-    rows = [
-        tracking({"softmax": base, "RFS": five["RFS"], "LOCE": loce}),
-        better("EBL helps rare, common and frequent classes (Table 1)", ebl, base, ("APr", "APc", "APf")),
-        better("MFS lifts the rare classes (Table 1)", mfs, base, ("APr",)),
-        better("both together beat EBL alone (Table 1)", loce, ebl, ("box AP", "AP")),
-        better("both together beat MFS alone (Table 1)", loce, mfs, ("box AP", "AP")),
-        better("the mean score beats counts for frequent classes (Table 1)", loce, prior, ("APf",)),
-        *(
-            little(f"{what} matters little (Table {table.number})", table, loce)
-            for what, table in zip(
-                ("alpha", "the background's score", "the choice of k and m"), tables[1:4], strict=True
-            )
-        ),
-        *(
-            better(f"LOCE beats {name} (Table 5)", loce, five.get(name, []), ("box AP",))
-            for name in ("EQL", "RFS", "Forest R-CNN", "Seesaw", "EQL v2", "BAGS")
-        ),
-    ]
-    return [*lines, *(f"| {' | '.join(row)} |" for row in rows)]
-
-
-def better(claim: str, ours: Records, others: Records, columns: Sequence[str]) -> tuple[str, str, str]:
-    """Confirmed where the intervals of all these differences are above 0, not confirmed where one is below."""
-    found = {name: difference(ours, others, name) for name in columns}
-    known = {name: value for name, value in found.items() if value is not None}
-    if len(known) < len(columns):
-        return claim, "not run", "-"
-    text = ", ".join(f"{name} {value}" for name, value in known.items())
-    return claim, text, verdict([v.low > 0 for v in known.values()], [v.high < 0 for v in known.values()], ours)
-
-
-def little(claim: str, table: Table, loce: Records) -> tuple[str, str, str]:
-    """Confirmed where no row is further than LITTLE from LOCE, not confirmed where an interval is outside of that."""
-    others = {name: records for name, records in table.records.items() if records != loce}
-    found = {name: difference(records, loce, "box AP") for name, records in others.items()}
-    known = {name: value for name, value in found.items() if value is not None}
-    if not known or len(known) < len(found):
-        return claim, "not run", "-"
-    text = "box AP " + ", ".join(f"{name}: {value}" for name, value in known.items())
-    within = [abs(value.mean) <= LITTLE for value in known.values()]
-    return claim, text, verdict(within, [v.low > LITTLE or v.high < -LITTLE for v in known.values()], loce)
-
-
-def tracking(rows: dict[str, Records]) -> tuple[str, str, str]:
-    """Confirmed where mean score and AP are correlated by TRACKS or more in every row's mean."""
-    claim = "the mean score tracks accuracy (Figure 1)"
-    if not all(rows.values()):
-        return claim, "not run", "-"
-    means = {name: sum(map(score_tracks_accuracy, records)) / len(records) for name, records in rows.items()}
-    text = "rank correlation " + ", ".join(f"{name} {value:.2f}" for name, value in means.items())
-    above = [value >= TRACKS for value in means.values()]
-    return claim, text, verdict(above, [not value for value in above], rows["LOCE"])
-
-
-def answers(table: Table) -> list[str]:
-    """What the paper leaves open, each with numbers and the answer of mask AP."""
-    lines = ["| what the paper leaves open | here | answer |", "|---|---|---|"]
-    for row in table.rows:
-        if question := row.text.question:
-            ours, others = table.records[row.text.name], table.records[row.text.against]
-            found = {name: difference(ours, others, name) for name in ("box AP", "AP", "APr", "APf")}
-            text = ", ".join(f"{name} {value}" for name, value in found.items() if value) or "not run"
-            ap = found["AP"]
-            word = "-" if ap is None else "better" if ap.low > 0 else "worse" if ap.high < 0 else "no difference shown"
-            lines.append(f"| {question} | {text} | {word}{few_seeds(ours) if ap else ''} |")
-    return lines
-
-
-def few_seeds(records: Records) -> str:
-    """A word of warning where these are too few to say much."""
-    return "" if len(records) >= ENOUGH_SEEDS else f", by {len(records)} seed{'s' * (len(records) > 1)} only"
-
-
-def verdict(holds: list[bool], fails: list[bool], records: Records) -> str:
-    """In a word, and of how many seeds where these are too few to say much."""
-    word = "confirmed" if all(holds) else "not confirmed" if any(fails) else "within noise"
-    return word + few_seeds(records)
 
 
 def origin(records: Records) -> list[str]:

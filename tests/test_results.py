@@ -155,6 +155,8 @@ def test_the_page_judges_the_claims(tmp_path: Path) -> None:
     assert seesaw.count("not run") == 5 and seesaw.endswith(
         "| 24.3 / 23.3 / 13.0 / 22.9 / 28.2 | end to end, 7 epochs |"
     )
+    assert "| s, EBL | +2.0 / +3.6 | +2.0 / +3.6 | +2.0 / +5.4 | +2.0 / +5.5 | +2.0 / +0.6 |" in text
+    assert "The sign agrees in 18 of 20. By mask AP: here P(y), EBL + MFS > s, EBL + MFS > s, MFS > s, EBL" in text
     few = page(read_tables(Options(seeds=1, records=options.records)), "note")
     assert few.count("| confirmed, by 1 seed only |") == 12 and "| alpha = 0.9 | 1 | 24.0 |" in few
     assert ebl.startswith("| s, EBL | 3 | 22.1 ± 0.1 | 22.1 ± 0.1 |") and "+2.0 [+2.0, +2.0] | -2.0 [-2.0, -2.0]" in ebl
