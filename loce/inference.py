@@ -105,16 +105,15 @@ def evaluate_model(
     config: Config,
     output: Path,
     source: str,
-    annotations: LVISAnnotations | None = None,
+    annotations: LVISAnnotations,
     **report: Any,
 ) -> None:
     """Detect on the validation data, streaming to `output`/detections, and evaluate; rank 0 writes `output`.
 
-    source: what made the detections, named beside the numbers; annotations: the validation data where it is open
-    already; report: options of `evaluate_and_report`. Inference that was killed goes on where it stopped, finished
-    inference is used as it is; detections of other weights, data or options are replaced.
+    source: what made the detections, named beside the numbers; annotations: the validation data; report: options of
+    `evaluate_and_report`. Inference that was killed goes on where it stopped, finished inference is used as it is;
+    detections of other weights, data or options are replaced.
     """
-    annotations = annotations or build.val_annotations(config)
     truth = load_annotations(annotations.path, masks=distributed.is_main())  # rank 0 evaluates in the end
     if len(annotations.absent):
         present = np.delete(annotations.image_ids, annotations.absent)
@@ -145,10 +144,10 @@ def _why(config: Config) -> str:
     return missing if config.data.allow_missing else "the others are left out"
 
 
-def is_evaluated(model: MaskRCNN, config: Config, output: Path) -> bool:
+def is_evaluated(model: MaskRCNN, config: Config, output: Path, annotations: LVISAnnotations) -> bool:
     """Whether `output` holds the numbers of this very model on this data, the same on all ranks; all must call."""
     done = distributed.is_main() and (output / "metrics.json").is_file()
-    done = done and _text(output / "origin.txt") == _origin(model, config, build.val_annotations(config))
+    done = done and _text(output / "origin.txt") == _origin(model, config, annotations)
     return bool(distributed.broadcast_text("done" if done else ""))
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-from loce import distributed, divergence, resume, start, stopping, trials, validation
+from loce import build, distributed, divergence, resume, start, stopping, trials, validation
 from loce.config import Config, UserError, dump
 from loce.engine import BadStepError
 from loce.errors import DivergedError, Stopped
@@ -55,10 +55,11 @@ def train(config: Config) -> None:
 
 def _evaluate(job: Job) -> None:
     folder, config = job.folder / "eval", job.config
-    evaluate_model(job.model, config, folder, f"{job.folder} after {job.done} iterations")
+    annotations = build.val_annotations(config)
+    evaluate_model(job.model, config, folder, f"{job.folder} after {job.done} iterations", annotations)
     if distributed.is_main():
         boards = open_boards(job.folder, None, dump(config) if config.train.wandb else "")
-        values = validation.results(job.model, config, folder)
+        values = validation.results(job.model, config, folder, annotations)
         for board in boards:
             if problem := board.show(job.done, values):
                 say(f"WARNING: {problem}")

@@ -15,6 +15,7 @@ from loce.board import Shown
 from loce.config import Config, TrainConfig
 from loce.contact_sheet import predictions, write_jpeg
 from loce.data.loader import TrainDataset
+from loce.data.lvis import LVISAnnotations
 from loce.files import write_text
 from loce.inference import evaluate_model, is_evaluated
 from loce.models.mask_rcnn import MaskRCNN
@@ -34,19 +35,22 @@ def evaluate_epoch(model: MaskRCNN, config: Config, run: Path, epoch: int, itera
     numbers.
     """
     output = run / f"eval_epoch_{epoch:02d}"
-    if not is_evaluated(model, config, output):
+    annotations = build.val_annotations(config)
+    if not is_evaluated(model, config, output, annotations):
         source = f"{run} after {iteration} iterations"
-        evaluate_model(model, config, output, source, resamples=0, errors=False)
+        evaluate_model(model, config, output, source, annotations, resamples=0, errors=False)
     if distributed.is_main():
         shutil.rmtree(output / "detections", ignore_errors=True)
         note_best(run, output, epoch, iteration)
-    return results(model, config, output) if distributed.is_main() else {}
+    return results(model, config, output, annotations) if distributed.is_main() else {}
 
 
-def results(model: MaskRCNN, config: Config, output: Path) -> dict[str, Shown]:
-    """The numbers of an evaluation in `output`, and a picture of predictions, also written there. Rank 0 only."""
+def results(model: MaskRCNN, config: Config, output: Path, annotations: LVISAnnotations) -> dict[str, Shown]:
+    """The numbers of an evaluation in `output`, and a picture of predictions, also written there. Rank 0 only.
+
+    annotations: of the validation data.
+    """
     data = dataclasses.replace(config.data, short_edges=(config.data.test_short_edge,), flip=0.0)
-    annotations = build.val_annotations(config)
     picture = predictions(model, TrainDataset(annotations, Path(data.val_images), data, config.seed))
     write_jpeg(output / "predictions.jpg", picture)
     metrics: dict[str, Any] = json.loads((output / "metrics.json").read_text(encoding="utf-8"))

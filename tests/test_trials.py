@@ -9,7 +9,7 @@ import torch
 
 from loce import build, trials
 from loce.config import UserError, load_config
-from tests.tiny_runs import run
+from tests.tiny_runs import LOCE, run
 
 CPU = torch.device("cpu")
 
@@ -78,6 +78,20 @@ def test_overfitting_needs_an_image_for_each_process(config: Path, tmp_path: Pat
     words = [str(config), f"output={tmp_path}", "train.overfit=1", "train.accumulate=2"]
     with pytest.raises(UserError, match=r"train.overfit = 1: must be at least processes x train.accumulate = 1 x 2"):
         trials.overfit(load_config(words), CPU)
+
+
+@pytest.mark.slow
+def test_a_dry_run_of_loce_on_two_ranks(config: Path, tmp_path: Path) -> None:
+    """Each rank has its memory, which the checkpoint holds, and says of itself that the resumed step is the same."""
+    words = (*LOCE, f"train.init={tmp_path / 'start'}", f"output={tmp_path / 'run'}", "train.dry_run=true")
+    run("train.py", config, f"output={tmp_path / 'start'}", "train.epochs=1", "train.drops=[]", "train.evaluate=false")
+    text = run("finetune.py", config, *words, processes=2)
+    log = (tmp_path / "run/dry_run/log.txt").read_text()
+    assert text.count("dry run: passed") == log.count("dry run: passed") == 1  # rank 0 speaks
+    assert "batch: 4 = 2 ranks x 2 images" in log and "dry run: feature memory: " in log
+    assert "step 2, again from that checkpoint: the same, loss " in log
+    assert json.loads((tmp_path / "run/dry_run/eval/metrics.json").read_text())["bbox"]["AP"] is not None
+    assert not (tmp_path / "run/dry_run/checkpoints").exists()
 
 
 @pytest.mark.slow
