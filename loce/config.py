@@ -6,6 +6,7 @@ What a field may hold is its type; what cannot stand together is in conflicts.py
 
 import difflib
 import sys
+import textwrap
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -27,6 +28,7 @@ from loce.options import (
     build,
     flatten,
     help_text,
+    print_help,
     read_options,
     split_words,
     to_dict,
@@ -232,8 +234,8 @@ def load_config(argv: Sequence[str]) -> Config:
     UserError with everything that is wrong at once: unknown keys, wrong types, values out of range, conflicts.
     """
     if "-h" in argv or "--help" in argv:
-        print(f"usage: {sys.argv[0]} CONFIG [key=value ...]\n\nCONFIG: {_known_configs()}\n\n{help_text(Config)}")
-        sys.exit(0)
+        recipes = textwrap.fill(f"CONFIG: a YAML file; {_known_configs()}", 110, break_on_hyphens=False)
+        print_help(recipes, help_text(Config))
     if not argv or ("=" in argv[0] and not Path(argv[0]).is_file()):
         raise UserError(
             f"command line: no CONFIG given; usage: {sys.argv[0]} CONFIG [key=value ...]; {_known_configs()}"

@@ -13,7 +13,7 @@ import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import reduce
-from typing import Annotated, Any, Literal, TypeVar, get_args, get_origin, get_type_hints
+from typing import Annotated, Any, Literal, NoReturn, TypeVar, get_args, get_origin, get_type_hints
 
 from loce.errors import raise_problems
 from loce.yaml_text import parse_value, show
@@ -135,10 +135,15 @@ def build(cls: type[T], given: Sequence[Given], conflicts: Sequence[Conflict] = 
 def read_options(cls: type[T], argv: Sequence[str], conflicts: Sequence[Conflict] = ()) -> T:
     """An instance of the dataclass `cls` from `key=value` words (`-h`: prints the keys and exits with 0)."""
     if "-h" in argv or "--help" in argv:
-        print(f"usage: {sys.argv[0]} [key=value ...]\n\n{help_text(cls)}")
-        sys.exit(0)
+        print_help(help_text(cls))
     given, problems = split_words(cls, argv)
     return build(cls, given, conflicts, problems)
+
+
+def print_help(*parts: str) -> NoReturn:
+    """Print what the running script's docstring says, command line included, then `parts`; exit with 0."""
+    print("\n\n".join([(sys.modules["__main__"].__doc__ or "").strip(), *parts]))
+    sys.exit(0)
 
 
 def help_text(cls: type, prefix: str = "") -> str:

@@ -28,7 +28,6 @@ class Options:
 def read_words(words: list[str]) -> tuple[Options, list[tuple[str, str]], Config]:
     """The options, the (annotation file, image folder) pairs to check, and the options of the run (or defaults)."""
     if "-h" in words or "--help" in words:
-        print(__doc__)
         read_options(Options, ["-h"])
     words = [f"annotations={word}" if word.endswith(".json") and "=" not in word else word for word in words]
     names = {field.name for field in fields(Options)}

@@ -41,7 +41,6 @@ def read_words(words: list[str]) -> tuple[Path, Path, ConvertOptions, list[str]]
         words = [*words[:at], f"to={words[at + 1]}", *words[at + 2 :]]
     words = [f"to={word[5:]}" if word.startswith("--to=") else word for word in words]
     if "-h" in words or "--help" in words:
-        print(__doc__)
         read_options(ConvertOptions, ["-h"])
     paths = [word for word in words if "=" not in word and not word.startswith("-")]
     if len(paths) != 2:

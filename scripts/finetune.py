@@ -1,4 +1,7 @@
-"""Stage 2: python (or torchrun) scripts/finetune.py CONFIG [key=value ...]; starts from the checkpoint train.init."""
+"""Stage 2: python (or torchrun --nproc_per_node=N) scripts/finetune.py CONFIG [key=value ...].
+
+It starts from the checkpoint train.init (loce.yaml: runs/stage1); else as scripts/train.py.
+"""
 
 import sys
 

@@ -1,4 +1,7 @@
-"""Train a detector: python (or torchrun --nproc_per_node=N) scripts/train.py CONFIG [key=value ...]."""
+"""Train a detector: python (or torchrun --nproc_per_node=N) scripts/train.py CONFIG [key=value ...].
+
+It checks everything first, trains, and evaluates. The same command goes on where a run stopped. Words win over CONFIG.
+"""
 
 import sys
 

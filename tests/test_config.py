@@ -448,7 +448,7 @@ def test_read_options_help(capsys):
     with pytest.raises(SystemExit) as caught:
         read_options(Drawing, ["--help"])
     assert caught.value.code == 0
-    assert capsys.readouterr().out.splitlines()[2:] == [
+    assert capsys.readouterr().out.split("\n\n")[-1].splitlines() == [
         "Options of a script.",
         f"  {'out = (required)':<40} text; folder",
         f"  {'classes = 50':<40} a whole number >= 1; how many",
