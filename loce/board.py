@@ -12,8 +12,9 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
+from loce.classes import GROUP_NAMES
+
 Shown = float | Tensor | np.ndarray | str
-GROUP_NAMES = {"r": "rare", "c": "common", "f": "frequent"}
 PLACES = {
     "loss": "loss/all",
     "lr": "speed/learning_rate",

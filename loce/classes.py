@@ -10,7 +10,9 @@ import numpy as np
 
 IGNORED = -100  # torch.nn.functional.cross_entropy's own ignore_index
 META = -2  # in place of the class that an image was drawn for: the image is of the meta batch (BALMS)
-GROUPS = ("r", "c", "f")  # rare, common, frequent: LVIS's names
+GROUP_NAMES = {"r": "rare", "c": "common", "f": "frequent"}  # by LVIS's letters
+GROUPS = tuple(GROUP_NAMES)
+GROUP_RGB = {"r": (209, 73, 91), "c": (237, 174, 73), "f": (48, 99, 142)}  # in every picture
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,6 +1,6 @@
-"""Sheets of pictures to look at: what a training shows its model, and what the model finds in validation images."""
+"""Sheets of pictures to look at: what a training shows its model, and what models find in validation images."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -9,11 +9,15 @@ import numpy as np
 import torch
 from pycocotools import mask as coco_mask
 
-from loce.classes import GROUPS, ClassStats
+from loce.classes import GROUP_NAMES, GROUP_RGB, GROUPS, ClassStats
 from loce.data.dataset import Sample, TrainDataset
+from loce.data.lvis import LVISAnnotations
 from loce.data.masks import CroppedMasks
 from loce.data.samplers import TrainingPlan
-from loce.drawing import FONT, GROUP_NAMES, GROUP_RGB, draw_objects, worth_drawing
+from loce.data.transforms import read_image
+from loce.drawing import FONT, draw_objects, worth_drawing
+from loce.evaluation.detections import Detections
+from loce.evaluation.stream import read_detections
 from loce.files import atomic_write
 from loce.models.mask_rcnn import MaskRCNN
 
@@ -21,6 +25,8 @@ CELL, GAP, CAPTION, TITLE = 448, 8, 26, 44  # pixels: the side of a picture, bet
 PAPER, INK, GREY = (255, 255, 255), (40, 40, 40), (128, 128, 128)
 FIRST = 16  # training samples
 THRESHOLD, MOST, OVERLAP = 0.3, 30, 0.7  # of detections that are drawn, see `worth_drawing`
+LOWER, APART = 0.1, 0.5  # threshold and overlap where runs are compared: scores of rare classes are low
+RULE = f"Drawn: scores of at least {LOWER:g}, one label for each place (NMS over all classes at {APART:g})."
 
 
 def first_samples(dataset: TrainDataset, plan: TrainingPlan) -> np.ndarray:
@@ -126,6 +132,66 @@ def _found(image: torch.Tensor, found: Mapping[str, Any], stats: ClassStats) -> 
     best = int(scores.argmax()) if len(scores) else None
     said = "" if best is None else f"; the best: {stats.names[labels[best]]} {scores[best]:.2g}"
     return drawn, f"found: nothing that scores {THRESHOLD:g}{said}"
+
+
+def comparisons(
+    annotations: LVISAnnotations,
+    images: str,
+    found: Mapping[str, Detections],
+    classes: Mapping[int, tuple[str, str]],
+    count: int,
+) -> Iterator[tuple[str, dict[str, np.ndarray]]]:
+    """Name of an image -> caption -> (H, W, 3) uint8 RGB: what is there ("ground truth"), and what each run found.
+
+    At most `count` images, those with most objects of rare classes first. images: their folder; found: title -> stored
+    detections; classes: category id -> name and group, by the training data. `RULE` says what is drawn.
+    """
+    ids = annotations.stats.category_ids
+    rare = np.array([classes.get(int(c), ("", ""))[1] == "r" for c in ids])
+    telling = [int(rare[annotations.labels[annotations.rows(i)]].sum()) for i in range(len(annotations))]
+    for index in sorted(range(len(annotations)), key=lambda i: (-telling[i], i))[:count]:
+        height, width = (int(side) for side in annotations.image_sizes[index])
+        image = read_image(annotations.image_path(index, images), (height, width))
+        own = annotations.rows(index)
+        masks = [
+            coco_mask.frPyObjects({"counts": runs.tolist(), "size": [height, width]}, height, width)
+            for runs in annotations.segmentations.runs(own, height, width)
+        ]
+        boxes = np.array([coco_mask.toBbox(mask) for mask in masks]).reshape(-1, 4)
+        corners = np.concatenate([boxes[:, :2], boxes[:, :2] + boxes[:, 2:]], axis=1)
+        drawn = {"ground truth": _named(image, corners, masks, ids[annotations.labels[own]], None, classes)}
+        for title, detections in found.items():
+            mine = np.flatnonzero(detections.image_ids == annotations.image_ids[index])
+            rows = worth_drawing(detections.corners()[mine], detections.scores[mine], LOWER, MOST, APART)
+            best = mine[rows]
+            codes = detections.masks.rles(best) if detections.masks is not None else []
+            numbers, scores = detections.category_ids[best], detections.scores[best]
+            drawn[title] = _named(image, detections.corners()[best], codes, numbers, scores, classes)
+        yield annotations.name(index), drawn
+
+
+def _named(
+    image: np.ndarray,
+    corners: np.ndarray,
+    masks: Sequence[dict[str, Any]],
+    category_ids: np.ndarray,
+    scores: np.ndarray | None,
+    classes: Mapping[int, tuple[str, str]],
+) -> np.ndarray:
+    """An image with objects and their names (and scores)."""
+    known = [classes.get(int(number), ("?", "r")) for number in category_ids]
+    texts = [name if scores is None else f"{name} {scores[i]:.2f}" for i, (name, _) in enumerate(known)]
+    return draw_objects(image, corners, masks, texts, [group for _, group in known])
+
+
+def comparison_sheet(annotations: LVISAnnotations, images: str, folders: Mapping[str, Path], count: int) -> np.ndarray:
+    """(H, W, 3) uint8 RGB: `comparisons` of runs, an image a line. folders: title -> folder of stored detections."""
+    stats = annotations.stats
+    classes = dict(zip(stats.category_ids.tolist(), zip(stats.names, stats.groups, strict=True), strict=True))
+    found = {title: read_detections(folder, annotations.image_ids) for title, folder in folders.items()}
+    drawn = [row for _, row in comparisons(annotations, images, found, classes, count)]
+    pictures = [picture for row in drawn for picture in row.values()]
+    return sheet(pictures, [title for row in drawn for title in row], RULE, 1 + len(folders))
 
 
 def sheet(pictures: Sequence[np.ndarray], captions: Sequence[str], title: str, columns: int = 4) -> np.ndarray:

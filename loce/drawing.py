@@ -9,8 +9,8 @@ import torch
 from pycocotools import mask as coco_mask
 from torchvision.ops import nms
 
-GROUP_RGB = {"r": (209, 73, 91), "c": (237, 174, 73), "f": (48, 99, 142)}  # rare, common, frequent
-GROUP_NAMES = {"r": "rare", "c": "common", "f": "frequent"}
+from loce.classes import GROUP_RGB
+
 TINT = 0.45  # how much of the colour goes into a mask
 READABLE = 480  # pixels of the short side; smaller images are enlarged by a whole number, so that names fit
 FONT = cv2.FONT_HERSHEY_SIMPLEX

@@ -1,4 +1,4 @@
-"""Pictures of a run: the paper's Figures 1 and 4 (score, accuracy, AP of every class), predictions beside truth."""
+"""Figures of runs: the paper's Figures 1 and 4 (score, accuracy, AP of every class), score against AP."""
 
 import csv
 from collections.abc import Mapping, Sequence
@@ -7,31 +7,17 @@ from typing import Any
 
 import matplotlib
 import numpy as np
-import torch
-from pycocotools import mask as coco_mask
-from torchvision.ops import nms
 
-from loce.data.lvis import LVISAnnotations
-from loce.data.transforms import read_image
-from loce.evaluation.detections import Detections
-from loce.evaluation.stream import read_detections
+from loce.classes import GROUP_NAMES, GROUP_RGB
 from loce.files import atomic_write
 
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt
 from matplotlib.patheffects import withStroke
 
-GROUP_COLOURS = {"r": "#d1495b", "c": "#edae49", "f": "#30638e"}
-GROUP_NAMES = {"r": "rare", "c": "common", "f": "frequent"}
+GROUP_COLOURS = {group: tuple(part / 255 for part in rgb) for group, rgb in GROUP_RGB.items()}
 VALUES = {"score": "mean score of own class", "accuracy": "classification accuracy", "ap": "AP"}  # rows of a figure
 COLUMNS = {"score": "mean_score", "accuracy": "accuracy"}  # of mean_scores.csv
-SHOWN_SCORE = 0.1  # predictions below it are not drawn
-SHOWN_OVERLAP = 0.5  # of two predictions that overlap more, whatever their classes, the better one is drawn
-
-CAPTION = (
-    f"Of predictions one label per place is drawn: the best with a score of at least {SHOWN_SCORE:g},\n"
-    f"all classes in one NMS at IoU {SHOWN_OVERLAP:g}."
-)
 
 
 def read_table(path: Path) -> list[dict[str, str]]:
@@ -134,75 +120,6 @@ def score_figure(runs: Mapping[str, Mapping[str, Sequence[Any]]], output: Path) 
     axes[0, 0].legend(frameon=False)
     figure.tight_layout()
     _save(figure, output)
-
-
-def prediction_sheet(
-    annotations: LVISAnnotations, images: str, runs: Mapping[str, Path], output: Path, rows: int = 6
-) -> None:
-    """At most `rows` validation images, one a line: ground truth, then a column of predictions per run.
-
-    Images with rare classes come first. runs: title -> folder with streamed detections. Of predictions only one for
-    each place is drawn, whatever the classes, which the caption says: AP knows all of them.
-    """
-    chosen = _telling_images(annotations, rows)
-    ids = annotations.image_ids.tolist()
-    label_of = {int(c): label for label, c in enumerate(annotations.stats.category_ids)}
-    found = {title: read_detections(folder, ids) for title, folder in runs.items()}
-    size = (3.4 * (1 + len(runs)), 3.4 * len(chosen) + 0.5)
-    figure, axes = plt.subplots(len(chosen), 1 + len(runs), figsize=size, squeeze=False)
-    for line, index in zip(axes, chosen, strict=True):
-        height, width = (int(side) for side in annotations.image_sizes[index])
-        image = read_image(annotations.image_path(index, images), (height, width))
-        own = annotations.rows(index)
-        runs_of = annotations.segmentations.runs(own, height, width)
-        masks = [coco_mask.frPyObjects({"counts": r.tolist(), "size": [height, width]}, height, width) for r in runs_of]
-        _draw(line[0], image, annotations, annotations.labels[own], masks, None)
-        for axis, detections in zip(line[1:], found.values(), strict=True):
-            mine = _shown(detections, ids[index])
-            labels = np.array([label_of[c] for c in detections.category_ids[mine].tolist()], np.int64)
-            codes = detections.masks.rles(mine) if detections.masks is not None else []
-            _draw(axis, image, annotations, labels, codes, detections.scores[mine])
-    for axis, title in zip(axes[0], ["ground truth", *runs], strict=True):
-        axis.set_title(title)
-    figure.text(0.5, 0.1 / size[1], CAPTION, ha="center", fontsize=9)
-    figure.tight_layout(rect=(0, 0.45 / size[1], 1, 1))
-    _save(figure, output)
-
-
-def _shown(detections: Detections, image_id: int) -> np.ndarray:
-    """Rows of an image's predictions that are worth drawing: one for each place, good enough, best first."""
-    mine = np.flatnonzero((detections.image_ids == image_id) & (detections.scores >= SHOWN_SCORE))
-    boxes, scores = torch.from_numpy(detections.corners()[mine]), torch.from_numpy(detections.scores[mine])
-    return mine[nms(boxes, scores, SHOWN_OVERLAP).numpy()]
-
-
-def _telling_images(annotations: LVISAnnotations, count: int) -> list[int]:
-    rare = annotations.stats.group_mask("r")
-    rare_per_image = [int(rare[annotations.labels[annotations.rows(i)]].sum()) for i in range(len(annotations))]
-    return sorted(range(len(annotations)), key=lambda i: (-rare_per_image[i], i))[:count]
-
-
-def _draw(
-    axis: Any,
-    image: np.ndarray,
-    annotations: LVISAnnotations,
-    labels: np.ndarray,
-    masks: Sequence[dict[str, Any]],
-    scores: np.ndarray | None,
-) -> None:
-    """One image with masks tinted by frequency group, and names (and scores)."""
-    canvas = image.astype(np.float32) / 255
-    for place, (label, code) in enumerate(zip(labels, masks, strict=True)):
-        colour = np.array(matplotlib.colors.to_rgb(GROUP_COLOURS[str(annotations.stats.groups[label])]))
-        mask = coco_mask.decode(code).astype(bool)
-        canvas[mask] = 0.45 * canvas[mask] + 0.55 * colour
-        if mask.any():
-            x, y, _, _ = coco_mask.toBbox(code)
-            text = annotations.stats.names[label] + ("" if scores is None else f" {scores[place]:.2f}")
-            box = {"facecolor": colour, "alpha": 0.8, "pad": 0.8, "edgecolor": "none"}
-            axis.text(x, y, text, fontsize=7, color="white", bbox=box, clip_on=True)
-    axis.imshow(canvas)
-    axis.axis("off")
 
 
 def _save(figure: Any, output: Path) -> None:

@@ -34,13 +34,15 @@ def main() -> None:
         minutes[name] = step(RUNS / name, "finetune.py", f"glyphs/{name}.yaml", init=RUNS / "stage1")
 
     from loce.build import val_annotations
-    from loce.plots import equilibrium_figure, prediction_sheet
+    from loce.contact_sheet import comparison_sheet, write_jpeg
+    from loce.plots import equilibrium_figure
 
     config = load_config(["glyphs/loce.yaml"])
     folders = {"stage 1": RUNS / "stage1"} | {title: RUNS / name for name, title in ROWS.items()}
     equilibrium_figure({title: folder / "eval" for title, folder in folders.items()}, RUNS / "equilibrium.png")
     detections = {title: RUNS / name / "eval/detections" for name, title in ROWS.items()}
-    prediction_sheet(val_annotations(config), config.data.val_images, detections, RUNS / "predictions.png")
+    sheet = comparison_sheet(val_annotations(config), config.data.val_images, detections, count=6)
+    write_jpeg(RUNS / "predictions.jpg", sheet)
     text = table(minutes)
     write_text(RUNS / "table.md", text)
     print(f"\n{text}")
@@ -48,7 +50,7 @@ def main() -> None:
         "mask AP unless said; protocol lvis, 300 detections an image; both rows start from the same stage-1 checkpoint"
     )
     print(f"stage 1 took {minutes['stage1']:.1f} minutes, the demo {(time.monotonic() - started) / 60:.1f} this time")
-    for name in ("table.md", "equilibrium.png", "predictions.png"):
+    for name in ("table.md", "equilibrium.png", "predictions.jpg"):
         print(f"wrote {RUNS / name}")
 
 

@@ -1,7 +1,6 @@
 """Pictures: which numbers they show, and that they are made where data are missing."""
 
 import csv
-import json
 import math
 import warnings
 from pathlib import Path
@@ -10,12 +9,9 @@ import cv2
 import numpy as np
 import pytest
 from matplotlib import pyplot as plt
-from pycocotools import mask as coco_mask
 
 from loce import plots
-from loce.data.lvis import LVISAnnotations
-from loce.evaluation.stream import DetectionWriter, read_detections
-from loce.plots import CAPTION, class_values, equilibrium_figure, group_means, prediction_sheet
+from loce.plots import class_values, equilibrium_figure, group_means
 
 SCORES = [  # id, group, training_instances, boxes, mean_score, accuracy
     (7, "r", 3, 2, 0.1, 0.0),
@@ -120,55 +116,3 @@ def test_an_evaluation_without_any_value(write_evaluation, tmp_path, figures):
         assert written(tmp_path / f"{name}.png")
     assert figures[0].axes[0].get_ylim() == pytest.approx((0, 0.88))
     assert figures[1].axes[0].get_ylim() == pytest.approx((0, 1)) and not figures[1].axes[0].texts
-
-
-@pytest.fixture
-def validation(tmp_path):
-    """Two images with one object each, the rare class in the second; detections of a run."""
-    side, categories = 40, [{"id": 7, "name": "often", "frequency": "f"}, {"id": 3, "name": "seldom", "frequency": "r"}]
-    images, objects = [], []
-    for number, category in ((1, 7), (2, 3)):
-        cv2.imwrite(str(tmp_path / f"{number}.png"), np.full((side, side, 3), 90, np.uint8))
-        images.append({"id": number, "height": side, "width": side, "file_name": f"{number}.png"})
-        box = [5.0, 6.0, 20.0, 10.0]
-        corners = [5.0, 6.0, 25.0, 6.0, 25.0, 16.0, 5.0, 16.0]
-        known = {"id": number, "image_id": number, "category_id": category, "bbox": box, "area": 200.0}
-        objects.append({**known, "iscrowd": 0, "segmentation": [corners]})
-    file = tmp_path / "val.json"
-    file.write_text(json.dumps({"images": images, "annotations": objects, "categories": categories}))
-    mask = np.zeros((side, side), np.uint8, order="F")
-    mask[6:16, 5:25] = 1
-    code = coco_mask.encode(mask)["counts"]
-    boxes = [[5.0, 6, 25, 16], [5, 6, 25, 15], [30, 30, 38, 38], [30, 5, 38, 12]]
-    with DetectionWriter(tmp_path / "detections") as writer:
-        writer.add(1, boxes, [0.4, 0.9, 0.3, 0.09], [7, 3, 7, 7], [code] * 4, (side, side))
-        writer.add(2, [], [], [], [], (side, side))
-    return LVISAnnotations.open(file), tmp_path
-
-
-def test_what_is_drawn_of_the_predictions(validation):
-    """Of two classes at one place the better one, although they are two classes; nothing below the score."""
-    _, folder = validation
-    found = read_detections(folder / "detections", [1, 2])
-    drawn = plots._shown(found, 1)
-    assert found.scores[drawn].tolist() == pytest.approx([0.9, 0.3]) and found.category_ids[drawn].tolist() == [3, 7]
-    assert len(plots._shown(found, 2)) == 0
-
-
-def test_fewer_images_than_rows(validation, figures):
-    annotations, folder = validation
-    prediction_sheet(annotations, str(folder), {"run": folder / "detections"}, folder / "out/sheet.png", rows=6)
-    assert written(folder / "out/sheet.png")
-    panels = figures[0].axes
-    assert len(panels) == 4 and [panel.get_title() for panel in panels] == ["ground truth", "run", "", ""]
-    # The image with the rare class comes first; nothing was found there.
-    texts = [[text.get_text() for text in panel.texts] for panel in panels]
-    assert texts == [["seldom"], [], ["often"], ["seldom 0.90", "often 0.30"]]
-
-
-def test_the_sheet_says_what_it_leaves_out(validation, figures):
-    annotations, folder = validation
-    prediction_sheet(annotations, str(folder), {"run": folder / "detections"}, folder / "sheet.png", rows=1)
-    assert len(figures[0].axes) == 2
-    assert [text.get_text() for text in figures[0].texts] == [CAPTION]
-    assert "one label per place" in CAPTION and "at least 0.1" in CAPTION

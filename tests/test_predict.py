@@ -13,8 +13,9 @@ import torch
 from pycocotools import mask as coco_mask
 
 from loce import build, checkpoint
+from loce.classes import GROUP_RGB
 from loce.config import load_config, to_dict
-from loce.drawing import GROUP_RGB, draw_objects, worth_drawing
+from loce.drawing import draw_objects, worth_drawing
 from tests.conftest import stats_of
 from tests.test_training import CONFIG
 

@@ -2,12 +2,14 @@
 
 import csv
 import io
+import textwrap
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from loce.classes import GROUP_NAMES, GROUP_RGB
 from loce.evaluation.annotations import positions
 from loce.evaluation.detections import Detections
 from loce.evaluation.errors import CAUSES, Fates, confusions, given_back
@@ -15,18 +17,19 @@ from loce.evaluation.lvis_ap import Evaluation
 from loce.files import atomic_write, write_text
 
 _SHAPES = {"bbox": "boxes", "segm": "masks"}
-GROUPS = {"all": "all", "r": "rare", "c": "common", "f": "frequent"}
+GREY = (150, 150, 150)  # of all
+GROUPS = {"all": "all"} | GROUP_NAMES
 
 
 def write_errors(
     output: str | Path, evaluation: Evaluation, fates: Fates, detections: Detections, origin: str = ""
 ) -> list[str]:
-    """errors.csv and errors.png (`origin` is written over it) in the folder `output`; returns lines for the screen."""
+    """errors.csv and errors.png (`origin` is written below it) in the folder `output`; returns lines for the screen."""
     back = given_back(evaluation, fates)
     groups = {name: _group(evaluation, fates, back, name) for name in GROUPS}
     write_text(Path(output) / "errors.csv", _table(evaluation, fates, back, groups))
     with atomic_write(Path(output) / "errors.png") as temporary:
-        draw(groups, f"{evaluation.iou_type}, protocol {evaluation.protocol.name}\n{origin}", temporary)
+        draw(groups, f"{_SHAPES[evaluation.iou_type]}, protocol {evaluation.protocol.name}", origin, temporary)
     return lines(evaluation, fates, groups, detections)
 
 
@@ -119,8 +122,8 @@ def _caveats(
     return notes
 
 
-def draw(groups: Mapping[str, dict[str, Any]], title: str, path: Path) -> None:
-    """Bars: AP that each cause would give back, by group."""
+def draw(groups: Mapping[str, dict[str, Any]], title: str, origin: str, path: Path) -> None:
+    """Bars: AP that each cause would give back, by group; `origin`: what the detections are of, in small letters."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg  # slow to import
     from matplotlib.figure import Figure
 
@@ -132,12 +135,14 @@ def draw(groups: Mapping[str, dict[str, Any]], title: str, path: Path) -> None:
     height = 0.8 / max(len(groups), 1)
     for g, (group, row) in enumerate(groups.items()):
         values = [np.nan_to_num(100 * row[f"back_{name}"]) for name in names]
-        axes.barh(
-            np.arange(len(names)) + g * height, values, height, label=f"{GROUPS[group]} (AP {100 * row['AP']:.1f})"
-        )
+        colour = [part / 255 for part in GROUP_RGB.get(group, GREY)]
+        label = f"{GROUPS[group]} (AP {100 * row['AP']:.1f})"
+        axes.barh(np.arange(len(names)) + g * height, values, height, label=label, color=colour)
     axes.set_yticks(np.arange(len(names)) + 0.4 - height / 2, [CAUSES[name] for name in names])
     axes.invert_yaxis()
     axes.set_xlabel("AP that the cause would give back, percent")
-    axes.set_title(f"Why AP is not higher: {title}".strip())
-    axes.legend()
+    axes.set_title(f"What keeps AP low: {title}")
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(frameon=False)
+    figure.supxlabel(textwrap.fill(origin, 150, break_on_hyphens=False), fontsize=6, color="grey")
     figure.savefig(path, dpi=120)

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from loce.classes import GROUPS
+from loce.classes import GROUP_NAMES, GROUPS
 from loce.evaluation.annotations import GroundTruth, load_annotations
 from loce.evaluation.bootstrap import intervals, tally
 from loce.evaluation.detections import Detections, read_results
@@ -24,7 +24,6 @@ from loce.progress import phase
 
 COLUMNS = ("id", "name", "frequency", "images", "instances", "AP", "AP50", "AR", "detections", "mean_score")
 EXTRA = ("found_score", "iou_type")  # and box_AP, box_AP50, box_AR beside those of masks
-_GROUP_NAMES = {"r": "rare", "c": "common", "f": "frequent"}
 _SIZES = {"s": "small (< 32^2 px)", "m": "medium", "l": "large (> 96^2 px)"}
 
 
@@ -110,7 +109,7 @@ def _facts(
 def header(facts: Mapping[str, Any]) -> list[str]:
     """What every number below is of."""
     skipped = facts["categories_without_objects"]
-    by_group = ", ".join(f"{number} {_GROUP_NAMES[group]}" for group, number in skipped.items())
+    by_group = ", ".join(f"{number} {GROUP_NAMES[group]}" for group, number in skipped.items())
     counted = ", ".join(f"{number:,} ({kind})" for kind, number in facts["detections_that_count"].items())
     lines = [
         f"annotations: {facts['annotations']}",
@@ -132,7 +131,7 @@ def describe(name: str) -> str:
     """What a metric's name says, in words."""
     kind, cap = name.partition("@")[::2]
     size = _SIZES.get(kind[2:], "all sizes")
-    group = _GROUP_NAMES.get(kind[2:], "all")
+    group = GROUP_NAMES.get(kind[2:], "all")
     iou = f".{kind[2:]}" if kind[2:].isdigit() else ".50:.95"
     what = "average recall" if kind.startswith("AR") else "average precision"
     return f"{what}, IoU {iou}, {size}, {group} categories" + (f", cap {cap}" if cap else "")
