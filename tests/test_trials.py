@@ -82,12 +82,12 @@ def test_overfitting_needs_an_image_for_each_process(config: Path, tmp_path: Pat
 
 @pytest.mark.slow
 def test_a_dry_run_of_loce_on_two_ranks(config: Path, tmp_path: Path) -> None:
-    """Each rank has its memory, which the checkpoint holds, and says of itself that the resumed step is the same."""
+    """Each rank has a memory of its own, which the checkpoint holds: the resumed step is the same."""
     words = (*LOCE, f"train.init={tmp_path / 'start'}", f"output={tmp_path / 'run'}", "train.dry_run=true")
     run("train.py", config, f"output={tmp_path / 'start'}", "train.epochs=1", "train.drops=[]", "train.evaluate=false")
     text = run("finetune.py", config, *words, processes=2)
     log = (tmp_path / "run/dry_run/log.txt").read_text()
-    assert text.count("dry run: passed") == log.count("dry run: passed") == 1  # rank 0 speaks
+    assert text.count("dry run: passed") == 1  # rank 0 speaks
     assert "batch: 4 = 2 ranks x 2 images" in log and "dry run: feature memory: " in log
     assert "step 2, again from that checkpoint: the same, loss " in log
     assert json.loads((tmp_path / "run/dry_run/eval/metrics.json").read_text())["bbox"]["AP"] is not None
