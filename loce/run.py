@@ -85,7 +85,7 @@ def _train(job: Job) -> None:
     log = open_log(job, job.folder)
     introduce(job, log)
     if job.config.memory.enabled and not job.resumed:
-        with stopping.deferred():
+        with stopping.deferred(), log.apart():
             fill(job)
             log.line(filled(job.model))
             save(job, log)  # filling takes long on LVIS and is never done twice
@@ -94,7 +94,8 @@ def _train(job: Job) -> None:
         if job.done <= end and (evaluated or epoch == len(job.lengths)):
             _advance(job, log, end)
             if evaluated:
-                log.scalars(end, validation.evaluate_epoch(job.model, job.config, job.folder, epoch, end))
+                with log.apart():
+                    log.scalars(end, validation.evaluate_epoch(job.model, job.config, job.folder, epoch, end))
     log.close()
 
 

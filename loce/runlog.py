@@ -6,7 +6,8 @@ import math
 import os
 import time
 from bisect import bisect_left
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from itertools import accumulate
 from pathlib import Path
 from typing import Any
@@ -111,6 +112,14 @@ class RunLog:
         self.window, self.waited = [], 0.0
         self.done, self.since = iteration, time.monotonic()
         return means
+
+    @contextmanager
+    def apart(self) -> Iterator[None]:
+        """What the block does is no training: neither the speed nor the expected end counts its time."""
+        begun = time.monotonic()
+        yield
+        spent = time.monotonic() - begun
+        self.started, self.since = self.started + spent, self.since + spent
 
     def place(self, iteration: int) -> tuple[int, int, int]:
         """(epoch from 1, iteration within it from 1, the epoch's iterations) of the iteration that was the n-th."""

@@ -72,6 +72,23 @@ def test_a_run_folder(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     assert (tmp_path / "run" / "log.txt").read_text().splitlines() == printed
 
 
+def test_evaluations_are_no_training_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """Eight images in 2 s of training, with a pause of 1000 s before the first of two lines."""
+    now = [50.0]
+    monkeypatch.setattr(time, "monotonic", lambda: now[0])
+    log = open_log(tmp_path)
+    now[0] += 0.5
+    with log.apart():
+        now[0] += 1000
+    for done in (2, 4):
+        log.window, log.waited = [{"a": torch.tensor(1.0)}], 0.25
+        now[0] += 1.5 - done / 4
+        log.write(done, 0.1)
+    assert [line["images_per_second"] for line in records(tmp_path)] == [4 / 1.5, 4 / 0.5]
+    assert [line["data_share"] for line in records(tmp_path)] == [0.25 / 1.5, 0.5]
+    assert "eta 0:00:02" in (tmp_path / "log.txt").read_text().splitlines()[1]  # 2 s for 4 iterations, 4 are left
+
+
 def test_means_of_the_window(tmp_path: Path):
     log = open_log(tmp_path)
     log.window = [

@@ -145,7 +145,7 @@ def _output_names(found: Source, source_classes: str) -> list[str | None]:
     if not source_classes:
         known = coco_rows()
         return known if len(known) == outputs else [None] + [f"class {row}" for row in range(1, outputs)]
-    _, categories, _ = read_annotation_file(source_classes)
+    _, categories = read_annotation_file(source_classes)
     by_id = {category["id"]: str(category["name"]) for category in categories}
     if max(by_id) < outputs and min(by_id) > 0:  # torchvision's own recipe: the output is the category id
         return [by_id.get(row) for row in range(outputs)]

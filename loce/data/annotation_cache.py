@@ -21,6 +21,7 @@ from loce.data.segmentations import Segmentations
 from loce.files import atomic_write, file_hash, write_text
 from loce.progress import say
 
+READERS = ("lvis", "annotation_file", "json_stream", "segmentations", "lookups", "training_rows", "annotation_cache")
 LARGE = 32 << 20  # bytes; a smaller file is read in a second or two
 PARTS: dict[str, Any] = {
     "stats": ClassStats,
@@ -69,9 +70,8 @@ def open_annotations(
 
 def _key(path: Path, options: tuple[Any, ...]) -> str:
     """Of content, options and code."""
-    sources = (Path(__file__).parent / f"{name}.py" for name in ("lvis", "annotation_file", "segmentations"))
-    more = (Path(__file__).parent / f"{name}.py" for name in ("lookups", "training_rows", "annotation_cache"))
-    code = hashlib.sha256(b"".join(source.read_bytes() for source in (*sources, *more))).hexdigest()[:12]
+    sources = (Path(__file__).parent / f"{name}.py" for name in READERS)
+    code = hashlib.sha256(b"".join(source.read_bytes() for source in sources)).hexdigest()[:12]
     return f"{file_hash(path)}-{'-'.join(str(int(option)) for option in options)}-{code}"
 
 

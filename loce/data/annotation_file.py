@@ -1,20 +1,23 @@
 """An annotation JSON file as flat columns, and a clear message for each way in which such a file is commonly broken.
 
 The parser hands over every finished JSON object; annotations and images are copied into columns and forgotten at once,
-so that the Python dictionaries of a million annotations never exist together.
+and a small part of the file is held at a time: neither a million dictionaries nor a gigabyte of text ever exist.
 """
 
 import json
 from array import array
 from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from loce.data.json_stream import BLOCK, JsonStream
 from loce.data.segmentations import SegmentationBuilder
 from loce.errors import UserError, raise_problems
-from loce.progress import phase
+from loce.progress import Phase, phase
 
 SECTIONS = ("images", "annotations", "categories")
+NEEDED = {"images": "id, height, width", "annotations": "id, image_id, category_id"}
 NAMED = 5  # examples listed of each kind of mistake
 LONGEST = 65535  # pixels; the longest side that JPEG knows
 _WHOLE = 1 << 62
@@ -127,67 +130,100 @@ def image_name(image: dict[str, Any]) -> str:
     return "/".join(parts)
 
 
-def read_annotation_file(path: str) -> tuple[Columns, list[Any], dict[str, Any]]:
-    """(columns, categories as in the file, the other sections). UserError names what is wrong with the file."""
-    columns, text = Columns(), _read_text(Path(path))
-    try:
-        with phase(f"reading {path}", text.count("{"), "objects") as work:
-            content = json.loads(text, object_hook=work.counting(columns.take), parse_constant=lambda _: None)
-    except json.JSONDecodeError as error:
-        raise UserError(_json_message(path, error)) from None
-    except RecursionError:
-        raise UserError(f"{path}: brackets nested too deeply to be an annotation file") from None
-    if not isinstance(content, dict):
-        kind = "a list, as files of results are" if isinstance(content, list) else "no object"
+def read_annotation_file(path: str) -> tuple[Columns, list[Any]]:
+    """(columns, categories as in the file). UserError names what is wrong with the file."""
+    size, columns = _check_kind(Path(path)), Columns()
+    with open(path, "rb") as file, phase(f"reading {path}", size >> 20, "MiB") as work:
+        stream = JsonStream(file, json.JSONDecoder(object_hook=columns.take, parse_constant=lambda _: None))
+        try:
+            categories = _sections(path, stream, columns, work)
+        except json.JSONDecodeError as error:
+            raise UserError(_json_message(path, error.msg, *stream.place(error))) from None
+        except UnicodeDecodeError as error:
+            where = f"byte {error.start} of {size}"
+            raise UserError(f"{path}: is not a text file ({where}); download it again") from None
+        except RecursionError:
+            raise UserError(f"{path}: brackets nested too deeply to be an annotation file") from None
+    return columns, categories
+
+
+def _sections(path: str, stream: JsonStream, columns: Columns, work: Phase) -> list[Any]:
+    """Take in all images and annotations; the categories are small and stay as they are."""
+    first = stream.peek()
+    if first != "{":
+        if first != "[":
+            stream.value()  # not JSON at all, as a rule
+        kind = "a list, as files of results are" if first == "[" else "no object"
         raise UserError(f"{path}: is {kind}, not an annotation file with {', '.join(SECTIONS)}")
-    missing = [section for section in SECTIONS if not isinstance(content.get(section), list)]
-    if missing:
+    found: dict[str, Any] = {}
+    for section, value in stream.members():
+        if isinstance(value, Iterator):
+            elements = _counted(value, stream, work)
+            found[section] = _rows(elements) if section in NEEDED else list(elements)
+        else:
+            found.pop(section, None)  # no list
+    if missing := [section for section in SECTIONS if section not in found]:
         raise UserError(f"{path}: no list of {' and no list of '.join(missing)}; an annotation file has {SECTIONS}")
-    _check_rows(columns, content, "images", len(columns.image_ids), "id, height, width")
-    _check_rows(columns, content, "annotations", len(columns.annotation_ids), "id, image_id, category_id")
-    return columns, content["categories"], content
+    _check_rows(columns, "images", found["images"], len(columns.image_ids))
+    _check_rows(columns, "annotations", found["annotations"], len(columns.annotation_ids))
+    return found["categories"]
 
 
-def _check_rows(columns: Columns, content: dict[str, Any], section: str, rows: int, needed: str) -> None:
+def _counted(elements: Iterator[Any], stream: JsonStream, work: Phase) -> Iterator[Any]:
+    for element in elements:
+        work.done = stream.offset >> 20
+        yield element
+
+
+def _rows(elements: Iterator[Any]) -> tuple[list[int], int, bool]:
+    """Of a section: elements that were not taken as rows, how many there are, and whether all are rows in order."""
+    wrong, in_order, number = [], True, 0
+    for number, row in enumerate(elements, 1):
+        if type(row) is not int:
+            wrong.append(number - 1)
+        in_order &= row == number - 1
+    return wrong, number, in_order
+
+
+def _check_rows(columns: Columns, section: str, found: tuple[list[int], int, bool], rows: int) -> None:
     """Every element of a section must have been taken as a row of its kind, and no row come from elsewhere."""
-    found = content[section]
-    wrong = [i for i, row in enumerate(found) if type(row) is not int]
+    wrong, number, in_order = found
     for i in wrong:
-        columns.mistakes.add(f"elements of `{section}` without all of {needed}", f"number {i}")
-    if not wrong and found != list(range(rows)):
-        columns.mistakes.add(f"objects outside `{section}` that look like one of its elements", f"{rows - len(found)}")
+        columns.mistakes.add(f"elements of `{section}` without all of {NEEDED[section]}", f"number {i}")
+    if not wrong and not (in_order and number == rows):
+        columns.mistakes.add(f"objects outside `{section}` that look like one of its elements", f"{rows - number}")
 
 
-def _read_text(path: Path) -> str:
+def _check_kind(path: Path) -> int:
+    """The file's size in bytes; UserError for what people really have where an annotation file should be."""
     if not path.exists():
         raise UserError(f"{path}: there is no such annotation file; set data.train_annotations, data.val_annotations")
     if not path.is_file():
         raise UserError(f"{path}: is a folder, not an annotation file")
     try:
-        content = path.read_bytes()
+        with path.open("rb") as file:
+            head = file.read(BLOCK)
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror})") from None
-    if content.startswith((b"\x1f\x8b", b"PK\x03\x04")):
-        tool = "gunzip -k" if content.startswith(b"\x1f") else "unzip"
+    size = path.stat().st_size
+    if head.startswith((b"\x1f\x8b", b"PK\x03\x04")):
+        tool = "gunzip -k" if head.startswith(b"\x1f") else "unzip"
         raise UserError(f"{path}: is still compressed; unpack it first: {tool} {path}")
-    if content.startswith(b"version https://git-lfs"):
-        raise UserError(f"{path}: is a git-lfs pointer of {len(content)} bytes, not the file; fetch it: git lfs pull")
-    if not content.strip():
-        raise UserError(f"{path}: is empty ({len(content)} bytes); download it again")
-    try:
-        return content.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        where = f"byte {error.start} of {len(content)}"
-        raise UserError(f"{path}: is not a text file ({where}); download it again") from None
+    if head.startswith(b"version https://git-lfs"):
+        raise UserError(f"{path}: is a git-lfs pointer of {size} bytes, not the file; fetch it: git lfs pull")
+    if not head.strip():
+        raise UserError(f"{path}: is empty ({size} bytes); download it again")
+    return size
 
 
-def _json_message(path: str, error: json.JSONDecodeError) -> str:
-    where = f"line {error.lineno}, character {error.pos} of {len(error.doc)}"
-    if error.msg == "Extra data":
+def _json_message(path: str, message: str, line: int, character: int, left: int) -> str:
+    """left: characters that follow, spaces at the end apart."""
+    where = f"line {line}, character {character} of {character + left}"
+    if message == "Extra data":
         return f"{path}: more than one JSON value ({where}), as in JSON Lines; one object with {SECTIONS} is needed"
-    if len(error.doc.rstrip()) - error.pos < 100 or "Unterminated" in error.msg:
-        return f"{path}: the JSON ends too early ({where}: {error.msg}); a broken download? Fetch it again"
-    return f"{path}: is not JSON ({where}: {error.msg})"
+    if left < 100 or "Unterminated" in message:
+        return f"{path}: the JSON ends too early ({where}: {message}); a broken download? Fetch it again"
+    return f"{path}: is not JSON ({where}: {message})"
 
 
 def _is_whole(value: Any) -> bool:

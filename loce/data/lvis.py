@@ -180,7 +180,7 @@ class LVISAnnotations:
 
 
 def _build(path: str, bounds: tuple[int, int], keep_empty: bool, box_masks: bool) -> LVISAnnotations:
-    columns, categories, _ = read_annotation_file(path)
+    columns, categories = read_annotation_file(path)
     mistakes = columns.mistakes
     own_ids = category_ids(categories, mistakes)
     image_ids = np.array(columns.image_ids, dtype=np.int64)

@@ -23,7 +23,8 @@ def best_detections(boxes_K4: Tensor, scores_K: Tensor, labels_K: Tensor, thresh
     """Indices of the `limit` best boxes after class-wise NMS.
 
     Greedy NMS decides on a box by better boxes only, so the first `limit` survivors among the best candidates are the
-    first `limit` of all: candidates are taken in growing portions until there are enough survivors.
+    first `limit` of all: candidates are taken in growing portions until there are enough survivors. Of equal scores the
+    one with the lower index comes first, as in torchvision's `batched_nms`.
     """
     order = scores_K.sort(descending=True, stable=True).indices
     portion = _FIRST_CANDIDATES * limit

@@ -204,7 +204,7 @@ BROKEN = {
     "json lines": ('{"a": 1}\n{"a": 2}\n', "more than one JSON value"),
     "not json": ("<!DOCTYPE html>" + "x" * 200, "is not JSON"),
     "binary": (bytes(range(128, 256)), "not a text file"),
-    "deep": ("[" * 200_000, "nested too deeply"),
+    "deep": ('{"images": ' + "[" * 200_000, "nested too deeply"),
     "results": ([{"image_id": 1, "category_id": 2, "bbox": [1, 2, 3, 4], "score": 0.5}], "as files of results are"),
     "a number": ("3", "is no object"),
     "no images": (without("images"), "no list of images"),

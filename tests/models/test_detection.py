@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from torchvision.ops import batched_nms
 
 from loce.config import EvalConfig
 from loce.models import detection
@@ -64,6 +65,22 @@ def test_growing_portions_are_exact(monkeypatch, limit, first):
         boxes, scores, labels = crowd(500, classes)
         expected = slow_nms(boxes, scores, labels, 0.5)[:limit]
         assert best_detections(boxes, scores, labels, 0.5, limit).tolist() == expected
+
+
+@pytest.mark.parametrize("limit", [3, 20, 400])
+@pytest.mark.parametrize("levels", [1, 3, 20])
+def test_of_equal_scores_the_first_comes_first(monkeypatch, limit, levels):
+    """Few distinct scores: the same boxes in the same order as torchvision's, and as in the slow loop.
+
+    Also where a portion ends among equals. Whole pixels, since torchvision moves classes apart in float32.
+    """
+    monkeypatch.setattr(detection, "_FIRST_CANDIDATES", 1)
+    for classes in (1, 4):
+        boxes, _, labels = crowd(400, classes)
+        boxes, scores = boxes.round(), (torch.randint(levels, (400,)).float() + 1) / levels
+        expected = slow_nms(boxes, scores, labels, 0.5)[:limit]
+        assert best_detections(boxes, scores, labels, 0.5, limit).tolist() == expected
+        assert batched_nms(boxes, scores, labels, 0.5)[:limit].tolist() == expected
 
 
 def test_scores_must_exceed_the_threshold():
