@@ -56,7 +56,8 @@ def better(claim: str, ours: Records, others: Records, columns: Sequence[str]) -
     if len(known) < len(columns):
         return claim, "not run", "-"
     text = ", ".join(f"{name} {value}" for name, value in known.items())
-    return claim, text, verdict([v.low > 0 for v in known.values()], [v.high < 0 for v in known.values()], ours)
+    seeds = min(value.seeds for value in known.values())
+    return claim, text, verdict([v.low > 0 for v in known.values()], [v.high < 0 for v in known.values()], seeds)
 
 
 def little(claim: str, table: Table, loce: Records) -> tuple[str, str, str]:
@@ -68,7 +69,8 @@ def little(claim: str, table: Table, loce: Records) -> tuple[str, str, str]:
         return claim, "not run", "-"
     text = "box AP " + ", ".join(f"{name}: {value}" for name, value in known.items())
     within = [abs(value.mean) <= LITTLE for value in known.values()]
-    return claim, text, verdict(within, [v.low > LITTLE or v.high < -LITTLE for v in known.values()], loce)
+    outside = [v.low > LITTLE or v.high < -LITTLE for v in known.values()]
+    return claim, text, verdict(within, outside, min(value.seeds for value in known.values()))
 
 
 def tracking(rows: dict[str, Records]) -> tuple[str, str, str]:
@@ -79,7 +81,7 @@ def tracking(rows: dict[str, Records]) -> tuple[str, str, str]:
     means = {name: sum(map(score_tracks_accuracy, records)) / len(records) for name, records in rows.items()}
     text = "rank correlation " + ", ".join(f"{name} {value:.2f}" for name, value in means.items())
     above = [value >= TRACKS for value in means.values()]
-    return claim, text, verdict(above, [not value for value in above], rows["LOCE"])
+    return claim, text, verdict(above, [not value for value in above], min(map(len, rows.values())))
 
 
 def answers(table: Table) -> list[str]:
@@ -92,16 +94,16 @@ def answers(table: Table) -> list[str]:
             text = ", ".join(f"{name} {value}" for name, value in found.items() if value) or "not run"
             ap = found["AP"]
             word = "-" if ap is None else "better" if ap.low > 0 else "worse" if ap.high < 0 else "no difference shown"
-            lines.append(f"| {question} | {text} | {word}{few_seeds(ours) if ap else ''} |")
+            lines.append(f"| {question} | {text} | {word}{few_seeds(ap.seeds) if ap else ''} |")
     return lines
 
 
-def few_seeds(records: Records) -> str:
+def few_seeds(seeds: int) -> str:
     """A word of warning where these are too few to say much."""
-    return "" if len(records) >= ENOUGH_SEEDS else f", by {len(records)} seed{'s' * (len(records) > 1)} only"
+    return "" if seeds >= ENOUGH_SEEDS else f", by {seeds} seed{'s' * (seeds > 1)} only"
 
 
-def verdict(holds: list[bool], fails: list[bool], records: Records) -> str:
+def verdict(holds: list[bool], fails: list[bool], seeds: int) -> str:
     """In a word, and of how many seeds where these are too few to say much."""
     word = "confirmed" if all(holds) else "not confirmed" if any(fails) else "within noise"
-    return word + few_seeds(records)
+    return word + few_seeds(seeds)

@@ -116,7 +116,7 @@ def test_the_page_judges_the_claims(tmp_path: Path) -> None:
                 if row.text.name in ("0.1", "k = 2, m = 2"):
                     shift = 4.5 if row.text.name == "0.1" else 1.0
                 shift = {"cold start": 3.0, "filled with 16": 5.0}.get(row.text.name, shift)
-                if row.text.name not in ("Seesaw", "Seesaw + MFS"):
+                if row.text.name not in ("Seesaw", "Seesaw + MFS") and (row.text.name != "EQL" or seed == 0):
                     leave(job, record(seed, shift, row.text.name))
     text = page(read_tables(options), "note")
     verdicts = {
@@ -142,7 +142,7 @@ def test_the_page_judges_the_claims(tmp_path: Path) -> None:
         "alpha matters little (Table 2)": "confirmed",
         "the background's score matters little (Table 3)": "confirmed",
         "the choice of k and m matters little (Table 4)": "not confirmed",
-        "LOCE beats EQL (Table 5)": "confirmed",
+        "LOCE beats EQL (Table 5)": "confirmed, by 1 seed only",
         "LOCE beats RFS (Table 5)": "confirmed",
         "LOCE beats Forest R-CNN (Table 5)": "confirmed",
         "LOCE beats Seesaw (Table 5)": "-",
