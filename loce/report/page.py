@@ -55,6 +55,7 @@ def _data(runs: Sequence[Run], states: Sequence[dict[str, list[tuple[int, Values
             {
                 "title": run.title,
                 "last": run.last,
+                "memory": bool(run.option("memory", "enabled")),
                 "names": [run.classes.names[label] for label in places],
                 "groups": [run.classes.groups[label] for label in places],
                 "counts": [run.classes.counts[label] for label in places],

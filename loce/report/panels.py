@@ -8,7 +8,7 @@ from loce.report.reading import Run, Values
 from loce.report.states import GROUPS, KINDS, order
 from loce.yaml_text import dotted, show
 
-METRICS = ("AP", "AP50", "AP75", "APr", "APc", "APf")
+METRICS = ("AP", "APr", "APc", "APf", "AP50", "AP75")
 NAMES = {"segm": "mask", "bbox": "box"}
 COLOUR = {cause: f"s{place}" for place, cause in enumerate(CAUSES)}  # classes of style.css
 STATES = Mapping[str, list[tuple[int, Values]]]

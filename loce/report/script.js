@@ -27,6 +27,8 @@ function frame(width, low, high, name) { // the axis on the left; y(value) in pi
 const svg = (width, height, content) =>
   `<svg width="${width}" height="${height}" viewBox="0 0 ${width} ${height}" aria-hidden="true">${content}</svg>`;
 
+const absent = (run, name) => name === "memory" && !run.memory ? "no feature memory" : "not known of this run";
+
 // A bar for each class
 
 function limits(kind) { // shared by all runs and times, so that heights can be compared
@@ -47,7 +49,7 @@ function bars(element) {
   const [at, values] = stateOf(run, kind), percent = data.kinds[kind].percent, [low, high] = limitsOf[kind];
   const [y, axis] = frame(width, low, high, v => percent ? `${short(100 * v)}%` : short(v));
   if (!values) {
-    const words = at === null ? "not known of this run" : `not before iteration ${at}`;
+    const words = at === null ? absent(run, kind) : `not before iteration ${at}`;
     element.innerHTML = svg(width, TOP + PLOT + BAND, axis + `<text x="${LEFT + 12}" y="${TOP + 20}">${words}</text>`);
     return;
   }
@@ -89,7 +91,7 @@ const colourOf = (name, place) => Object.keys(data.groups).find(g => data.groups
 function curve(element) {
   const run = data.runs[element.dataset.run], {at, series} = run.curves[element.dataset.name];
   const names = Object.keys(series), log = element.dataset.name === "losses", width = element.clientWidth;
-  if (!names.length) { element.innerHTML = '<p class="note">not known of this run</p>'; return; }
+  if (!names.length) { element.innerHTML = `<p class="note">${absent(run, element.dataset.name)}</p>`; return; }
   const scale = v => log ? Math.log10(v) : v, usable = v => v !== null && (!log || v > 0);
   const all = data.runs.flatMap(r => Object.values(r.curves[element.dataset.name].series)).flat().filter(usable).map(scale);
   const low = log ? Math.min(...all) : Math.min(0, ...all), top = Math.max(...all), high = top > low ? top : low + 1;
@@ -174,11 +176,12 @@ document.getElementById("search").addEventListener("input", event => {
 
 const buttons = [...document.querySelectorAll("#classes button")];
 buttons.forEach((button, column) => button.addEventListener("click", () => {
-  const falling = button.parentElement.ariaSort !== "descending";
+  const before = button.parentElement.ariaSort; // names rise at the first click, numbers fall
+  const falling = column < 2 ? before === "ascending" : before !== "descending";
   buttons.forEach(other => { other.parentElement.ariaSort = null; });
   button.parentElement.ariaSort = falling ? "descending" : "ascending";
   const cell = row => row.cells[column].textContent, known = rows.filter(row => cell(row) !== "-");
-  const compare = (a, b) => cell(a).localeCompare(cell(b), "en", {numeric: false});
+  const compare = (a, b) => cell(a).localeCompare(cell(b), "en", {numeric: true});
   const numbers = known.every(row => !isNaN(cell(row)));
   known.sort((a, b) => (numbers ? cell(a) - cell(b) : compare(a, b)) * (falling ? -1 : 1));
   body.append(...known, ...rows.filter(row => cell(row) === "-"));
