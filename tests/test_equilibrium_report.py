@@ -156,7 +156,7 @@ def test_long_curves_are_averaged(tmp_path: Path) -> None:
 def test_results_causes_and_origin(tmp_path: Path) -> None:
     text = page([read_run(write_run(tmp_path / "run"))], {}, [])
     results = next(row for row in Page(text).rows if row[:2] == ["run", "mask"])
-    assert results[2:] == ["31.2 [25.0, 37.5]", "-", "-", "12.5", "-", "-"]
+    assert results[2:] == ["31.2 [25.0, 37.5]", "12.5", "-", "-", "-", "-"]
     assert cells(text, "localised, but as another category")[1:] == ["7 +25.0"]
     assert "rare: 7 of 12 localised, but as another category (58.3%)" in text
     for what in ("lvis &lt;300&gt;", "weights 1234", "commit abcdef", "momentum: 0.9"):
