@@ -127,14 +127,19 @@ let wide = 0;
 addEventListener("resize", () => { if (innerWidth !== wide) { wide = innerWidth; drawAll(); } });
 
 for (const [elements, text] of [[charts, tipOfBars], [curves, tipOfCurve]]) for (const element of elements) {
-  element.addEventListener("pointermove", event => {
+  const tell = event => {
     tip.textContent = text(element, event.clientX - element.getBoundingClientRect().left);
     tip.hidden = !tip.textContent;
     tip.style.left = Math.max(4, Math.min(event.clientX + 12, innerWidth - tip.offsetWidth - 8)) + "px";
     tip.style.top = Math.max(4, event.clientY - tip.offsetHeight - 10) + "px";
-  });
-  element.addEventListener("pointerleave", () => { tip.hidden = true; });
+  };
+  element.addEventListener("pointermove", tell);
+  element.addEventListener("pointerdown", tell);
+  element.addEventListener("pointerleave", event => { tip.hidden ||= event.pointerType === "mouse"; });
 }
+// A finger leaves as it lifts: what it was told stays until it scrolls or taps elsewhere.
+addEventListener("pointerdown", event => { tip.hidden ||= !event.target.closest(".bars, .curve"); });
+addEventListener("scroll", () => { tip.hidden = true; }, {passive: true});
 
 const slider = document.getElementById("time"), play = document.getElementById("play");
 function moveTo(share) {
