@@ -197,20 +197,23 @@ def comparison_sheet(annotations: LVISAnnotations, images: str, folders: Mapping
 def sheet(pictures: Sequence[np.ndarray], captions: Sequence[str], title: str, columns: int = 4) -> np.ndarray:
     """(H, W, 3) uint8 RGB: pictures of any size in rows, a line below each, title and colours on top."""
     columns = min(columns, max(1, len(pictures)))
-    rows, step = -(-len(pictures) // columns), CELL + GAP
-    width = max(columns * step + GAP, 2 * step)
-    page = np.full((TITLE + rows * (step + CAPTION), width, 3), PAPER, np.uint8)
+    fitted = [_fitted(picture) for picture in pictures]
+    rows = [fitted[first : first + columns] for first in range(0, len(fitted), columns)]
+    tops = TITLE + np.cumsum([0, *(max(len(picture) for picture in row) + CAPTION + GAP for row in rows)])
+    page = np.full((int(tops[-1]), max(columns, 2) * (CELL + GAP) + GAP, 3), PAPER, np.uint8)
     _legend(page, title)
-    for place, (picture, caption) in enumerate(zip(pictures, captions, strict=True)):
-        row, column = divmod(place, columns)
-        scale = CELL / max(picture.shape[:2])
-        size = tuple(max(1, round(side * scale)) for side in picture.shape[1::-1])
-        fitted = cv2.resize(picture, size, interpolation=cv2.INTER_AREA)
-        top, left = TITLE + row * (step + CAPTION), GAP + column * step
-        page[top : top + size[1], left : left + size[0]] = fitted
-        below = top + size[1] + CAPTION - 9
-        _write(page, caption, (left, below), 0.45)
+    for place, (picture, caption) in enumerate(zip(fitted, captions, strict=True)):
+        top, left = int(tops[place // columns]), GAP + place % columns * (CELL + GAP)
+        page[top : top + len(picture), left : left + picture.shape[1]] = picture
+        _write(page, caption, (left, top + len(picture) + CAPTION - 9), 0.45)
     return page
+
+
+def _fitted(picture: np.ndarray) -> np.ndarray:
+    """A picture whose longer side is CELL pixels."""
+    scale = CELL / max(picture.shape[:2])
+    size = tuple(max(1, round(side * scale)) for side in picture.shape[1::-1])
+    return cv2.resize(picture, size, interpolation=cv2.INTER_AREA)
 
 
 def _legend(page: np.ndarray, title: str) -> None:

@@ -1,5 +1,6 @@
 """Options: what is read, what is refused, and in which words."""
 
+import ast
 import dataclasses
 import subprocess
 import sys
@@ -444,11 +445,13 @@ def test_a_required_option_with_a_wrong_value():
     assert message(read_options, Table, ["number=x"]) == "command line: number = x: must be a whole number >= 1"
 
 
-def test_read_options_help(capsys):
+def test_read_options_help(capsys, monkeypatch):
+    monkeypatch.setattr(sys.modules["__main__"], "__doc__", "Draw: python scripts/draw.py out=DIR.\n\nMore.\n")
     with pytest.raises(SystemExit) as caught:
         read_options(Drawing, ["--help"])
     assert caught.value.code == 0
-    assert capsys.readouterr().out.split("\n\n")[-1].splitlines() == [
+    assert capsys.readouterr().out.splitlines() == [
+        *("Draw: python scripts/draw.py out=DIR.", "", "More.", ""),
         "Options of a script.",
         f"  {'out = (required)':<40} text; folder",
         f"  {'classes = 50':<40} a whole number >= 1; how many",
@@ -481,6 +484,15 @@ def test_help_lists_every_key_with_its_meaning(capsys):
     for key, hint in schema(Config).items():
         assert dataclasses.is_dataclass(hint) or f"  {key} = " in out
     assert "  train.lr = 0.02                          a number > 0; at a batch of `lr_batch_size`" in out
+
+
+SCRIPTS = [path for path in sorted((ROOT / "scripts").glob("*.py")) if "__main__" in path.read_text()]
+
+
+@pytest.mark.parametrize("path", SCRIPTS, ids=[path.stem for path in SCRIPTS])
+def test_the_docstring_of_a_script_says_how_it_is_called(path: Path):
+    """-h prints it; what stands before key=value is nowhere else."""
+    assert f"scripts/{path.name}" in ast.get_docstring(ast.parse(path.read_text()))
 
 
 def test_a_mistake_ends_a_script_with_2_and_no_traceback(capsys):

@@ -76,6 +76,15 @@ def test_a_sheet_of_few_pictures() -> None:
     assert (tile == 7).all() and (page[TITLE + CELL // 2 + CAPTION :] == 255).all()
 
 
+def test_a_row_of_a_sheet_is_as_high_as_its_highest_picture() -> None:
+    flat, high = np.full((30, 60, 3), 7, np.uint8), np.full((60, 30, 3), 9, np.uint8)
+    page = sheet([flat, flat, flat, high], [""] * 4, "title", columns=2)
+    second = TITLE + CELL // 2 + CAPTION + GAP
+    assert (page[second : second + CELL // 2, GAP : GAP + CELL] == 7).all()
+    assert (page[second : second + CELL, 2 * GAP + CELL : 2 * GAP + CELL + CELL // 2] == 9).all()
+    assert len(page) == second + CELL + CAPTION + GAP
+
+
 @pytest.fixture
 def validation(tmp_path):
     """Two images with one object each, the rare class in the second; detections of a run."""

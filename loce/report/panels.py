@@ -49,7 +49,8 @@ def percent(value: float | None) -> str:
 
 
 def _span(bounds: Sequence[float] | None) -> str:
-    return f" <small>[{percent(bounds[0])}, {percent(bounds[1])}]</small>" if bounds else ""
+    known = bounds and "-" not in map(percent, bounds)
+    return f" <small>[{percent(bounds[0])}, {percent(bounds[1])}]</small>" if bounds and known else ""
 
 
 def every_class(runs: Sequence[Run], states: Sequence[STATES]) -> str:
