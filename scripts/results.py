@@ -163,7 +163,8 @@ def note(options: Options) -> str:
         f"Written by `make results DATA={options.data} SEEDS={options.seeds}` from records in `{options.records}`;\n"
         "[the benchmark](benchmark.md) says what is trained, on what, and how the claims are judged. All numbers are\n"
         "in percent; AP is mask AP where it does not say box. Mean ± standard deviation over seeds; intervals are 95%\n"
-        "over seeds and images (of images alone where there is one seed); differences pair both. Softmax and LOCE,\n"
+        "over seeds and images (of images alone where there is one seed); differences pair both, of the seeds that\n"
+        "both rows have: rows of different numbers of seeds compare by differences, not by means. Softmax and LOCE,\n"
         "which the others are compared with, are those of Table 1. The paper's numbers are of LVIS v1."
     )
 
