@@ -26,6 +26,8 @@ from loce.runlog import RunLog, check_run_folder, cut_metrics
 
 
 def open_log(folder: Path, start: int = 0, text: str = "seed: 0\n", **more) -> RunLog:
+    if start:  # TensorBoard reads a folder's files in the order of their names, which have whole seconds
+        time.sleep(1)
     return RunLog(folder, text, epoch_lengths=[4, 4], batch_size=2, start=start, **more)
 
 
@@ -84,6 +86,7 @@ def test_evaluations_are_no_training_time(tmp_path: Path, monkeypatch: pytest.Mo
         log.window, log.waited = [{"a": torch.tensor(1.0)}], 0.25
         now[0] += 1.5 - done / 4
         log.write(done, 0.1)
+    log.close()
     assert [line["images_per_second"] for line in records(tmp_path)] == [4 / 1.5, 4 / 0.5]
     assert [line["data_share"] for line in records(tmp_path)] == [0.25 / 1.5, 0.5]
     assert "eta 0:00:02" in (tmp_path / "log.txt").read_text().splitlines()[1]  # 2 s for 4 iterations, 4 are left
