@@ -20,6 +20,7 @@ from loce.models.detection import best_detections
 
 BATCH = 2
 MASKS = 300  # detections an image
+CALLS = 9  # in each round, of what takes milliseconds
 GPU_PAIRS = (  # row, our precision, theirs, goal
     ("stage1", "fp32", "fp32", 1.5),
     ("stage1_bf16", "bf16", "bf16", 1.5),
@@ -70,8 +71,8 @@ def loce_step(setting: Setting) -> list[Row]:
     what, against = "jitter, store, draw, mean score, EBL", "loops over classes and instances, memory on the host"
     goal = 50 if setting.device.type == "cuda" else 20
     whole = Row("loce_step", what, against, notes={"steps": len(given)})
-    take_turns(whole, ours, theirs, setting.device, setting.rounds)
-    base = take_turns(Row("plain", "", ""), plain, plain, setting.device, setting.rounds)
+    take_turns(whole, ours, theirs, setting.device, setting.rounds, CALLS)
+    base = take_turns(Row("plain", "", ""), plain, plain, setting.device, setting.rounds, CALLS)
     over = Row("loce_step_over_ce", f"{what}; less the plain cross-entropy", against, goal)
     over.ours = [a - b for a, b in zip(whole.ours, base.ours, strict=True)]
     over.theirs = [a - b for a, b in zip(whole.theirs, base.ours, strict=True)]
