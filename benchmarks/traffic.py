@@ -1,6 +1,6 @@
 """What a stage-2 step of LOCE sends to other processes, against their number: bytes, counted by the system.
 
-    python benchmarks/traffic.py [world=[2,4,8]] ...
+    python benchmarks/traffic.py [world=[2,4,8]]
 
 All processes are on this machine and its CPU, so only bytes mean anything, no times: gloo sends through sockets, and
 Linux counts what each process writes (/proc/self/io). Tiny backbone, 1203 classes, 2 images of 13 instances in each
@@ -38,7 +38,7 @@ INSTANCES = 13
 class Options:
     """Numbers of processes that are tried."""
 
-    world: tuple[Count, ...] = (2, 4, 8)
+    world: tuple[Count, ...] = (2, 4)
     output: str = "benchmarks/results/traffic.json"
     figures: str = "docs/images"  # folder
 
