@@ -97,6 +97,10 @@ def draw(axis: str, values: tuple[int, ...], times: list[list[float]], title: st
     axes.plot(values, linear, "--", color="#999999", label="linear")
     axes.set(xscale="log", yscale="log", xlabel=LABELS[axis], ylabel="seconds", title=title)
     axes.set_ylim(min(medians) / 2, max(medians) * 4)
+    axes.minorticks_off()
+    axes.set_xticks(values, [str(value) for value in values])
+    marks = [m * 10**e for e in range(-3, 4) for m in (1, 2, 5) if min(medians) / 2 <= m * 10**e <= max(medians) * 4]
+    axes.set_yticks(marks, [f"{mark:g}" for mark in marks])
     axes.spines[["top", "right"]].set_visible(False)
     axes.legend(frameon=False)
     figure.tight_layout()

@@ -32,6 +32,7 @@ from loce.plots import plt
 
 STEPS = 3
 INSTANCES = 13
+PREDICTED = 16  # processes, at most
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -85,9 +86,9 @@ def measure(world: int, shared: str) -> dict[str, float]:
 
 
 def draw(found: dict[str, list[dict[str, float]]], worlds: tuple[int, ...], path: Path) -> None:
-    """Measured points on the predicted lines."""
+    """Measured points, and what is predicted for up to PREDICTED processes."""
     figure, axes = plt.subplots(figsize=(4.6, 3.2))
-    steps = list(range(1, max(worlds) + 1))
+    steps = list(range(1, PREDICTED + 1))
     for shared, colour, label in (("true", "#d1495b", "shared memory"), ("false", "#30638e", "memories of their own")):
         one = found[shared][0]
         rows = one["rows"] if shared == "true" else 0
@@ -95,7 +96,7 @@ def draw(found: dict[str, list[dict[str, float]]], worlds: tuple[int, ...], path
         axes.plot(steps, [x / 1e6 for x in predicted], "--", color=colour, linewidth=1, label=f"{label}, predicted")
         axes.plot(worlds, [x["sent"] / 1e6 for x in found[shared]], "o", color=colour, label=f"{label}, measured")
     title = "What a process sends in a stage-2 step\n(tiny backbone, 1203 classes)"
-    axes.set(xlabel="processes", ylabel="MB", title=title, xticks=steps)
+    axes.set(xlabel="processes", ylabel="MB", title=title, xticks=[1, 2, 4, 8, 16])
     axes.set_ylim(bottom=0)
     axes.spines[["top", "right"]].set_visible(False)
     axes.legend(frameon=False, fontsize=8)
@@ -105,7 +106,8 @@ def draw(found: dict[str, list[dict[str, float]]], worlds: tuple[int, ...], path
 
 def main() -> None:
     if "WORLD_SIZE" in os.environ:
-        return one_process(sys.argv[1])
+        one_process(sys.argv[1])
+        return
     options = read_options(Options, sys.argv[1:])
     found = {shared: [measure(world, shared) for world in options.world] for shared in ("false", "true")}
     for shared, rows in found.items():
