@@ -95,10 +95,7 @@ def main_file(path: Path) -> Path:
     for candidate in (path / "main.pt", *(folder / "main.pt" for folder in files.finished(path))):
         if candidate.is_file():
             return candidate
-    raise UserError(
-        f"{path}: no finished checkpoint there (looked for main.pt and checkpoints/*/main.pt).\n"
-        "  Stage 2 starts from stage 1: scripts/train.py stage1.yaml makes runs/stage1."
-    )
+    raise UserError(f"{path}: no finished checkpoint there (looked for main.pt and checkpoints/*/main.pt)")
 
 
 def load_weights(path: Path, model: MaskRCNN, stats: ClassStats, reset_head: bool = False) -> dict[str, list[str]]:

@@ -49,6 +49,14 @@ class _Checks:
             return None
 
 
+def _initial(init: str) -> None:
+    """UserError where there is no checkpoint to start from."""
+    try:
+        checkpoint.main_file(Path(init))
+    except UserError as error:
+        raise UserError(f"train.init = {error}; stage 1 comes first: scripts/train.py stage1.yaml") from None
+
+
 def check(config: Config) -> Start:
     """Every rank must call. UserError, on all ranks, with everything that any of them finds wrong.
 
@@ -63,7 +71,7 @@ def check(config: Config) -> Start:
     newest = checks.run(lambda: resume.newest(folder))
     checks.run(lambda: check_resume(config.train.resume, folder, newest))
     if newest is None and init:
-        checks.run(lambda: checkpoint.main_file(Path(init)))
+        checks.run(lambda: _initial(init))
     if newest is None and not init and distributed.is_main():
         checks.run(lambda: require_cache(config.model))
     if config.train.wandb and distributed.is_main():

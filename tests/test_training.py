@@ -149,7 +149,7 @@ def test_a_head_of_the_same_weights_is_tried_at_evaluation(config: Path, stage1:
         ("train.py", ("data.train_images=nowhere",), "12 of 12 images are missing"),
         ("train.py", ("train.epocs=3",), "train.epochs"),
         ("finetune.py", (), "scripts/train.py stage1.yaml"),
-        ("finetune.py", ("train.init=runs/never",), "no finished checkpoint there"),
+        ("finetune.py", ("train.init=runs/never",), "train.init = runs/never: no finished checkpoint there"),
         ("train.py", ("train.batch_size=3", "train.accumulate=2"), "divisible"),
     ],
 )
