@@ -154,7 +154,22 @@ def origin(records: Records) -> list[str]:
     days = sorted(record["started"][:10] for record in records)
     hours = sum(record["minutes"] for record in records) / 60
     span = f"{days[0]} to {days[-1]}" if days else "-"
+    lines += unequal_starts(records)
     return [*lines, f"- time: {hours:.1f} hours of training and evaluation in {len(records)} runs, {span}"]
+
+
+def unequal_starts(records: Records) -> list[str]:
+    """A warning of each seed whose rows start from several checkpoints of one stage: they compare as other seeds do."""
+    starts: dict[tuple[int, str], Counter[str]] = {}
+    for record in records:
+        if stage := record["options"]["init"]:
+            starts.setdefault((record["seed"], stage), Counter())[record.get("start", "an unknown one")] += 1
+    return [
+        f"- seed {seed}: rows start from {len(found)} different checkpoints of {stage}, and compare as different seeds "
+        f"do: {', '.join(f'{weights} ({count} runs)' for weights, count in found.items())}"
+        for (seed, stage), found in sorted(starts.items())
+        if len(found) > 1
+    ]
 
 
 def note(options: Options) -> str:

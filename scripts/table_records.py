@@ -27,6 +27,7 @@ def write_record(job: RowRun, seed: int) -> None:
         "command": shlex.join([Path(script).name, *words]),
         "seed": seed,
         "options": job.options,
+        "start": start(job),
         "code": last["code"],
         "device": last["device"],
         "started": last["started"],
@@ -38,6 +39,14 @@ def write_record(job: RowRun, seed: int) -> None:
         "classes": classes(job.evaluation),
     }
     write_text(job.record, json.dumps(record, separators=(",", ":")).replace(',"', ',\n"') + "\n")
+
+
+def start(job: RowRun) -> str:
+    """The hash of the weights that the run started from; empty of a run that started from none."""
+    if not job.config.train.init:
+        return ""
+    origin = Path(job.config.train.init, "eval/origin.txt").read_text(encoding="utf-8")
+    return origin.removeprefix("weights ").partition(",")[0]
 
 
 def resamples(evaluation: Path) -> dict[str, list[float]]:

@@ -72,6 +72,8 @@ def record(seed: int, shift: float, command: str) -> dict[str, Any]:
         "command": f"{command} seed={seed}",
         "values": values,
         "resamples": {name: (value + noise).tolist() for name, value in values.items()},
+        "options": {"init": "stage1"},
+        "start": "0123abcd",
         "classes": {"mean score": [None, *ap**2], "AP": [None, *ap], "group": ["r", *"rcf" * 10]},
         **dict.fromkeys(("data", "protocol", "device", "code"), "the same"),
         "started": "2026-01-02T03:04:05",
@@ -157,6 +159,11 @@ def test_the_page_judges_the_claims(tmp_path: Path) -> None:
     )
     assert "| s, EBL | +2.0 / +3.6 | +2.0 / +3.6 | +2.0 / +5.4 | +2.0 / +5.5 | +2.0 / +0.6 |" in text
     assert "The sign agrees in 18 of 20. By mask AP: here P(y), EBL + MFS > s, EBL + MFS > s, MFS > s, EBL" in text
+    assert "different checkpoints" not in text
+    loce = read_tables(options)[0].rows[3].runs[1]
+    leave(loce, {**json.loads(loce.record.read_text()), "start": "elsewhere"})
+    words = r"- seed 1: rows start from 2 different checkpoints of stage1, .*: .*elsewhere \(1 runs\)"
+    assert re.search(words, page(read_tables(options), "note"))
     few = page(read_tables(Options(seeds=1, records=options.records)), "note")
     assert few.count("| confirmed, by 1 seed only |") == 12 and "| alpha = 0.9 | 1 | 24.0 |" in few
     assert ebl.startswith("| s, EBL | 3 | 22.1 ± 0.1 | 22.1 ± 0.1 |") and "+2.0 [+2.0, +2.0] | -2.0 [-2.0, -2.0]" in ebl
