@@ -36,7 +36,7 @@ class Result:
     score: Tensor
 
 
-def ours(boxes: Tensor, size: tuple[int, int], generator: object = None) -> Tensor:
+def ours(boxes: Tensor, size: tuple[int, int], **_: object) -> Tensor:
     """Own uniforms for every box, cut at the image's border."""
     return dense_boxes(boxes, size)
 
@@ -44,7 +44,7 @@ def ours(boxes: Tensor, size: tuple[int, int], generator: object = None) -> Tens
 class FullWidth(official.OfficialBoxes):
     """The official uniforms, cut at the image's border instead of one pixel before it."""
 
-    def __call__(self, boxes: Tensor, image_size: tuple[int, int], generator: object = None) -> Tensor:
+    def __call__(self, boxes: Tensor, image_size: tuple[int, int], **_: object) -> Tensor:
         return super().__call__(boxes, (image_size[0] + 1, image_size[1] + 1))
 
 

@@ -115,7 +115,7 @@ class OfficialBoxes:
     def __init__(self, iteration: int) -> None:
         self.iteration, self.image = iteration, 0
 
-    def __call__(self, boxes: Tensor, image_size: tuple[int, int], generator: object = None) -> Tensor:
+    def __call__(self, boxes: Tensor, image_size: tuple[int, int], **_: object) -> Tensor:
         eta_164 = torch.from_numpy(rule.jitter(self.iteration, self.image)).T
         self.image += 1
         return dense_boxes(boxes, (image_size[0] - 1, image_size[1] - 1), eta_164.expand(len(boxes), 16, 4))
