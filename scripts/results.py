@@ -19,6 +19,7 @@ from loce.files import write_text
 
 TABLES = (1, 2, 3, 4, 5, 6)
 MARKS = ("<!-- Table 1: begin -->\n", "<!-- Table 1: end -->\n")
+DATA = {"glyphs": "Glyph-50", "glyph1203": "Glyph-1203", "lvis": "LVIS v1"}  # as readers know them
 NAMES = {  # of the rows of Table 1, for readers who have not seen the paper
     "baseline": "softmax",
     "s, EBL": "Equilibrium Loss (EBL)",
@@ -106,10 +107,10 @@ def beside_the_paper(table: Table) -> list[str]:
     return [*lines, "", f"The sign agrees in {agree} of {len(pairs)}. By mask AP: here {here}; the paper {there}."]
 
 
-def short_table(table: Table) -> str:
+def short_table(table: Table, data: str) -> str:
     """Table 1 for a first page: our means beside the paper's numbers."""
     seeds = max(map(len, table.records.values()))
-    head = f"Glyph-50, {seeds} seed{'s' * (seeds > 1)}"
+    head = f"{DATA[data]}, {seeds} seed{'s' * (seeds > 1)}"
     lines = [f"| box AP / mask AP (rare, common, frequent) | {head} | the paper, LVIS v1 |", "|---|---|---|"]
     for row in table.rows:
         ours = in_short(means(table.records[row.text.name]))
@@ -202,7 +203,7 @@ def main() -> None:
     print(f"{text}\nwrote {folder / 'results.md'}")
     if options.readme:
         readme = Path(options.readme)
-        write_text(readme, between_marks(readme.read_text(encoding="utf-8"), short_table(tables[0])))
+        write_text(readme, between_marks(readme.read_text(encoding="utf-8"), short_table(tables[0], options.data)))
         print(f"wrote {readme}")
 
 

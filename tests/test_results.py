@@ -194,6 +194,6 @@ def test_the_committed_pages_are_what_the_committed_records_give(monkeypatch: py
     tables = read_tables(options)
     assert page(tables, note(options)) == written
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
-    assert between_marks(readme, short_table(tables[0])) == readme
+    assert between_marks(readme, short_table(tables[0], options.data)) == readme
     with pytest.raises(ValueError, match="Table 1: begin"):
         between_marks("# no marks\n", "")
