@@ -11,6 +11,7 @@ from pathlib import Path
 
 from result_claims import Records, Table, answers, claims
 from result_statistics import Estimate, difference, metric, score_tracks_accuracy
+from table_records import speed_in_words
 from table_rows import COLUMNS, UNKNOWN, Row, RunOptions, read_rows
 from tables import training
 
@@ -62,12 +63,21 @@ def page(tables: list[Table], note: str) -> str:
     ]
     for table in tables:
         lines += ["", f"## Table {table.number}: {table.title}", ""]
-        names = ["seeds", *COLUMNS, "AP, 95%", "AP - softmax", "AP - LOCE", f"paper: {', '.join(COLUMNS)}", "training"]
-        lines += [f"| | {' | '.join(names)} |", "|---" * (len(names) + 1) + "|"]
-        lines += [line(row, table.records[row.text.name], softmax, loce) for row in table.rows]
+        lines += whole_table(table, softmax, loce)
         lines += beside_the_paper(table) if table.number == 1 else []
     every = [record for table in tables for rows in table.records.values() for record in rows]
     return "\n".join([*lines, "", *origin(list({record["command"]: record for record in every}.values()))]) + "\n"
+
+
+def whole_table(table: Table, softmax: Records, loce: Records) -> list[str]:
+    """A table in Markdown; speed and memory stand in it where a record has them."""
+    names = ["seeds", *COLUMNS, "AP, 95%", "AP - softmax", "AP - LOCE", f"paper: {', '.join(COLUMNS)}", "training"]
+    cells = [line(row, table.records[row.text.name], softmax, loce) for row in table.rows]
+    costs = [speed_in_words(table.records[row.text.name]) for row in table.rows]
+    if set(costs) != {"-"}:
+        names.append("speed, memory")
+        cells = [f"{cell} {cost} |" for cell, cost in zip(cells, costs, strict=True)]
+    return [f"| | {' | '.join(names)} |", "|---" * (len(names) + 1) + "|", *cells]
 
 
 def line(row: Row, records: Records, softmax: Records, loce: Records) -> str:

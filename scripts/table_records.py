@@ -5,6 +5,8 @@ A JSON file of some 20 kB, so that runs of other machines and other days can sta
 
 import json
 import shlex
+import statistics
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +33,7 @@ def write_record(job: RowRun, seed: int) -> None:
         "code": last["code"],
         "device": last["device"],
         "started": last["started"],
+        **speed(job),
         "minutes": round(float((job.folder / "minutes.txt").read_text()), 1),
         "data": "{annotations}, {images:,} images, {categories:,} categories".format_map(evaluation),
         "protocol": evaluation["rules"],
@@ -47,6 +50,24 @@ def start(job: RowRun) -> str:
         return ""
     origin = Path(job.config.train.init, "eval/origin.txt").read_text(encoding="utf-8")
     return origin.removeprefix("weights ").partition(",")[0]
+
+
+def speed(job: RowRun) -> dict[str, float]:
+    """Images a second in training, the median of its log's lines, and the most memory of the first process, in GiB."""
+    lines = [json.loads(line) for line in (job.folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+    return {
+        "images_per_second": round(statistics.median(line["images_per_second"] for line in lines), 1),
+        "peak_memory_gib": round(max(line["peak_memory_gib"] for line in lines), 2),
+    }
+
+
+def speed_in_words(records: Sequence[dict[str, Any]]) -> str:
+    """The same of the runs of a row: mean speed and most memory; "-" where no record has them."""
+    known = [record for record in records if "images_per_second" in record]
+    if not known:
+        return "-"
+    mean = statistics.mean(record["images_per_second"] for record in known)
+    return f"{mean:.0f} images/s, {max(record['peak_memory_gib'] for record in known):.1f} GiB"
 
 
 def resamples(evaluation: Path) -> dict[str, list[float]]:

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from steps import percent, run, step
-from table_records import write_record
+from table_records import speed_in_words, write_record
 from table_rows import COLUMNS, UNKNOWN, Recipes, Row, RowRun, RowText, RunOptions, read_rows, stage_run
 
 from loce.config import Config, Count, UserError, dump, read_options, run_script
@@ -60,7 +60,7 @@ def train_row(text: RowText, job: RowRun) -> None:
 def markdown(options: Options, title: str, recipes: Recipes, rows: list[Row]) -> str:
     """The table as far as it is trained, and what its numbers are of."""
     done = [job for row in rows for job in row.done]
-    names = [*COLUMNS, *(f"paper's {name}" for name in COLUMNS), "training", "run"]
+    names = [*COLUMNS, *(f"paper's {name}" for name in COLUMNS), "training", "speed, memory", "run"]
     lines = [f"**Table {options.table}: {title}**", "", f"| | {' | '.join(names)} |", "|---" * (len(names) + 1) + "|"]
     for row in rows:
         published = ["-" if value == UNKNOWN else f"{value:.1f}" for value in row.text.paper]
@@ -69,6 +69,7 @@ def markdown(options: Options, title: str, recipes: Recipes, rows: list[Row]) ->
             *ours(row),
             *published,
             training(row.runs[0].config),
+            speed_in_words([job.facts for job in row.done]),
             str(row.runs[0].evaluation.parent),
         ]
         lines.append(f"| {' | '.join(cells)} |")

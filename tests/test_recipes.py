@@ -20,6 +20,7 @@ LOCE = {
     "train.epochs": 6,
     "train.drops": [3, 5],
 }
+PLUS = {"memory.level": "roi", "train.freeze": "backbone"}
 V05 = {
     "data.train_annotations": "data/lvis_v0.5/annotations/lvis_v0.5_train.json",
     "data.train_images": "data/coco/train2017",
@@ -33,6 +34,7 @@ DIFFERENCES: dict[str, dict[str, Any]] = {
     "stage1_r101": R101,
     "stage1_v05": V05,
     "loce": {**LOCE, "train.init": "runs/stage1"},
+    "loce_plus": {**LOCE, **PLUS, "train.init": "runs/stage1"},
     "loce_r101": {**R101, **LOCE, "train.init": "runs/stage1_r101"},
     "loce_v05": {**V05, **LOCE, "train.init": "runs/stage1_v05"},
     "baseline": {"train.epochs": 30, "train.drops": [22, 28]},
@@ -101,7 +103,10 @@ def test_headers_expect_what_the_paper_publishes(name: str):
     ("name", "per_epoch"), [("stage1", 99388 / 16), ("stage1_v05", 56740 / 16), ("coco", 117266 / 16)]
 )
 def test_lengths_follow_from_the_images_with_annotations(name: str, per_epoch: float):
-    variants = {"stage1": ["stage1", "stage1_r101", "loce", "loce_r101", "baseline"], "stage1_v05": [name, "loce_v05"]}
+    variants = {
+        "stage1": ["stage1", "stage1_r101", "loce", "loce_plus", "loce_r101", "baseline"],
+        "stage1_v05": [name, "loce_v05"],
+    }
     for variant in variants.get(name, [name]):
         said = re.search(r"about ([\d,]+) iterations", header(variant))
         iterations = load_config([variant]).train.epochs * per_epoch
@@ -171,6 +176,12 @@ def test_rows_start_from_the_stage_1_of_their_data():
         named = recipes["named"]
         assert load_config([named["loce"]]).train.init == stage1.output
         assert load_config([named["baseline"]]).train.init == ("" if data == "lvis" else stage1.output)
+
+
+def test_the_recipe_with_training_fcs_is_the_row_that_was_measured():
+    row = next(row for row in TABLES["table6"]["rows"] if row["name"] == "FCs train, roi")
+    plus = flat(load_config(["glyphs/loce_plus"]))
+    assert flat(load_config(["glyphs/loce", *row["words"], f"output={plus['output']}"])) == plus
 
 
 @pytest.mark.parametrize("folder", ["glyphs", "glyph1203"])

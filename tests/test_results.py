@@ -131,6 +131,7 @@ def test_the_page_judges_the_claims(tmp_path: Path) -> None:
     assert told == {
         "the mean score starts at 0.01, instead of at what the filling of the memory shows": "worse",
         "the memory is filled with 16 instances a class, instead of 5": "better",
+        "plain softmax where the shared FCs train, instead of LOCE": "worse",
         "stage 2 with Seesaw and the memory, instead of Seesaw alone": "-",
     }
     assert len(answers) >= 12
@@ -164,6 +165,11 @@ def test_the_page_judges_the_claims(tmp_path: Path) -> None:
     leave(loce, {**json.loads(loce.record.read_text()), "start": "elsewhere"})
     words = r"- seed 1: rows start from 2 different checkpoints of stage1, .*: .*elsewhere \(1 runs\)"
     assert re.search(words, page(read_tables(options), "note"))
+    assert "speed, memory" not in text
+    for job, speed in zip(read_tables(options)[4].rows[4].runs, (10.0, 20.0), strict=False):
+        leave(job, {**json.loads(job.record.read_text()), "images_per_second": speed, "peak_memory_gib": speed / 8})
+    text = page(read_tables(options), "note")
+    assert text.count("| training | speed, memory |") == 1 and "| end to end, 7 epochs | 15 images/s, 2.5 GiB |" in text
     few = page(read_tables(Options(seeds=1, records=options.records)), "note")
     assert few.count("| confirmed, by 1 seed only |") == 12 and "| alpha = 0.9 | 1 | 24.0 |" in few
     assert ebl.startswith("| s, EBL | 3 | 22.1 ± 0.1 | 22.1 ± 0.1 |") and "+2.0 [+2.0, +2.0] | -2.0 [-2.0, -2.0]" in ebl
@@ -182,7 +188,7 @@ def test_without_records_nothing_is_claimed(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     text = (tmp_path / "out/results.md").read_text()
     assert "confirmed" not in text and "0 runs" in text
-    assert sum(line.endswith(" | not run | - |") for line in text.splitlines()) == 15 + 14  # claims, questions
+    assert sum(line.endswith(" | not run | - |") for line in text.splitlines()) == 15 + 15  # claims, questions
 
 
 def test_the_committed_pages_are_what_the_committed_records_give(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -99,12 +100,14 @@ def test_stage_1_and_every_row_are_trained_until_one_fails(workplace: Path, firs
     rows = cells(workplace, 1)
     assert [row[0] for row in rows] == ["EBL", "MFS", "broken"]
     start = "runs/tiny/stage1 + 1 epochs, all but trunk"
+    costs = [row[12] for row in rows]
+    assert all(re.fullmatch(r"\d+ images/s, \d+\.\d GiB", cost) for cost in costs[:2]) and costs[2] == "-"
     assert [row[6:] for row in rows[:2]] == [
-        ["24.0", "23.8", "8.3", "23.7", "30.7", start, "runs/tiny/loce"],
-        ["26.0", "25.7", "-", "25.0", "29.8", start, "+".join((below, *changes[0]))],
+        ["24.0", "23.8", "8.3", "23.7", "30.7", start, costs[0], "runs/tiny/loce"],
+        ["26.0", "25.7", "-", "25.0", "29.8", start, costs[1], "+".join((below, *changes[0]))],
     ]
     for row in rows[:2]:
-        metrics = json.loads((workplace / row[12] / "eval/metrics.json").read_text())
+        metrics = json.loads((workplace / row[13] / "eval/metrics.json").read_text())
         values = [metrics["bbox"]["AP"], *(metrics["segm"][name] for name in ("AP", "APr", "APc", "APf"))]
         assert values[3:] == [-1, -1]  # the tiny set has rare classes only
         assert row[1:6] == [*(f"{100 * value:.1f}" for value in values[:3]), "-", "-"]
@@ -134,6 +137,10 @@ def test_a_finished_row_leaves_a_record_that_stands_for_its_run(workplace: Path,
     assert all(len(values) == 400 and min(values) >= 0 for values in record["resamples"].values())
     assert record["classes"]["group"] == ["r"] * 4 and len(record["classes"]["AP"]) == 4
     assert record["seed"] == 0 and record["minutes"] > 0 and record["command"].startswith("finetune.py tiny/loce.yaml")
+    log = [json.loads(line) for line in (workplace / "runs/tiny/loce/metrics.jsonl").read_text().splitlines()]
+    assert record["peak_memory_gib"] == round(max(line["peak_memory_gib"] for line in log), 2)
+    speeds = [line["images_per_second"] for line in log]
+    assert min(speeds) - 0.1 < record["images_per_second"] < max(speeds) + 0.1
     assert record["options"]["head.name"] == "equilibrium" and record["options"]["init"] == "stage1"
     elsewhere = workplace / "elsewhere/glyphs/seed0"
     shutil.copytree(file.parent, elsewhere)
