@@ -84,9 +84,9 @@ def tracking(rows: dict[str, Records]) -> tuple[str, str, str]:
     return claim, text, verdict(above, [not value for value in above], min(map(len, rows.values())))
 
 
-def answers(table: Table) -> list[str]:
-    """What the paper leaves open, each with numbers and the answer of mask AP."""
-    lines = ["| what the paper leaves open | here | answer |", "|---|---|---|"]
+def answers(table: Table, head: str) -> list[str]:
+    """The questions of a table below `head`, each with numbers and the answer of mask AP."""
+    lines = [f"| {head} | here | answer |", "|---|---|---|"]
     for row in table.rows:
         if question := row.text.question:
             ours, others = table.records[row.text.name], table.records[row.text.against]

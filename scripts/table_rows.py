@@ -143,6 +143,8 @@ def read_rows(options: RunOptions, table: int) -> tuple[str, Recipes, list[Row]]
     name = f"table{table}"
     if name not in content:
         raise UserError(f"table = {table}: {file} has {', '.join(n for n in content if n != 'recipes')}")
+    if options.data not in content[name].get("data", [options.data]):
+        raise UserError(f"data = {options.data}: table {table} is of {' or '.join(content[name]['data'])}")
     recipes = Recipes(**content["recipes"][options.data])
     rows, problems = [], []
     for position, values in enumerate(content[name]["rows"], start=1):

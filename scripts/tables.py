@@ -1,4 +1,4 @@
-"""The paper's Tables 1 to 5, ours beside its numbers, and what it leaves open: python scripts/tables.py table=1.
+"""The paper's Tables 1 to 5, ours beside its numbers, and two of ours (6, 7): python scripts/tables.py table=1.
 
 configs/tables.yaml lists the rows. Stage 1 and each row are trained unless they are finished; what was stopped goes on.
 """
@@ -20,7 +20,7 @@ from loce.files import write_text
 class Options(RunOptions):
     """Train the rows of a table of the paper, and print it."""
 
-    table: Count  # 1 to 5, as the paper; 6: what it leaves open
+    table: Count  # 1 to 5, as the paper; 6: what it leaves open; 7: twice the epochs (glyphs only)
     rows: tuple[str, ...] = ()  # train these rows only, by name; the others stand in the table if they are finished
 
 

@@ -48,6 +48,11 @@ table6:
   title: processes of its own
   rows:
     - {name: two ranks, recipe: loce, processes: 2}
+table7:
+  title: other data
+  data: [glyph1203, lvis]
+  rows:
+    - {name: EBL, recipe: loce}
 """
 
 
@@ -204,7 +209,8 @@ def test_a_row_may_have_processes_of_its_own(workplace: Path, first: str) -> Non
     ("words", "message"),
     [
         (("table=1", "rows=[none]"), "there is no 'none'; there are: EBL, MFS, broken"),
-        (("table=9",), "has table1, table2, table3, table4, table6"),
+        (("table=9",), "has table1, table2, table3, table4, table6, table7"),
+        (("table=7",), "data = glyphs: table 7 is of glyph1203 or lvis"),
         ((), "table is missing"),
         (("table=x",), "table = x: must be a whole number >= 1"),
         (("table=1", "words=[output=x]"), "every row has its own run folder; runs=... chooses where"),
