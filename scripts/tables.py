@@ -20,7 +20,7 @@ from loce.files import write_text
 class Options(RunOptions):
     """Train the rows of a table of the paper, and print it."""
 
-    table: Count  # 1 to 5, as the paper; 6: what it leaves open; 7: twice the epochs (glyphs only)
+    table: Count  # 1 to 5, as the paper; 6: what it leaves open; 7: more epochs (glyphs only)
     rows: tuple[str, ...] = ()  # train these rows only, by name; the others stand in the table if they are finished
 
 
