@@ -44,6 +44,7 @@ class RowText:
     recipe: str  # one of `recipes`, or a file in the folder of the methods
     words: tuple[str, ...] = ()
     post_hoc: tuple[str, ...] = ()  # the run of `recipe`, evaluated anew with these words
+    start: str = ""  # the row above whose run it starts from, instead of the recipe's stage 1
     processes: Natural = 0  # of its training; 0: as many as GPUs
     question: str = ""  # that the difference to the row `against` answers
     against: str = "LOCE"
@@ -146,21 +147,26 @@ def read_rows(options: RunOptions, table: int) -> tuple[str, Recipes, list[Row]]
     if options.data not in content[name].get("data", [options.data]):
         raise UserError(f"data = {options.data}: table {table} is of {' or '.join(content[name]['data'])}")
     recipes = Recipes(**content["recipes"][options.data])
-    rows, problems = [], []
+    rows: list[Row] = []
+    problems = []
     for position, values in enumerate(content[name]["rows"], start=1):
         source = f"{file}, {name}, row {position}"
         try:
             text = build(RowText, flatten(RowText, values, source), ROW_CONFLICTS)
             if table == PEERS and recipes.only and text.name not in recipes.only:
                 continue
-            rows.append(Row(text, [make_run(options, recipes, text, seed) for seed in range(options.seeds)]))
+            starts = next((row.runs for row in rows if row.text.name == text.start), [])
+            if text.start and not starts:
+                raise UserError(f"start = {text.start}: no row above has this name")
+            runs = [make_run(options, recipes, text, s, starts[s] if starts else None) for s in range(options.seeds)]
+            rows.append(Row(text, runs))
         except UserError as error:
             problems.append(f"{source}: {error}")
     raise_problems(problems)
     return content[name]["title"], recipes, rows
 
 
-def make_run(options: RunOptions, recipes: Recipes, text: RowText, seed: int) -> RowRun:
+def make_run(options: RunOptions, recipes: Recipes, text: RowText, seed: int, start: Run | None = None) -> RowRun:
     """The run of a row: in the recipe's own folder where nothing is changed, else below `options.runs`."""
     recipe = recipes.file(text.recipe)
     words = [recipe, *text.words, *options.words]
@@ -170,12 +176,14 @@ def make_run(options: RunOptions, recipes: Recipes, text: RowText, seed: int) ->
     if seed:
         words += [f"seed={seed}"]
         stages = {load_config([stage]).output: stage for stage in recipes.stages}
-        if plain.train.init in stages:
+        if plain.train.init in stages and not start:
             words.append(f"train.init={stage_run(options, stages[plain.train.init], seed).config.output}")
+    words += [f"train.init={start.folder}"] if start else []
     config = load_config(words)
     processes = text.processes or options.gpus
     images_per_rank(config.train, max(processes, 1))
     changes = [*text.words, *([f"processes={processes}"] if text.processes else [])]
+    changes += [f"init={start.folder.name}"] if start else []
     folder = plain.output
     if text.processes or replace(config, output=folder) != plain:
         folder = str(inside(seed_folder(options, seed), "+".join([Path(recipe).stem, *changes])))

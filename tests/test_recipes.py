@@ -154,7 +154,7 @@ def test_tables_are_the_papers():
         assert ours == [(recipe, numbers) for recipe, _, numbers in rows], table
 
 
-@pytest.mark.parametrize(("table", "questions"), [("table6", 12), ("table7", 4)])
+@pytest.mark.parametrize(("table", "questions"), [("table6", 12), ("table7", 5)])
 def test_questions_of_ours_are_answered_by_rows_that_exist(table: str, questions: int):
     rows = TABLES[table]["rows"]
     names = [row["name"] for row in rows]
@@ -163,7 +163,7 @@ def test_questions_of_ours_are_answered_by_rows_that_exist(table: str, questions
 
 
 def test_rows_of_table_7_train_longer_and_differ_from_the_row_they_are_compared_with_as_they_say():
-    rows = {row["name"]: row for row in TABLES["table7"]["rows"]}
+    rows = {row["name"]: row for row in TABLES["table7"]["rows"] if "start" not in row}
     named = TABLES["recipes"]["glyphs"]["named"]
     files = {name: named.get(row["recipe"], f"glyphs/methods/{row['recipe']}") for name, row in rows.items()}
     whole = {name: flat(load_config([files[name], *row["words"]])) for name, row in rows.items()}

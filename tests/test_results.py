@@ -136,6 +136,7 @@ def test_the_page_judges_the_claims(tmp_path: Path) -> None:
         "Seesaw, instead of softmax, both in 14 epochs": "-",
         "EQL v2, instead of softmax, both in 14 epochs": "better",
         "EQL, instead of softmax, both in 14 epochs": "better, by 1 seed only",
+        "LOCE, instead of softmax, both in 2 epochs after 14 of softmax": "better",
         "k = 2 and m = 2, instead of 8 and 4, both with a stage 2 of 8 epochs": "worse",
     }
     assert len(answers) >= 12
@@ -184,6 +185,16 @@ def leave(job: RowRun, content: dict[str, Any]) -> None:
     job.record.write_text(json.dumps({**content, "options": job.options}))
 
 
+def test_a_row_starts_from_the_run_of_its_seed() -> None:
+    rows = {row.text.name: row.runs for row in read_tables(Options(seeds=2))[6].rows}
+    for softmax, again, loce in zip(
+        rows["softmax"], rows["softmax, then softmax"], rows["softmax, then LOCE"], strict=True
+    ):
+        assert loce.config.train.init == again.config.train.init == str(softmax.folder)
+        assert len({softmax.folder, again.folder, loce.folder}) == 3
+    assert rows["softmax, then LOCE"][0].record.name == rows["softmax, then LOCE"][1].record.name
+
+
 def test_without_records_nothing_is_claimed(tmp_path: Path) -> None:
     words = (f"records={tmp_path}/none", f"out={tmp_path}/out")
     done = subprocess.run(
@@ -192,9 +203,8 @@ def test_without_records_nothing_is_claimed(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     text = (tmp_path / "out/results.md").read_text()
     assert "confirmed" not in text and "0 runs" in text
-    assert (
-        sum(line.endswith(" | not run | - |") for line in text.splitlines()) == 15 + 15 + 4
-    )  # claims, questions of Tables 6 and 7
+    not_run = sum(line.endswith(" | not run | - |") for line in text.splitlines())
+    assert not_run == 15 + 15 + 5  # claims, questions of Tables 6 and 7
 
 
 def test_the_committed_pages_are_what_the_committed_records_give(monkeypatch: pytest.MonkeyPatch) -> None:

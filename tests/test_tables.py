@@ -53,6 +53,15 @@ table7:
   data: [glyph1203, lvis]
   rows:
     - {name: EBL, recipe: loce}
+table8:
+  title: a row that starts from another
+  rows:
+    - {name: longer, recipe: stage1, words: [train.epochs=2]}
+    - {name: from it, recipe: loce, start: longer}
+table9:
+  title: a row that starts from none
+  rows:
+    - {name: from it, recipe: loce, start: longer}
 """
 
 
@@ -205,11 +214,20 @@ def test_a_row_may_have_processes_of_its_own(workplace: Path, first: str) -> Non
     assert (workplace / "runs/tables/records/glyphs/seed0/loce+processes=2.json").exists()
 
 
+def test_a_row_that_starts_from_an_untrained_row_says_what_is_missing(workplace: Path) -> None:
+    text = run(workplace, "table=8", "rows=[from it]", code=2)
+    start = "runs/tables/glyphs/stage1+train.epochs=2"
+    words = f"train.init={start} output=runs/tables/glyphs/loce+init=stage1+train.epochs=2"
+    assert commands(text) == [f"$ python scripts/finetune.py tiny/loce.yaml {words}"]
+    assert f"train.init = {start}" in text and "Traceback" not in text
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [
         (("table=1", "rows=[none]"), "there is no 'none'; there are: EBL, MFS, broken"),
-        (("table=9",), "has table1, table2, table3, table4, table6, table7"),
+        (("table=5",), "has table1, table2, table3, table4, table6, table7, table8, table9"),
+        (("table=9",), "table9, row 1: start = longer: no row above has this name"),
         (("table=7",), "data = glyphs: table 7 is of glyph1203 or lvis"),
         ((), "table is missing"),
         (("table=x",), "table = x: must be a whole number >= 1"),
