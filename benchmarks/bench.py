@@ -23,8 +23,8 @@ from detector_rows import Setting, gpu_rows, inference, loce_cost, loce_step, me
 from sides import Row, save, saved, table
 
 from loce.config import UserError, read_options, run_script
-from loce.distributed import setup
-from loce.options import Count
+from loce.utils.distributed import setup
+from loce.utils.options import Count
 
 ROWS: dict[str, Callable[[Setting], list[Row]]] = {
     "loce_step": loce_step,

@@ -24,11 +24,11 @@ from sides import MIB, Row, in_process, seconds, status_mib
 from torchvision.ops import roi_align
 
 from loce.config import DataConfig
-from loce.data.annotation_cache import open_annotations
+from loce.data.annotations.cache import open_annotations
+from loce.data.annotations.lvis import LVISAnnotations
+from loce.data.annotations.segmentations import decode_runs
 from loce.data.dataset import TrainDataset
-from loce.data.lvis import LVISAnnotations
 from loce.data.masks import CroppedMasks, cut_runs
-from loce.data.segmentations import decode_runs
 from loce.models.mask_head import MASK_SIZE, mask_targets
 
 POSITIVES = 128  # regions of an image that have a mask target

@@ -19,12 +19,12 @@ from torchvision.models.detection.backbone_utils import _resnet_fpn_extractor
 from torchvision.ops import clip_boxes_to_image
 from torchvision.ops.misc import FrozenBatchNorm2d
 
-from loce.build import build_model, build_optimizer
-from loce.classes import ClassStats, frequency_groups
 from loce.config import Config, load_config
 from loce.data.masks import CroppedMasks, cut_runs
-from loce.engine import gradient_norm
+from loce.engine.loop import gradient_norm
+from loce.models.build import build_model, build_optimizer
 from loce.models.mask_rcnn import MaskRCNN
+from loce.utils.classes import ClassStats, frequency_groups
 
 NEAR = 300  # proposals of an image that lie near its objects, at most
 SIZES = {"full": (800, 1333), "small": (256, 427)}

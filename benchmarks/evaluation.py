@@ -26,7 +26,7 @@ from pycocotools import mask as mask_utils
 from loce.config import Count, UserError, read_options, run_script
 from loce.evaluation import Detections, Masks, evaluate_lvis
 from loce.evaluation.bootstrap import intervals, tally
-from loce.files import write_text
+from loce.utils.files import write_text
 
 HEIGHT, WIDTH, CATEGORIES = 480, 640, 1203
 FULL = 19_809  # images of LVIS v1 val

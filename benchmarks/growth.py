@@ -23,12 +23,12 @@ from detectors import SIZES, Ours, make_scenes, our_samples
 from sides import seconds
 
 from loce.config import read_options, run_script
-from loce.distributed import setup
-from loce.env import environment
-from loce.files import write_text
-from loce.options import Count
-from loce.plots import _save as save_figure
-from loce.plots import plt
+from loce.report.figures import _save as save_figure
+from loce.report.figures import plt
+from loce.utils.distributed import setup
+from loce.utils.environment import environment
+from loce.utils.files import write_text
+from loce.utils.options import Count
 
 SMALL = ("model.backbone=tiny", "model.norm=group", "model.weights=none")
 SMALL_REGIONS = 64

@@ -18,12 +18,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from loce.config import Count, DataConfig, SamplerConfig, read_options, run_script
-from loce.data.glyphs import GlyphOptions, make_glyphs
+from loce.data.annotations.lvis import LVISAnnotations
+from loce.data.glyphs.make import GlyphOptions, make_glyphs
 from loce.data.loader import TrainDataset, train_batches, training_plan
-from loce.data.lvis import LVISAnnotations
-from loce.env import environment
-from loce.files import write_text
-from loce.progress import progress
+from loce.utils.environment import environment
+from loce.utils.files import write_text
+from loce.utils.progress import progress
 
 MIB = 1 << 20
 

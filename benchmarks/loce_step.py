@@ -24,15 +24,15 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from loce.box_generator import choose_instances, dense_boxes, valid
-from loce.classes import IGNORED
 from loce.config import read_options, run_script
-from loce.distributed import setup
-from loce.env import environment
 from loce.equilibrium_loss import equilibrium_loss
-from loce.files import write_text
 from loce.mean_score import MeanScoreTracker, instance_scores
 from loce.memory_bank import FeatureMemoryBank
-from loce.options import Count
+from loce.utils.classes import IGNORED
+from loce.utils.distributed import setup
+from loce.utils.environment import environment
+from loce.utils.files import write_text
+from loce.utils.options import Count
 
 IMAGES, IMAGE_SIZE, CAPACITY = 2, (800.0, 1333.0), 80
 ROI_SHAPE = (256, 7, 7)

@@ -13,8 +13,8 @@ from typing import Any
 
 import torch
 
-from loce.env import environment
-from loce.files import write_text
+from loce.utils.environment import environment
+from loce.utils.files import write_text
 
 Side = Callable[[], Any]
 MIB = 1 << 20

@@ -23,12 +23,12 @@ from detectors import Ours, make_scenes, our_samples
 from growth import SMALL, SMALL_REGIONS, save_figure
 from torch.nn.parallel import DistributedDataParallel
 
-from loce import distributed
 from loce.config import read_options, run_script
-from loce.env import environment
-from loce.files import write_text
-from loce.options import Count
-from loce.plots import plt
+from loce.report.figures import plt
+from loce.utils import distributed
+from loce.utils.environment import environment
+from loce.utils.files import write_text
+from loce.utils.options import Count
 
 STEPS = 3
 INSTANCES = 13

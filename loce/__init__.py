@@ -13,7 +13,7 @@ def __getattr__(name: str) -> Any:
 
         return evaluate_lvis
     if name == "load_model":
-        from loce.checkpoint import load_model
+        from loce.checkpoint.load import load_model
 
         return load_model
     raise AttributeError(f"module 'loce' has no attribute {name!r}")

@@ -4,6 +4,7 @@ A YAML file states differences only; `key.sub=value` on the command line overrid
 What a field may hold is its type; what cannot stand together is in conflicts.py. Imports no torch.
 """
 
+import dataclasses
 import difflib
 import sys
 import textwrap
@@ -13,10 +14,10 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from loce.conflicts import CONFLICTS
-from loce.errors import UserError, raise_problems, run_script
-from loce.files import inside
 from loce.method_options import HeadConfig
-from loce.options import (
+from loce.utils.errors import UserError, raise_problems, run_script
+from loce.utils.files import inside
+from loce.utils.options import (
     Count,
     Decay,
     Fraction,
@@ -33,12 +34,13 @@ from loce.options import (
     split_words,
     to_dict,
 )
-from loce.yaml_text import dump_yaml, load_yaml
+from loce.utils.yaml_text import dump_yaml, load_yaml
 
 __all__ = [
     "Config",
     "HeadConfig",
     "UserError",
+    "diff",
     "dump",
     "from_dict",
     "images_per_rank",
@@ -297,6 +299,18 @@ def from_dict(values: Mapping[str, Any], source: str = "checkpoint", words: Sequ
     """
     given, problems = split_words(Config, words)
     return build(Config, [*flatten(Config, values, source), *given], CONFLICTS, problems)
+
+
+def diff(old: Any, new: Any, prefix: str = "") -> dict[str, Any]:
+    """Dotted key -> value in `new` of every option in which two configs, or two equal sections, differ."""
+    found: dict[str, Any] = {}
+    for option in dataclasses.fields(new):
+        there, here, key = getattr(old, option.name), getattr(new, option.name), prefix + option.name
+        if dataclasses.is_dataclass(here):
+            found |= diff(there, here, f"{key}.")
+        elif here != there:
+            found[key] = here
+    return found
 
 
 def dump(config: Config) -> str:

@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from loce.method_options import HeadConfig
-from loce.options import Conflict
+from loce.utils.options import Conflict
 
 
 def _other_heads_options() -> Iterator[Conflict]:

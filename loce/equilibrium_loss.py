@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from loce.classes import IGNORED
+from loce.utils.classes import IGNORED
 
 
 def equilibrium_loss(logits: Tensor, labels: Tensor, mean_score: Tensor, reduction: str = "mean") -> Tensor:

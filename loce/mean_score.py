@@ -7,8 +7,8 @@ memory, L = C + 1 classes with background last, G groups of rows.
 import torch
 from torch import Tensor, nn
 
-from loce.classes import IGNORED
-from loce.distributed import all_reduce_sum
+from loce.utils.classes import IGNORED
+from loce.utils.distributed import all_reduce_sum
 
 
 class MeanScoreTracker(nn.Module):

@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor, nn
 
-from loce.classes import IGNORED
+from loce.utils.classes import IGNORED
 
 # f of Eq. 7, "a non-increasing transform" (Sec. 3.3), of s + 1e-7, since s may be 0. "inverse" is the paper's, Eq. 8.
 TRANSFORMS: dict[str, Callable[[Tensor], Tensor]] = {

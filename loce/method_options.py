@@ -3,7 +3,7 @@
 from dataclasses import dataclass, field
 from typing import Literal
 
-from loce.options import Count, Decay, Fraction, Natural, NotNegative, Positive
+from loce.utils.options import Count, Decay, Fraction, Natural, NotNegative, Positive
 
 HeadName = Literal[
     "softmax",

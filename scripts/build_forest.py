@@ -30,8 +30,8 @@ def main() -> None:
     if file.exists():
         raise UserError(f"head.forest.trees = {file}: is there already; runs may need it, so delete it yourself first")
 
-    from loce import distributed  # torch is imported after the options are known to be right
-    from loce.tree_building import build_trees
+    from loce.engine.forest_building import build_trees
+    from loce.utils import distributed  # torch is imported after the options are known to be right
 
     device = distributed.setup(options.device)
     try:

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from loce.config import Count, Natural, UserError, read_options, run_script
-from loce.files import write_text
+from loce.utils.files import write_text
 
 SCRIPTS = Path(__file__).resolve().parent
 TIMES = ("images_per_second", "data_share", "peak_memory_gib")

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Literal
 from loce.config import Config, Count, Natural, UserError, load_config, raise_problems, read_options, run_script
 
 if TYPE_CHECKING:
-    from loce.data.lvis import LVISAnnotations
+    from loce.data.annotations.lvis import LVISAnnotations
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Literal
 
 from loce.config import UserError, read_options, run_script
-from loce.files import atomic_write
+from loce.utils.files import atomic_write
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,7 +59,7 @@ def main() -> None:
         raise UserError(f"{out} exists; files are never overwritten: remove it, or give another name")
     import torch  # after the command line is known to be right
 
-    from loce.convert import convert, to_mmdetection
+    from loce.checkpoint.convert import convert, to_mmdetection
 
     if options.to == "mmdet":
         content, report = to_mmdetection(source)

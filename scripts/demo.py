@@ -6,10 +6,9 @@ python scripts/demo.py: about ten minutes on two CPU cores. What is finished is 
 import time
 from pathlib import Path
 
-from steps import average_precisions, percent, run, step
-
 from loce.config import load_config, run_script
-from loce.files import write_text
+from loce.report.tables.steps import average_precisions, percent, run, step
+from loce.utils.files import write_text
 
 DATA, RUNS = Path("runs/glyphs50"), Path("runs/glyphs")
 ROWS = {"softmax": "stage 1 + softmax", "loce": "stage 1 + LOCE"}  # config -> name in the table
@@ -33,9 +32,9 @@ def main() -> None:
     for name in ROWS:
         minutes[name] = step(RUNS / name, "finetune.py", f"glyphs/{name}.yaml", init=RUNS / "stage1")
 
-    from loce.build import val_annotations
-    from loce.contact_sheet import comparison_sheet, write_jpeg
-    from loce.plots import equilibrium_figure
+    from loce.engine.pictures import comparison_sheet, write_jpeg
+    from loce.models.build import val_annotations
+    from loce.report.figures import equilibrium_figure
 
     config = load_config(["glyphs/loce.yaml"])
     folders = {"stage 1": RUNS / "stage1"} | {title: RUNS / name for name, title in ROWS.items()}

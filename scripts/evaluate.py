@@ -12,10 +12,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from steps import newest_run
-
 from loce.config import Natural, UserError, read_options, run_script
 from loce.evaluation.report import evaluate_and_report
+from loce.report.tables.steps import newest_run
 
 CONFIG_WORDS = ("head.", "eval.")  # options of a run
 WRITTEN = "metrics.json, evaluation.json, per_category.csv and more are in"
@@ -72,7 +71,7 @@ def report_options(options: Options) -> dict[str, Any]:
 
 def evaluate_a_checkpoint(options: Options, words: Sequence[str]) -> None:
     """Inference, then the same evaluation."""
-    from loce.inference import evaluate_checkpoint  # torch is not needed to evaluate results
+    from loce.engine.inference import evaluate_checkpoint  # torch is not needed to evaluate results
 
     path = Path(options.checkpoint) if options.checkpoint else newest_run(Path("runs"))
     if path is None:

@@ -10,9 +10,8 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-from steps import folders_of
-
 from loce.config import UserError, raise_problems, read_options, run_script
+from loce.report.tables.steps import folders_of
 
 FIGURES = {"figure1": ("score", "accuracy"), "figure4": ("score", "accuracy", "ap")}
 
@@ -46,7 +45,7 @@ def main() -> None:
         raise UserError("no run with a checkpoint below runs/; give folders: figures.py RUN_OR_EVALUATION ...")
     folders = evaluations(named)
 
-    from loce.plots import equilibrium_figure
+    from loce.report.figures import equilibrium_figure
 
     scored = all((folder / "mean_scores.csv").is_file() for folder in folders.values())
     if not scored:

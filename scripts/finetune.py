@@ -15,7 +15,7 @@ def main() -> None:
             "train.init is empty: fine-tuning starts from a stage-1 checkpoint; set train.init=RUN_FOLDER_OR_FILE "
             "(train one with scripts/train.py stage1.yaml)"
         )
-    from loce.run import train  # torch is imported after the options are known to be right
+    from loce.engine.train import train  # torch is imported after the options are known to be right
 
     train(config)
 

@@ -6,7 +6,11 @@ from loce.config import read_options, run_script
 
 
 def main() -> None:
-    from loce.data.glyphs import CONFLICTS, GlyphOptions, make_glyphs  # here: the drawing processes import this file
+    from loce.data.glyphs.make import (  # here: the drawing processes import this file
+        CONFLICTS,
+        GlyphOptions,
+        make_glyphs,
+    )
 
     make_glyphs(read_options(GlyphOptions, sys.argv[1:], CONFLICTS))
 

@@ -21,9 +21,9 @@ from loce.config import (
     load_config,
     run_script,
 )
-from loce.files import write_text
 from loce.heads import HEADS
-from loce.options import help_text
+from loce.utils.files import write_text
+from loce.utils.options import help_text
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGE = ROOT / "docs/methods.md"

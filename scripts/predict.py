@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from loce.config import UserError, raise_problems, read_options, run_script
-from loce.options import Count, Fraction, Share
+from loce.utils.options import Count, Fraction, Share
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".webp", ".gif", ".ppm", ".pgm", ".jp2", ".avif")
 USAGE = "usage: predict.py CHECKPOINT IMAGE_OR_FOLDER ... [key=value ...]"
@@ -64,7 +64,7 @@ def detections(model: Any, files: list[Path], bad: list[str]) -> Iterator[tuple[
     import torch
 
     from loce.data.transforms import ImageError, read_image
-    from loce.progress import progress
+    from loce.utils.progress import progress
 
     for file in progress(files, len(files), "predicting", "images"):
         try:
@@ -77,7 +77,7 @@ def detections(model: Any, files: list[Path], bad: list[str]) -> Iterator[tuple[
 
 def draw(image: Any, found: dict[str, Any], stats: Any, options: Options) -> tuple[Any, list[int]]:
     """The image with the objects that are worth drawing, and their rows."""
-    from loce.drawing import draw_objects, worth_drawing
+    from loce.engine.drawing import draw_objects, worth_drawing
 
     boxes, scores, labels = (found[name].numpy() for name in ("boxes", "scores", "labels"))
     rows = worth_drawing(boxes, scores, options.threshold, options.most, options.overlap)
@@ -113,9 +113,9 @@ def main() -> None:
 
     import cv2
 
-    from loce import distributed
-    from loce.checkpoint import load_model
-    from loce.files import atomic_write, write_text
+    from loce.checkpoint.load import load_model
+    from loce.utils import distributed
+    from loce.utils.files import atomic_write, write_text
 
     model = load_model(names[0], distributed.setup(options.device))
     targets = pictures(files, Path(options.output))

@@ -32,10 +32,10 @@ def main() -> None:
     config = load_config([w for w in words if w.partition("=")[0] not in own])
     import torch  # after the options are known to be right
 
-    from loce import profiling
-    from loce.distributed import setup
-    from loce.env import environment
-    from loce.files import write_text
+    from loce.engine import profiling
+    from loce.utils.distributed import setup
+    from loce.utils.environment import environment
+    from loce.utils.files import write_text
 
     device = setup(config.device)
     torch.set_num_threads(options.threads)

@@ -26,7 +26,7 @@ def main() -> None:
     options = read_options(Options, [word for word in words if word not in runs])
     if len(runs) != 1:
         raise UserError("give one run folder: python scripts/replay.py RUN iteration=N")
-    from loce.replay import replay  # torch is imported after the options are known to be right
+    from loce.engine.replay import replay  # torch is imported after the options are known to be right
 
     replay(Path(runs[0]), options.iteration, Path(options.output) if options.output else None, options.device)
 

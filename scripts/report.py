@@ -10,11 +10,10 @@ from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
-from steps import folders_of
-
 from loce.config import UserError, read_options, run_script
-from loce.files import write_text
-from loce.options import Natural
+from loce.report.tables.steps import folders_of
+from loce.utils.files import write_text
+from loce.utils.options import Natural
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -9,14 +9,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from result_claims import Records, Table, answers, claims
-from result_statistics import Estimate, difference, metric, score_tracks_accuracy
-from table_records import speed_in_words
-from table_rows import COLUMNS, PEERS, UNKNOWN, Row, RunOptions, read_rows
 from tables import training
 
 from loce.config import read_options, run_script
-from loce.files import write_text
+from loce.report.tables.claims import Records, Table, answers, claims
+from loce.report.tables.records import speed_in_words
+from loce.report.tables.rows import COLUMNS, PEERS, UNKNOWN, Row, RunOptions, read_rows
+from loce.report.tables.statistics import Estimate, difference, metric, score_tracks_accuracy
+from loce.utils.files import write_text
 
 TABLES = {"glyphs": (1, 2, 3, 4, 5, 6, 7), "glyph1203": (1, 2, 3, 4, 5, 6), "lvis": (1, 2, 3, 4, 5, 6)}
 MARKS = ("<!-- Table 1: begin -->\n", "<!-- Table 1: end -->\n")
@@ -217,7 +217,7 @@ def main() -> None:
     folder = Path(options.out or Path(options.runs, options.data))
     text = page(tables, note(options))
 
-    from loce.plots import score_figure  # imports matplotlib
+    from loce.report.figures import score_figure  # imports matplotlib
 
     rows = {"softmax": tables[0].records["baseline"], "RFS": tables[4].records["RFS"]}
     rows |= {"LOCE": tables[0].records["s, EBL + MFS"]}

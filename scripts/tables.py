@@ -8,12 +8,11 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-from steps import percent, run, step
-from table_records import speed_in_words, write_record
-from table_rows import COLUMNS, UNKNOWN, Recipes, Row, RowRun, RowText, RunOptions, read_rows, stage_run
-
 from loce.config import Config, Count, UserError, dump, read_options, run_script
-from loce.files import write_text
+from loce.report.tables.records import speed_in_words, write_record
+from loce.report.tables.rows import COLUMNS, UNKNOWN, Recipes, Row, RowRun, RowText, RunOptions, read_rows, stage_run
+from loce.report.tables.steps import percent, run, step
+from loce.utils.files import write_text
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -108,7 +107,7 @@ def main() -> None:
         raise UserError("\n".join(f"rows: there is no {name!r}; there are: {there}" for name in sorted(unknown)))
     chosen = [row for row in rows if not options.rows or row.text.name in options.rows]
     if started := [job for row in rows for job in row.runs if job.folder.exists()]:
-        from loce.runlog import check_run_folder  # imports torch, after the options are known to be right
+        from loce.engine.log import check_run_folder  # imports torch, after the options are known to be right
 
         for job in started:
             check_run_folder(job.folder, dump(job.config), dump(Config()))

@@ -10,7 +10,7 @@ from loce.config import load_config, run_script
 
 def main() -> None:
     config = load_config(sys.argv[1:])
-    from loce.run import train  # torch is imported after the options are known to be right
+    from loce.engine.train import train  # torch is imported after the options are known to be right
 
     train(config)
 

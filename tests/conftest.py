@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 import torch
 
-from loce.classes import ClassStats, frequency_groups
-from loce.data.glyphs import GlyphOptions, make_glyphs
+from loce.data.glyphs.make import GlyphOptions, make_glyphs
+from loce.utils.classes import ClassStats, frequency_groups
 from tests.tiny_runs import CONFIG, run
 
 NO_CUDA = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")

@@ -23,8 +23,8 @@ from loce.config import (
     to_dict,
 )
 from loce.conflicts import CONFLICTS
-from loce.options import Count, Range, flatten, schema
-from loce.yaml_text import load_yaml
+from loce.utils.options import Count, Range, flatten, schema
+from loce.utils.yaml_text import load_yaml
 
 ROOT = Path(__file__).resolve().parent.parent
 RECIPES = sorted(path for path in (ROOT / "configs").rglob("*.yaml") if path.name != "tables.yaml")

@@ -11,7 +11,7 @@ import pytest
 from torch.distributed.run import get_args_parser
 
 from loce.config import load_config, read_options
-from loce.options import schema
+from loce.utils.options import schema
 from tests.doc_pages import FENCE, blocks, fenced_commands
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -22,7 +22,7 @@ PAGES = [
 MAKEFILE = (ROOT / "Makefile").read_text(encoding="utf-8")
 EACH_PAGE = pytest.mark.parametrize("page", PAGES, ids=[page.name for page in PAGES])
 # Scripts whose options are not in their own `Options`.
-OPTIONS = {"make_glyphs": ("loce.data.glyphs", "GlyphOptions"), "convert": ("scripts.convert", "ConvertOptions")}
+OPTIONS = {"make_glyphs": ("loce.data.glyphs.make", "GlyphOptions"), "convert": ("scripts.convert", "ConvertOptions")}
 WRITTEN_BY_READERS = {"head.name=focal", "loce/heads/focal.py"}  # docs/plugin.md; tests/test_plugin.py does all of it
 
 
@@ -160,18 +160,18 @@ RUN_BY = {
     r".*: sbatch .*": GPU,
     r".*: make (train|finetune) GPUS=8": GPU,
     r"README.md: make data": NETWORK,
-    r".*: make eval (CKPT=\S+|CKPT=\S+ GPUS=8|PRED=.*)": "tests/test_training.py",
+    r".*: make eval (CKPT=\S+|CKPT=\S+ GPUS=8|PRED=.*)": "tests/engine/test_training.py",
     r"README.md: make check-data DATA=stage1.yaml": "needs LVIS",
     r"README.md: make table\d": TIME,
     r".*: make setup": NETWORK,
     r".*: make (test|test-slow|test-chaos|lint)": "these tests themselves, and their linters",
     r"README.md: python scripts/train.py --help": "tests/test_config.py",
     r"README.md: python scripts/(train|finetune).py (stage1|loce|methods/\w+).yaml.*": "needs LVIS",
-    r"README.md: make predict .*": "tests/test_predict.py",
-    r".*: (make (report|figures)|python scripts/(report|figures).py).*": "tests/test_equilibrium_report.py",
-    r"README.md: python scripts/convert.py .*": "tests/convert/test_files.py",
+    r"README.md: make predict .*": "tests/engine/test_predict.py",
+    r".*: (make (report|figures)|python scripts/(report|figures).py).*": "tests/report/test_report.py",
+    r"README.md: python scripts/convert.py .*": "tests/checkpoint/convert/test_files.py",
     r"own_data.md: .*": "tests/test_own_data.py",
-    r"rebalance.md: .*": "tests/convert/test_torchvision_agrees.py",
+    r"rebalance.md: .*": "tests/checkpoint/convert/test_torchvision_agrees.py",
 }
 FENCED = [f"{page.name}: {command}" for page in PAGES for command in fenced_commands(page)]
 

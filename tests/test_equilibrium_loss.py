@@ -6,8 +6,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from loce.classes import IGNORED
 from loce.equilibrium_loss import equilibrium_loss, loss_margin
+from loce.utils.classes import IGNORED
 
 
 def row_loss_slow(z, y, s):

@@ -12,9 +12,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from loce.classes import IGNORED
 from loce.heads import HEADS, Head, RoIs
 from loce.heads.base import META
+from loce.utils.classes import IGNORED
 from tests.conftest import stats_of
 
 FOLDER = Path(__file__).parent / "golden"

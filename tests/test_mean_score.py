@@ -8,9 +8,9 @@ import torch
 import torch.distributed
 import torch.multiprocessing
 
-from loce.classes import IGNORED
 from loce.equilibrium_loss import equilibrium_loss
 from loce.mean_score import MeanScoreTracker, instance_scores
+from loce.utils.classes import IGNORED
 
 
 def update_slow(scores, labels, probabilities, momentum, background_score):

@@ -7,8 +7,8 @@ from collections import deque
 import pytest
 import torch
 
-from loce.classes import IGNORED
 from loce.memory_bank import TRANSFORMS, FeatureMemoryBank, sampling_probability
+from loce.utils.classes import IGNORED
 
 
 class BankSlow:

@@ -7,9 +7,9 @@ from typing import Any
 import pytest
 
 from loce.config import Config, load_config, to_dict
-from loce.data.glyph_plan import EMPTY_SHARE, long_tail
-from loce.data.glyphs import GlyphOptions
-from loce.options import flatten, schema
+from loce.data.glyphs.make import GlyphOptions
+from loce.data.glyphs.plan import EMPTY_SHARE, long_tail
+from loce.utils.options import flatten, schema
 
 CONFIGS = Path(__file__).resolve().parent.parent / "configs"
 NAMES = sorted(path.stem for path in (CONFIGS / "methods").glob("*.yaml"))

@@ -12,7 +12,7 @@ import pytest
 
 from loce.config import HeadConfig
 from loce.heads import HEADS
-from loce.options import schema
+from loce.utils.options import schema
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGE = (ROOT / "docs/methods.md").read_text(encoding="utf-8")

@@ -12,7 +12,6 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from loce.box_generator import dense_boxes, valid
-from loce.classes import IGNORED
 from loce.config import HeadConfig, IndicatorConfig, MemoryConfig, ModelConfig, RoIConfig, RPNConfig
 from loce.data.masks import CroppedMasks
 from loce.heads import HEADS, EquilibriumHead, RoIs
@@ -24,6 +23,7 @@ from loce.models.mask_rcnn import build_roi_heads
 from loce.models.memory_sampling import MemorySampling
 from loce.models.roi_heads import Truth, pyramid_level
 from loce.models.rpn import RPN
+from loce.utils.classes import IGNORED
 
 WAITING = {
     *("_local_scalar_dense", "is_nonzero", "equal", "nonzero", "masked_select", "bincount", "repeat_interleave"),

@@ -8,8 +8,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from loce import build
 from loce.config import load_config
+from loce.models import build
 from tests.doc_pages import ROOT, clone, fenced_commands, run_command
 
 PAGE = ROOT / "docs/own_data.md"

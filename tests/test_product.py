@@ -7,12 +7,12 @@ from typing import get_args, get_type_hints
 import pytest
 import torch
 
-from loce import build
 from loce.config import Config, HeadConfig, SamplerConfig, UserError, load_config
-from loce.data.glyphs import GlyphOptions, make_glyphs
+from loce.data.glyphs.make import GlyphOptions, make_glyphs
 from loce.data.loader import train_batches, training_plan
 from loce.heads import HEADS
-from tests.test_training import CONFIG
+from loce.models import build
+from tests.engine.test_training import CONFIG
 
 SAMPLERS = get_args(get_type_hints(SamplerConfig)["name"])
 NAMES = get_args(get_type_hints(HeadConfig)["name"])

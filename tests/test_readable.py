@@ -11,11 +11,11 @@ import pytest
 import torch
 
 import loce
-from loce import engine
 from loce.config import EvalConfig, HeadConfig, IndicatorConfig, MemoryConfig, ModelConfig, RPNConfig, TrainConfig
 from loce.data.masks import CroppedMasks
+from loce.engine import loop as engine
+from loce.engine.log import RunLog
 from loce.models.mask_rcnn import MaskRCNN, build_roi_heads
-from loce.runlog import RunLog
 
 PACKAGE = Path(loce.__file__).parent
 MOST_FILES = 15

@@ -7,9 +7,9 @@ from typing import Any
 import pytest
 
 from loce.config import Config, load_config, to_dict
-from loce.data.glyph_plan import EMPTY_SHARE, long_tail
-from loce.options import flatten, schema
-from loce.yaml_text import load_yaml
+from loce.data.glyphs.plan import EMPTY_SHARE, long_tail
+from loce.utils.options import flatten, schema
+from loce.utils.yaml_text import load_yaml
 
 ROOT = Path(__file__).resolve().parent.parent
 CONFIGS = ROOT / "configs"

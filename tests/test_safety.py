@@ -8,10 +8,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from loce import checkpoint, resume
-from loce.build import build_model, build_optimizer
+from loce.checkpoint import load as checkpoint
+from loce.checkpoint import save as resume
 from loce.config import Config, UserError, load_config, run_folder
-from loce.files import inside
+from loce.models.build import build_model, build_optimizer
+from loce.utils.files import inside
 from tests.conftest import stats_of
 from tests.tiny_runs import ROOT
 

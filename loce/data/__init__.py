@@ -1,0 +1,1 @@
+"""From annotation file to batches: annotations/ reads it, dataset.py makes samples, loader.py makes batches."""

@@ -1,7 +1,7 @@
 """What a data set holds and what is wrong with it, found by reading only.
 
 Problems are what must be mended before a training or an evaluation means anything; the rest is told, since training
-deals with it (loce/data/training_rows.py says how, docs/data.md what to do about it).
+deals with it (loce/data/annotations/training_rows.py says how, docs/data.md what to do about it).
 """
 
 import os
@@ -13,12 +13,12 @@ from pathlib import Path
 
 import numpy as np
 
-from loce.classes import GROUPS
-from loce.data.lvis import LVISAnnotations
+from loce.data.annotations.lvis import LVISAnnotations
 from loce.data.lvis_files import ANNOTATIONS, IMAGES
 from loce.data.transforms import ImageError, read_image
-from loce.errors import UserError
-from loce.progress import progress
+from loce.utils.classes import GROUPS
+from loce.utils.errors import UserError
+from loce.utils.progress import progress
 
 FEW = 5  # instances; a class with fewer is named
 NAMED = 5  # examples of each kind

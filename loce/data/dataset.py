@@ -13,7 +13,7 @@ import numpy as np
 import torch
 
 from loce.config import DataConfig
-from loce.data.lvis import LVISAnnotations
+from loce.data.annotations.lvis import LVISAnnotations
 from loce.data.masks import CroppedMasks, cut_runs, nearest_source, resize_crop
 from loce.data.transforms import Geometry, ImageError, image_generator, random_geometry, read_image, resized, sample_key
 

@@ -20,8 +20,8 @@ from typing import BinaryIO
 from urllib.error import HTTPError
 from urllib.request import Request, urlopen
 
-from loce.errors import UserError
-from loce.progress import Progress, say
+from loce.utils.errors import UserError
+from loce.utils.progress import Progress, say
 
 TRIES = 6  # in a row without a new byte, per place
 TIMEOUT = 60.0  # seconds without a byte

@@ -16,14 +16,15 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader
 
-from loce import distributed, stopping
 from loce.config import DataConfig, SamplerConfig
+from loce.data.annotations.lvis import LVISAnnotations
 from loce.data.dataset import EvalDataset, Sample, TrainDataset
-from loce.data.lvis import LVISAnnotations
 from loce.data.samplers import TrainingPlan, image_labels, memory_fill_images, rank_slice
 from loce.data.worker_limits import PREFETCH, allow_open_files
-from loce.errors import UserError
-from loce.progress import say
+from loce.utils import distributed
+from loce.utils import signals as stopping
+from loce.utils.errors import UserError
+from loce.utils.progress import say
 
 __all__ = ["EvalDataset", "TrainDataset", "eval_batches", "fill_batches", "train_batches", "training_plan"]
 BAD_SHARE = 1e-3  # of all images; more bad ones than this end the run

@@ -8,11 +8,11 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from loce.classes import GROUPS
 from loce.config import DataConfig, MemoryConfig, SamplerConfig
-from loce.data.lvis import LVISAnnotations
+from loce.data.annotations.lvis import LVISAnnotations
 from loce.data.samplers import image_labels, repeat_factors
 from loce.data.transforms import resized
+from loce.utils.classes import GROUPS
 
 EDGES = (0, 1, 2, 6, 11, 31, 101, 301, 1001)  # images that show a class: where the histogram's bars begin
 BAR = 40  # characters of the longest

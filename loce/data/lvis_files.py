@@ -12,11 +12,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from loce.data.annotations.lvis import LVISAnnotations
 from loce.data.download import RefusedError, check_file, download, require_space, safe_members, unpack_member
-from loce.data.lvis import LVISAnnotations
-from loce.errors import UserError
-from loce.files import atomic_write
-from loce.progress import progress, say
+from loce.utils.errors import UserError
+from loce.utils.files import atomic_write
+from loce.utils.progress import progress, say
 
 
 @dataclass(frozen=True, kw_only=True)

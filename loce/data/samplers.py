@@ -11,9 +11,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from loce.classes import META
 from loce.config import SamplerConfig
-from loce.data.lvis import LVISAnnotations
+from loce.data.annotations.lvis import LVISAnnotations
+from loce.utils.classes import META
 
 _STREAM = 0x5A3B  # keeps these random numbers apart from those of the transforms
 _ENOUGH = 100  # instances; SimCal tells no classes apart that have more

@@ -5,7 +5,7 @@ import shutil
 from pathlib import Path
 
 from loce.config import DataConfig
-from loce.errors import UserError
+from loce.utils.errors import UserError
 
 SHARED = Path("/dev/shm")  # where Linux keeps what a worker hands over
 PREFETCH = 3  # micro-batches each worker prepares ahead

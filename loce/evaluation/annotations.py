@@ -10,10 +10,10 @@ from typing import Any
 
 import numpy as np
 
-from loce.classes import frequency_groups
-from loce.errors import raise_problems
 from loce.evaluation.gathering import Gathered, has_all
 from loce.evaluation.reading import offenders, read_json
+from loce.utils.classes import frequency_groups
+from loce.utils.errors import raise_problems
 
 FEDERATED_KEYS = ("neg_category_ids", "not_exhaustive_category_ids")
 

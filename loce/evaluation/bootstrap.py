@@ -15,10 +15,10 @@ from pathlib import Path
 
 import numpy as np
 
-from loce.errors import UserError
 from loce.evaluation.lvis_ap import RECALLS, Evaluation
-from loce.files import atomic_write
-from loce.progress import watched
+from loce.utils.errors import UserError
+from loce.utils.files import atomic_write
+from loce.utils.progress import watched
 
 METRICS = ("AP", "APr", "APc", "APf")
 LEVEL = 0.95  # of the intervals

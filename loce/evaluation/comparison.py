@@ -9,8 +9,8 @@ from pathlib import Path
 
 import numpy as np
 
-from loce.errors import UserError
 from loce.evaluation.bootstrap import METRICS, Tallies, draw_weights, interval, load_tallies, means_under
+from loce.utils.errors import UserError
 
 
 def compare(first: Tallies, second: Tallies, resamples: int = 1000, seed: int = 0) -> dict[str, dict[str, float]]:

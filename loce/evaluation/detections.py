@@ -9,11 +9,11 @@ from typing import Any
 import numpy as np
 from pycocotools import mask as mask_utils
 
-from loce.errors import UserError, raise_problems
 from loce.evaluation.annotations import GroundTruth, positions
 from loce.evaluation.reading import block_count, iterate_json_list, offenders
-from loce.files import atomic_write
-from loce.progress import watched
+from loce.utils.errors import UserError, raise_problems
+from loce.utils.files import atomic_write
+from loce.utils.progress import watched
 
 _MEND = "leave these rows out, or mend what made them: a diverged model, most often"
 _PART = 10_000  # result dicts that are made or read at a time

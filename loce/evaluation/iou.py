@@ -6,10 +6,10 @@ from typing import Any
 import numpy as np
 from pycocotools import mask as mask_utils
 
-from loce.errors import UserError
 from loce.evaluation.annotations import GroundTruth
 from loce.evaluation.detections import Masks
-from loce.progress import watched
+from loce.utils.errors import UserError
+from loce.utils.progress import watched
 
 _AREA_BATCH = 255  # pycocotools' area() overflows on longer lists with numpy 2
 _PAIRS = 1 << 20  # box pairs that are held at a time

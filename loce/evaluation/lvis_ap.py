@@ -15,12 +15,12 @@ from typing import Any
 
 import numpy as np
 
-from loce.errors import UserError
 from loce.evaluation.annotations import GroundTruth, load_annotations
 from loce.evaluation.detections import Detections, check_detections, read_results
 from loce.evaluation.matching import AREA_NAMES, PROTOCOLS, THRESHOLDS, Matches, Protocol, match
 from loce.evaluation.stream import read_detections
-from loce.progress import phase, watched
+from loce.utils.errors import UserError
+from loce.utils.progress import phase, watched
 
 RECALLS = np.linspace(0.0, 1.0, 101)
 FEW = (1, 10)  # detections of an image and category, for COCO's AR@1 and AR@10

@@ -13,7 +13,7 @@ import numpy as np
 from loce.evaluation.annotations import GroundTruth, positions
 from loce.evaluation.detections import Detections
 from loce.evaluation.iou import box_areas, box_pairs, mask_areas, mask_pairs
-from loce.progress import watched
+from loce.utils.progress import watched
 
 THRESHOLDS = np.linspace(0.5, 0.95, 10)
 AREA_NAMES = ("all", "small", "medium", "large")

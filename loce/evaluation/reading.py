@@ -5,8 +5,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from loce.errors import UserError
-from loce.progress import phase
+from loce.utils.errors import UserError
+from loce.utils.progress import phase
 
 BLOCK = 1 << 24  # characters read at a time; results files are larger than memory would like
 _MAGIC = {

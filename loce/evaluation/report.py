@@ -10,17 +10,17 @@ from typing import Any
 
 import numpy as np
 
-from loce.classes import GROUP_NAMES, GROUPS
 from loce.evaluation.annotations import GroundTruth, load_annotations
 from loce.evaluation.bootstrap import intervals, tally
 from loce.evaluation.detections import Detections, read_results
-from loce.evaluation.error_report import write_errors
-from loce.evaluation.errors import explain
+from loce.evaluation.lost_objects import explain
+from loce.evaluation.lost_objects_report import write_errors
 from loce.evaluation.lvis_ap import Evaluation, choose_protocol, evaluate_loaded, load_results
 from loce.evaluation.matching import Protocol
 from loce.evaluation.stream import read_clues
-from loce.files import atomic_write, write_text
-from loce.progress import phase
+from loce.utils.classes import GROUP_NAMES, GROUPS
+from loce.utils.files import atomic_write, write_text
+from loce.utils.progress import phase
 
 COLUMNS = ("id", "name", "frequency", "images", "instances", "AP", "AP50", "AR", "detections", "mean_score")
 EXTRA = ("found_score", "iou_type")  # and box_AP, box_AP50, box_AR beside those of masks

@@ -6,12 +6,12 @@ from typing import Any
 
 import numpy as np
 
-from loce.errors import UserError
-from loce.evaluation.clues import Clues, Found, clues_of_image, join
 from loce.evaluation.detections import Detections, Masks, concatenate, offsets_of
+from loce.evaluation.near_misses import Clues, Found, clues_of_image, join
 from loce.evaluation.reading import offenders
-from loce.files import atomic_write
-from loce.progress import watched
+from loce.utils.errors import UserError
+from loce.utils.files import atomic_write
+from loce.utils.progress import watched
 
 PATTERN = "detections_*.npz"
 

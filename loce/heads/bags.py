@@ -24,12 +24,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from loce.classes import IGNORED, ClassStats
-from loce.distributed import mean_count
 from loce.heads.base import Head, RoIs
 from loce.heads.layers import linear
 from loce.heads.rows import at_least_fp32
 from loce.method_options import HeadConfig
+from loce.utils.classes import IGNORED, ClassStats
+from loce.utils.distributed import mean_count
 
 
 class BAGSHead(Head):

@@ -21,11 +21,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from loce.classes import ClassStats
 from loce.heads.base import RoIs
 from loce.heads.rows import at_least_fp32, cross_entropy
 from loce.heads.softmax import SoftmaxHead
 from loce.method_options import HeadConfig
+from loce.utils.classes import ClassStats
 
 
 class BalancedSoftmaxHead(SoftmaxHead):

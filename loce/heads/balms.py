@@ -37,12 +37,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from loce.classes import IGNORED, ClassStats
-from loce.distributed import all_reduce_sum, mean_count
 from loce.heads.base import META, Head, RoIs
 from loce.heads.layers import linear
 from loce.heads.rows import at_least_fp32, one_hot
 from loce.method_options import BALMSOptions, HeadConfig
+from loce.utils.classes import IGNORED, ClassStats
+from loce.utils.distributed import all_reduce_sum, mean_count
 
 BETAS, EPSILON = (0.9, 0.999), 1e-8  # of Adam
 

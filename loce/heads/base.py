@@ -10,8 +10,8 @@ from functools import cached_property
 import torch
 from torch import Tensor, nn
 
-from loce.classes import IGNORED, META, ClassStats
 from loce.method_options import HeadConfig
+from loce.utils.classes import IGNORED, META, ClassStats
 
 __all__ = ["META", "Head", "RoIs"]
 

@@ -21,11 +21,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from loce.classes import ClassStats
 from loce.equilibrium_loss import equilibrium_loss
 from loce.heads.base import RoIs
 from loce.heads.softmax import SoftmaxHead
 from loce.method_options import HeadConfig
+from loce.utils.classes import ClassStats
 
 
 class EquilibriumHead(SoftmaxHead):

@@ -24,12 +24,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from loce.classes import IGNORED, ClassStats
-from loce.errors import UserError
 from loce.heads.base import Head, RoIs
 from loce.heads.layers import linear
 from loce.heads.rows import at_least_fp32
 from loce.method_options import HeadConfig
+from loce.utils.classes import IGNORED, ClassStats
+from loce.utils.errors import UserError
 
 OWN = "roi_heads.head."
 TREES = ("visual", "geometrical", "lexical")

@@ -28,12 +28,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from loce.classes import ClassStats
 from loce.heads.base import Head, RoIs
 from loce.heads.layers import NormalisedLinear
 from loce.heads.reweighted import class_weights
 from loce.heads.rows import at_least_fp32, cross_entropy, one_hot
 from loce.method_options import HeadConfig, ReweightedOptions
+from loce.utils.classes import ClassStats
 
 
 class LDAMHead(Head):

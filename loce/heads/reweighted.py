@@ -23,11 +23,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from loce.classes import IGNORED, ClassStats
 from loce.heads.base import RoIs
 from loce.heads.rows import at_least_fp32
 from loce.heads.softmax import SoftmaxHead
 from loce.method_options import HeadConfig, ReweightedOptions
+from loce.utils.classes import IGNORED, ClassStats
 
 
 class ReweightedHead(SoftmaxHead):

@@ -7,8 +7,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from loce.classes import IGNORED
 from loce.heads.base import RoIs
+from loce.utils.classes import IGNORED
 
 
 def at_least_fp32(x: Tensor) -> Tensor:

@@ -25,12 +25,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from loce.classes import IGNORED, ClassStats
-from loce.distributed import all_reduce_sum
 from loce.heads.base import Head, RoIs
 from loce.heads.layers import NormalisedLinear
 from loce.heads.rows import at_least_fp32, one_hot
 from loce.method_options import HeadConfig
+from loce.utils.classes import IGNORED, ClassStats
+from loce.utils.distributed import all_reduce_sum
 
 LEAST_SCORE = 0.01
 

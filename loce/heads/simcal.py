@@ -23,12 +23,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from loce.classes import ClassStats
-from loce.distributed import mean_count
 from loce.heads.base import Head, RoIs
 from loce.heads.layers import linear
 from loce.heads.rows import at_least_fp32
 from loce.method_options import HeadConfig
+from loce.utils.classes import ClassStats
+from loce.utils.distributed import mean_count
 
 MODEL, OWN = "roi_heads.box_head.", "roi_heads.head."
 

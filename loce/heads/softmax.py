@@ -10,11 +10,11 @@ Differences from the paper / the released code: none.
 
 from torch import Tensor
 
-from loce.classes import ClassStats
 from loce.heads.base import Head, RoIs
 from loce.heads.layers import linear
 from loce.heads.rows import cross_entropy
 from loce.method_options import HeadConfig
+from loce.utils.classes import ClassStats
 
 
 class SoftmaxHead(Head):

@@ -11,20 +11,20 @@ import torch
 from pycocotools import mask as coco_mask
 from torch import Tensor, nn
 
-from loce.classes import ClassStats
 from loce.config import EvalConfig, HeadConfig, IndicatorConfig, MemoryConfig, ModelConfig, UserError
 from loce.data.transforms import Geometry, resized
 from loce.heads import HEADS
 from loce.mean_score import MeanScoreTracker
 from loce.models.backbone import build_backbone
 from loce.models.boxes import INSTANCES, ROI_STDS, decode, keyed
-from loce.models.clues import find_clues
 from loce.models.detection import detect
+from loce.models.lost_objects import find_clues
 from loce.models.mask_head import MaskHead
 from loce.models.memory_sampling import MemorySampling
 from loce.models.paste import paste_and_encode
 from loce.models.roi_heads import BOX_SIDE, MASK_SIDE, BoxHead, RoIHeads, Truth
 from loce.models.rpn import RPN
+from loce.utils.classes import ClassStats
 
 PIXEL_MEAN = (123.675, 116.28, 103.53)  # RGB, ImageNet
 PIXEL_STD = (58.395, 57.12, 57.375)

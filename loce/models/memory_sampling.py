@@ -10,11 +10,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from loce.box_generator import SIGN_PATTERNS, choose_instances, dense_boxes, valid
-from loce.classes import IGNORED
 from loce.config import MemoryConfig
-from loce.distributed import all_gather_rows
 from loce.memory_bank import FeatureMemoryBank
 from loce.models.boxes import DRAWS, JITTER, ROI_STDS, encode, keyed
+from loce.utils.classes import IGNORED
+from loce.utils.distributed import all_gather_rows
 
 
 class MemorySampling(nn.Module):

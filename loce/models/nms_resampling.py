@@ -25,8 +25,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torchvision.ops import nms
 
-from loce.classes import GROUPS, ClassStats
 from loce.models.boxes import box_iou
+from loce.utils.classes import GROUPS, ClassStats
 
 NEAR = 0.3  # IoU
 DISCRETE = (0.9, 0.8, 0.7)  # near rare, near common, elsewhere

@@ -11,10 +11,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torchvision.ops import roi_align
 
-from loce.classes import IGNORED, META
 from loce.config import RoIConfig
 from loce.data.masks import CroppedMasks
-from loce.distributed import mean_count
 from loce.heads.base import Head, RoIs
 from loce.mean_score import MeanScoreTracker, instance_scores
 from loce.models.boxes import (
@@ -31,6 +29,8 @@ from loce.models.boxes import (
 )
 from loce.models.mask_head import MaskHead, mask_loss, mask_targets
 from loce.models.memory_sampling import MemorySampling
+from loce.utils.classes import IGNORED, META
+from loce.utils.distributed import mean_count
 
 BOX_SIDE, MASK_SIDE = 7, 14
 POOL_STRIDES = (4, 8, 16, 32)  # P2..P5; P6 serves the RPN only

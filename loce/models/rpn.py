@@ -12,7 +12,6 @@ from torchvision.models.detection.rpn import RPNHead
 from torchvision.ops import nms
 
 from loce.config import RPNConfig
-from loce.distributed import mean_count
 from loce.models.boxes import (
     ANCHORS,
     BETWEEN,
@@ -27,6 +26,7 @@ from loce.models.boxes import (
     sample,
 )
 from loce.models.nms_resampling import NMSResampling
+from loce.utils.distributed import mean_count
 
 RATIOS = (0.5, 1.0, 2.0)  # height / width
 STRIDES = (4, 8, 16, 32, 64)

@@ -3,10 +3,10 @@
 from collections.abc import Callable, Mapping, Sequence
 from html import escape
 
-from loce.evaluation.errors import CAUSES
+from loce.evaluation.lost_objects import CAUSES
 from loce.report.reading import Run, Values
 from loce.report.states import GROUPS, KINDS, order
-from loce.yaml_text import dotted, show
+from loce.utils.yaml_text import dotted, show
 
 METRICS = ("AP", "APr", "APc", "APf", "AP50", "AP75")
 NAMES = {"segm": "mask", "bbox": "box"}

@@ -7,9 +7,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from loce import checkpoint, checkpoint_files
-from loce.errors import UserError
-from loce.yaml_text import load_yaml
+from loce.checkpoint import files as checkpoint_files
+from loce.checkpoint import load as checkpoint
+from loce.utils.errors import UserError
+from loce.utils.yaml_text import load_yaml
 
 Values = list[float | None]  # a number for each class, by label; None: not known
 

@@ -6,11 +6,11 @@ from collections.abc import Sequence
 import cv2
 import numpy as np
 
-from loce.contact_sheet import RULE, comparisons
-from loce.data.lvis import LVISAnnotations
-from loce.errors import UserError
+from loce.data.annotations.lvis import LVISAnnotations
+from loce.engine.pictures import RULE, comparisons
 from loce.evaluation.stream import read_detections
 from loce.report.reading import Run
+from loce.utils.errors import UserError
 
 LONGEST, QUALITY = 480, 85  # pixels and JPEG quality of a picture
 Pictures = dict[str, dict[str, str]]  # image -> caption -> data URI

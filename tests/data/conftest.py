@@ -9,7 +9,7 @@ import cv2
 import numpy as np
 import pytest
 
-from loce.data.lvis import LVISAnnotations
+from loce.data.annotations.lvis import LVISAnnotations
 
 
 @pytest.fixture

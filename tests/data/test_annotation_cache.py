@@ -6,8 +6,8 @@ import json
 import numpy as np
 import pytest
 
-from loce.data.annotation_cache import default_folder, open_annotations
-from loce.data.lvis import LVISAnnotations
+from loce.data.annotations.cache import default_folder, open_annotations
+from loce.data.annotations.lvis import LVISAnnotations
 
 
 def assert_same(found, expected, place=""):

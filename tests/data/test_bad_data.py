@@ -9,16 +9,16 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from made_annotations import CATEGORY_IDS, content, full_mask
 from PIL import Image, ImageOps
 
 from loce.config import DataConfig, SamplerConfig
+from loce.data.annotations.lvis import LVISAnnotations
 from loce.data.dataset import limit_instances
 from loce.data.loader import TrainDataset, eval_batches, fill_batches, train_batches, training_plan
-from loce.data.lvis import LVISAnnotations
 from loce.data.samplers import image_labels, repeat_factors
 from loce.data.transforms import ImageError, read_image
-from loce.errors import UserError
+from loce.utils.errors import UserError
+from tests.data.made_annotations import CATEGORY_IDS, content, full_mask
 
 CONFIG = DataConfig(short_edges=(48, 56, 64), long_edge=100, test_short_edge=64, flip=0.5)
 

@@ -11,8 +11,8 @@ import cv2
 import numpy as np
 import pytest
 
+from loce.data.annotations.lvis import LVISAnnotations
 from loce.data.check import Report, check_pair, check_set
-from loce.data.lvis import LVISAnnotations
 from tests.data.made_annotations import as_format, content
 
 ROOT = Path(__file__).resolve().parent.parent.parent

@@ -19,7 +19,7 @@ import pytest
 
 from loce.data.download import download
 from loce.data.lvis_files import ANNOTATIONS, IMAGES, Archive, fetch_all, from_mirror, is_finished
-from loce.errors import UserError
+from loce.utils.errors import UserError
 from tests.data.made_annotations import as_format, content
 
 ROOT = Path(__file__).resolve().parent.parent.parent

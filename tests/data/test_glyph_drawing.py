@@ -8,10 +8,10 @@ import pytest
 from PIL import Image
 from pycocotools import mask as coco_mask
 
-from loce.data.glyph_classes import CHARACTERS
-from loce.data.glyph_drawing import VISIBLE, draw_background, draw_image
-from loce.data.glyph_records import Settings, Task, describe_mask, draw_task, outline
-from loce.errors import UserError
+from loce.data.glyphs.characters import CHARACTERS
+from loce.data.glyphs.drawing import VISIBLE, draw_background, draw_image
+from loce.data.glyphs.records import Settings, Task, describe_mask, draw_task, outline
+from loce.utils.errors import UserError
 
 SIDES = (0.14, 0.36)
 

@@ -7,10 +7,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from loce.classes import frequency_groups
-from loce.data.glyph_classes import CHARACTERS, LOOK_ALIKES, category_name, families
-from loce.data.glyph_drawing import faces_with, render_glyph
-from loce.data.glyph_plan import (
+from loce.data.glyphs.characters import CHARACTERS, LOOK_ALIKES, category_name, families
+from loce.data.glyphs.drawing import faces_with, render_glyph
+from loce.data.glyphs.plan import (
     FREQUENT_SHARE,
     RARE_SHARE,
     Plan,
@@ -20,6 +19,7 @@ from loce.data.glyph_plan import (
     ranked_characters,
     validation_counts,
 )
+from loce.utils.classes import frequency_groups
 
 
 def group_sizes(counts: np.ndarray) -> tuple[int, ...]:

@@ -16,10 +16,10 @@ from PIL import Image
 from pycocotools import mask as coco_mask
 
 from loce.config import read_options
-from loce.data.glyph_classes import CHARACTERS
-from loce.data.glyphs import CONFLICTS, PARTIAL, STAMP, GlyphOptions, make_glyphs
-from loce.data.lvis import LVISAnnotations
-from loce.errors import UserError
+from loce.data.annotations.lvis import LVISAnnotations
+from loce.data.glyphs.characters import CHARACTERS
+from loce.data.glyphs.make import CONFLICTS, PARTIAL, STAMP, GlyphOptions, make_glyphs
+from loce.utils.errors import UserError
 
 SCRIPT = Path(__file__).resolve().parents[2] / "scripts" / "make_glyphs.py"
 SPLITS = ("train", "val")

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from loce.data.json_stream import JsonStream
+from loce.data.annotations.json_stream import JsonStream
 
 Error = tuple[str, int, int]
 

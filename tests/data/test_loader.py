@@ -7,13 +7,13 @@ import cv2
 import numpy as np
 import pytest
 import torch
-from made_annotations import content, full_mask
 
-from loce.classes import META
 from loce.config import DataConfig, SamplerConfig
+from loce.data.annotations.lvis import LVISAnnotations
 from loce.data.loader import EvalDataset, TrainDataset, eval_batches, fill_batches, train_batches, training_plan
-from loce.data.lvis import LVISAnnotations
-from loce.errors import UserError
+from loce.utils.classes import META
+from loce.utils.errors import UserError
+from tests.data.made_annotations import content, full_mask
 
 CONFIG = DataConfig(short_edges=(48, 56, 64), long_edge=100, test_short_edge=64)
 

@@ -4,11 +4,11 @@ from typing import Any
 
 import numpy as np
 import pytest
-from made_annotations import CATEGORY_IDS, as_format, content
 
 from loce.config import DataConfig, MemoryConfig, SamplerConfig
+from loce.data.annotations.lvis import LVISAnnotations
 from loce.data.long_tail import expected_views, long_tail_lines
-from loce.data.lvis import LVISAnnotations
+from tests.data.made_annotations import CATEGORY_IDS, as_format, content
 
 MEMORY = MemoryConfig(classes_per_draw=6, features_per_class=3)
 

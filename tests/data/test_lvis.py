@@ -8,12 +8,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from made_annotations import CATEGORY_IDS, as_format, content, full_mask
 
-from loce.data.annotation_file import image_name
-from loce.data.lvis import LVISAnnotations
+from loce.data.annotations.lvis import LVISAnnotations
+from loce.data.annotations.reader import image_name
 from loce.data.masks import cut_runs
-from loce.errors import UserError
+from loce.utils.errors import UserError
+from tests.data.made_annotations import CATEGORY_IDS, as_format, content, full_mask
 
 FORMATS = ("lvis_v1", "lvis_v0.5", "coco")
 SQUARE = [[5.0, 5.0, 25.0, 5.0, 25.0, 25.0, 5.0, 25.0]]

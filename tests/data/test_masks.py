@@ -4,13 +4,13 @@ import cv2
 import numpy as np
 import pytest
 import torch
-from made_annotations import full_mask, uncompressed
 from pycocotools import mask as coco_mask
 from torchvision.ops import roi_align
 
+from loce.data.annotations.segmentations import SegmentationBuilder, decode_runs
 from loce.data.masks import MARGIN, CroppedMasks, cut_runs, nearest_source, resize_crop
-from loce.data.segmentations import SegmentationBuilder, decode_runs
 from loce.models.mask_head import mask_targets
+from tests.data.made_annotations import full_mask, uncompressed
 
 
 def random_mask(rng, height, width):

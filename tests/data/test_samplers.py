@@ -5,11 +5,9 @@ from collections import Counter, defaultdict
 
 import numpy as np
 import pytest
-from made_annotations import content
 
-from loce.classes import META
 from loce.config import SamplerConfig
-from loce.data.lvis import LVISAnnotations
+from loce.data.annotations.lvis import LVISAnnotations
 from loce.data.samplers import (
     ImageLabels,
     TrainingPlan,
@@ -21,6 +19,8 @@ from loce.data.samplers import (
     rank_slice,
     repeat_factors,
 )
+from loce.utils.classes import META
+from tests.data.made_annotations import content
 
 NAMES = ("uniform", "repeat_factor", "class_balanced", "bilevel")
 

@@ -9,7 +9,7 @@ import torch
 
 from loce.config import DataConfig
 from loce.data.worker_limits import PREFETCH, allow_open_files, bytes_ahead, require_shared_memory
-from loce.errors import UserError
+from loce.utils.errors import UserError
 from tests.tiny_runs import command, in_namespace
 
 DATA = DataConfig(workers=4)

@@ -4,9 +4,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from cases import Case, random_case
 
-from loce.errors import UserError
 from loce.evaluation import evaluate_lvis
 from loce.evaluation.bootstrap import (
     draw_weights,
@@ -19,6 +17,8 @@ from loce.evaluation.bootstrap import (
     tally,
 )
 from loce.evaluation.comparison import compare
+from loce.utils.errors import UserError
+from tests.evaluation.cases import Case, random_case
 
 
 def ap_of(evaluation: Any) -> np.ndarray:

@@ -10,12 +10,12 @@ from typing import Any
 
 import numpy as np
 import pytest
-from cases import random_case
 from pycocotools import mask as mask_utils
 
-from loce.errors import UserError
 from loce.evaluation import Detections, FederatedFilter, evaluate_lvis, load_annotations, read_results, reading
 from loce.evaluation.annotations import only_images
+from loce.utils.errors import UserError
+from tests.evaluation.cases import random_case
 
 HIT = {"image_id": 7, "category_id": 2, "score": 0.5, "bbox": [10.0, 10.0, 40.0, 40.0]}
 RLE = {"size": [100, 100], "counts": mask_utils.encode(np.eye(100, dtype=np.uint8, order="F"))["counts"]}

@@ -9,12 +9,12 @@ from typing import Any
 
 import numpy as np
 import pytest
-from cases import METRICS, official_coco, official_lvis, random_case, without
 from pycocotools import mask as mask_utils
 
 from loce.evaluation import evaluate_lvis, load_annotations, matching
 from loce.evaluation.iou import ground_rle
 from loce.evaluation.lvis_ap import recall_within
+from tests.evaluation.cases import METRICS, official_coco, official_lvis, random_case, without
 
 TOLERANCE = 1e-9
 COCO_METRICS = ("AP", "AP50", "AP75", "APs", "APm", "APl", "AR@1", "AR@10", "AR@100", "ARs@100", "ARm@100", "ARl@100")

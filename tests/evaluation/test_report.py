@@ -9,10 +9,10 @@ from typing import Any
 
 import numpy as np
 import pytest
-from cases import METRICS, random_case, without
 
 from loce.evaluation import evaluate_lvis
 from loce.evaluation.report import COLUMNS, describe, evaluate_and_report
+from tests.evaluation.cases import METRICS, random_case, without
 
 ROOT = Path(__file__).resolve().parents[2]
 

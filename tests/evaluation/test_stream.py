@@ -6,20 +6,13 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from cases import random_case
 
 from loce.data.loader import eval_batches
-from loce.errors import UserError
-from loce.evaluation import (
-    Detections,
-    DetectionWriter,
-    evaluate_lvis,
-    load_annotations,
-    read_detections,
-    read_results,
-)
+from loce.evaluation import Detections, DetectionWriter, evaluate_lvis, load_annotations, read_detections, read_results
 from loce.evaluation.report import evaluate_and_report
 from loce.evaluation.stream import read_clues
+from loce.utils.errors import UserError
+from tests.evaluation.cases import random_case
 
 
 def write(folder: Path, detections: Detections, images: list[int], rank: int = 0, **options: Any) -> None:

@@ -21,14 +21,14 @@ from loce.config import (
     RPNConfig,
     SamplerConfig,
 )
+from loce.data.annotations.lvis import LVISAnnotations
 from loce.data.check import Report, check_set
 from loce.data.loader import TrainDataset, train_batches, training_plan
 from loce.data.long_tail import long_tail_lines
-from loce.data.lvis import LVISAnnotations
 from loce.data.transforms import ImageError
-from loce.errors import UserError
 from loce.evaluation import load_annotations
 from loce.models.mask_rcnn import MaskRCNN, build_roi_heads
+from loce.utils.errors import UserError
 
 DATA = DataConfig(short_edges=(48, 64), long_edge=100, test_short_edge=64, workers=0)
 MODEL = ModelConfig(

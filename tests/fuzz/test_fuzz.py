@@ -11,9 +11,9 @@ from pathlib import Path
 
 import pytest
 
+from tests.engine.test_bad_data_runs import CONFIG
 from tests.fuzz.harness import run_case
 from tests.fuzz.mutations import make_case
-from tests.test_bad_data_runs import CONFIG
 
 ROOT = Path(__file__).resolve().parents[2]
 SMOKE, BLOCK, WHOLE = 40, 250, (0, 2000)

@@ -2,8 +2,8 @@
 
 import torch
 
-from loce.classes import IGNORED
 from loce.heads import RoIs
+from loce.utils.classes import IGNORED
 
 
 def rois_of(labels, **others):

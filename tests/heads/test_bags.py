@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 import torch
 
-from loce.classes import IGNORED
 from loce.heads.bags import BAGSHead
 from loce.method_options import BAGSOptions, HeadConfig
+from loce.utils.classes import IGNORED
 from tests.heads.cases import random_case, rois_of
 
 COUNTS = [5, 2000, 9, 10, 99, 100, 1000, 0]

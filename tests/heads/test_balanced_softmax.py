@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 import torch
 
-from loce.classes import IGNORED
 from loce.heads import HEADS, RoIs, SoftmaxHead
+from loce.utils.classes import IGNORED
 
 
 def rois_of(labels):

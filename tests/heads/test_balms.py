@@ -7,10 +7,10 @@ import pytest
 import torch
 from torch.nn.functional import binary_cross_entropy_with_logits as bce
 
-from loce.classes import IGNORED, META
 from loce.heads import HEADS
 from loce.heads.eql import EQLHead
 from loce.method_options import BALMSOptions, EQLOptions, HeadConfig
+from loce.utils.classes import IGNORED, META
 from tests.heads.cases import rois_of
 
 FEATURES = 6

@@ -5,9 +5,9 @@ import dataclasses
 import pytest
 import torch
 
-from loce.classes import IGNORED
 from loce.heads import HEADS, Head, RoIs
 from loce.method_options import HeadConfig, SimCalOptions
+from loce.utils.classes import IGNORED
 
 CLASSES, FEATURES = 6, 10
 OPTIONS = {"simcal": HeadConfig(simcal=SimCalOptions(threshold=1000))}  # every class takes the score that is learned

@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 import torch
 
-from loce.classes import IGNORED
 from loce.heads.eql import EQLHead
 from loce.method_options import EQLOptions, HeadConfig
+from loce.utils.classes import IGNORED
 from tests.heads.cases import random_case, rois_of
 
 

@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 import torch
 
-from loce.classes import IGNORED
-from loce.errors import UserError
 from loce.heads.forest import ForestHead
 from loce.method_options import ForestOptions, HeadConfig
+from loce.utils.classes import IGNORED
+from loce.utils.errors import UserError
 from tests.heads.cases import random_case, rois_of
 
 CLASSES, FEATURES = 5, 8

@@ -5,9 +5,9 @@ import math
 import pytest
 import torch
 
-from loce.classes import IGNORED
 from loce.heads import HEADS
 from loce.method_options import HeadConfig, LDAMOptions
+from loce.utils.classes import IGNORED
 from tests.heads.cases import random_case, rois_of
 
 FEATURES = 8

@@ -5,9 +5,9 @@ import math
 import pytest
 import torch
 
-from loce.classes import IGNORED
 from loce.heads import HEADS, RoIs, SoftmaxHead
 from loce.method_options import HeadConfig, LogitAdjustmentOptions
+from loce.utils.classes import IGNORED
 
 
 def rois_of(labels):

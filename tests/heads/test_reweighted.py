@@ -7,10 +7,10 @@ import numpy as np
 import pytest
 import torch
 
-from loce.classes import IGNORED
 from loce.heads import SoftmaxHead
 from loce.heads.reweighted import ReweightedHead, class_weights
 from loce.method_options import HeadConfig, ReweightedOptions
+from loce.utils.classes import IGNORED
 from tests.heads.cases import random_case, rois_of
 
 COUNTS = [5000, 300, 40, 3, 0]

@@ -5,9 +5,9 @@ import math
 import pytest
 import torch
 
-from loce.classes import IGNORED
 from loce.heads.seesaw import SeesawHead
 from loce.method_options import HeadConfig, SeesawOptions
+from loce.utils.classes import IGNORED
 from tests.heads.cases import random_case, rois_of
 
 

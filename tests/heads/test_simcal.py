@@ -5,10 +5,10 @@ import math
 import pytest
 import torch
 
-from loce.classes import IGNORED, META
 from loce.config import HeadConfig
 from loce.heads.simcal import SimCalHead
 from loce.method_options import SimCalOptions
+from loce.utils.classes import IGNORED, META
 from tests.heads.cases import random_case, rois_of
 
 CLASSES, FEATURES, WIDTH = 5, 12, 8

@@ -4,8 +4,8 @@ import math
 
 import torch
 
-from loce.classes import IGNORED
 from loce.heads import HEADS, RoIs, SoftmaxHead
+from loce.utils.classes import IGNORED
 
 
 def loss_slow(logits, labels):

@@ -9,10 +9,10 @@ from pathlib import Path
 import torch
 from torch import distributed as dist
 
-from loce import distributed
-from loce.classes import IGNORED, META
 from loce.heads import HEADS
 from loce.method_options import HeadConfig, SeesawOptions
+from loce.utils import distributed
+from loce.utils.classes import IGNORED, META
 from tests.conftest import stats_of
 from tests.heads.cases import random_case, rois_of
 

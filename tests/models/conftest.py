@@ -7,11 +7,11 @@ import numpy as np
 import pytest
 import torch
 
-from loce.classes import ClassStats
 from loce.config import EvalConfig, HeadConfig, IndicatorConfig, MemoryConfig, ModelConfig, RoIConfig, RPNConfig
 from loce.data.masks import CroppedMasks
 from loce.models.mask_rcnn import MaskRCNN, build_roi_heads
 from loce.models.roi_heads import Truth
+from loce.utils.classes import ClassStats
 
 CLASSES = 6
 SMALL = ModelConfig(

@@ -13,10 +13,10 @@ import torch
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
-from loce import distributed
 from loce.config import EvalConfig, HeadConfig, IndicatorConfig, MemoryConfig
 from loce.data.masks import CroppedMasks
 from loce.models.mask_rcnn import MaskRCNN, build_roi_heads
+from loce.utils import distributed
 from tests.conftest import stats_of
 from tests.models.conftest import CLASSES, SMALL
 

@@ -4,11 +4,11 @@ import pytest
 import torch
 
 from loce.box_generator import dense_boxes
-from loce.classes import IGNORED
 from loce.config import MemoryConfig
 from loce.models import memory_sampling
 from loce.models.boxes import ROI_STDS, encode
 from loce.models.memory_sampling import MemorySampling
+from loce.utils.classes import IGNORED
 
 TRUTHS = [torch.tensor([[10.0, 10, 50, 40], [60, 5, 90, 60], [20, 20, 22, 21]]), torch.tensor([[5.0, 5, 35, 35]])]
 LABELS = [torch.tensor([2, 0, 1]), torch.tensor([3])]

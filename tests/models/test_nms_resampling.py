@@ -7,10 +7,10 @@ import pytest
 import torch
 from torchvision.ops import nms
 
-from loce.classes import frequency_groups
 from loce.config import RPNConfig
 from loce.models import nms_resampling
 from loce.models.nms_resampling import NMSResampling, linear_thresholds, nms_of_each
+from loce.utils.classes import frequency_groups
 from tests.models.conftest import CLASSES, SMALL
 
 COUNTS = np.array([3, 200, 40, 10, 0, 101, 100, 1, 11, 1145])

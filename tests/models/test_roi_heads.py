@@ -5,12 +5,12 @@ import math
 import pytest
 import torch
 
-from loce.classes import IGNORED
 from loce.config import IndicatorConfig, MemoryConfig
 from loce.data.masks import CroppedMasks
 from loce.models.boxes import ROI_STDS, encode
 from loce.models.mask_head import mask_targets
 from loce.models.roi_heads import Truth, pool
+from loce.utils.classes import IGNORED
 
 from .conftest import first
 

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from loce.classes import IGNORED
+from loce.utils.classes import IGNORED
 
 from .conftest import first, truth_of
 

@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from loce.models.mask_rcnn import MaskRCNN
-from parity import official
-from parity.deviations import TABLE, Deviations
+from tests.parity import official
+from tests.parity.deviations import TABLE, Deviations
 
 
 @pytest.fixture(scope="session")

@@ -15,13 +15,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from loce.box_generator import dense_boxes
 from loce.config import MemoryConfig
 from loce.models import memory_sampling
 from loce.models.boxes import box_iou
-from parity import official, rule
+from tests.parity import official, rule
 
 CONTENT = [size.content for size in rule.SIZES]
 DRAWS = 20

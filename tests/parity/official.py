@@ -9,15 +9,15 @@ import torch
 from torch import Tensor
 
 from loce.box_generator import dense_boxes
-from loce.classes import ClassStats, frequency_groups
+from loce.checkpoint.convert import mmdetection
+from loce.checkpoint.convert.source import rename
 from loce.config import EvalConfig, HeadConfig, IndicatorConfig, MemoryConfig, ModelConfig
-from loce.convert import mmdetection
-from loce.convert.source import rename
 from loce.data.masks import CroppedMasks
 from loce.memory_bank import FeatureMemoryBank
 from loce.models.mask_rcnn import MaskRCNN, build_roi_heads
 from loce.models.roi_heads import Truth
-from parity import rule
+from loce.utils.classes import ClassStats, frequency_groups
+from tests.parity import rule
 
 FIXTURES = Path(__file__).parent.parent / "fixtures"
 

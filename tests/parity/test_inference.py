@@ -14,7 +14,7 @@ from torch import Tensor
 
 from loce.models.boxes import ROI_STDS, decode
 from loce.models.roi_heads import pool, pyramid_level
-from parity import official, rule
+from tests.parity import official, rule
 
 MAPS = {  # stage -> (channel step, position step of the stored part, tolerance)
     "C2": (16, 8, 2 * 6.7e-6),

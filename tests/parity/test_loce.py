@@ -8,12 +8,12 @@ import numpy as np
 import pytest
 import torch
 
+from loce.checkpoint.convert import mmdetection
+from loce.checkpoint.convert.source import rename
 from loce.config import MemoryConfig
-from loce.convert import mmdetection
-from loce.convert.source import rename
 from loce.models import memory_sampling
-from parity import official, rule
-from parity.test_training import CONTENT, GRADIENT_TOLERANCE, LOSS_TOLERANCE, LOSSES, PADDED
+from tests.parity import official, rule
+from tests.parity.test_training import CONTENT, GRADIENT_TOLERANCE, LOSS_TOLERANCE, LOSSES, PADDED
 
 MEAN_SCORE_TOLERANCE = 2 * 3e-7
 CLASSES = 20

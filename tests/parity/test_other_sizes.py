@@ -13,9 +13,9 @@ from torchvision.ops import nms
 from loce.config import MemoryConfig
 from loce.models.boxes import ROI_STDS, decode
 from loce.models.roi_heads import pool
-from parity import official, rule
-from parity.test_inference import FINEST
-from parity.test_training import CONTENT, PADDED
+from tests.parity import official, rule
+from tests.parity.test_inference import FINEST
+from tests.parity.test_training import CONTENT, PADDED
 
 pytestmark = pytest.mark.slow
 # image -> candidates over 1e-4, pixels in the 300 masks, root mean square and maximum of the class logits of 32 RoIs

@@ -8,13 +8,13 @@ import numpy as np
 import pytest
 import torch
 
-from loce.convert import mmdetection
-from loce.convert.source import rename
+from loce.checkpoint.convert import mmdetection
+from loce.checkpoint.convert.source import rename
 from loce.models.boxes import BETWEEN, RPN_STDS, encode, sample
 from loce.models.mask_head import mask_targets
 from loce.models.roi_heads import _box_targets, pool
 from loce.models.rpn import level_validity
-from parity import official, rule
+from tests.parity import official, rule
 
 LOSSES = {
     "loss_rpn_cls": "loss_rpn_cls",

@@ -1,0 +1,132 @@
+"""MMDetection 2.x's Mask R-CNN (plain or LOCE's), both ways. Its conventions are ours: only names change."""
+
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from loce.checkpoint.convert.source import (
+    METHOD_STATE,
+    Format,
+    MaskPredictor,
+    Source,
+    architecture,
+    bare_stats,
+    check,
+    new_model,
+    rename,
+    some,
+)
+from loce.checkpoint.load import main_file, read
+from loce.config import UserError
+from loce.utils.classes import ClassStats
+
+FORMAT = Format(
+    name="MMDetection",
+    mark="roi_head.",
+    table={  # what follows (weight, bias, layer1.0.conv1.weight, ...) keeps its name; nothing is dropped
+        "backbone": "backbone.body",
+        "neck.lateral_convs.0.conv": "backbone.fpn.inner_blocks.0.0",
+        "neck.lateral_convs.1.conv": "backbone.fpn.inner_blocks.1.0",
+        "neck.lateral_convs.2.conv": "backbone.fpn.inner_blocks.2.0",
+        "neck.lateral_convs.3.conv": "backbone.fpn.inner_blocks.3.0",
+        "neck.fpn_convs.0.conv": "backbone.fpn.layer_blocks.0.0",
+        "neck.fpn_convs.1.conv": "backbone.fpn.layer_blocks.1.0",
+        "neck.fpn_convs.2.conv": "backbone.fpn.layer_blocks.2.0",
+        "neck.fpn_convs.3.conv": "backbone.fpn.layer_blocks.3.0",
+        "rpn_head.rpn_conv": "rpn.head.conv.0.0",
+        "rpn_head.rpn_cls": "rpn.head.cls_logits",
+        "rpn_head.rpn_reg": "rpn.head.bbox_pred",
+        "roi_head.bbox_head.shared_fcs.0": "roi_heads.box_head.fc1",
+        "roi_head.bbox_head.shared_fcs.1": "roi_heads.box_head.fc2",
+        "roi_head.bbox_head.fc_cls": "roi_heads.head.fc_cls",
+        "roi_head.bbox_head.fc_reg": "roi_heads.fc_reg",
+        "roi_head.mask_head.convs.0.conv": "roi_heads.mask_head.convs.0",
+        "roi_head.mask_head.convs.1.conv": "roi_heads.mask_head.convs.1",
+        "roi_head.mask_head.convs.2.conv": "roi_heads.mask_head.convs.2",
+        "roi_head.mask_head.convs.3.conv": "roi_heads.mask_head.convs.3",
+        "roi_head.mask_head.upsample": "roi_heads.mask_head.upsample",
+        "roi_head.mask_head.conv_logits": "roi_heads.mask_head.predictor",
+    },
+)
+
+
+def convert(
+    found: Source,
+    stats: ClassStats | None,
+    source_classes: str,
+    mask_predictor: MaskPredictor,
+    words: Sequence[str] = (),
+) -> tuple[dict[str, Any], list[str]]:
+    """See `loce.convert.convert`."""
+    if source_classes:
+        raise UserError("source_classes is for torchvision's files: MMDetection's classes stay as they are")
+    count = found.outputs - 1
+    report = [f"{found.path}: MMDetection, {count} classes, {len(found.weights)} tensors, all of them used"]
+    names = found.meta.get("CLASSES")
+    names = [str(name) for name in names] if isinstance(names, (list, tuple)) and len(names) == count else None
+    if stats is None:
+        report.append(f"class names: {'as in the file' if names else 'placeholders'}, category ids 1 to {count}")
+        report.append(
+            "  evaluation and training want the data set's own names and ids: convert with annotations=A.json"
+        )
+        stats = bare_stats(names or [f"class {label}" for label in range(count)], range(1, count + 1))
+    elif len(stats) != count:
+        raise UserError(
+            f"{found.path} has {count} classes ({count + 1} outputs of fc_cls), the annotations {len(stats)}"
+        )
+    elif names:
+        report += _compare_names(found.path, names, stats.names)
+    if mask_predictor == "auto":
+        mask_predictor, reason = _guess_predictor(found.meta)
+        report.append(f"mask predictor: {mask_predictor}, {reason}")
+    head, model = new_model(architecture(found, mask_predictor), stats, words)
+    check(found, model)
+    return {**head, "model": model | found.weights}, report
+
+
+def _compare_names(path: Path, names: Sequence[str], target: Sequence[str]) -> list[str]:
+    """A note where names differ; UserError where a name is found at another place."""
+    differ = [label for label, (a, b) in enumerate(zip(names, target, strict=True)) if a != b]
+    moved = next((label for label in differ if names[label] in target), None)
+    if moved is not None:
+        raise UserError(
+            f"{path}: the annotations have its classes in another order: {names[moved]!r} is class {moved} in the "
+            f"checkpoint and class {target.index(names[moved])} in the annotations"
+        )
+    pairs = [f"{names[label]} -> {target[label]}" for label in differ]
+    return [f"{len(pairs)} class names are written differently in the annotations: {some(pairs)}"] if pairs else []
+
+
+def _guess_predictor(meta: Mapping[str, Any]) -> tuple[MaskPredictor, str]:
+    """The mask predictor is not seen from the weights: normalised and linear ones have the same names and shapes."""
+    config = str(meta.get("config") or "")
+    if re.search(r"norm(ed|alized)?_?(mask|conv|predictor)", config, re.IGNORECASE):
+        return "normalised", "as the configuration in the file says"
+    if config:
+        return "linear", "as the configuration in the file says"
+    return "normalised", "as in LOCE; the file does not say (mask_predictor=linear for a plain Mask R-CNN)"
+
+
+def to_mmdetection(source: Path) -> tuple[dict[str, Any], list[str]]:
+    """(what MMDetection's `load_checkpoint` reads, lines of a report) from a checkpoint of ours: file or run folder."""
+    path = main_file(source)
+    content = read(path)
+    if not {"model", "config", "classes"} <= content.keys():
+        raise UserError(f"{path}: not written by loce (no model, config and classes in it)")
+    options = content["config"]["model"]
+    if options["backbone"] == "tiny" or options["norm"] == "group":
+        raise UserError(
+            f"{path}: model.backbone={options['backbone']} with model.norm={options['norm']} has no counterpart in "
+            "MMDetection; only ResNet-50 and -101 with batch norm have"
+        )
+    weights, _, unknown = rename(content["model"], {ours: theirs for theirs, ours in FORMAT.table.items()})
+    left = [key for key in unknown if not key.startswith(tuple(METHOD_STATE))]
+    if left:
+        raise UserError(f"{path}: MMDetection's Mask R-CNN has no place for {some(left)}")
+    report = [f"{path}: {len(weights)} tensors written"]
+    for prefix, what in METHOD_STATE.items():
+        count = sum(key.startswith(prefix) for key in unknown)
+        report += [f"dropped on purpose: {prefix} ({what}, {count} tensors)"] if count else []
+    report.append(f"its mask predictor is {options['mask_predictor']}: MMDetection's config must say so too")
+    return {"meta": {"CLASSES": tuple(content["classes"]["names"])}, "state_dict": weights}, report

@@ -1,0 +1,232 @@
+"""Exact resume: everything that training depends on, saved so that a kill at any moment or a full disk loses nothing.
+
+A checkpoint is a folder `checkpoints/000001500/` with `main.pt` (model, optimiser, scaler, position, config, classes, a
+shared feature memory) and one `rank<r>.pt` per process (random state, its own feature memory, what its head keeps for
+itself, losses that wait for their line in the log). The sampler has no state: its batches follow from config, data,
+epoch and position.
+"""
+
+import contextlib
+import dataclasses
+import json
+import shutil
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from loce.checkpoint import files
+from loce.checkpoint import load as checkpoint
+from loce.checkpoint.memory import deal, pack, unpack
+from loce.config import Config, UserError, to_dict
+from loce.models.mask_rcnn import MaskRCNN
+from loce.utils import distributed
+from loce.utils.classes import ClassStats
+from loce.utils.progress import say
+
+
+def rng_state(device: torch.device) -> dict[str, Tensor]:
+    """The random state of this process, on the host and on its device."""
+    state = {"cpu": torch.get_rng_state()}
+    if device.type == "cuda":
+        state["cuda"] = torch.cuda.get_rng_state(device)
+    return state
+
+
+def set_rng_state(state: dict[str, Tensor], device: torch.device) -> None:
+    """Inverse of `rng_state`."""
+    torch.set_rng_state(state["cpu"])
+    if device.type == "cuda" and "cuda" in state:
+        torch.cuda.set_rng_state(state["cuda"], device)
+
+
+@dataclasses.dataclass(frozen=True)
+class Saved:
+    """How a save went; the same on all ranks but for `seconds`. problems: what the disk did not take; none: saved."""
+
+    folder: Path
+    problems: list[str]
+    bytes: int
+    seconds: float
+
+
+def save(
+    run: Path,
+    config: Config,
+    stats: ClassStats,
+    model: MaskRCNN,
+    state: dict[str, Any],
+    window: dict[str, Tensor],
+    best: Path | None = None,
+) -> Saved:
+    """Write a checkpoint at `state["iteration"]`; every rank must call. Then delete what is older than the last few.
+
+    state: what else training depends on (optimiser, scaler, position), plain containers and tensors; window: losses of
+    this rank that wait for their line in the log; best: a checkpoint that is kept, too. Where the disk is full, all
+    but the newest and the best of the older ones make room, once. What does not fit then leaves no file behind; nothing
+    is raised, so that training can go on.
+    """
+    started = time.monotonic()
+    folder = run / "checkpoints" / f"{state['iteration']:09d}"
+    weights = {k: v for k, v in model.state_dict().items() if not k.startswith(checkpoint.MEMORY_PREFIX)}
+    memory = {} if model.roi_heads.memory is None else pack(model.roi_heads.memory.bank)
+    shared = config.memory.shared
+    head = model.roi_heads.head
+    own = {
+        "rng": rng_state(next(model.parameters()).device),
+        "memory": {} if shared else memory,
+        "head": {name: head.get_buffer(name) for name in head.of_rank},
+        "window": window,
+    }
+    main = {
+        "format": checkpoint.FORMAT,
+        "config": to_dict(config),
+        "classes": checkpoint.stats_to_dict(stats),
+        "world_size": distributed.world_size(),
+        "model": weights,
+        "memory": memory if shared else {},
+        **state,
+    }
+    written = _write_all(folder, own, main)
+    if any(file.get("full") for file in written) and _make_room(run, folder, best):
+        written = _write_all(folder, own, main)
+    problems = [file["problem"] for file in written if "problem" in file]
+    if distributed.is_main() and not problems:
+        _tidy(run, folder, config.train.keep_checkpoints, best)
+    return Saved(folder, problems, sum(file.get("bytes", 0) for file in written), time.monotonic() - started)
+
+
+def _write_all(folder: Path, own: dict[str, Any], main: dict[str, Any]) -> list[dict[str, Any]]:
+    """What was written, or was not, by all ranks, on every rank; `main.pt` last, and only after all others."""
+    if distributed.is_main():
+        files.start(folder)
+    distributed.barrier()
+    written = files.write(folder / f"rank{distributed.rank()}.pt", own)
+    every = [json.loads(text) for text in distributed.gather_texts(json.dumps(written))]
+    if distributed.is_main():
+        failed = any("problem" in file for file in every)
+        last = [] if failed else [files.finish(folder, every, main)]
+        if failed or "problem" in last[0]:
+            with contextlib.suppress(OSError):
+                files.discard(folder)
+    else:
+        last = []
+    return every + list(json.loads(distributed.broadcast_text(json.dumps(last))))
+
+
+def _make_room(run: Path, folder: Path, best: Path | None) -> bool:
+    """Delete all but the newest of the checkpoints there are; was there one to delete?"""
+    freed = False
+    if distributed.is_main() and (there := files.finished(run)):
+        with contextlib.suppress(OSError):
+            freed = files.tidy(run, there[0], 1, best)
+    return bool(distributed.broadcast_text("freed" if freed else ""))
+
+
+def _tidy(run: Path, folder: Path, keep: int, best: Path | None) -> None:
+    try:
+        files.tidy(run, folder, keep, best)
+    except OSError as error:
+        say(f"WARNING: an old checkpoint could not be deleted: {error}")
+
+
+def checkpoint_bytes(config: Config, model: MaskRCNN) -> int:
+    """What one checkpoint takes at most: its feature memory full."""
+    trained = [p for p in model.parameters() if p.requires_grad]  # with a momentum each
+    memory = checkpoint.memory_state(model)
+    copies = 1 if config.memory.shared else distributed.world_size()
+    rest = [tensor for name, tensor in model.state_dict().items() if name not in memory]
+    return sum(_bytes(t) for t in [*rest, *trained]) + copies * sum(_bytes(t) for t in memory.values())
+
+
+def require_room(run: Path, config: Config, model: MaskRCNN) -> None:
+    """UserError where the disk of a run has no room for one checkpoint more, its feature memory full."""
+    needed, free = checkpoint_bytes(config, model), free_bytes(run)
+    if free < needed:
+        raise UserError(
+            f"output = {run}: a checkpoint takes up to {files.megabytes(needed)}, {files.megabytes(free)} are free on "
+            f"its disk: free {files.megabytes(needed - free)}, or choose a folder on another disk with output=..."
+        )
+
+
+def free_bytes(run: Path) -> int:
+    """What is free on the disk of a run folder, which may not be there yet."""
+    place = next(folder for folder in (run.absolute(), *run.absolute().parents) if folder.exists())
+    return shutil.disk_usage(place).free
+
+
+def _bytes(tensor: Tensor) -> int:
+    return tensor.numel() * tensor.element_size()
+
+
+def newest(run: Path) -> Path | None:
+    """The newest undamaged checkpoint of a run, the same on all ranks; None where there is none at all.
+
+    Damaged ones are named on the screen. UserError where there are some, and all are damaged.
+    """
+    distributed.barrier()  # no rank writes before all have checked what is there
+    found, bad = "", []
+    for folder in files.finished(run) if distributed.is_main() else []:
+        if not (problem := files.damage(folder)):
+            found = str(folder)
+            break
+        bad.append(f"checkpoint {folder} is damaged: {problem}")
+        say(f"WARNING: {bad[-1]}; looking for the one before")
+    found, bad = json.loads(distributed.broadcast_text(json.dumps([found, bad])))
+    if bad and not found:
+        raise UserError("\n".join([*bad, f"No checkpoint is left; delete {run} to start from the beginning"]))
+    return Path(found) if found else None
+
+
+def restore(folder: Path, config: Config, model: MaskRCNN, device: torch.device) -> tuple[dict[str, Any], list[str]]:
+    """Load model, memory and random state of this rank.
+
+    Returns what `save` was given as `state`, with this rank's `window`, and lines on what is not as it was. With
+    another number of processes the memories are dealt out anew and new random numbers begin.
+    """
+    main = checkpoint.read(folder / files.MAIN)
+    if main["format"] != checkpoint.FORMAT:
+        raise UserError(
+            f"{folder} was written by an older loce and has too little in it to go on from; start anew with another "
+            f"output=... (train.init={folder} takes its weights over)"
+        )
+    model.load_state_dict({**checkpoint.memory_state(model), **main["model"]})
+    before, now = main["world_size"], distributed.world_size()
+    wanted = [distributed.rank()] if before == now else range(before)
+    own = [checkpoint.load_file(folder / f"rank{rank}.pt") for rank in wanted]
+    lines = []
+    if before == now:
+        set_rng_state(own[0]["rng"], device)
+        model.roi_heads.head.load_state_dict(own[0]["head"], strict=False)
+    else:
+        torch.manual_seed(_fresh_seed(config.seed, main["iteration"], distributed.rank()))
+        lines.append(f"{before} processes before, {now} now: the batches stay the same, random numbers begin anew")
+        lines += [f"head: the {name} of process 0 are on every process" for name in model.roi_heads.head.of_rank]
+    parts = main["config"]["train"]["accumulate"]
+    if parts != config.train.accumulate:
+        lines.append(f"train.accumulate: {parts} before, {config.train.accumulate} now: the batches stay the same")
+    if model.roi_heads.memory is not None:
+        bank = model.roi_heads.memory.bank
+        packed, lost = main["memory"], 0
+        if not config.memory.shared:
+            packs = [part["memory"] for part in own]
+            packed, lost = (packs[0], 0) if before == now else deal(packs, bank.capacity, distributed.rank(), now)
+        if before != now:
+            how = "is shared and stays as it is" if config.memory.shared else "is dealt out anew"
+            lines.append(f"feature memory: {how}; {lost} rows were left out, the oldest where a class had too many")
+        unpack(packed, bank)
+    return {**main, "window": _mean_window([part["window"] for part in own])}, lines
+
+
+def _fresh_seed(seed: int, iteration: int, rank: int) -> int:
+    return int(np.random.SeedSequence([seed, iteration, rank]).generate_state(1, np.uint64)[0])
+
+
+def _mean_window(windows: list[dict[str, Tensor]]) -> dict[str, Tensor]:
+    """Losses that wait for the log: this rank's own, or the mean over the ranks there were."""
+    if len(windows) == 1:
+        return windows[0]
+    return {name: torch.stack([window[name].float() for window in windows]).mean(0) for name in windows[0]}

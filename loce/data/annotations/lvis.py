@@ -1,0 +1,262 @@
+"""Annotations of LVIS v1, LVIS v0.5 and COCO files in flat arrays, and which of them training uses.
+
+Labels are positions in the file's list of categories; image and annotation indices are positions in the file.
+"""
+
+import os
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from loce.data.annotations.lookups import (
+    LabelLists,
+    category_ids,
+    check_unique,
+    file_groups,
+    label_lists,
+    look_up,
+    tell_apart,
+)
+from loce.data.annotations.reader import NAMED, read_annotation_file
+from loce.data.annotations.segmentations import Segmentations
+from loce.data.annotations.training_rows import clip, training_rows
+from loce.utils.classes import ClassStats, frequency_groups
+from loce.utils.errors import UserError
+
+
+@dataclass(frozen=True, kw_only=True)
+class LVISAnnotations:
+    """I images, A annotations, C classes.
+
+    image_ids: (I,) int64. image_sizes: (I, 2) int32, height and width. names: I "split/file" strings, see `name`.
+    annotation_ids: (A,) int64. labels: (A,) int32. image_of: (A,) int32, image index. boxes: (A, 4) float32 xyxy in
+    pixels, as in the file (not clipped). areas: (A,) float32. crowd, ignore: (A,) bool. negatives, not_exhaustive:
+    per image the labels that are known to be absent, or not annotated everywhere (None where the file does not say).
+    train_rows: (R,) int64, the annotations training uses, image by image; first_row: (I+1,) int64 into train_rows;
+    train_images: (T,) int64, the images training uses. ignored_rows: (Q,) int64 ascending by image, annotations whose
+    region is neither object nor background (crowds). has_mask: (A,) bool. dropped: how much of the file training leaves
+    out, by reason; examples: the first indices of each. own_groups: the file says what is rare. notes: what else was
+    done to the file's content. absent: images that are not on disk, which the user allows.
+    """
+
+    path: str
+    stats: ClassStats
+    image_ids: np.ndarray
+    image_sizes: np.ndarray
+    name_bytes: np.ndarray
+    name_bounds: np.ndarray
+    annotation_ids: np.ndarray
+    labels: np.ndarray
+    image_of: np.ndarray
+    boxes: np.ndarray
+    areas: np.ndarray
+    crowd: np.ndarray
+    ignore: np.ndarray
+    segmentations: Segmentations
+    negatives: LabelLists | None
+    not_exhaustive: LabelLists | None
+    train_rows: np.ndarray
+    first_row: np.ndarray
+    train_images: np.ndarray
+    ignored_rows: np.ndarray
+    has_mask: np.ndarray
+    dropped: dict[str, int]
+    examples: dict[str, list[int]]
+    own_groups: bool
+    notes: list[str]
+    absent: Sequence[int] = ()
+
+    @classmethod
+    def open(
+        cls,
+        path: str | Path,
+        rare_max: int = 10,
+        common_max: int = 100,
+        keep_empty: bool = False,
+        box_masks: bool = False,
+    ) -> "LVISAnnotations":
+        """Read a file. rare_max, common_max: bounds in images of the groups r and c where the file has no `frequency`.
+
+        keep_empty: train on images without objects; box_masks: where a mask cannot be used, the box is the mask.
+        UserError: file missing or not JSON, missing sections, unknown ids, image or category ids used twice, images
+        without name.
+        """
+        return _build(str(path), (rare_max, common_max), keep_empty, box_masks)
+
+    def __len__(self) -> int:
+        return len(self.image_ids)
+
+    def name(self, index: int) -> str:
+        """Of an image, "split/file" or "file"."""
+        return self.name_bytes[self.name_bounds[index] : self.name_bounds[index + 1]].tobytes().decode()
+
+    def rows(self, index: int) -> np.ndarray:
+        """The annotations of an image that training uses (int64), in file order."""
+        return self.train_rows[self.first_row[index] : self.first_row[index + 1]]
+
+    def ignored(self, index: int) -> np.ndarray:
+        """The annotations of an image whose regions training ignores (int64)."""
+        first, last = np.searchsorted(self.image_of[self.ignored_rows], [index, index + 1])
+        return self.ignored_rows[first:last]
+
+    def first_ids(self, reason: str) -> list[int]:
+        """Ids of the first annotations (or images, where the reason is about images) that are left out for a reason."""
+        ids = self.image_ids if reason.startswith("images") else self.annotation_ids
+        return ids[self.examples[reason]].tolist()
+
+    def clipped_boxes(self, rows: np.ndarray) -> np.ndarray:
+        """(n, 4) float32 xyxy boxes of annotations, cut at their image's border."""
+        return clip(self.boxes[rows], self.image_sizes[self.image_of[rows]])
+
+    def image_path(self, index: int, folder: str | Path) -> Path:
+        """FOLDER/split/file, or FOLDER/file where only that exists."""
+        path = Path(folder, self.name(index))
+        flat = Path(folder, path.name)
+        return flat if not path.exists() and flat.exists() else path
+
+    @cached_property
+    def wide(self) -> np.ndarray:
+        """(I,) bool: wider than high."""
+        return self.image_sizes[:, 1] > self.image_sizes[:, 0]
+
+    def missing_images(self, folder: str | Path, indices: Sequence[int] | np.ndarray | None = None) -> list[int]:
+        """Images (of all, or of `indices`) that `folder` does not hold; lists folders, does not ask file by file."""
+        listings: dict[Path, set[str]] = {}
+
+        def holds(path: Path) -> bool:
+            if path.parent not in listings:
+                listings[path.parent] = set(os.listdir(path.parent)) if path.parent.is_dir() else set()
+            return path.name in listings[path.parent]
+
+        missing = []
+        for index in range(len(self)) if indices is None else indices:
+            path = Path(folder, self.name(int(index)))
+            if not holds(path) and not holds(Path(folder, path.name)):
+                missing.append(int(index))
+        return missing
+
+    def without_images(self, missing: Sequence[int], folder: str | Path) -> "LVISAnnotations":
+        """The same file, where training and evaluation leave out the images `missing` in `folder`."""
+        if not missing:
+            return self
+        left = np.setdiff1d(self.train_images, missing)
+        dropped = self.dropped | {f"images that are missing in {folder} (data.allow_missing)": len(missing)}
+        return replace(self, train_images=left, dropped=dropped, absent=missing)
+
+    def only(self, images: Sequence[int]) -> "LVISAnnotations":
+        """The same file, where training and evaluation use these images alone; facts of the classes stay."""
+        rest = np.setdiff1d(np.arange(len(self)), images).tolist()
+        return replace(self, train_images=np.array(sorted(images)), absent=rest)
+
+    def require_images(self, folder: str | Path, indices: Sequence[int] | np.ndarray | None = None) -> None:
+        """UserError with counts per split folder where images are missing."""
+        missing = self.missing_images(folder, indices)
+        if not missing:
+            return
+        total = len(self) if indices is None else len(indices)
+        by_split = Counter(os.path.dirname(self.name(i)) for i in missing)
+        splits = sorted({os.path.dirname(self.name(i)) for i in range(len(self))} - {""})
+        lines = [
+            f"{self.path}: {len(missing)} of {total} images are missing: "
+            + ", ".join(f"{count} in {Path(folder, split)}" for split, count in sorted(by_split.items()))
+            + f" (the first: {self.name(missing[0])}).",
+            "" if Path(folder).is_dir() else f"There is no folder {folder}.",
+            f"This file needs the images of {' and '.join(splits)}: put or link them into {folder}." if splits else "",
+            "data.train_images and data.val_images name the folder; data.allow_missing=true goes on without them.",
+        ]
+        raise UserError(" ".join(line for line in lines if line))
+
+    def require_same_classes(self, stats: ClassStats, owner: str) -> None:
+        """UserError unless this file has the classes of `stats` (of `owner`, say "the checkpoint") in the same order.
+
+        Labels are positions in the list of categories, so another order would silently exchange classes.
+        """
+        pairs = [list(zip(s.category_ids.tolist(), s.names, strict=True)) for s in (self.stats, stats)]
+        if pairs[0] == pairs[1]:
+            return
+        if len(pairs[0]) != len(pairs[1]):
+            differences = f"{len(pairs[0])} categories here, {len(pairs[1])} there"
+        else:
+            places = [f"{mine} here, {theirs} there" for mine, theirs in zip(*pairs, strict=True) if mine != theirs]
+            differences = "; ".join(places[:NAMED]) + ("; ..." if len(places) > NAMED else "")
+        raise UserError(f"{self.path}: its categories are not those of {owner}, in the same order: {differences}")
+
+
+def _build(path: str, bounds: tuple[int, int], keep_empty: bool, box_masks: bool) -> LVISAnnotations:
+    columns, categories = read_annotation_file(path)
+    mistakes = columns.mistakes
+    own_ids = category_ids(categories, mistakes)
+    image_ids = np.array(columns.image_ids, dtype=np.int64)
+    if not len(image_ids):
+        mistakes.add("empty list", "images")
+    mistakes.raise_all(path)
+    check_unique("image", image_ids, mistakes)
+    check_unique("category", own_ids, mistakes)
+    mistakes.raise_all(path)
+    annotation_ids, notes = tell_apart(np.array(columns.annotation_ids, dtype=np.int64))
+    image_of = look_up("image", image_ids, columns.annotation_images, annotation_ids, mistakes)
+    labels = look_up("category", own_ids, columns.annotation_classes, annotation_ids, mistakes)
+    negatives = label_lists(columns.negatives, own_ids, image_ids, mistakes)
+    not_exhaustive = label_lists(columns.not_exhaustive, own_ids, image_ids, mistakes)
+    groups = file_groups(categories, mistakes)
+    mistakes.raise_all(path)
+
+    names = [name.encode() for name in columns.image_names]
+    xywh = np.array(columns.boxes, dtype=np.float64).reshape(-1, 4)
+    sizes = np.stack([columns.heights, columns.widths], axis=1).astype(np.int32)
+    crowd, ignore = (np.frombuffer(bytes(flags), np.bool_) for flags in (columns.crowd, columns.ignore))
+    training = training_rows(columns, xywh, image_of, sizes, keep_empty, box_masks)
+    counted = ~(crowd | ignore)
+    return LVISAnnotations(
+        path=path,
+        stats=_stats(categories, own_ids, labels[counted], image_of[counted], groups, bounds),
+        image_ids=image_ids,
+        image_sizes=sizes,
+        name_bytes=np.frombuffer(b"".join(names), np.uint8),
+        name_bounds=np.concatenate([[0], np.cumsum([len(name) for name in names])]).astype(np.int64),
+        annotation_ids=annotation_ids,
+        labels=labels,
+        image_of=image_of,
+        boxes=np.concatenate([xywh[:, :2], xywh[:, :2] + xywh[:, 2:]], axis=1).astype(np.float32),
+        areas=np.array(columns.areas, dtype=np.float32),
+        crowd=crowd,
+        ignore=ignore,
+        segmentations=columns.segmentations.finish(),
+        negatives=negatives,
+        not_exhaustive=not_exhaustive,
+        train_rows=training.rows,
+        first_row=training.first,
+        train_images=training.images,
+        ignored_rows=training.ignored,
+        has_mask=training.has_mask,
+        dropped=training.dropped,
+        examples=training.examples,
+        own_groups=groups is not None,
+        notes=notes,
+    )
+
+
+def _stats(
+    categories: list[dict[str, Any]],
+    category_ids: np.ndarray,
+    labels: np.ndarray,
+    image_of: np.ndarray,
+    groups: np.ndarray | None,
+    bounds: tuple[int, int],
+) -> ClassStats:
+    """Counts of the annotations that are no crowd, before training drops any: LVIS's own counts."""
+    pairs = np.unique(image_of.astype(np.int64) * len(category_ids) + labels)
+    image_counts = np.bincount(pairs % len(category_ids), minlength=len(category_ids)).astype(np.int64)
+    return ClassStats(
+        names=tuple(str(category["name"]) for category in categories),
+        category_ids=category_ids,
+        image_counts=image_counts,
+        instance_counts=np.bincount(labels, minlength=len(category_ids)).astype(np.int64),
+        groups=frequency_groups(image_counts, *bounds) if groups is None else groups,
+        image_total=len(np.unique(image_of)),
+    )

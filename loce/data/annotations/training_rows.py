@@ -1,0 +1,116 @@
+"""Which annotations and images training uses, and how many it leaves out for which reason.
+
+The rules are MMDetection 2.8's (boxes, areas, crowds, small and empty images), plus one: a box that is under 1 pixel
+wide or high inside the image is dropped even if it is larger as a whole, since its regression target is not sensible.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from loce.data.annotations.reader import Columns
+from loce.data.annotations.segmentations import BAD_RLE, EXAMPLES
+
+MIN_SIDE = 32  # pixels; smaller images are left out of training
+
+
+@dataclass(frozen=True)
+class TrainingRows:
+    """rows: (R,) int64 annotations used, image by image; first: (I+1,) int64 into rows; images: (T,) int64 images used.
+
+    ignored: (Q,) int64 annotations whose region is neither object nor background, image by image. has_mask: (A,) bool.
+    dropped: reason -> number, of annotations, polygon parts or images; every annotation counts once. examples: reason
+    -> the first rows of annotations (or of images, where the reason is about images).
+    """
+
+    rows: np.ndarray
+    first: np.ndarray
+    images: np.ndarray
+    ignored: np.ndarray
+    has_mask: np.ndarray
+    dropped: dict[str, int]
+    examples: dict[str, list[int]]
+
+
+def training_rows(
+    columns: Columns,
+    xywh: np.ndarray,
+    image_of: np.ndarray,
+    sizes: np.ndarray,
+    keep_empty: bool = False,
+    box_masks: bool = False,
+) -> TrainingRows:
+    """Sort out what training uses.
+
+    xywh: (A, 4) float64 boxes; image_of: (A,) image of each annotation; sizes: (I, 2) image heights and widths;
+    keep_empty: images without objects are used, too; box_masks: an annotation without a mask is used with its box.
+    """
+    found: dict[str, np.ndarray] = {}
+    kept = np.ones(len(xywh), dtype=bool)
+    has_mask = _usable(columns, sizes[image_of])
+    bad_boxes = _bad_boxes(xywh, sizes[image_of])
+    crowds = _crowds(columns)
+    ignored = np.logical_or.reduce([*crowds.values()]) & ~np.logical_or.reduce([*bad_boxes.values()])
+    for reason, holds in (crowds | bad_boxes | _bad_masks(columns, has_mask, box_masks)).items():
+        found[reason] = np.flatnonzero(kept & holds)
+        kept &= ~holds
+    if box_masks:
+        found["masks that cannot be used: the box is the mask"] = np.flatnonzero(kept & ~has_mask)
+    rows, regions = (part[np.argsort(image_of[part], kind="stable")] for part in map(np.flatnonzero, (kept, ignored)))
+    counts = np.bincount(image_of[rows], minlength=len(sizes))
+    small = sizes.min(axis=1) < MIN_SIDE
+    empty = (counts == 0) & (not keep_empty)
+    found[f"images with a side under {MIN_SIDE} pixels"] = np.flatnonzero(small)
+    found["images without an annotation that training uses"] = np.flatnonzero(empty & ~small)
+    masks = columns.segmentations
+    return TrainingRows(
+        rows=rows,
+        first=np.concatenate([[0], np.cumsum(counts)]).astype(np.int64),
+        images=np.flatnonzero(~empty & ~small),
+        ignored=regions,
+        has_mask=has_mask,
+        dropped={reason: len(rows) for reason, rows in found.items() if len(rows)} | masks.dropped,
+        examples={reason: rows[:EXAMPLES].tolist() for reason, rows in found.items()} | masks.examples,
+    )
+
+
+def _crowds(columns: Columns) -> dict[str, np.ndarray]:
+    """Reason -> (A,) bool: annotations that are no single object."""
+    return {
+        "crowd regions": np.frombuffer(bytes(columns.crowd), np.bool_),
+        "annotations marked `ignore`": np.frombuffer(bytes(columns.ignore), np.bool_),
+    }
+
+
+def _bad_boxes(xywh: np.ndarray, sizes: np.ndarray) -> dict[str, np.ndarray]:
+    """Reason -> (A,) bool; the first reason that holds is the one counted. sizes: (A, 2) of each annotation's image."""
+    corner, sides = xywh[:, :2], xywh[:, 2:]
+    beyond = np.maximum(0, corner + sides - sizes[:, ::-1])
+    inside = sides - np.maximum(0, -corner) - beyond  # exactly the width and height where the image holds the box
+    return {
+        "boxes that are not four numbers": np.isnan(xywh).any(axis=1),
+        "boxes under 1 pixel wide or high": ~(sides >= 1).all(axis=1),
+        "boxes outside the image": ~(inside > 0).all(axis=1),
+        "boxes under 1 pixel wide or high inside the image": ~(inside >= 1).all(axis=1),
+    }
+
+
+def _bad_masks(columns: Columns, has_mask: np.ndarray, box_masks: bool) -> dict[str, np.ndarray]:
+    """Reason -> (A,) bool."""
+    reasons = {"annotations whose area is not positive": ~(np.array(columns.areas) > 0)}
+    return reasons if box_masks else reasons | {"annotations without a usable segmentation": ~has_mask}
+
+
+def _usable(columns: Columns, sizes: np.ndarray) -> np.ndarray:
+    """(A,) bool: there is a polygon, or a run-length code of the image's size."""
+    usable = columns.segmentations.usable()
+    for row, height, width in columns.segmentations.rle_sizes:
+        if (height, width) != tuple(sizes[row]):
+            usable[row] = False
+            columns.segmentations.drop(BAD_RLE, row)
+    return usable
+
+
+def clip(boxes: np.ndarray, sizes: np.ndarray) -> np.ndarray:
+    """(n, 4) float32 xyxy boxes cut to [0, width] and [0, height]; sizes: (n, 2) heights and widths."""
+    return np.minimum(np.maximum(boxes, 0), sizes[:, [1, 0, 1, 0]].astype(np.float32))

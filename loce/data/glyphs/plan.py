@@ -1,0 +1,166 @@
+"""Which classes stand in which image of Glyph-LVIS, and how often: the long tail, planned before anything is drawn.
+
+What LVIS v1 looks like, and what is planned here. C classes, N training images, k class labels an image:
+
+- 405 of 1203 classes are frequent (over 100 training images), 461 common (11-100), 337 rare (1-10). Over the rank, the
+  image count falls by one decade through the common and by one through the rare classes, nearly evenly. Here: the same
+  shares of C; rank by rank a geometric fall from 100 to 10 over the common and from 10 to 1 over the rare classes; the
+  frequent ones follow Zipf's law from M images at rank 1 down to 100, and M makes the labels of all images add up to
+  k N. Where N is too small for 100 images a class, all decades shrink alike.
+- An image shows about 3.5 classes, some many more; frequent classes come in herds (12.8 instances an image), rare ones
+  mostly alone; 0.8% of the images show nothing. Here: 1 + Poisson classes; 1 + geometric instances of each with mean
+  1 + 0.55 log10(image count), at most `most_objects` an image; 1% of the images are empty.
+- Some labels of LVIS are not exhaustive: objects of the class are in the image without annotation. Here: 5% of the
+  labels with three objects or more leave out up to half of them.
+- Validation must measure every class, so it is flatter: image counts go with the 10th root of the training counts
+  (a factor 2 over three decades), and a class with fewer than 20 instances gets more in the images that show it.
+
+Look-alikes are spread over the ranking, so that a rare class often has a common or frequent twin. All numbers are kept
+exactly: every planned object is drawn and stays visible.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from loce.data.glyphs.characters import families
+
+FREQUENT_SHARE, RARE_SHARE = 405 / 1203, 337 / 1203
+EMPTY_SHARE = 0.01
+TOP_SHARE = 0.6  # at most this share of the images shows the most frequent class
+NOT_EXHAUSTIVE_SHARE = 0.05
+HERD = 0.55  # growth of the mean number of instances a label per decade of the image count
+VALIDATION_POWER = 0.1
+VALIDATION_INSTANCES = 20
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """Objects of one split; all arrays (L,) int64, one row per class label of an image, by image.
+
+    Row i says: image `images[i]` (0..) shows `instances[i]` >= 1 annotated objects of class `labels[i]` (0 is the most
+    frequent) and `left_out[i]` more that are not annotated.
+    """
+
+    images: np.ndarray
+    labels: np.ndarray
+    instances: np.ndarray
+    left_out: np.ndarray
+
+    def image_counts(self, classes: int) -> np.ndarray:
+        """(C,) number of images per class."""
+        return np.bincount(self.labels, minlength=classes)
+
+
+def ranked_characters(classes: int, rng: np.random.Generator) -> str:
+    """The characters of `classes` classes, most frequent first; the members of a family lie evenly apart."""
+    keyed = []
+    for family in families(classes):
+        members = rng.permutation(list(family))
+        start = rng.random()
+        keyed += [((start + j / len(family)) % 1, str(member)) for j, member in enumerate(members)]
+    return "".join(character for _, character in sorted(keyed))
+
+
+def long_tail(classes: int, images: int, labels_per_image: float) -> np.ndarray:
+    """(C,) planned training images per class, falling, each at least 1; together close to labels_per_image * images.
+
+    The groups have LVIS's shares when there are some 55 labels a class or more.
+    """
+    low, high = 0.0, np.log(max(1.0, TOP_SHARE * images))
+    for _ in range(60):  # bisection over log M
+        middle = (low + high) / 2
+        if _tail_with_top(classes, middle).sum() < labels_per_image * images:
+            low = middle
+        else:
+            high = middle
+    return _tail_with_top(classes, low)
+
+
+def _tail_with_top(classes: int, log_top: float) -> np.ndarray:
+    """(C,) image counts when the most frequent class has exp(log_top) images."""
+    frequent, rare = round(FREQUENT_SHARE * classes), round(RARE_SHARE * classes)
+    common = classes - frequent - rare
+    decade = min(np.log(10), log_top / 2)  # shrinks where 100 images are too many
+    zipf = (log_top - 2 * decade) / np.log(frequent + 0.5) * np.log(np.arange(1, frequent + 1))
+    steps = [(np.arange(number) + 0.5) / max(1, number) for number in (common, rare)]
+    logs = [log_top - zipf, 2 * decade - decade * steps[0], decade - decade * steps[1]]
+    counts = [np.rint(np.exp(part)).astype(np.int64) for part in logs]
+    if decade == np.log(10):  # rounding must not carry a class over a group's bound
+        bounds = [(101, None), (11, 100), (1, 10)]
+        counts = [np.clip(part, *bound) for part, bound in zip(counts, bounds, strict=True)]
+    return np.maximum(np.concatenate(counts), 1)
+
+
+def validation_counts(train_counts: np.ndarray, images: int, labels_per_image: float) -> np.ndarray:
+    """(C,) planned validation images per class, each at least 1, in proportion to train_counts ** 0.1."""
+    weights = train_counts**VALIDATION_POWER
+    counts = np.rint(weights * labels_per_image * images / weights.sum())
+    return np.clip(counts, 1, max(1, int(TOP_SHARE * images))).astype(np.int64)
+
+
+def plan_split(
+    image_counts: np.ndarray,
+    images: int,
+    mean_instances: np.ndarray,
+    most_objects: int,
+    fewest_instances: int,
+    rng: np.random.Generator,
+) -> Plan:
+    """Deal classes out to images: class c gets image_counts[c] different images, mean_instances[c] objects in each.
+
+    image_counts, mean_instances: (C,). A class with fewer than `fewest_instances` objects gets more where the images
+    have room (`most_objects`).
+    """
+    shown_on, labels = _deal(image_counts, images, most_objects, rng)
+    instances = rng.geometric(1 / mean_instances[labels])
+    order = rng.permutation(len(labels))  # who keeps a herd where an image has no room for all
+    room = most_objects - np.bincount(shown_on, minlength=images)
+    for row in order:
+        instances[row] = 1 + min(instances[row] - 1, max(0, room[shown_on[row]]))
+        room[shown_on[row]] -= instances[row] - 1
+    not_exhaustive = (instances >= 3) & (rng.random(len(labels)) < NOT_EXHAUSTIVE_SHARE)
+    left_out = np.where(not_exhaustive, rng.integers(1, np.maximum(2, instances // 2 + 1)), 0)
+    instances -= left_out
+    missing = fewest_instances - np.bincount(labels, instances, minlength=len(image_counts))
+    for row in np.tile(order, fewest_instances):
+        if missing[labels[row]] > 0 and room[shown_on[row]] > 0:
+            instances[row] += 1
+            missing[labels[row]] -= 1
+            room[shown_on[row]] -= 1
+    return Plan(images=shown_on, labels=labels, instances=instances, left_out=left_out)
+
+
+def mean_instances(train_counts: np.ndarray) -> np.ndarray:
+    """(C,) mean number of objects of a class in an image that shows it."""
+    return 1 + HERD * np.log10(train_counts)
+
+
+def _deal(image_counts: np.ndarray, images: int, most: int, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
+    """(L,) image and (L,) class of every label, sorted by image; each pair at most once."""
+    room = _room(int(image_counts.sum()), images, min(most, len(image_counts)), rng)
+    usable = np.flatnonzero(room)
+    pairs = []
+    for label in np.argsort(-image_counts, kind="stable"):
+        weights = np.maximum(room[usable], 1e-6)  # a full image is taken only when there are not enough others
+        keys = np.log(rng.random(len(usable))) / weights  # the largest keys: a weighted draw without replacement
+        chosen = usable[np.argsort(-keys, kind="stable")[: image_counts[label]]]
+        room[chosen] -= 1
+        pairs.append(np.stack([chosen, np.full(len(chosen), label)]))
+    shown_on, labels = np.concatenate(pairs, axis=1)
+    order = np.lexsort((labels, shown_on))
+    return shown_on[order], labels[order]
+
+
+def _room(total: int, images: int, most: int, rng: np.random.Generator) -> np.ndarray:
+    """(N,) number of classes each image is to show: 1 + Poisson, 1% empty, at most `most`, `total` together."""
+    filled = images - int(EMPTY_SHARE * images)
+    room = np.minimum(1 + rng.poisson(max(0.0, total / filled - 1), filled), most)
+    while (gap := min(total, most * filled) - room.sum()) > 0:
+        candidates = np.flatnonzero(room < most)
+        room[rng.choice(candidates, min(gap, len(candidates)), replace=False)] += 1
+    while gap < 0 and (room > 1).any():
+        candidates = np.flatnonzero(room > 1)
+        room[rng.choice(candidates, min(-gap, len(candidates)), replace=False)] -= 1
+        gap = total - room.sum()
+    return rng.permutation(np.concatenate([room, np.zeros(images - filled, np.int64)]))

@@ -1,0 +1,259 @@
+"""From a model and a data set to detections on disk and their evaluation, on any number of ranks."""
+
+import csv
+import dataclasses
+import hashlib
+import io
+import re
+import shutil
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from loce.checkpoint import load as checkpoint
+from loce.config import Config, HeadConfig, UserError, diff, from_dict, raise_problems
+from loce.data.annotations.lvis import LVISAnnotations
+from loce.data.annotations.segmentations import BAD_MASKS
+from loce.data.loader import Batches, TrainDataset, eval_batches
+from loce.engine.ranks import session
+from loce.evaluation.annotations import FederatedFilter, GroundTruth, load_annotations, only_images
+from loce.evaluation.report import evaluate_and_report
+from loce.evaluation.stream import DetectionWriter
+from loce.models import build
+from loce.models.mask_rcnn import MaskRCNN
+from loce.utils import distributed
+from loce.utils.classes import ClassStats
+from loce.utils.files import file_hash, write_text
+from loce.utils.progress import progress
+from loce.utils.yaml_text import show
+
+LVIS_CAP = 300  # detections an image in protocol lvis
+
+
+CHANGES_NOTHING = ("eval.batch_size", "eval.errors")  # of the detections
+
+
+def evaluate_checkpoint(path: Path, output: Path | None, words: Sequence[str], device: str, **report: Any) -> Path:
+    """Evaluate a checkpoint by the options it holds; the folder of the results.
+
+    path: run folder, checkpoint folder or file; output: None for RUN/eval, with what differs from the run in its name
+    (RUN/eval_head.name=norcal); beside the file for a file; words: options that take the checkpoint's place,
+    "section.key=value"; report: options of `evaluate_and_report`.
+    """
+    with session(device) as chosen:
+        file = checkpoint.main_file(path)
+        options = checkpoint.read(file)["config"]
+        stored, config = from_dict(options, str(file)), from_dict(options, str(file), words)
+        changes = diff(stored, config)
+        output = output or (path if path.is_dir() else file.with_suffix("")) / folder_name(changes)
+        annotations = build.val_annotations(config)
+        check_evaluation(config, annotations, checkpoint.stats_of(file), str(file))
+        model = checkpoint.load_model(file, chosen, config)
+        heads = [f"{key}={show(value)}" for key, value in changes.items() if key.startswith("head.")]
+        source = f"{file} with {' '.join(heads)}" if heads else str(file)
+        evaluate_model(model, config, output, source, annotations, **report)
+        return output
+
+
+def folder_name(changes: Mapping[str, Any]) -> str:
+    """eval, and what was changed that changes the numbers: eval_val2, eval_head.name=norcal_eval.nms=0.4."""
+    parts = [f"{key}={value}" for key, value in changes.items() if key.startswith(("head.", "eval."))]
+    parts = [part for part in parts if not part.startswith(CHANGES_NOTHING)]
+    if "data.val_annotations" in changes:
+        parts.insert(0, Path(changes["data.val_annotations"]).stem)
+    return "_".join(["eval", *(re.sub(r"[^\w.=+-]+", "-", part) for part in parts)])
+
+
+def check_evaluation(config: Config, annotations: LVISAnnotations, stats: ClassStats, owner: str) -> None:
+    """UserError, before any work, where the validation data or the protocol cannot be evaluated."""
+    annotations.require_same_classes(stats, owner)
+    load_annotations(annotations.path, masks=False)  # finds boxes and areas that are no numbers
+    unreadable = [
+        f"{annotations.path}: {annotations.dropped[reason]} {reason} (annotations {annotations.first_ids(reason)}): "
+        "evaluation compares with every mask, so mend or remove them"
+        for reason in BAD_MASKS
+        if reason in annotations.dropped
+    ]
+    raise_problems(unreadable)
+    if config.eval.protocol in ("lvis", "fixed") and annotations.negatives is None:
+        raise UserError(
+            f"{annotations.path}: has no neg_category_ids, which protocol {config.eval.protocol} needs; "
+            "set eval.protocol=coco (or auto)"
+        )
+    if config.eval.protocol == "fixed" and config.eval.detections <= LVIS_CAP:
+        raise UserError(
+            f"eval.detections = {config.eval.detections}: protocol fixed knows no cap per image, so keep more than "
+            f"{LVIS_CAP} detections of one, 1000 or more"
+        )
+
+
+def evaluate_model(
+    model: MaskRCNN,
+    config: Config,
+    output: Path,
+    source: str,
+    annotations: LVISAnnotations,
+    **report: Any,
+) -> None:
+    """Detect on the validation data, streaming to `output`/detections, and evaluate; rank 0 writes `output`.
+
+    source: what made the detections, named beside the numbers; annotations: the validation data; report: options of
+    `evaluate_and_report`. Inference that was killed goes on where it stopped, finished inference is used as it is;
+    detections of other weights, data or options are replaced.
+    """
+    truth = load_annotations(annotations.path, masks=distributed.is_main())  # rank 0 evaluates in the end
+    if len(annotations.absent):
+        present = np.delete(annotations.image_ids, annotations.absent)
+        truth = only_images(truth, present, _why(config))
+    origin = _origin(model, config, annotations)
+    if distributed.is_main() and _text(output / "origin.txt") != origin:
+        shutil.rmtree(output / "detections", ignore_errors=True)
+        for name in ("mean_scores.csv", "metrics.json"):
+            (output / name).unlink(missing_ok=True)
+        write_text(output / "origin.txt", origin)
+    distributed.barrier()
+    infer(model, config, annotations, FederatedFilter(truth), output / "detections", origin)
+    scored = (output / "mean_scores.csv").exists()
+    distributed.barrier()  # all ranks have looked before rank 0 writes it
+    scores = "" if scored else ground_truth_scores(model, config, annotations)
+    distributed.barrier()
+    if distributed.is_main():
+        if not scored:
+            write_text(output / "mean_scores.csv", scores)
+        options = {"protocol": config.eval.protocol, "errors": config.eval.errors, "origin": f"{source}, {origin}"}
+        truth = with_training_groups(truth, model.stats)
+        evaluate_and_report(truth, output / "detections", output, **{**options, **report})
+    distributed.barrier()
+
+
+def _why(config: Config) -> str:
+    missing = f"the others are missing in {config.data.val_images}"
+    return missing if config.data.allow_missing else "the others are left out"
+
+
+def is_evaluated(model: MaskRCNN, config: Config, output: Path, annotations: LVISAnnotations) -> bool:
+    """Whether `output` holds the numbers of this very model on this data, the same on all ranks; all must call."""
+    done = distributed.is_main() and (output / "metrics.json").is_file()
+    done = done and _text(output / "origin.txt") == _origin(model, config, annotations)
+    return bool(distributed.broadcast_text("done" if done else ""))
+
+
+def _origin(model: MaskRCNN, config: Config, annotations: LVISAnnotations) -> str:
+    return f"weights {weights_hash(model)}, {_inputs(config, annotations)}"
+
+
+def _inputs(config: Config, annotations: LVISAnnotations) -> str:
+    """What detections depend on besides the weights."""
+    evaluation, data = config.eval, config.data
+    options = diff(HeadConfig(name=config.head.name, reset=config.head.reset), config.head)
+    head = " ".join([config.head.name, *(f"{key}={show(value)}" for key, value in options.items())])
+    return (
+        f"head {head}, "
+        f"{annotations.path} (sha256 {file_hash(annotations.path)}), images {data.val_images} "
+        f"at {data.test_short_edge} x {data.long_edge} px, score > {evaluation.score_threshold:g}, "
+        f"NMS {evaluation.nms:g}, {evaluation.detections} detections an image, "
+        f"{'all' if evaluation.protocol == 'coco' else 'verified'} categories"
+        + (
+            f", {len(annotations.absent)} images are {'missing' if data.allow_missing else 'left out'}"
+            if len(annotations.absent)
+            else ""
+        )
+        + (", turned as EXIF asks" if data.exif == "apply" else "")
+    )
+
+
+def with_training_groups(truth: GroundTruth, stats: ClassStats) -> GroundTruth:
+    """Rare, common and frequent are facts of the training set, also where the validation file says nothing of it.
+
+    A converted checkpoint may know no training set (all counts 0): then the file's own groups stay.
+    """
+    if not stats.instance_counts.any():
+        return truth
+    group_of = dict(zip(stats.category_ids.tolist(), stats.groups.tolist(), strict=True))
+    groups = np.array([group_of[c] for c in truth.category_ids.tolist()])
+    notes = [note for note in truth.notes if not note.startswith("no frequency")]
+    return dataclasses.replace(truth, frequency=groups, notes=notes)
+
+
+def weights_hash(model: MaskRCNN) -> str:
+    """First 12 digits of the SHA-256 of the weights."""
+    digest = hashlib.sha256()
+    for name, tensor in model.state_dict().items():
+        if not name.startswith(checkpoint.METHOD_STATE):
+            digest.update(name.encode() + tensor.cpu().numpy().tobytes())
+    return digest.hexdigest()[:12]
+
+
+def _text(file: Path) -> str:
+    return file.read_text(encoding="utf-8") if file.is_file() else ""
+
+
+@torch.no_grad()
+def infer(
+    model: MaskRCNN,
+    config: Config,
+    annotations: LVISAnnotations,
+    federated: FederatedFilter,
+    folder: Path,
+    source: str,
+) -> None:
+    """Stream this rank's detections of the data set to `folder`; images that are there already are skipped."""
+    model.eval()
+    dataset = build.val_dataset(config, annotations)
+    category_ids = torch.from_numpy(annotations.stats.category_ids)
+    with DetectionWriter(folder, distributed.rank(), source) as writer:
+        finished = writer.finished().tolist()
+        distributed.barrier()  # all ranks see the same finished images before any adds one
+        skip = [*finished, *annotations.image_ids[list(annotations.absent)].tolist()]
+        batches = eval_batches(dataset, config.eval.batch_size, config.data.workers, skip=skip)
+        for samples in progress(batches, len(batches), "inference"):
+            images, scales, sizes = ([s[key] for s in samples] for key in ("image", "scale", "size"))
+            image_ids = [s["image_id"] for s in samples]
+            allowed, objects = None, None
+            if config.eval.protocol != "coco":
+                allowed = [torch.from_numpy(federated.allowed(i)) for i in image_ids]
+            if config.eval.errors:
+                objects = [(torch.from_numpy(b), torch.from_numpy(c)) for b, c in map(federated.objects, image_ids)]
+            for image_id, size, found in zip(
+                image_ids, sizes, model.detect(images, scales, sizes, allowed, objects), strict=True
+            ):
+                clues = found.get("clues")
+                if clues is not None:
+                    clues = {kind: (b, s, category_ids[labels]) for kind, (b, s, labels) in clues.items()}
+                ids = category_ids[found["labels"]]
+                writer.add(image_id, found["boxes"], found["scores"], ids, found["rles"], size, clues)
+
+
+@torch.no_grad()
+def ground_truth_scores(model: MaskRCNN, config: Config, annotations: LVISAnnotations) -> str:
+    """The paper's Figures 1 and 4 as CSV: per class the mean score and the accuracy on its ground-truth boxes.
+
+    Columns: id, name, group, training_instances (0 where unknown), boxes, mean_score, accuracy. Ranks share the images.
+    """
+    model.eval()
+    still = dataclasses.replace(config.data, short_edges=(config.data.test_short_edge,), flip=0.0)
+    dataset = TrainDataset(annotations, Path(config.data.val_images), still, 0)
+    mine = annotations.train_images[distributed.rank() :: distributed.world_size()]
+    batches = Batches(dataset, [[(int(i), 0)] for i in mine], len(mine), config.data.workers)
+    stats = model.stats  # of the training set
+    sums = np.zeros((3, len(stats)))  # boxes, scores, correct
+    for samples in progress(batches, len(batches), "scores of ground-truth boxes"):
+        whole = [sample for sample in samples if "replaced" not in sample]
+        if not whole:
+            continue
+        labels, scores, correct = (x.numpy() for x in model.class_scores(whole))
+        for row, values in zip(sums, (np.ones(len(labels)), scores, correct), strict=True):
+            np.add.at(row, labels, values)
+    total = distributed.all_reduce_sum(torch.from_numpy(sums).to(model.pixel_mean.device))
+    count, score, correct = total.cpu().numpy()
+    table = io.StringIO()
+    writer = csv.writer(table, lineterminator="\n")
+    writer.writerow(["id", "name", "group", "training_instances", "boxes", "mean_score", "accuracy"])
+    for c, name in enumerate(stats.names):
+        boxes = max(count[c], 1)
+        facts = (int(stats.category_ids[c]), name, str(stats.groups[c]), int(stats.instance_counts[c]), int(count[c]))
+        writer.writerow([*facts, f"{score[c] / boxes:.6f}", f"{correct[c] / boxes:.6f}"])
+    return table.getvalue()

@@ -1,0 +1,132 @@
+"""A process of ours among its peers: joins them, tells them why it ends, and ends when one of them does.
+
+The last words go through the store of torchrun, which outlives any rank. A rank that was killed leaves none; that its
+process is gone is seen by the ranks on the same machine.
+"""
+
+import multiprocessing
+import os
+import signal
+import socket
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from datetime import timedelta
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+from loce.utils import distributed
+from loce.utils import signals as stopping
+from loce.utils.errors import DivergedError, RankLostError, Stopped
+
+PATIENCE = 10.0  # seconds that a rank which lost another one looks for the cause
+LOST = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "NCCL", "Gloo", "gloo")
+
+
+@contextmanager
+def session(device: str) -> Iterator[torch.device]:
+    """The device of this process, in a group of all of them that ends with the block.
+
+    Signals are requests to stop (stopping.py). When the block raises, the other ranks learn why; a rank that fails only
+    because another one did raises RankLostError with the cause, or Stopped where that one was asked to stop.
+    """
+    stopping.listen()
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        stopping.die_with_parent(signal.SIGTERM)  # torchrun dies of signals that it does not know, such as SIGUSR1
+    chosen = distributed.setup(device)
+    words = LastWords() if distributed.world_size() > 1 else None
+    try:
+        yield chosen
+    except BaseException as error:
+        stopping.only_note()
+        _end_workers()
+        if words is not None and not isinstance(error, DivergedError):  # all ranks diverge together
+            words.explain(error)
+        raise
+    distributed.teardown()
+
+
+def _end_workers() -> None:
+    """Kill data workers that an error has left: deaf to SIGTERM, they would keep Python waiting at its end for ever."""
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # PyTorch would take their end for another error
+    for worker in multiprocessing.active_children():
+        worker.kill()
+
+
+class LastWords:
+    """Where each rank leaves the reason why it ends. Every rank must make one."""
+
+    def __init__(self) -> None:
+        address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+        store = dist.TCPStore(address, port, is_master=False, timeout=timedelta(seconds=PATIENCE))
+        attempt = f"{os.environ.get('TORCHELASTIC_RUN_ID', '')}/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}"
+        self.store = dist.PrefixStore(f"loce/{attempt}", store)
+        self.store.set(f"place/{distributed.rank()}", f"{socket.gethostname()} {os.getpid()}")
+        distributed.barrier()
+
+    def explain(self, error: BaseException) -> None:
+        """Tell the others why this rank ends; raises RankLostError or Stopped where it is because another one does."""
+        lost = isinstance(error, RuntimeError) and any(sign in str(error) for sign in LOST)
+        stopped = isinstance(error, Stopped)  # by torchrun, perhaps, because a rank died
+        causes = self.causes(PATIENCE if lost else 1.0) if lost or stopped else {}
+        others_stopped = all(text.startswith(Stopped.__name__) for text in causes.values())
+        if not lost and others_stopped:
+            self.leave(error)
+        elif causes and others_stopped:
+            self.leave(Stopped())
+            raise Stopped("a signal to another rank") from None
+        else:
+            self.leave(RankLostError())
+            raise RankLostError(_told(causes, str(error))) from None
+
+    def leave(self, error: BaseException) -> None:
+        """Tell the others why this rank ends; RankLostError: because another one did."""
+        text = "" if isinstance(error, RankLostError) else f"{type(error).__name__}: {error}"
+        with suppress(RuntimeError):  # torchrun is gone: nobody is left to be told
+            self.store.set(f"words/{distributed.rank()}", text)
+
+    def causes(self, seconds: float) -> dict[int, str]:
+        """Rank -> why it ended, of those that did not end because of another; waits so long for the first."""
+        end = time.monotonic() + seconds
+        others = [r for r in range(distributed.world_size()) if r != distributed.rank()]
+        while time.monotonic() < end:
+            time.sleep(0.5)  # a rank that ends is heard of before its last words are
+            try:
+                found = {r: text for r in others if (text := self._of(r))}
+            except RuntimeError:
+                return {}
+            if found:
+                return found
+        return {}
+
+    def _of(self, rank: int) -> str:
+        if self.store.check([f"words/{rank}"]):
+            return self.store.get(f"words/{rank}").decode()
+        host, pid = self.store.get(f"place/{rank}").decode().split()
+        if host != socket.gethostname() or _is_alive(int(pid)):
+            return ""
+        return (
+            f"its process {pid} was killed from outside (kill -9, or by the system for lack of host memory: "
+            "see dmesg; fewer data.workers need less)"
+        )
+
+
+def _is_alive(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+        status = Path(f"/proc/{pid}/stat")
+        return not status.exists() or status.read_text().rpartition(")")[2].split()[0] != "Z"  # Z: dead, not yet buried
+    except (ProcessLookupError, FileNotFoundError):
+        return False
+
+
+def _told(causes: dict[int, str], symptom: str) -> str:
+    """What a rank says of the end of others; only one says it."""
+    speaker = min(r for r in range(distributed.world_size()) if r not in causes)
+    if distributed.rank() != speaker:
+        return ""
+    lines = [f"error: rank {rank} ended: {text}" for rank, text in causes.items()]
+    lines = lines or [f"error: another rank ended, without a word and on another machine: see its output ({symptom})"]
+    return "\n".join([*lines, "The other ranks end, too. The same command goes on from the last checkpoint."])

@@ -1,0 +1,242 @@
+"""Why is AP low? What became of every object at IoU .5, and the AP that each cause would give back.
+
+Seen in the detections alone: found, outscored, taken, cut_by_cap (as far as the results hold more than the cap),
+classified_as (as far as they hold categories that were not verified), badly_localised, no_detection. With the clues
+that our own inference leaves, also removed_by_nms, the rest of cut_by_cap and classified_as, and in place of
+no_detection whether there was a proposal (score_too_low) or none (no_proposal).
+
+In the spirit of TIDE (arXiv 2008.08115): what a cause would give back is the category's AP, mean over the ten IoU
+thresholds, with those objects found exactly, by the detection that the cause is about (its score) or, where there is
+none, by a sure one, and all else left as it is; for outscored it is the AP without the false positives of IoU .5. What
+exact boxes (masks) of the found objects would give is not in here: it is AP50 - AP.
+
+Legend: G objects, K categories, T = 10 thresholds; L lost objects and n detections and clues of one image; m
+overlapping detections and a added ones of one category.
+"""
+
+from collections import Counter
+from dataclasses import dataclass
+
+import numpy as np
+from pycocotools import mask as mask_utils
+
+from loce.evaluation.annotations import positions
+from loce.evaluation.detections import Detections, offsets_of
+from loce.evaluation.iou import ground_rle, overlaps
+from loce.evaluation.lvis_ap import RECALLS, Evaluation, counts
+from loce.evaluation.matching import within_cap
+from loce.evaluation.near_misses import KINDS, Clues, none
+from loce.utils.progress import watched
+
+CAUSES = {  # in order: the first that holds is the cause
+    "found": "found",
+    "outscored": "found, below more false than true detections",
+    "taken": "its detection went to another object of the category",
+    "cut_by_cap": "right detection, cut by the cap on detections",
+    "removed_by_nms": "right detection, removed by NMS",
+    "classified_as": "localised, but as another category",
+    "badly_localised": "right category, IoU .1 to .5",
+    "score_too_low": "proposed, but no detection of any category",
+    "no_proposal": "no proposal overlaps it by half",
+    "no_detection": "no detection overlaps it by half",
+}
+_NUMBER = {name: number for number, name in enumerate(CAUSES)}
+_SURE = ("score_too_low", "no_proposal", "no_detection")  # no detection whose score could be taken
+LOW = 0.1  # IoU below which a detection has nothing to do with an object
+
+
+@dataclass(frozen=True, kw_only=True)
+class Fates:
+    """What became of every object: cause (G,) index into CAUSES or -1 for ignored objects; score (G,) of the detection
+    that the cause is about, inf for none; other (G,) category index of the best other detection at IoU .5 where the
+    cause is classified_as, removed_by_nms or cut_by_cap, or -1; unseen: causes that could not be told apart."""
+
+    cause: np.ndarray
+    score: np.ndarray
+    other: np.ndarray
+    unseen: tuple[str, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class _ByImage:
+    """Rows of detections or clues grouped by image, with their category index."""
+
+    rows: np.ndarray
+    bounds: np.ndarray
+    category: np.ndarray
+
+    def of(self, image: int) -> np.ndarray:
+        return self.rows[self.bounds[image] : self.bounds[image + 1]]
+
+
+def _by_image(evaluation: Evaluation, columns: Detections | Clues) -> _ByImage:
+    truth = evaluation.truth
+    image, _ = positions(truth.image_ids, columns.image_ids)
+    rows = np.argsort(image, kind="stable")
+    category, _ = positions(truth.category_ids, columns.category_ids)
+    return _ByImage(rows=rows, bounds=offsets_of(np.bincount(image, minlength=len(truth.image_ids))), category=category)
+
+
+def explain(evaluation: Evaluation, detections: Detections, clues: Clues | None = None) -> Fates:
+    """The fate of every object. detections: what was evaluated; clues: what else inference saw (None: not known).
+
+    Clues are compared by their boxes, whatever the IoU type.
+    """
+    truth, matches = evaluation.truth, evaluation.matches
+    size = len(truth)
+    unseen = ("no_detection",) if clues is not None else ("removed_by_nms", "score_too_low", "no_proposal")
+    fates = Fates(cause=np.full(size, -1), score=np.full(size, np.inf), other=np.full(size, -1), unseen=unseen)
+    hit = matches.taken[:, 0] >= 0
+    counted = ~matches.object_ignored[:, 0]
+    found = matches.taken[hit, 0]
+    fates.score[found] = matches.score[matches.overlapping[hit]]
+    fates.cause[found] = np.where(_precision(evaluation)[matches.overlapping[hit]] < 0.5, _NUMBER["outscored"], 0)
+    fates.cause[~counted] = -1
+    lost = np.flatnonzero(counted & (fates.cause < 0))
+    fates.cause[lost] = _NUMBER["no_detection" if clues is None else "no_proposal"]
+
+    own, image = _by_image(evaluation, detections), positions(truth.image_ids, detections.image_ids)[0]
+    kept = within_cap(evaluation.protocol, image, own.category, detections.scores)
+    hints = none() if clues is None else clues
+    near = _by_image(evaluation, hints)
+    images = np.unique(truth.image[lost])
+    cut = np.searchsorted(truth.image[lost], np.append(images, len(truth.image_ids)))
+    for n, i in enumerate(watched(images.tolist(), len(images), "causes of lost objects", "images")):
+        objects, rows, more = lost[cut[n] : cut[n + 1]], own.of(i), near.of(i)
+        overlap = np.concatenate(
+            [_overlap(evaluation, detections, rows, objects), overlaps(hints.boxes[more], truth.boxes[objects])]
+        )
+        kinds = np.concatenate([np.where(kept[rows], _KEPT, KINDS.index("cut_by_cap")), hints.kinds[more]])
+        category = np.concatenate([own.category[rows], near.category[more]])
+        scores = np.concatenate([detections.scores[rows], hints.scores[more]])
+        _judge(fates, truth.category[objects], objects, overlap, kinds, category, scores)
+    return fates
+
+
+_KEPT = len(KINDS)  # a detection that was evaluated
+
+
+def _judge(
+    fates: Fates,
+    wanted: np.ndarray,
+    objects: np.ndarray,
+    overlap: np.ndarray,
+    kinds: np.ndarray,
+    category: np.ndarray,
+    scores: np.ndarray,
+) -> None:
+    """Causes of the lost `objects` (L,) of one image, of categories `wanted`, from the IoU (n, L) of what is there."""
+    if not len(scores):
+        return
+    same, half = category[:, None] == wanted, overlap >= 0.5
+    removed, cut, other, proposed, kept = (kinds[:, None] == number for number in range(len(KINDS) + 1))
+    tests = {  # the reverse of the order of CAUSES: what is written last stays
+        "score_too_low": half & proposed,
+        "badly_localised": same & (overlap >= LOW) & kept,
+        "classified_as": ~same & half & (kept | other),
+        "removed_by_nms": same & half & removed,
+        "cut_by_cap": same & half & cut,
+        "taken": same & half & kept,
+    }
+    for name, holds in tests.items():
+        some = holds.any(axis=0)
+        best = np.where(holds, scores[:, None], -np.inf)[:, some].argmax(axis=0)
+        fates.cause[objects[some]] = _NUMBER[name]
+        fates.score[objects[some]] = np.inf if name in _SURE else scores[best]
+        if name == "classified_as":
+            fates.other[objects[some]] = category[best]
+        elif name == "taken":  # localised and classified; of what was dropped it is told what stands in its place
+            fates.other[objects[some]] = -1
+
+
+def _precision(evaluation: Evaluation) -> np.ndarray:
+    """(N,) precision at IoU .5 of the category's detections down to each."""
+    matches = evaluation.matches
+    true, used = np.zeros(len(matches.row), dtype=bool), np.zeros(len(matches.row), dtype=bool)
+    used[matches.overlapping] = matches.matched[:, 0, 0]
+    true[matches.overlapping] = matches.matched[:, 0, 0] & ~matches.ignored[:, 0, 0]
+    positives, negatives = (
+        np.cumsum(column) - np.repeat(np.append(0, np.cumsum(column))[matches.bounds[:-1]], np.diff(matches.bounds))
+        for column in (true, matches.false_positive[:, 0] & ~used)
+    )
+    return positives / np.maximum(positives + negatives, 1)
+
+
+def _overlap(evaluation: Evaluation, detections: Detections, rows: np.ndarray, objects: np.ndarray) -> np.ndarray:
+    """(len(rows), L) IoU of the evaluation's type."""
+    if not len(rows):
+        return np.zeros((0, len(objects)))
+    if evaluation.iou_type == "bbox":
+        assert detections.boxes is not None
+        return overlaps(detections.boxes[rows], evaluation.truth.boxes[objects])
+    assert detections.masks is not None
+    grounds = [ground_rle(evaluation.truth, int(row)) for row in objects]
+    return mask_utils.iou(detections.masks.rles(rows), grounds, [0] * len(objects))
+
+
+def average_precision(true: np.ndarray, false: np.ndarray, objects: int) -> float:
+    """Mean over thresholds of AP from counts of true and false positives (n, T) down to each of some detections."""
+    precision = true / np.maximum(true + false, 1)
+    envelope = np.maximum.accumulate(precision[::-1], axis=0)[::-1]
+    envelope = np.concatenate([envelope, np.zeros((1, true.shape[1]))])
+    places = [np.searchsorted(reached, RECALLS, side="left") for reached in (true / objects).T]
+    return float(np.mean([envelope[place, t].mean() for t, place in enumerate(places)]))
+
+
+def given_back(evaluation: Evaluation, fates: Fates) -> dict[str, np.ndarray]:
+    """(K,) AP that each cause but "found" would give back (see the file's head), nan without objects."""
+    matches, truth = evaluation.matches, evaluation.truth
+    back = {name: np.full(len(truth.category_ids), np.nan) for name in CAUSES if name != "found"}
+    cut = np.searchsorted(matches.overlapping, matches.bounds)
+    taken = np.zeros((len(truth), matches.taken.shape[1]), dtype=bool)
+    hits, thresholds = np.nonzero(matches.taken >= 0)
+    taken[matches.taken[hits, thresholds], thresholds] = True
+    of_category = np.argsort(truth.category, kind="stable")
+    bounds = np.searchsorted(truth.category[of_category], np.arange(len(truth.category_ids) + 1))
+    measured = np.flatnonzero(matches.objects[0]).tolist()
+    for k in watched(measured, len(measured), "what causes would give back", "categories"):
+        now, objects = evaluation.per_category[k]["AP"], int(matches.objects[0, k])
+        own = slice(cut[k], cut[k + 1])
+        true, false = (column[:, 0] for column in counts(matches, k, own))
+        back["outscored"][k] = average_precision(true, _false_above_half(evaluation, own), objects) - now
+        mine = of_category[bounds[k] : bounds[k + 1]]
+        for name in list(back)[1:]:
+            chosen = mine[fates.cause[mine] == _NUMBER[name]]
+            added = _with_added(evaluation, k, true, false, fates.score[chosen], ~taken[chosen])
+            back[name][k] = average_precision(*added, objects) - now if len(chosen) else 0.0
+    return back
+
+
+def _false_above_half(evaluation: Evaluation, own: slice) -> np.ndarray:
+    """(m, T) false positives that are none at IoU .5, down to each overlapping detection."""
+    matches = evaluation.matches
+    candidate = matches.false_positive[matches.overlapping[own], 0][:, None]
+    matched = matches.matched[own, 0]
+    return np.cumsum(candidate & matched[:, :1] & ~matched, axis=0)
+
+
+def _with_added(
+    evaluation: Evaluation, k: int, true: np.ndarray, false: np.ndarray, scores: np.ndarray, new: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
+    """Counts (m + a, T) of category k when detections with `scores` (a,) find an object each, at the thresholds where
+    it is `new` (a, T)."""
+    matches = evaluation.matches
+    own = slice(matches.bounds[k], matches.bounds[k + 1])
+    place = matches.overlapping[np.searchsorted(matches.overlapping, own.start) :][: len(true)] - own.start
+    candidates = np.append(0, np.cumsum(matches.false_positive[own, 0]))
+    wrongly = candidates[place + 1][:, None] - false  # candidates that found something after all
+    order = np.argsort(-scores, kind="stable")
+    before = np.searchsorted(-matches.score[own], -scores[order], side="right")  # detections that rank above
+    above = np.searchsorted(place, before)  # of these, the overlapping ones
+    zero = np.zeros((1, true.shape[1]), dtype=true.dtype)
+    true_there = np.concatenate([zero, true])[above]
+    false_there = candidates[before][:, None] - np.concatenate([zero, wrongly])[above]
+    merged = np.argsort(np.concatenate([place, before - 0.5]), kind="stable")
+    gain = np.concatenate([np.zeros(true.shape, dtype=bool), new[order]])[merged].cumsum(axis=0)
+    return np.concatenate([true, true_there])[merged] + gain, np.concatenate([false, false_there])[merged]
+
+
+def confusions(evaluation: Evaluation, fates: Fates, category: int | np.integer, top: int = 3) -> str:
+    """What objects of a category (index) were taken for: "cup (5), bowl (2)"."""
+    others = fates.other[(evaluation.truth.category == category) & (fates.other >= 0)].tolist()
+    return ", ".join(f"{evaluation.truth.names[k]} ({n})" for k, n in Counter(others).most_common(top))

@@ -1,0 +1,79 @@
+"""From a Config to what trains: data sets, model, optimiser. The only reader of all sections."""
+
+import dataclasses
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from loce.config import Config, DataConfig, TrainConfig
+from loce.data.annotations.cache import open_annotations
+from loce.data.annotations.lvis import LVISAnnotations
+from loce.data.loader import EvalDataset, TrainDataset
+from loce.heads.forest import TREES, ForestHead
+from loce.heads.forest_trees import read_trees
+from loce.models.mask_rcnn import MaskRCNN, build_roi_heads
+from loce.models.nms_resampling import NMSResampling
+from loce.utils.classes import ClassStats
+
+
+def build_model(config: Config, stats: ClassStats, pretrained: bool = True) -> MaskRCNN:
+    """The detector for the classes of `stats`; pretrained: fetch ImageNet weights where the config asks for them."""
+    section = config.model if pretrained else dataclasses.replace(config.model, weights="none")
+    roi_heads = build_roi_heads(section, config.head, config.indicator, config.memory, stats)
+    edges = (config.data.test_short_edge, config.data.long_edge)
+    model = MaskRCNN(section, roi_heads, config.eval, edges)
+    model.stats = stats
+    if config.model.rpn.nms_resampling != "none":
+        model.rpn.resampling = NMSResampling(config.model.rpn.nms_resampling, stats)
+    model.freeze(config.train.freeze)
+    return model
+
+
+def parent_trees(config: Config, annotations: LVISAnnotations) -> dict[str, np.ndarray]:
+    """Forest R-CNN's trees (C,) by name, for a training from its beginning; UserError where they do not fit."""
+    forest = config.head.forest
+    sizes = {tree: getattr(forest, tree) for tree in TREES if getattr(forest, tree)}
+    return read_trees(Path(forest.trees), annotations.path, annotations.stats.names, sizes)
+
+
+def plant_trees(config: Config, annotations: LVISAnnotations, model: MaskRCNN) -> None:
+    """Give the trees to a head that has some; a checkpoint holds them from then on."""
+    if isinstance(model.roi_heads.head, ForestHead):
+        model.roi_heads.head.plant(parent_trees(config, annotations))
+
+
+def train_annotations(config: Config) -> LVISAnnotations:
+    """The training annotations; UserError where file or images are missing."""
+    data = config.data
+    return _annotations(data, data.train_annotations, data.train_images, keep_empty=data.keep_empty)
+
+
+def val_annotations(config: Config) -> LVISAnnotations:
+    """The validation annotations; UserError where file or images are missing."""
+    return _annotations(config.data, config.data.val_annotations, config.data.val_images)
+
+
+def _annotations(data: DataConfig, path: str, images: str, keep_empty: bool = False) -> LVISAnnotations:
+    box_masks = data.without_mask == "box"
+    annotations = open_annotations(path, data.rare_max, data.common_max, keep_empty, box_masks)
+    if data.allow_missing:
+        return annotations.without_images(annotations.missing_images(images), images)
+    annotations.require_images(images)
+    return annotations
+
+
+def train_dataset(config: Config, annotations: LVISAnnotations) -> TrainDataset:
+    """Augmented training samples."""
+    return TrainDataset(annotations, Path(config.data.train_images), config.data, config.seed)
+
+
+def val_dataset(config: Config, annotations: LVISAnnotations) -> EvalDataset:
+    """Validation images at test size."""
+    return EvalDataset(annotations, Path(config.data.val_images), config.data)
+
+
+def build_optimizer(model: torch.nn.Module, train: TrainConfig) -> torch.optim.SGD:
+    """SGD over everything that is not frozen, biases and norms included in the weight decay (MMDetection's default)."""
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    return torch.optim.SGD(parameters, lr=train.lr, momentum=train.momentum, weight_decay=train.weight_decay)

@@ -1,0 +1,1 @@
+"""Rows of the paper's tables: the run of each, the record it leaves, statistics over seeds, claims."""

@@ -1,0 +1,207 @@
+"""The rows of the paper's tables (configs/tables.yaml), each with one run for every seed, and where each run goes."""
+
+import json
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Literal
+
+from loce.config import (
+    MAY_CHANGE,
+    Config,
+    UserError,
+    find_config,
+    images_per_rank,
+    load_config,
+    raise_problems,
+    to_dict,
+)
+from loce.utils.files import inside
+from loce.utils.options import Conflict, Count, Natural, build, flatten
+from loce.utils.yaml_text import dotted, load_yaml
+
+COLUMNS = ("box AP", "AP", "APr", "APc", "APf")
+UNKNOWN = -1.0  # among the published numbers
+PEERS = 5  # the table of methods, for which a data set may lack recipes
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunOptions:
+    """What to train, on which data, and where it goes."""
+
+    data: Literal["glyphs", "glyph1203", "lvis"] = "glyphs"  # glyphs: for CPU cores; glyph1203: for a GPU; both drawn
+    seeds: Count = 1  # trainings of every row, stage 1 included: seeds 0, 1, ...
+    gpus: Natural = 0  # processes of a training; 0 or 1: one
+    runs: str = "runs/tables"  # folder of the tables, of other seeds, and of the rows that change a recipe
+    records: str = "runs/tables/records"  # a file of numbers for every finished run: what has one is not trained again
+    words: tuple[str, ...] = ()  # key=value for every training, such as where the images are
+
+
+@dataclass(frozen=True, kw_only=True)
+class RowText:
+    """A row as configs/tables.yaml has it."""
+
+    name: str
+    recipe: str  # one of `recipes`, or a file in the folder of the methods
+    words: tuple[str, ...] = ()
+    post_hoc: tuple[str, ...] = ()  # the run of `recipe`, evaluated anew with these words
+    start: str = ""  # the row above whose run it starts from, instead of the recipe's stage 1
+    processes: Natural = 0  # of its training; 0: as many as GPUs
+    question: str = ""  # that the difference to the row `against` answers
+    against: str = "LOCE"
+    paper: tuple[float, ...] = (UNKNOWN,) * len(COLUMNS)  # as COLUMNS; -1: not published
+    source: str = ""  # of the published numbers, and what was trained for them
+
+
+ROW_CONFLICTS: tuple[Conflict, ...] = (
+    (("paper",), lambda row: len(row.paper) != len(COLUMNS), f"must be {len(COLUMNS)} numbers: {', '.join(COLUMNS)}"),
+)
+
+
+@dataclass(frozen=True)
+class Recipes:
+    """What configs/tables.yaml says of a data set."""
+
+    stages: list[str]
+    named: dict[str, str]
+    methods: str
+    note: str
+    glyphs: tuple[str, ...] = ()
+    only: tuple[str, ...] = ()
+
+    def file(self, recipe: str) -> str:
+        """The path, below configs/, of a row's recipe."""
+        return self.named.get(recipe, f"{self.methods}/{recipe}.yaml")
+
+
+@dataclass(frozen=True)
+class Run:
+    """One training; `words` begin with the recipe, config is what they mean."""
+
+    words: list[str]
+    config: Config
+
+    @property
+    def folder(self) -> Path:
+        """The run folder."""
+        return Path(self.config.output)
+
+    @property
+    def trained(self) -> bool:
+        """Whether it is trained to its end, here, and evaluated."""
+        return (self.folder / "eval/metrics.json").exists()
+
+
+@dataclass(frozen=True)
+class RowRun(Run):
+    """The run of a row with one seed, the folder of its evaluation and the file of its record (table_records.py)."""
+
+    processes: int
+    evaluation: Path
+    record: Path
+
+    @property
+    def done(self) -> bool:
+        """Whether it is trained and evaluated, here or wherever its record comes from."""
+        return self.record.exists()
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """What decides its numbers, besides the code: the options that are not their defaults."""
+        config = replace(self.config, output="", train=replace(self.config.train, init=""))
+        defaults = dotted(to_dict(Config()))
+        given = {key: value for key, value in dotted(to_dict(config)).items() if key not in MAY_CHANGE}
+        changed = {key: value for key, value in given.items() if value != defaults[key]}
+        return {**changed, "evaluation": self.evaluation.name, "init": Path(self.config.train.init).name}
+
+    @property
+    def facts(self) -> dict[str, Any]:
+        """The record of a run that is done. UserError where it is one of other options."""
+        found: dict[str, Any] = json.loads(self.record.read_text(encoding="utf-8"))
+        there, here = found["options"], self.options
+        decisive = [key for key in {**there, **here} if key not in MAY_CHANGE]
+        if differing := [key for key in decisive if there.get(key) != here.get(key)]:
+            raise UserError(f"{self.record}: is of a run with another {', '.join(differing)}; delete it")
+        return found
+
+
+@dataclass(frozen=True)
+class Row:
+    """A row, ready to be trained: one run for each seed."""
+
+    text: RowText
+    runs: list[RowRun]
+
+    @property
+    def done(self) -> list[RowRun]:
+        """The runs that are finished."""
+        return [run for run in self.runs if run.done]
+
+
+def read_rows(options: RunOptions, table: int) -> tuple[str, Recipes, list[Row]]:
+    """The title of a table, where recipes are, and the rows. UserError with what is wrong in any of them."""
+    file = find_config("tables.yaml")
+    content = load_yaml(file.read_text(encoding="utf-8"), str(file))
+    name = f"table{table}"
+    if name not in content:
+        raise UserError(f"table = {table}: {file} has {', '.join(n for n in content if n != 'recipes')}")
+    if options.data not in content[name].get("data", [options.data]):
+        raise UserError(f"data = {options.data}: table {table} is of {' or '.join(content[name]['data'])}")
+    recipes = Recipes(**content["recipes"][options.data])
+    rows: list[Row] = []
+    problems = []
+    for position, values in enumerate(content[name]["rows"], start=1):
+        source = f"{file}, {name}, row {position}"
+        try:
+            text = build(RowText, flatten(RowText, values, source), ROW_CONFLICTS)
+            if table == PEERS and recipes.only and text.name not in recipes.only:
+                continue
+            starts = next((row.runs for row in rows if row.text.name == text.start), [])
+            if text.start and not starts:
+                raise UserError(f"start = {text.start}: no row above has this name")
+            runs = [make_run(options, recipes, text, s, starts[s] if starts else None) for s in range(options.seeds)]
+            rows.append(Row(text, runs))
+        except UserError as error:
+            problems.append(f"{source}: {error}")
+    raise_problems(problems)
+    return content[name]["title"], recipes, rows
+
+
+def make_run(options: RunOptions, recipes: Recipes, text: RowText, seed: int, start: Run | None = None) -> RowRun:
+    """The run of a row: in the recipe's own folder where nothing is changed, else below `options.runs`."""
+    recipe = recipes.file(text.recipe)
+    words = [recipe, *text.words, *options.words]
+    if any(word.startswith("output=") for word in words):
+        raise UserError("output: every row has its own run folder; runs=... chooses where")
+    plain = load_config([recipe])
+    if seed:
+        words += [f"seed={seed}"]
+        stages = {load_config([stage]).output: stage for stage in recipes.stages}
+        if plain.train.init in stages and not start:
+            words.append(f"train.init={stage_run(options, stages[plain.train.init], seed).config.output}")
+    words += [f"train.init={start.folder}"] if start else []
+    config = load_config(words)
+    processes = text.processes or options.gpus
+    images_per_rank(config.train, max(processes, 1))
+    changes = [*text.words, *([f"processes={processes}"] if text.processes else [])]
+    changes += [f"init={start.folder.name}"] if start else []
+    folder = plain.output
+    if text.processes or replace(config, output=folder) != plain:
+        folder = str(inside(seed_folder(options, seed), "+".join([Path(recipe).stem, *changes])))
+        words.append(f"output={folder}")
+    evaluation = inside(folder, "+".join(["eval", *text.post_hoc]))
+    record = "+".join([Path(recipe).stem, *changes, *text.post_hoc]) + ".json"
+    record_file = inside(Path(options.records, options.data, f"seed{seed}"), record)
+    return RowRun(words, replace(config, output=folder), processes, evaluation, record_file)
+
+
+def seed_folder(options: RunOptions, seed: int) -> Path:
+    """Where the runs of a seed go."""
+    return Path(options.runs, options.data, *([f"seed{seed}"] if seed else []))
+
+
+def stage_run(options: RunOptions, stage: str, seed: int) -> Run:
+    """A stage that rows start from: seed 0 in the recipe's own folder, as `make demo` and users train it."""
+    words = [stage, *options.words]
+    if seed:
+        words += [f"seed={seed}", f"output={seed_folder(options, seed) / Path(stage).stem}"]
+    return Run(words, load_config(words))

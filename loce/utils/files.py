@@ -1,0 +1,94 @@
+"""Writing files so that a kill at any moment leaves the old file or the new one, never half of one."""
+
+import hashlib
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from loce.utils.errors import UserError
+
+
+def inside(folder: Path | str, name: str) -> Path:
+    """The path of `name`, which may have several parts, in `folder`. UserError where it would lead out of it."""
+    path = Path(name)
+    if path.is_absolute() or ".." in path.parts or path.name in ("", "."):
+        raise UserError(f"{name!r} is no name for a folder in {folder}: it leads out of it")
+    return Path(folder, name)
+
+
+@contextmanager
+def atomic_write(path: Path | str) -> Iterator[Path]:
+    """Gives a temporary path in the folder of `path` (created if missing); at the end it is synced and renamed.
+
+    The temporary name keeps the suffix of `path`, since some writers choose the format by it. When the block raises,
+    `path` stays as it was and the temporary file is removed.
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.stem}.tmp{os.getpid()}{path.suffix}")
+    try:
+        yield temporary
+        sync(temporary)
+        os.replace(temporary, path)
+        sync(path.parent)  # the rename itself
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+class PatientFile:
+    """A file that lines are added to. What a full disk does not take is kept, and written before what comes next."""
+
+    def __init__(self, path: Path | str) -> None:
+        self.path = path
+        self.descriptor = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o666)
+        self.kept = b""
+
+    def write(self, text: str) -> str:
+        """Add `text`; what the disk said where it did not take all of it, else ""."""
+        self.kept += text.encode()
+        try:
+            while self.kept:
+                self.kept = self.kept[os.write(self.descriptor, self.kept) :]
+        except OSError as error:
+            return f"{self.path}: {error.strerror}"
+        return ""
+
+    def sync(self) -> str:
+        """Wait until all of it would survive a crash of the machine; as `write`."""
+        problem = self.write("")
+        try:
+            os.fsync(self.descriptor)
+        except OSError as error:
+            problem = problem or f"{self.path}: {error.strerror}"
+        return problem
+
+    def close(self) -> str:
+        """As `write`, for the last time: what is still kept then is lost."""
+        problem = self.write("")
+        os.close(self.descriptor)
+        return problem and f"{problem}; {len(self.kept)} bytes are lost"
+
+
+def write_text(path: Path | str, text: str) -> None:
+    """`text` as the whole file, UTF-8, by `atomic_write`."""
+    with atomic_write(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+
+
+def file_hash(path: Path | str) -> str:
+    """First 12 digits of the SHA-256 of a file."""
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()[:12]
+
+
+def sync(path: Path) -> None:
+    """Wait until a file, or the names in a folder, would survive a crash of the machine."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,261 @@
+"""Options from YAML and `key.sub=value` words into frozen dataclasses; every mistake is found and reported at once.
+
+What is allowed stands in a field's type: plain `bool`, `int`, `float` and `str`, `Literal["a", "b"]`, a number with
+limits (`Count`, `Share`, ... below), `tuple[X, ...]` of these, or another dataclass (a section).
+"""
+
+import dataclasses
+import difflib
+import inspect
+import math
+import re
+import sys
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import reduce
+from typing import Annotated, Any, Literal, NoReturn, TypeVar, get_args, get_origin, get_type_hints
+
+from loce.utils.errors import raise_problems
+from loce.utils.yaml_text import parse_value, show
+
+T = TypeVar("T")
+Conflict = tuple[tuple[str, ...], Callable[[Any], bool], str]  # dotted keys, "is it wrong?" of the whole, the reason
+Given = tuple[str, Any, str]  # dotted key, value, where it was written
+
+
+@dataclass(frozen=True)
+class Range:
+    """Numbers from `low` to `high`; `above`, `below`: the end itself is not allowed."""
+
+    low: float
+    high: float = math.inf
+    above: bool = False
+    below: bool = False
+
+    def __contains__(self, value: float) -> bool:
+        after = value > self.low if self.above else value >= self.low
+        return after and (value < self.high if self.below else value <= self.high)
+
+    def __str__(self) -> str:
+        low = f"{'>' if self.above else '>='} {self.low}"
+        return low if self.high == math.inf else f"{low} and {'<' if self.below else '<='} {self.high}"
+
+
+Count = Annotated[int, Range(1)]
+Natural = Annotated[int, Range(0)]
+Positive = Annotated[float, Range(0, above=True)]
+NotNegative = Annotated[float, Range(0)]
+Fraction = Annotated[float, Range(0, 1)]
+Share = Annotated[float, Range(0, 1, above=True)]
+Decay = Annotated[float, Range(0, 1, below=True)]
+
+
+def to_dict(options: Any) -> dict[str, Any]:
+    """Plain nested dict of a dataclass instance: numbers, text, lists and dicts only."""
+    return {field.name: _plain(getattr(options, field.name)) for field in dataclasses.fields(options)}
+
+
+def _plain(value: Any) -> Any:
+    if dataclasses.is_dataclass(value):
+        return to_dict(value)
+    return list(value) if isinstance(value, tuple) else value
+
+
+def schema(cls: type, prefix: str = "") -> dict[str, Any]:
+    """Dotted key -> type, in order, of everything `cls` holds; a section stands before its own keys."""
+    types: dict[str, Any] = {}
+    for name, hint in get_type_hints(cls, include_extras=True).items():
+        types[prefix + name] = hint
+        if _is_section(hint):
+            types |= schema(hint, f"{prefix}{name}.")
+    return types
+
+
+def flatten(cls: type, values: Mapping[Any, Any], source: str) -> list[Given]:
+    """The dotted keys of a nested mapping; an empty section (all its lines commented out, say) gives none."""
+    types = schema(cls)
+
+    def walk(mapping: Mapping[Any, Any], prefix: str) -> Iterator[Given]:
+        for name, value in mapping.items():
+            key = f"{prefix}{name}"
+            if not _is_section(types.get(key)):
+                yield key, value, source
+            elif isinstance(value, Mapping):
+                yield from walk(value, f"{key}.")
+            elif value is not None:
+                yield key, value, source
+
+    return list(walk(values, ""))
+
+
+def split_words(cls: type, words: Iterable[str]) -> tuple[list[Given], list[str]]:
+    """What `key=value` words say, and what is wrong with words of another form."""
+    types, given, problems = schema(cls), [], []
+    for word in words:
+        key, equals, text = word.partition("=")
+        if equals and not key.startswith("-"):
+            given.append((key, _parse_text(types.get(key), text), "command line"))
+        else:
+            problems.append(
+                f"command line: {word}: must be key=value, without dashes{_suggest(key.lstrip('-'), types)}"
+            )
+    return given, problems
+
+
+def build(cls: type[T], given: Sequence[Given], conflicts: Sequence[Conflict] = (), problems: Sequence[str] = ()) -> T:
+    """An instance of `cls` from what was given, the rest by default; UserError with everything that is wrong.
+
+    A key may be given once per source; a later source wins. `problems`: found before; they are reported too.
+    """
+    types, found = schema(cls), list(problems)
+    values: dict[str, Any] = {}
+    sources: dict[str, str] = {}
+    wrong: set[str] = set()
+    for key, value, source in given:
+        if sources.get(key) == source:
+            found.append(f"{source}: {key} = {show(value)}: given twice")
+        sources[key] = source
+        wrong.discard(key)
+        try:
+            values[key] = _convert(types[key], value)
+        except (KeyError, ValueError, OverflowError):
+            wrong.add(key)
+            found.append(f"{source}: {key} = {show(value)}: {_complaint(key, types)}")
+    missing = [key for key in _required(cls) if key not in sources]
+    found += [f"command line: {key} is missing: {_allowed(types[key])}" for key in missing]
+    if not missing and wrong.isdisjoint(_required(cls)):
+        options = _assemble(cls, {key: value for key, value in values.items() if key not in wrong})
+        for keys, is_wrong, reason in conflicts:
+            if wrong.isdisjoint(keys) and is_wrong(options):
+                found.append(_describe_conflict(options, keys, reason, sources))
+    raise_problems(found)
+    return options
+
+
+def read_options(cls: type[T], argv: Sequence[str], conflicts: Sequence[Conflict] = ()) -> T:
+    """An instance of the dataclass `cls` from `key=value` words (`-h`: prints the keys and exits with 0)."""
+    if "-h" in argv or "--help" in argv:
+        print_help(help_text(cls))
+    given, problems = split_words(cls, argv)
+    return build(cls, given, conflicts, problems)
+
+
+def print_help(*parts: str) -> NoReturn:
+    """Print what the running script's docstring says, command line included, then `parts`; exit with 0."""
+    print("\n\n".join([(sys.modules["__main__"].__doc__ or "").strip(), *parts]))
+    sys.exit(0)
+
+
+def help_text(cls: type, prefix: str = "") -> str:
+    """Every key with what is allowed, its default and its meaning (the comment beside the field)."""
+    comments = dict(re.findall(r"^    (\w+): .*?  # (.+)$", inspect.getsource(cls), re.MULTILINE))
+    hints = get_type_hints(cls, include_extras=True)
+    lines = [(cls.__doc__ or "").partition("\n")[0]]
+    for field in dataclasses.fields(cls):
+        hint = hints[field.name]
+        if _is_section(hint):
+            lines.append("\n" + help_text(hint, f"{prefix}{field.name}."))
+            continue
+        default = "(required)" if field.default is dataclasses.MISSING else show(_plain(field.default))
+        meaning = f"; {comments[field.name]}" if field.name in comments else ""
+        lines.append(f"  {prefix + field.name + ' = ' + default:<40} {_allowed(hint)}{meaning}")
+    return "\n".join(lines)
+
+
+def _is_section(hint: Any) -> bool:
+    return isinstance(hint, type) and dataclasses.is_dataclass(hint)
+
+
+def _split(hint: Any) -> tuple[Any, tuple[Range, ...]]:
+    """A type without its limits, and its limits."""
+    return (get_args(hint)[0], hint.__metadata__) if get_origin(hint) is Annotated else (hint, ())
+
+
+def _convert(hint: Any, value: Any) -> Any:
+    """`value` as `hint` wants it; ValueError where it does not fit (a whole number fits a float, 1 is no bool)."""
+    base, limits = _split(hint)
+    if get_origin(base) is tuple and isinstance(value, (list, tuple)):
+        return tuple(_convert(get_args(base)[0], item) for item in value)
+    if get_origin(base) is Literal:
+        fits = any(type(value) is type(choice) and value == choice for choice in get_args(base))
+    else:
+        value = float(value) if base is float and type(value) is int else value
+        fits = type(value) is base and not (base is float and not math.isfinite(value))
+    if not fits or any(value not in limit for limit in limits):
+        raise ValueError(value)
+    return value
+
+
+def _parse_text(hint: Any, text: str) -> Any:
+    """The value that the text after `key=` means for a field of type `hint`."""
+    base, _ = _split(hint)
+    wants_text = base is str or get_origin(base) is Literal
+    if wants_text and not text.startswith(("'", '"')):
+        return text
+    return parse_value(text)
+
+
+def _allowed(hint: Any, many: bool = False) -> str:
+    base, limits = _split(hint)
+    if get_origin(base) is tuple:
+        return f"a list of {_allowed(get_args(base)[0], many=True)}, such as [1, 2]"
+    if get_origin(base) is Literal:
+        return " | ".join(show(choice) for choice in get_args(base))
+    one, several = {
+        bool: ("true or false", "true or false"),
+        int: ("a whole number", "whole numbers"),
+        float: ("a number", "numbers"),
+        str: ("text", "texts"),
+    }[base]
+    return " ".join([several if many else one, *map(str, limits)])
+
+
+def _complaint(key: str, types: Mapping[str, Any]) -> str:
+    """Why the value of `key` was refused."""
+    if key not in types:
+        return f"unknown key{_suggest(key, types) or '; --help lists all keys'}"
+    if _is_section(types[key]):
+        inside = [name for name in types if name.startswith(f"{key}.") and name.count(".") == key.count(".") + 1]
+        return f"is a section; its keys are {', '.join(inside)}"
+    return f"must be {_allowed(types[key])}"
+
+
+def _suggest(key: str, types: Mapping[str, Any]) -> str:
+    """The known keys nearest to `key`: those of the same last part, else the most similar spelling."""
+    name = key.rpartition(".")[2]
+    near = [known for known in types if known.rpartition(".")[2] == name and known != key]
+    near = near or difflib.get_close_matches(key, types, n=1)
+    if not near:
+        last_parts = [known.rpartition(".")[2] for known in types]
+        close = difflib.get_close_matches(name, last_parts, n=1, cutoff=0.75)
+        near = [known for known in types if known.rpartition(".")[2] in close]
+    return f"; did you mean {' or '.join(near)}?" if near else ""
+
+
+def _required(cls: type) -> list[str]:
+    missing = dataclasses.MISSING
+    fields = dataclasses.fields(cls)
+    return [field.name for field in fields if field.default is missing and field.default_factory is missing]
+
+
+def _assemble(cls: type[T], values: Mapping[str, Any], prefix: str = "") -> T:
+    arguments = {}
+    for name, hint in get_type_hints(cls).items():
+        key = prefix + name
+        if _is_section(hint):
+            arguments[name] = _assemble(hint, values, f"{key}.")
+        elif key in values:
+            arguments[name] = values[key]
+    return cls(**arguments)
+
+
+def _describe_conflict(options: Any, keys: Sequence[str], reason: str, sources: Mapping[str, str]) -> str:
+    """`file: key = value, other = value (default): reason`; a value from elsewhere than the first says from where."""
+    given = [sources[key] for key in keys if key in sources]
+    place = given[0] if given else "default"
+    parts = []
+    for key in keys:
+        source = sources.get(key, "default")
+        value = show(_plain(reduce(getattr, key.split("."), options)))
+        parts.append(f"{key} = {value}" + (f" ({source})" if source != place else ""))
+    return f"{place}: {', '.join(parts)}: {reason}"

@@ -1,0 +1,137 @@
+"""Sheets of pictures: the samples are those of training, colours tell the groups, and making them changes nothing."""
+
+import dataclasses
+import json
+from pathlib import Path
+
+import cv2
+import numpy as np
+import pytest
+import torch
+from pycocotools import mask as coco_mask
+
+from loce.config import load_config
+from loce.data.annotations.lvis import LVISAnnotations
+from loce.data.dataset import TrainDataset
+from loce.data.loader import train_batches, training_plan
+from loce.engine import pictures as contact_sheet
+from loce.engine.pictures import (
+    CAPTION,
+    CELL,
+    GAP,
+    RULE,
+    TITLE,
+    comparison_sheet,
+    examples,
+    first_samples,
+    sheet,
+    write_jpeg,
+)
+from loce.evaluation.stream import DetectionWriter
+from loce.models import build
+from loce.utils.classes import GROUP_RGB
+
+
+def test_the_first_samples_are_those_of_training(config: Path) -> None:
+    options = load_config([str(config), "train.batch_size=2"])
+    dataset = build.train_dataset(options, build.train_annotations(options))
+    plan = training_plan(dataset, options.sampler, options.data, 2, options.seed)
+    shown: list[tuple[int, float]] = []
+
+    class Watched(TrainDataset):
+        def __getitem__(self, key: tuple[int, ...]) -> dict:
+            sample = super().__getitem__(key)
+            shown.append((sample["image_id"], float(sample["image"].double().mean())))
+            return sample
+
+    watched = Watched(dataset.annotations, dataset.folder, options.data, options.seed)
+    torch.manual_seed(0)
+    before = torch.get_rng_state()
+    picture = first_samples(watched, plan)
+    assert torch.equal(torch.get_rng_state(), before)
+    batches = train_batches(dataset, plan, epochs=1)
+    trained = [(s["image_id"], float(s["image"].double().mean())) for batch in batches for s in batch]
+    assert shown == trained[:16] and len(shown) == 12  # all there are
+    rows = 3
+    assert picture.shape == (TITLE + rows * (CELL + GAP + CAPTION), 4 * (CELL + GAP) + GAP, 3)
+    group = str(dataset.annotations.stats.groups[0])
+    assert (np.abs(picture[TITLE:].astype(int) - GROUP_RGB[group]).max(axis=2) == 0).sum() > 1000
+
+
+def test_examples_show_each_group(config: Path) -> None:
+    options = load_config([str(config)])
+    dataset = build.train_dataset(options, build.train_annotations(options))
+    annotations = dataset.annotations
+    groups = np.array(["r", "c", "f", "f", "f", "f"])
+    stats = dataclasses.replace(annotations.stats, groups=groups)
+    chosen = examples(dataset, stats, 6)
+    assert len(set(chosen)) == 6 and chosen == examples(dataset, stats, 6)
+    for place, image in enumerate(chosen[:3]):
+        assert groups[place] in groups[annotations.labels[annotations.rows(image)]]
+    assert len(examples(dataset, stats, 1000)) == len(annotations.train_images)
+
+
+def test_a_sheet_of_few_pictures() -> None:
+    page = sheet([np.full((30, 60, 3), 7, np.uint8)], ["é"], "title")
+    tile = page[TITLE : TITLE + CELL // 2, GAP : GAP + CELL]
+    assert (tile == 7).all() and (page[TITLE + CELL // 2 + CAPTION :] == 255).all()
+
+
+def test_a_row_of_a_sheet_is_as_high_as_its_highest_picture() -> None:
+    flat, high = np.full((30, 60, 3), 7, np.uint8), np.full((60, 30, 3), 9, np.uint8)
+    page = sheet([flat, flat, flat, high], [""] * 4, "title", columns=2)
+    second = TITLE + CELL // 2 + CAPTION + GAP
+    assert (page[second : second + CELL // 2, GAP : GAP + CELL] == 7).all()
+    assert (page[second : second + CELL, 2 * GAP + CELL : 2 * GAP + CELL + CELL // 2] == 9).all()
+    assert len(page) == second + CELL + CAPTION + GAP
+
+
+@pytest.fixture
+def validation(tmp_path):
+    """Two images with one object each, the rare class in the second; detections of a run."""
+    side, categories = 40, [{"id": 7, "name": "often", "frequency": "f"}, {"id": 3, "name": "seldom", "frequency": "r"}]
+    images, objects = [], []
+    for number, category in ((1, 7), (2, 3)):
+        cv2.imwrite(str(tmp_path / f"{number}.png"), np.full((side, side, 3), 90, np.uint8))
+        images.append({"id": number, "height": side, "width": side, "file_name": f"{number}.png"})
+        box = [5.0, 6.0, 20.0, 10.0]
+        corners = [5.0, 6.0, 25.0, 6.0, 25.0, 16.0, 5.0, 16.0]
+        known = {"id": number, "image_id": number, "category_id": category, "bbox": box, "area": 200.0}
+        objects.append({**known, "iscrowd": 0, "segmentation": [corners]})
+    file = tmp_path / "val.json"
+    file.write_text(json.dumps({"images": images, "annotations": objects, "categories": categories}))
+    mask = np.zeros((side, side), np.uint8, order="F")
+    mask[6:16, 5:25] = 1
+    code = coco_mask.encode(mask)["counts"]
+    boxes = [[5.0, 6, 25, 16], [5, 6, 25, 15], [30, 30, 38, 38], [30, 5, 38, 12]]
+    with DetectionWriter(tmp_path / "detections") as writer:
+        writer.add(1, boxes, [0.4, 0.9, 0.3, 0.09], [7, 3, 7, 7], [code] * 4, (side, side))
+        writer.add(2, [], [], [], [], (side, side))
+    return LVISAnnotations.open(file), tmp_path
+
+
+def test_comparisons_show_the_rare_class_first_and_one_label_for_each_place(
+    validation, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of two classes at one place the better one, although they are two classes; nothing below the score."""
+    written: list[list[str]] = []
+    draw = contact_sheet.draw_objects
+
+    def noted(image, boxes, masks, texts, groups):
+        written.append(list(texts))
+        return draw(image, boxes, masks, texts, groups)
+
+    monkeypatch.setattr(contact_sheet, "draw_objects", noted)
+    annotations, folder = validation
+    picture = comparison_sheet(annotations, str(folder), {"run": folder / "detections"}, count=6)
+    assert written == [["seldom"], [], ["often"], ["seldom 0.90", "often 0.30"]]
+    assert picture.shape == (TITLE + 2 * (CELL + GAP + CAPTION), 2 * (CELL + GAP) + GAP, 3)
+    assert "one label for each place" in RULE and "at least 0.1" in RULE
+
+
+def test_a_picture_is_written_as_a_whole(tmp_path: Path) -> None:
+    picture = np.full((40, 60, 3), (200, 90, 10), np.uint8)
+    write_jpeg(tmp_path / "new/picture.jpg", picture)
+    found = cv2.imread(str(tmp_path / "new/picture.jpg"))[:, :, ::-1].astype(int)
+    assert found.shape == picture.shape and np.abs(found - picture).max() < 6
+    assert [path.name for path in (tmp_path / "new").iterdir()] == ["picture.jpg"]

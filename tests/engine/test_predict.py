@@ -1,0 +1,141 @@
+"""scripts/predict.py as its user starts it: files and folders in, pictures and JSON out; and what is drawn."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import cv2
+import numpy as np
+import pytest
+import torch
+from pycocotools import mask as coco_mask
+
+from loce.checkpoint import load as checkpoint
+from loce.config import load_config, to_dict
+from loce.engine.drawing import draw_objects, worth_drawing
+from loce.models import build
+from loce.utils.classes import GROUP_RGB
+from tests.conftest import stats_of
+from tests.engine.test_training import CONFIG
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A checkpoint of random weights, and images of several kinds in a folder."""
+    path = tmp_path_factory.mktemp("predict")
+    (path / "tiny.yaml").write_text(CONFIG.format(path))
+    config = load_config([str(path / "tiny.yaml"), f"output={path / 'run'}"])
+    torch.manual_seed(0)
+    model = build.build_model(config, stats_of(6))
+    classes = checkpoint.stats_to_dict(stats_of(6))
+    content = {"format": checkpoint.FORMAT, "config": to_dict(config), "classes": classes, "model": model.state_dict()}
+    (path / "run").mkdir()
+    torch.save(content, path / "run/main.pt")
+    noise = np.random.default_rng(0).integers(0, 256, (50, 70, 3), dtype=np.uint8)
+    (path / "images/deep").mkdir(parents=True)
+    cv2.imwrite(str(path / "images/colour.jpg"), noise)
+    cv2.imwrite(str(path / "images/grey.PNG"), noise[:, :, 0])
+    cv2.imwrite(str(path / "images/deep/sixteen.png"), noise.astype(np.uint16) * 256)
+    cv2.imwrite(str(path / "images/deep/alpha.png"), np.dstack([noise, noise[:, :, :1]]))
+    (path / "images/notes.txt").write_text("no image")
+    return path
+
+
+def predict(folder: Path, *words: str, code: int = 0) -> str:
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, str(ROOT / "scripts/predict.py"), *words]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=folder, env=environment)
+    assert done.returncode == code and "Traceback" not in done.stderr, done.stdout + done.stderr
+    return done.stdout + done.stderr
+
+
+def test_a_folder_of_images(folder: Path) -> None:
+    text = predict(folder, "run", "images", "output=out", "threshold=0.0", "most=3")
+    assert "wrote 4 pictures" in text
+    pictures = {str(p.relative_to(folder / "out")) for p in (folder / "out").rglob("*.png")}
+    assert pictures == {"colour.jpg.png", "grey.PNG.png", "deep/sixteen.png.png", "deep/alpha.png.png"}
+    for name in pictures:
+        assert cv2.imread(str(folder / "out" / name)).shape == (9 * 50, 9 * 70, 3)  # enlarged, to be readable
+    records = json.loads((folder / "out/predictions.json").read_text())
+    assert {record["file"] for record in records} == {f"images/{name.removesuffix('.png')}" for name in pictures}
+    for file in {record["file"] for record in records}:
+        mine = [record for record in records if record["file"] == file]
+        assert [r["score"] for r in mine] == sorted((r["score"] for r in mine), reverse=True)
+        assert 1 <= sum(record["drawn"] for record in mine) <= 3 < len(mine)
+        assert {record["name"] for record in mine} <= set(stats_of(6).names)
+        assert coco_mask.decode(mine[0]["segmentation"]).shape == (50, 70)
+
+
+def test_the_makefile_takes_paths_with_spaces(folder: Path) -> None:
+    (folder / "my photos").mkdir()
+    (folder / "my photos/a.jpg").write_bytes((folder / "images/colour.jpg").read_bytes())
+    words = [f"CKPT={folder / 'run'}", f"IMAGES={folder / 'my photos'}", f"OUT={folder / 'made'}"]
+    line = ["make", "-C", str(ROOT), "-o", "setup", f"PY={sys.executable}", "predict", *words]
+    done = subprocess.run(line, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert (folder / "made/a.jpg.png").is_file() and (folder / "made/predictions.json").is_file()
+
+
+def test_the_same_as_the_model_in_python(folder: Path) -> None:
+    predict(folder, "run", "images/colour.jpg", "output=one")
+    records = json.loads((folder / "one/predictions.json").read_text())
+    image = cv2.cvtColor(cv2.imread(str(folder / "images/colour.jpg")), cv2.COLOR_BGR2RGB)
+    found = checkpoint.load_model(folder / "run")([torch.from_numpy(image).permute(2, 0, 1)])[0]
+    np.testing.assert_allclose([record["score"] for record in records], found["scores"].numpy(), atol=1e-6)
+    for record, mask in zip(records, found["masks"].numpy(), strict=True):
+        np.testing.assert_array_equal(coco_mask.decode(record["segmentation"]), mask)
+
+
+def test_nothing_above_the_threshold_says_what_would_draw_more(folder: Path) -> None:
+    assert "draws more" in predict(folder, "run", "images/colour.jpg", "output=none", "threshold=1")
+
+
+def test_a_bad_image_stops_none_of_the_others(folder: Path) -> None:
+    (folder / "broken.jpg").write_bytes(b"\xff\xd8 no picture")
+    text = predict(folder, "run", "broken.jpg", "images/colour.jpg", "output=some", code=2)
+    assert "wrote 1 pictures" in text and "1 of 2 images could not be read" in text and "broken.jpg" in text
+    assert len(list((folder / "some").rglob("*.png"))) == 1
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (("run",), "usage: predict.py CHECKPOINT IMAGE_OR_FOLDER"),
+        (("run", "nowhere.jpg", "elsewhere"), "elsewhere: there is no such file or folder"),
+        (("run", "run"), "run: no image in this folder"),
+        (("images", "images"), "images: no finished checkpoint there"),
+        (("run", "images", "treshold=0.1"), "did you mean threshold?"),
+    ],
+)
+def test_mistakes(folder: Path, words: tuple[str, ...], message: str) -> None:
+    assert message in predict(folder, *words, code=2)
+
+
+def test_worth_drawing_keeps_the_best_of_each_place() -> None:
+    boxes = np.array([[0, 0, 10, 10], [0, 0, 10, 9], [20, 20, 30, 30], [40, 40, 50, 50]], np.float32)
+    scores = np.array([0.5, 0.9, 0.4, 0.1], np.float32)
+    assert worth_drawing(boxes, scores, 0.3, 5, 0.7).tolist() == [1, 2]
+    assert worth_drawing(boxes, scores, 0.3, 1, 0.7).tolist() == [1]
+    assert worth_drawing(boxes, scores, 0.0, 5, 1.0).tolist() == [1, 0, 2, 3]
+
+
+def test_masks_are_tinted_and_the_image_is_left_alone() -> None:
+    image = np.full((600, 600, 3), 200, np.uint8)
+    mask = np.zeros((600, 600), np.uint8, order="F")
+    mask[30:50, 30:50] = 1
+    boxes = np.array([[30, 30, 50, 50]], np.float32)
+    drawn = draw_objects(image, boxes, [coco_mask.encode(mask)], ["a 0.50"], ["r"])
+    assert (image == 200).all() and drawn.shape == image.shape
+    expected = (0.55 * 200 + 0.45 * np.array(GROUP_RGB["r"])).astype(np.uint8)
+    np.testing.assert_array_equal(drawn[40, 40], expected)
+    assert (drawn[55, 10] == 200).all()
+
+
+def test_letters_stay_inside_a_small_image() -> None:
+    image = np.zeros((24, 24, 3), np.uint8)
+    drawn = draw_objects(image, np.array([[20, 0, 24, 4]], np.float32), [], ["a very long name ✓"], ["c"])
+    assert drawn.shape == (480, 480, 3) and drawn.any()
