@@ -169,7 +169,7 @@ def inference(setting: Setting) -> list[Row]:
     scene = make_scenes(1, setting.image)[0]
     ours = Ours("stage1.yaml", setting.device)
     theirs = Theirs(ours, setting.image)
-    _spread(ours.model.roi_heads.head.fc_cls, background=CLASSES)  # type: ignore[arg-type]
+    _spread(ours.model.roi_heads.classifier.fc_cls, background=CLASSES)  # type: ignore[arg-type]
     _spread(theirs.model.roi_heads.box_predictor.cls_score, background=0)
     ours.model.eval()
     theirs.model.eval()

@@ -21,7 +21,7 @@ from loce.models.boxes import ROI_STDS, RPN_STDS, decode, encode
 from loce.models.mask_head import mask_targets
 from loce.models.mask_rcnn import build_roi_heads
 from loce.models.memory_sampling import MemorySampling
-from loce.models.roi_heads import Truth, pyramid_level
+from loce.models.roi_heads import Targets, pyramid_level
 from loce.models.rpn import RPN
 from loce.utils.classes import IGNORED
 
@@ -173,7 +173,7 @@ def truths(device):
         masks = CroppedMasks.pack([square] * len(boxes), SIZE).to(device)
         rows = torch.arange(len(boxes), device=device)  # also as labels
         crowd = torch.tensor([[0.0, 0.0, 30.0, 30.0]], device=device)
-        made.append(Truth(torch.tensor(boxes, device=device).reshape(-1, 4), rows, masks, rows, ignored=crowd))
+        made.append(Targets(torch.tensor(boxes, device=device).reshape(-1, 4), rows, masks, rows, ignored=crowd))
     return made
 
 

@@ -91,7 +91,17 @@ WAITS = re.compile(
     r"|\b(as_|new_)?tensor\(|from_numpy\("  # copies from the host
 )
 STEP = {
-    *("losses", "losses_of", "forward", "observe", "proposals", "anchors", "level_anchors", "level_validity", "match"),
+    *(
+        "losses",
+        "losses_of",
+        "forward",
+        "forward_rows",
+        "proposals",
+        "anchors",
+        "level_anchors",
+        "level_validity",
+        "match",
+    ),
     *("encode", "decode", "clip", "finite", "constants", "box_iou", "choose_random", "sample", "select", "pool"),
     *("pyramid_level", "sheets", "mask_targets", "mask_loss", "boxes", "exchange", "dense_boxes", "valid", "enqueue"),
     *("update", "instance_scores", "sampling_probability", "equilibrium_loss", "scores", "features"),

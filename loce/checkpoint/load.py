@@ -20,7 +20,8 @@ from loce.utils.classes import ClassStats
 FORMAT = 2
 READABLE = (1, FORMAT)  # for their weights; what format 1 kept of a run is too little to go on from
 MEMORY_PREFIX = "roi_heads.memory."
-HEAD_PREFIX = "roi_heads.head."
+HEAD_PREFIX = "roi_heads.classifier."
+OLD_HEAD_PREFIX = "roi_heads.head."  # of files before the classifier had its name; hashes of weights keep it
 METHOD_STATE = (MEMORY_PREFIX, "roi_heads.tracker.")  # belongs to the stage that made it
 
 
@@ -80,6 +81,7 @@ def read(path: Path) -> dict[str, Any]:
         )
     if content["format"] not in READABLE:
         raise UserError(f"checkpoint {path}: format {content['format']}, this loce reads up to format {FORMAT}")
+    content["model"] = {name.replace(OLD_HEAD_PREFIX, HEAD_PREFIX): w for name, w in content["model"].items()}
     return content
 
 
@@ -121,7 +123,7 @@ def load_weights(path: Path, model: MaskRCNN, stats: ClassStats, reset_head: boo
         )
     left_out = (*METHOD_STATE, HEAD_PREFIX) if reset_head else METHOD_STATE
     source = {k: v for k, v in main["model"].items() if not k.startswith(left_out)}
-    source = model.roi_heads.head.adopt(source)
+    source = model.roi_heads.classifier.adopt(source)
     target = model.state_dict()
     wrong = [k for k, v in source.items() if k in target and target[k].shape != v.shape]
     if wrong:

@@ -74,7 +74,7 @@ def save(
     weights = {k: v for k, v in model.state_dict().items() if not k.startswith(checkpoint.MEMORY_PREFIX)}
     memory = {} if model.roi_heads.memory is None else pack(model.roi_heads.memory.bank)
     shared = config.memory.shared
-    head = model.roi_heads.head
+    head = model.roi_heads.classifier
     own = {
         "rng": rng_state(next(model.parameters()).device),
         "memory": {} if shared else memory,
@@ -200,11 +200,11 @@ def restore(folder: Path, config: Config, model: MaskRCNN, device: torch.device)
     lines = []
     if before == now:
         set_rng_state(own[0]["rng"], device)
-        model.roi_heads.head.load_state_dict(own[0]["head"], strict=False)
+        model.roi_heads.classifier.load_state_dict(own[0]["head"], strict=False)
     else:
         torch.manual_seed(_fresh_seed(config.seed, main["iteration"], distributed.rank()))
         lines.append(f"{before} processes before, {now} now: the batches stay the same, random numbers begin anew")
-        lines += [f"head: the {name} of process 0 are on every process" for name in model.roi_heads.head.of_rank]
+        lines += [f"head: the {name} of process 0 are on every process" for name in model.roi_heads.classifier.of_rank]
     parts = main["config"]["train"]["accumulate"]
     if parts != config.train.accumulate:
         lines.append(f"train.accumulate: {parts} before, {config.train.accumulate} now: the batches stay the same")

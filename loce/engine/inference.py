@@ -183,6 +183,7 @@ def weights_hash(model: MaskRCNN) -> str:
     digest = hashlib.sha256()
     for name, tensor in model.state_dict().items():
         if not name.startswith(checkpoint.METHOD_STATE):
+            name = name.replace(checkpoint.HEAD_PREFIX, checkpoint.OLD_HEAD_PREFIX)
             digest.update(name.encode() + tensor.cpu().numpy().tobytes())
     return digest.hexdigest()[:12]
 

@@ -22,7 +22,7 @@ from loce.engine.ranks import session
 from loce.engine.trainer import Job, advance, fill, open_log, prepare, set_done
 from loce.models import build
 from loce.models.mask_rcnn import MaskRCNN
-from loce.models.roi_heads import Regions
+from loce.models.roi_heads import SampledRoIs
 from loce.utils import distributed
 from loce.utils.files import write_text
 from loce.utils.progress import say
@@ -83,7 +83,7 @@ class _Seen:
     def __init__(self, model: MaskRCNN) -> None:
         self.model = model
         self.samples: list[dict[str, Any]] = []
-        self.regions: list[Regions] = []
+        self.regions: list[SampledRoIs] = []
         self.drawn: list[tuple[Tensor, Tensor, Tensor]] = []
         self.losses: list[dict[str, float]] = []
 
@@ -98,7 +98,7 @@ class _Seen:
             self.losses.append({name: float(loss.detach()) for name, loss in found.items()})
             return found
 
-        def noted_select(*args: Any) -> Regions:
+        def noted_select(*args: Any) -> SampledRoIs:
             self.regions.append(select(*args))
             return self.regions[-1]
 

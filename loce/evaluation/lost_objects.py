@@ -46,7 +46,7 @@ LOW = 0.1  # IoU below which a detection has nothing to do with an object
 
 
 @dataclass(frozen=True, kw_only=True)
-class Fates:
+class Outcomes:
     """What became of every object: cause (G,) index into CAUSES or -1 for ignored objects; score (G,) of the detection
     that the cause is about, inf for none; other (G,) category index of the best other detection at IoU .5 where the
     cause is classified_as, removed_by_nms or cut_by_cap, or -1; unseen: causes that could not be told apart."""
@@ -77,7 +77,7 @@ def _by_image(evaluation: Evaluation, columns: Detections | Clues) -> _ByImage:
     return _ByImage(rows=rows, bounds=offsets_of(np.bincount(image, minlength=len(truth.image_ids))), category=category)
 
 
-def explain(evaluation: Evaluation, detections: Detections, clues: Clues | None = None) -> Fates:
+def explain(evaluation: Evaluation, detections: Detections, clues: Clues | None = None) -> Outcomes:
     """The fate of every object. detections: what was evaluated; clues: what else inference saw (None: not known).
 
     Clues are compared by their boxes, whatever the IoU type.
@@ -85,7 +85,7 @@ def explain(evaluation: Evaluation, detections: Detections, clues: Clues | None 
     truth, matches = evaluation.truth, evaluation.matches
     size = len(truth)
     unseen = ("no_detection",) if clues is not None else ("removed_by_nms", "score_too_low", "no_proposal")
-    fates = Fates(cause=np.full(size, -1), score=np.full(size, np.inf), other=np.full(size, -1), unseen=unseen)
+    fates = Outcomes(cause=np.full(size, -1), score=np.full(size, np.inf), other=np.full(size, -1), unseen=unseen)
     hit = matches.taken[:, 0] >= 0
     counted = ~matches.object_ignored[:, 0]
     found = matches.taken[hit, 0]
@@ -117,7 +117,7 @@ _KEPT = len(KINDS)  # a detection that was evaluated
 
 
 def _judge(
-    fates: Fates,
+    fates: Outcomes,
     wanted: np.ndarray,
     objects: np.ndarray,
     overlap: np.ndarray,
@@ -183,7 +183,7 @@ def average_precision(true: np.ndarray, false: np.ndarray, objects: int) -> floa
     return float(np.mean([envelope[place, t].mean() for t, place in enumerate(places)]))
 
 
-def given_back(evaluation: Evaluation, fates: Fates) -> dict[str, np.ndarray]:
+def given_back(evaluation: Evaluation, fates: Outcomes) -> dict[str, np.ndarray]:
     """(K,) AP that each cause but "found" would give back (see the file's head), nan without objects."""
     matches, truth = evaluation.matches, evaluation.truth
     back = {name: np.full(len(truth.category_ids), np.nan) for name in CAUSES if name != "found"}
@@ -236,7 +236,7 @@ def _with_added(
     return np.concatenate([true, true_there])[merged] + gain, np.concatenate([false, false_there])[merged]
 
 
-def confusions(evaluation: Evaluation, fates: Fates, category: int | np.integer, top: int = 3) -> str:
+def confusions(evaluation: Evaluation, fates: Outcomes, category: int | np.integer, top: int = 3) -> str:
     """What objects of a category (index) were taken for: "cup (5), bowl (2)"."""
     others = fates.other[(evaluation.truth.category == category) & (fates.other >= 0)].tolist()
     return ", ".join(f"{evaluation.truth.names[k]} ({n})" for k, n in Counter(others).most_common(top))

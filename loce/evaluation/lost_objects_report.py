@@ -11,7 +11,7 @@ import numpy as np
 
 from loce.evaluation.annotations import positions
 from loce.evaluation.detections import Detections
-from loce.evaluation.lost_objects import CAUSES, Fates, confusions, given_back
+from loce.evaluation.lost_objects import CAUSES, Outcomes, confusions, given_back
 from loce.evaluation.lvis_ap import Evaluation
 from loce.utils.classes import GROUP_NAMES, GROUP_RGB
 from loce.utils.files import atomic_write, write_text
@@ -22,7 +22,7 @@ GROUPS = {"all": "all"} | GROUP_NAMES
 
 
 def write_errors(
-    output: str | Path, evaluation: Evaluation, fates: Fates, detections: Detections, origin: str = ""
+    output: str | Path, evaluation: Evaluation, fates: Outcomes, detections: Detections, origin: str = ""
 ) -> list[str]:
     """errors.csv and errors.png (`origin` is written below it) in the folder `output`; returns lines for the screen."""
     back = given_back(evaluation, fates)
@@ -33,7 +33,7 @@ def write_errors(
     return lines(evaluation, fates, groups, detections)
 
 
-def _group(evaluation: Evaluation, fates: Fates, back: Mapping[str, np.ndarray], name: str) -> dict[str, Any]:
+def _group(evaluation: Evaluation, fates: Outcomes, back: Mapping[str, np.ndarray], name: str) -> dict[str, Any]:
     """Objects by cause, AP and what each cause would give back, for the categories of a group with objects."""
     matches, truth = evaluation.matches, evaluation.truth
     chosen = (matches.objects[0] > 0) & ((truth.frequency == name) | (name == "all"))
@@ -48,7 +48,7 @@ def _group(evaluation: Evaluation, fates: Fates, back: Mapping[str, np.ndarray],
 
 
 def _table(
-    evaluation: Evaluation, fates: Fates, back: Mapping[str, np.ndarray], groups: Mapping[str, dict[str, Any]]
+    evaluation: Evaluation, fates: Outcomes, back: Mapping[str, np.ndarray], groups: Mapping[str, dict[str, Any]]
 ) -> str:
     """CSV: a row a group, then a row a category with objects; empty where nothing is known."""
     columns = list(groups["all"])
@@ -82,7 +82,7 @@ def _cell(value: float, unknown: bool) -> str:
 
 
 def lines(
-    evaluation: Evaluation, fates: Fates, groups: Mapping[str, dict[str, Any]], detections: Detections
+    evaluation: Evaluation, fates: Outcomes, groups: Mapping[str, dict[str, Any]], detections: Detections
 ) -> list[str]:
     """Objects by cause and the AP each cause would give back, rare beside all."""
     shown = {name: row for name, row in groups.items() if row["objects"]}
@@ -101,7 +101,7 @@ def lines(
 
 
 def _caveats(
-    evaluation: Evaluation, fates: Fates, groups: Mapping[str, dict[str, Any]], detections: Detections
+    evaluation: Evaluation, fates: Outcomes, groups: Mapping[str, dict[str, Any]], detections: Detections
 ) -> list[str]:
     """What these detections cannot tell."""
     if "removed_by_nms" not in fates.unseen:

@@ -76,7 +76,7 @@ class Head(nn.Module, abc.ABC):
     def adopt(self, weights: dict[str, Tensor]) -> dict[str, Tensor]:
         """Of another run's model, by name, what this one starts from; a head whose layers are called otherwise says so.
 
-        Names are the whole model's: "roi_heads.head.fc_cls.weight".
+        Names are the whole model's: "roi_heads.classifier.fc_cls.weight".
         """
         return weights
 

@@ -31,7 +31,7 @@ from loce.method_options import HeadConfig
 from loce.utils.classes import IGNORED, ClassStats
 from loce.utils.errors import UserError
 
-OWN = "roi_heads.head."
+OWN = "roi_heads.classifier."
 TREES = ("visual", "geometrical", "lexical")
 
 

@@ -16,7 +16,7 @@ State: none that training changes; `tail`, classes that take the calibrated scor
 Differences from the paper / the released code:
 - A row goes with the class its own image was drawn for; in the released code so only at 16 images a batch.
 - Rows from a feature memory, which SimCal has not, are kept as positives.
-- Regions are sampled as in all of our training (512 an image, 128 positives) before level 2 chooses of them.
+- SampledRoIs are sampled as in all of our training (512 an image, 128 positives) before level 2 chooses of them.
 """
 
 import torch
@@ -30,7 +30,7 @@ from loce.method_options import HeadConfig
 from loce.utils.classes import ClassStats
 from loce.utils.distributed import mean_count
 
-MODEL, OWN = "roi_heads.box_head.", "roi_heads.head."
+MODEL, OWN = "roi_heads.box_head.", "roi_heads.classifier."
 
 
 class Layers(nn.Module):

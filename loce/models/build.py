@@ -39,8 +39,8 @@ def parent_trees(config: Config, annotations: LVISAnnotations) -> dict[str, np.n
 
 def plant_trees(config: Config, annotations: LVISAnnotations, model: MaskRCNN) -> None:
     """Give the trees to a head that has some; a checkpoint holds them from then on."""
-    if isinstance(model.roi_heads.head, ForestHead):
-        model.roi_heads.head.plant(parent_trees(config, annotations))
+    if isinstance(model.roi_heads.classifier, ForestHead):
+        model.roi_heads.classifier.plant(parent_trees(config, annotations))
 
 
 def train_annotations(config: Config) -> LVISAnnotations:

@@ -22,7 +22,7 @@ from loce.models.lost_objects import find_clues
 from loce.models.mask_head import MaskHead
 from loce.models.memory_sampling import MemorySampling
 from loce.models.paste import paste_and_encode
-from loce.models.roi_heads import BOX_SIDE, MASK_SIDE, BoxHead, RoIHeads, Truth
+from loce.models.roi_heads import BOX_SIDE, MASK_SIDE, BoxHead, RoIHeads, Targets
 from loce.models.rpn import RPN
 from loce.utils.classes import ClassStats
 
@@ -100,7 +100,7 @@ class MaskRCNN(nn.Module):
         """
         if what == "detector":
             self.requires_grad_(False)
-            self.roi_heads.head.requires_grad_(True)
+            self.roi_heads.classifier.requires_grad_(True)
             self.roi_heads.only_classifier = True
         trunk = [self.backbone, self.roi_heads.box_head]
         for part in {"backbone": trunk[:1], "trunk": trunk}.get(what, []):
@@ -123,7 +123,7 @@ class MaskRCNN(nn.Module):
         """P2..P6 of normalised images (B, 3, H, W)."""
         return list(self.backbone(batch).values())
 
-    def truth(self, sample: dict[str, Any], place: int = 0) -> Truth:
+    def truth(self, sample: dict[str, Any], place: int = 0) -> Targets:
         """Ground truth on the model's device; the instances to store are chosen while labels are on the host."""
         device, key = self.pixel_mean.device, sample.get("key")
         rows = sample.get("memory_rows")
@@ -136,7 +136,7 @@ class MaskRCNN(nn.Module):
         tensors = (x.to(device, non_blocking=True) for x in (sample["boxes"], sample["labels"], rows, ignored))
         boxes, labels, rows, ignored = tensors
         masks = sample["masks"].to(device, non_blocking=True)
-        return Truth(boxes, labels, masks, rows, sample.get("drawn", -1), key, sample.get("place", place), ignored)
+        return Targets(boxes, labels, masks, rows, sample.get("drawn", -1), key, sample.get("place", place), ignored)
 
     def forward(self, samples: list[dict[str, Any]] | list[Tensor]) -> Any:
         """Training: samples -> losses. Evaluation: images (3, h, w) -> list of {boxes, labels, scores, masks}."""
@@ -151,7 +151,7 @@ class MaskRCNN(nn.Module):
         return self.losses_of(self.features(batch), sizes, padded, truths)
 
     def losses_of(
-        self, features: list[Tensor], sizes: list[Size], padded: list[Size], truths: list[Truth]
+        self, features: list[Tensor], sizes: list[Size], padded: list[Size], truths: list[Targets]
     ) -> dict[str, Tensor]:
         """Losses from the pyramid on."""
         with torch.no_grad():  # proposals have no gradient, and the losses need few anchors
@@ -173,7 +173,7 @@ class MaskRCNN(nn.Module):
         known = [(t.boxes, t.labels) for t in truths]
         proposals = self.rpn.proposals(logits, deltas, self.rpn.anchors(features), sizes, known)
         regions = [self.roi_heads.select(p, t) for p, t in zip(proposals, truths, strict=True)]
-        self.roi_heads.observe(features, regions, truths, sizes)
+        self.roi_heads.forward_rows(features, regions, truths, sizes)
 
     @torch.no_grad()
     def detect(
@@ -215,7 +215,7 @@ class MaskRCNN(nn.Module):
     ) -> dict[str, Any]:
         roi = self.roi_heads
         x_ND = roi.features_of(roi.pool(features, [proposals_N4], BOX_SIDE))
-        scores_NC = roi.head.scores(roi.head(x_ND))
+        scores_NC = roi.classifier.scores(roi.classifier(x_ND))
         deltas_NC4 = roi.deltas(x_ND).float().reshape(len(x_ND), -1, 4)
         scale_4 = proposals_N4.new_tensor([*scale, *scale])
         boxes_NC4 = decode(proposals_N4[:, None], deltas_NC4, ROI_STDS, size) / scale_4
@@ -242,7 +242,7 @@ class MaskRCNN(nn.Module):
         boxes, labels_G = [t.boxes for t in truths], torch.cat([t.labels for t in truths])
         roi = self.roi_heads
         x_GD = roi.features_of(roi.pool(self.features(batch), boxes, BOX_SIDE))
-        scores_GC = roi.head.scores(roi.head(x_GD))
+        scores_GC = roi.classifier.scores(roi.classifier(x_GD))
         own_G = scores_GC.gather(1, labels_G[:, None])[:, 0]
         return labels_G.cpu(), own_G.cpu(), (scores_GC.argmax(dim=1) == labels_G).cpu()
 

@@ -38,7 +38,7 @@ TORCHVISION_SAMPLES = 2  # a bin and axis
 
 
 @dataclass
-class Truth:
+class Targets:
     """Ground truth of one image on the model's device; `memory_rows` are the instances whose features are stored."""
 
     boxes: Tensor  # (G, 4)
@@ -52,8 +52,8 @@ class Truth:
 
 
 @dataclass
-class Regions:
-    """Regions of one image: boxes (R, 4), labels (R,) with IGNORED in unused slots, instance (R,) or -1."""
+class SampledRoIs:
+    """SampledRoIs of one image: boxes (R, 4), labels (R,) with IGNORED in unused slots, instance (R,) or -1."""
 
     boxes: Tensor
     labels: Tensor
@@ -88,7 +88,7 @@ class RoIHeads(nn.Module):
         self,
         config: RoIConfig,
         box_head: BoxHead,
-        head: Head,
+        classifier: Head,
         mask_head: MaskHead,
         tracker: MeanScoreTracker,
         prior: Tensor | None = None,
@@ -99,7 +99,7 @@ class RoIHeads(nn.Module):
         self.config, self.choose, self.progress = config, choose_random, 0.0
         self.only_classifier = False  # the rest of the detector is frozen and has no losses
         self.num_classes = tracker.scores.numel() - 1
-        self.box_head, self.head, self.mask_head = box_head, head, mask_head
+        self.box_head, self.classifier, self.mask_head = box_head, classifier, mask_head
         self.fc_reg = nn.Linear(box_head.fc2.out_features, 4 * self.num_classes)
         nn.init.normal_(self.fc_reg.weight, std=0.001)
         nn.init.zeros_(self.fc_reg.bias)
@@ -113,22 +113,22 @@ class RoIHeads(nn.Module):
         return self.prior if self.use_prior else self.tracker.scores
 
     def losses(
-        self, features: list[Tensor], proposals: list[Tensor], truths: list[Truth], sizes: list[tuple[int, int]]
+        self, features: list[Tensor], proposals: list[Tensor], truths: list[Targets], sizes: list[tuple[int, int]]
     ) -> dict[str, Tensor]:
         """Losses of one batch. sizes: (height, width) of each image's content."""
         regions = [self.select(p, t) for p, t in zip(proposals, truths, strict=True)]
-        x_ND, targets_N4, logits_NL, rois = self.observe(features, regions, truths, sizes)
+        x_ND, targets_N4, logits_NL, rois = self.forward_rows(features, regions, truths, sizes)
         counted, positive = rois.labels_N != IGNORED, rois.instances_N >= 0
         rois.count, positives = mean_count(torch.stack([counted.sum(), positive.sum()]))
-        losses = self.head.losses(logits_NL, rois)
+        losses = self.classifier.losses(logits_NL, rois)
         if self.only_classifier:
             return losses
         losses["loss_box"] = self._box_loss(self.deltas(x_ND), rois, targets_N4)
         losses["loss_mask"] = self._mask_loss(features, regions, truths, positives)
         return losses
 
-    def observe(
-        self, features: list[Tensor], regions: list[Regions], truths: list[Truth], sizes: list[tuple[int, int]]
+    def forward_rows(
+        self, features: list[Tensor], regions: list[SampledRoIs], truths: list[Targets], sizes: list[tuple[int, int]]
     ) -> tuple[Tensor, Tensor, Tensor, RoIs]:
         """Store and draw memory rows, classify all rows and update the mean score: everything but the losses."""
         x_ND, labels_N, targets_N4, from_memory_N = self._rows(features, regions, truths, sizes)
@@ -142,7 +142,7 @@ class RoIHeads(nn.Module):
             drawn_N=self._drawn(regions, truths, len(labels_N)),
             generator=keyed(truths[0].key, HEAD, x_ND.device),
         )
-        logits_NL = self.head(x_ND)
+        logits_NL = self.classifier(x_ND)
         positives = len(truths) * int(self.config.batch_per_image * self.config.positive_fraction)
         most = positives + len(labels_N) - len(instances_R)
         self._track(logits_NL, rois, sum(len(t.labels) for t in truths), most)
@@ -155,13 +155,13 @@ class RoIHeads(nn.Module):
 
     def features_of(self, pooled: Tensor) -> Tensor:
         """(N, F) what the classification head reads of pooled features."""
-        return self.box_head(pooled, last=self.head.depth)
+        return self.box_head(pooled, last=self.classifier.depth)
 
     def deltas(self, x_ND: Tensor) -> Tensor:
         """(N, 4C) box deltas from what the classification head reads."""
-        return self.fc_reg(self.box_head(x_ND, first=self.head.depth))
+        return self.fc_reg(self.box_head(x_ND, first=self.classifier.depth))
 
-    def select(self, proposals_N4: Tensor, truth: Truth) -> Regions:
+    def select(self, proposals_N4: Tensor, truth: Targets) -> SampledRoIs:
         """Match and sample: ground-truth boxes stand in front of the proposals as positives of their own."""
         own_G = torch.arange(len(truth.boxes), device=proposals_N4.device)
         low = self.config.positive_iou
@@ -180,10 +180,10 @@ class RoIHeads(nn.Module):
         instances = torch.cat([instances, torch.full_like(negatives, -1)])
         # Used slots to the front, in order; never more than `batch_per_image` of them are used.
         slots = (labels == IGNORED).to(torch.uint8).sort(stable=True).indices[: self.config.batch_per_image]
-        return Regions(boxes[picked[slots]], labels[slots], instances[slots])
+        return SampledRoIs(boxes[picked[slots]], labels[slots], instances[slots])
 
     def _rows(
-        self, features: list[Tensor], regions: list[Regions], truths: list[Truth], sizes: list[tuple[int, int]]
+        self, features: list[Tensor], regions: list[SampledRoIs], truths: list[Targets], sizes: list[tuple[int, int]]
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Features, labels, box targets and memory flags of all rows: sampled regions, then rows from the memory."""
         boxes = [r.boxes for r in regions]
@@ -222,16 +222,16 @@ class RoIHeads(nn.Module):
         rows = (~counts_N).to(torch.uint8).sort(stable=True).indices[:most]
         labels_M, own_M = rois.labels_N[rows], rois.instances_N[rows]
         own_M1 = labels_M.clamp(0, self.num_classes - 1)[:, None]
-        probabilities_M = self.head.scores(logits_NL.detach()[rows]).gather(1, own_M1)[:, 0]
+        probabilities_M = self.classifier.scores(logits_NL.detach()[rows]).gather(1, own_M1)[:, 0]
         drawn = (torch.where(rois.from_memory_N[rows], labels_M, IGNORED), probabilities_M)
         self.tracker.update(*instance_scores(probabilities_M, labels_M, own_M, instances), drawn)
 
-    def _drawn(self, regions: list[Regions], truths: list[Truth], rows: int) -> Tensor:
+    def _drawn(self, regions: list[SampledRoIs], truths: list[Targets], rows: int) -> Tensor:
         """(N,) what each row's image was drawn for; -1 for rows from the memory."""
         drawn_R = torch.cat([torch.full_like(r.labels, t.drawn) for r, t in zip(regions, truths, strict=True)])
         return F.pad(drawn_R, (0, rows - len(drawn_R)), value=-1)
 
-    def _batch_instances(self, regions: list[Regions], truths: list[Truth]) -> Tensor:
+    def _batch_instances(self, regions: list[SampledRoIs], truths: list[Targets]) -> Tensor:
         """(R,) instance index over the whole batch, -1 where a region has none."""
         parts, offset = [], 0
         for r, t in zip(regions, truths, strict=True):
@@ -248,7 +248,7 @@ class RoIHeads(nn.Module):
         return errors_N4.abs().sum() / rois.count
 
     def _mask_loss(
-        self, features: list[Tensor], regions: list[Regions], truths: list[Truth], positives: Tensor
+        self, features: list[Tensor], regions: list[SampledRoIs], truths: list[Targets], positives: Tensor
     ) -> Tensor:
         rows = [(r.instances >= 0).nonzero()[:, 0] for r in regions]  # sync: masks are predicted for positives only
         boxes = [r.boxes[p] for r, p in zip(regions, rows, strict=True)]
@@ -260,7 +260,7 @@ class RoIHeads(nn.Module):
         return mask_loss(logits, torch.cat(targets), positives)
 
 
-def _box_targets(regions: Regions, truth: Truth) -> Tensor:
+def _box_targets(regions: SampledRoIs, truth: Targets) -> Tensor:
     """(R, 4) deltas from each positive region to its ground truth, 0 elsewhere."""
     if len(truth.boxes) == 0:
         return torch.zeros_like(regions.boxes)

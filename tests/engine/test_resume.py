@@ -163,7 +163,7 @@ def test_counts_that_a_rank_keeps_for_itself_come_back(tiny: Config) -> None:
     checkpoint_files.finish(saved.folder, [checkpoint_files.write(saved.folder / "rank0.pt", own)], main)
     other, _ = job(config, 1)
     resume.restore(saved.folder, config, other, torch.device("cpu"))
-    assert torch.equal(other.roi_heads.head.counts, model.roi_heads.head.counts + 5)
+    assert torch.equal(other.roi_heads.classifier.counts, model.roi_heads.classifier.counts + 5)
 
 
 def test_the_memory_is_stored_without_its_empty_slots(tiny: Config) -> None:

@@ -49,7 +49,7 @@ def test_a_run_leaves_everything_that_is_promised(stage1: Path) -> None:
 def test_stage_2_trains_the_four_parts_and_nothing_else(stage1: Path, stage2: Path) -> None:
     before, after = weights(stage1), weights(stage2)
     changed = {name for name in before if not torch.equal(before[name], after[name])}
-    parts = ("roi_heads.head.", "roi_heads.fc_reg.", "roi_heads.mask_head.", "rpn.")
+    parts = ("roi_heads.classifier.", "roi_heads.fc_reg.", "roi_heads.mask_head.", "rpn.")
     assert changed - {"roi_heads.tracker.scores"} == {name for name in before if name.startswith(parts)}
     assert after["written"].min() > 0  # every class has a training image
     assert all({"memory_fill/r", "mean_score/r"} <= set(line) for line in metrics(stage2))
@@ -63,7 +63,7 @@ def test_what_the_paper_leaves_open_is_an_option(config: Path, stage1: Path, sta
     run("finetune.py", config, *LOCE, *words, learned, f"train.init={stage1}", f"output={folder}")
     first, warm = metrics(folder)[0]["mean_score/r"], metrics(stage2)[0]["mean_score/r"]
     assert first < warm  # one step after 0.01, against one after the filling
-    assert weights(folder)["roi_heads.head.log_background"].abs() > 0
+    assert weights(folder)["roi_heads.classifier.log_background"].abs() > 0
     assert (folder / "eval/metrics.json").exists()
 
 

@@ -115,12 +115,12 @@ def test_layers_and_initial_values(make_stats):
 def test_trees_are_part_of_the_checkpoint_and_must_be_those_of_the_weights(make_stats):
     head, other = make_head(make_stats), make_head(make_stats)
     other.plant({**TREES, "visual": np.array([0, 0, 0, 0, 1])})
-    weights = {f"roi_heads.head.{name}": tensor for name, tensor in head.state_dict().items()}
-    assert {"roi_heads.head.tree_visual", "roi_heads.head.tree_lexical"} < set(weights)
+    weights = {f"roi_heads.classifier.{name}": tensor for name, tensor in head.state_dict().items()}
+    assert {"roi_heads.classifier.tree_visual", "roi_heads.classifier.tree_lexical"} < set(weights)
     assert head.adopt(weights) == weights
     with pytest.raises(UserError, match="another visual tree"):
         other.adopt(weights)
-    plain = {"roi_heads.head.fc_cls.weight": torch.zeros(6, FEATURES)}
+    plain = {"roi_heads.classifier.fc_cls.weight": torch.zeros(6, FEATURES)}
     assert other.adopt(plain) == plain
     other.load_state_dict(head.state_dict())
     np.testing.assert_array_equal(other.get_buffer("tree_visual"), TREES["visual"])

@@ -143,7 +143,7 @@ def test_trees_are_built_read_and_planted(recipe):
     model = build.build_model(config, annotations.stats)
     build.plant_trees(config, annotations, model)
     for name, tree in trees.items():
-        np.testing.assert_array_equal(model.roi_heads.head.get_buffer(f"tree_{name}"), tree)
+        np.testing.assert_array_equal(model.roi_heads.classifier.get_buffer(f"tree_{name}"), tree)
     (recipe / "made/forest.json").unlink()
 
 

@@ -154,14 +154,16 @@ def test_takes_over_the_detectors_own_layers(make_stats, layers):
         "roi_heads.box_head.fc1.bias": (WIDTH,),
         "roi_heads.box_head.fc2.weight": (WIDTH, WIDTH),
         "roi_heads.box_head.fc2.bias": (WIDTH,),
-        "roi_heads.head.fc_cls.weight": (CLASSES + 1, WIDTH),
-        "roi_heads.head.fc_cls.bias": (CLASSES + 1,),
+        "roi_heads.classifier.fc_cls.weight": (CLASSES + 1, WIDTH),
+        "roi_heads.classifier.fc_cls.bias": (CLASSES + 1,),
         "roi_heads.fc_reg.bias": (4 * CLASSES,),
     }
     weights = {name: torch.randn(shape) for name, shape in shapes.items()}
     adopted = head.adopt(weights)
     assert {name: adopted[name] for name in weights if "head.fc_cls" not in name}.keys() < adopted.keys()
-    own = {n.removeprefix("roi_heads.head."): t for n, t in adopted.items() if n.startswith("roi_heads.head.")}
+    own = {
+        n.removeprefix("roi_heads.classifier."): t for n, t in adopted.items() if n.startswith("roi_heads.classifier.")
+    }
     missing = head.load_state_dict(own, strict=False).missing_keys
     assert {name.split(".")[0] for name in missing} == ({"tail"} if layers == "3fc_ft" else {"tail", "calibrated"})
     x = torch.randn(7, FEATURES)
@@ -172,5 +174,5 @@ def test_takes_over_the_detectors_own_layers(make_stats, layers):
     logits = head(x)
     torch.testing.assert_close(logits[:, : CLASSES + 1], z)
     assert torch.allclose(logits[:, CLASSES + 1 :], z) == (layers == "3fc_ft")
-    again = {f"roi_heads.head.{name}": tensor for name, tensor in head.state_dict().items()}
+    again = {f"roi_heads.classifier.{name}": tensor for name, tensor in head.state_dict().items()}
     assert head.adopt(again) == again  # a checkpoint of this head

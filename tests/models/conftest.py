@@ -10,7 +10,7 @@ import torch
 from loce.config import EvalConfig, HeadConfig, IndicatorConfig, MemoryConfig, ModelConfig, RoIConfig, RPNConfig
 from loce.data.masks import CroppedMasks
 from loce.models.mask_rcnn import MaskRCNN, build_roi_heads
-from loce.models.roi_heads import Truth
+from loce.models.roi_heads import Targets
 from loce.utils.classes import ClassStats
 
 CLASSES = 6
@@ -106,14 +106,14 @@ def first(
     return chosen, torch.arange(slots) < len(indices)
 
 
-def truth_of(sample: dict[str, Any], place: int = 0) -> Truth:
+def truth_of(sample: dict[str, Any], place: int = 0) -> Targets:
     """Ground truth as the second stage gets it, all of it to be stored."""
     rows = torch.arange(len(sample["labels"]))
-    return Truth(sample["boxes"], sample["labels"], sample["masks"], rows, place=place)
+    return Targets(sample["boxes"], sample["labels"], sample["masks"], rows, place=place)
 
 
 @pytest.fixture
-def truths(batch: list[dict[str, Any]]) -> list[Truth]:
+def truths(batch: list[dict[str, Any]]) -> list[Targets]:
     return [truth_of(sample, place) for place, sample in enumerate(batch)]
 
 
@@ -124,7 +124,7 @@ def features() -> list[torch.Tensor]:
 
 
 @pytest.fixture
-def proposals(truths: list[Truth]) -> list[torch.Tensor]:
+def proposals(truths: list[Targets]) -> list[torch.Tensor]:
     """Near the ground truth, and anywhere."""
     made = []
     for truth, (height, width) in zip(truths, [(64, 96), (64, 80)], strict=True):

@@ -128,7 +128,7 @@ def test_stage_1_trains_everything_that_is_not_frozen(make_model, batch, empty):
 
 
 PARTS = {
-    "roi_heads.head.": "classifier",
+    "roi_heads.classifier.": "classifier",
     "roi_heads.fc_reg.": "box regressor",
     "rpn.": "RPN",
     "roi_heads.mask_head.": "mask head",
@@ -216,14 +216,14 @@ def test_filling_stores_and_warms_up_but_learns_nothing(model_of, batch):
 @pytest.mark.parametrize(("images", "rows"), [(1, 16), (2, 32), (3, 48)])
 def test_draws_per_image_do_not_depend_on_the_batch(model_of, make_sample, images, rows):
     model = model_of("MFS")
-    drawn, observe = [], model.roi_heads.observe
+    drawn, forward_rows = [], model.roi_heads.forward_rows
 
     def spy(*arguments):
-        result = observe(*arguments)
+        result = forward_rows(*arguments)
         drawn.append(int(result[3].from_memory_N.sum()))
         return result
 
-    model.roi_heads.observe = spy
+    model.roi_heads.forward_rows = spy
     model([make_sample([[5, 5, 40, 40]], [1], seed=i) for i in range(images)])
     assert drawn == [rows]
 
@@ -254,7 +254,7 @@ class TestPrediction:
     def model(self, make_model):
         made = make_model()
         with torch.no_grad():  # scores that differ enough to detect something of every class
-            made.roi_heads.head.fc_cls.weight.normal_(std=0.5)
+            made.roi_heads.classifier.fc_cls.weight.normal_(std=0.5)
         return made.eval()
 
     def test_detections_of_a_batch(self, model):

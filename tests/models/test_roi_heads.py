@@ -9,7 +9,7 @@ from loce.config import IndicatorConfig, MemoryConfig
 from loce.data.masks import CroppedMasks
 from loce.models.boxes import ROI_STDS, encode
 from loce.models.mask_head import mask_targets
-from loce.models.roi_heads import Truth, pool
+from loce.models.roi_heads import Targets, pool
 from loce.utils.classes import IGNORED
 
 from .conftest import first
@@ -22,16 +22,16 @@ MEMORY = MemoryConfig(enabled=True, capacity=40, classes_per_draw=3, features_pe
 def run(roi_heads, features, proposals, truths):
     """Losses, and what they were computed from."""
     seen = {}
-    observe = roi_heads.observe
+    forward_rows = roi_heads.forward_rows
 
     def spy(*arguments):
         seen["regions"] = arguments[1]
-        seen["rows"] = observe(*arguments)
+        seen["rows"] = forward_rows(*arguments)
         return seen["rows"]
 
-    roi_heads.observe = spy
+    roi_heads.forward_rows = spy
     losses = roi_heads.losses(features, proposals, truths, SIZES)
-    roi_heads.observe = observe
+    roi_heads.forward_rows = forward_rows
     return losses, seen["regions"], *seen["rows"]
 
 
@@ -131,7 +131,9 @@ def test_memory_rows_give_one_entry_per_class(make_model, features, truths):
     bank = roi_heads.memory.bank
     bank.enqueue(torch.randn(3, 24), torch.tensor([1, 1, 4]), torch.zeros(3, 4))
     none = torch.zeros(0, dtype=torch.long)
-    empty = [Truth(torch.zeros(0, 4), none, CroppedMasks.pack([], size), none, place=i) for i, size in enumerate(SIZES)]
+    empty = [
+        Targets(torch.zeros(0, 4), none, CroppedMasks.pack([], size), none, place=i) for i, size in enumerate(SIZES)
+    ]
     _, _, _, _, logits, rois = run(roi_heads, features, [torch.rand(30, 4).cumsum(1) * 20] * 2, empty)
     drawn = rois.labels_N[rois.from_memory_N]
     assert len(drawn) == 6 and set(drawn.tolist()) <= {1, 4}

@@ -15,7 +15,7 @@ from loce.config import EvalConfig, HeadConfig, IndicatorConfig, MemoryConfig, M
 from loce.data.masks import CroppedMasks
 from loce.memory_bank import FeatureMemoryBank
 from loce.models.mask_rcnn import MaskRCNN, build_roi_heads
-from loce.models.roi_heads import Truth
+from loce.models.roi_heads import Targets
 from loce.utils.classes import ClassStats, frequency_groups
 from tests.parity import rule
 
@@ -83,14 +83,14 @@ def strided(candidates_N: Tensor, limit: Tensor | int, slots: int, _: object = N
     return chosen, torch.arange(slots) < count
 
 
-def truths() -> list[Truth]:
+def truths() -> list[Targets]:
     """Ground truth of both images."""
     stored, result = arrays("training"), []
     for index, size in enumerate(rule.SIZES):
         boxes, labels = stored[f"gt_boxes{index}"], stored[f"gt_labels{index}"]
         masks = CroppedMasks.pack([(bitmap, (0, 0)) for bitmap in rule.masks(index, boxes)], size.padded)
         rows = torch.arange(len(labels))  # fewer than 5 of a class in an image: the official code stores all
-        result.append(Truth(torch.from_numpy(boxes), torch.from_numpy(labels), masks, rows))
+        result.append(Targets(torch.from_numpy(boxes), torch.from_numpy(labels), masks, rows))
     return result
 
 

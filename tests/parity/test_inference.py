@@ -138,7 +138,7 @@ def test_heads(stages, rois, pooled, detector, deviations):
     x = roi.box_head(pooled)
     deviations.close("first FC", fc1[:, ::16], wanted["fc1"], 2 * 6.2e-5)
     deviations.close("second FC", x[:, ::16], wanted["fc2"], 2 * 6.1e-5)
-    deviations.close("class logits", roi.head(x), wanted["cls_logits"], 2 * 3.6e-5)
+    deviations.close("class logits", roi.classifier(x), wanted["cls_logits"], 2 * 3.6e-5)
     deltas = roi.fc_reg(x)
     deviations.close("box deltas", deltas, wanted["bbox_deltas"], 2 * 1.1e-5)
     boxes = decode(rois[:, None], deltas.reshape(len(x), -1, 4), ROI_STDS, stages.size.content)

@@ -62,9 +62,9 @@ def iterations(model):
     for iteration in range(3):
         with pytest.MonkeyPatch.context() as monkeypatch:
             record = Recorder(sampling, monkeypatch, iteration)
-            observe = roi_heads.observe
+            forward_rows = roi_heads.forward_rows
             monkeypatch.setattr(
-                roi_heads, "observe", lambda *a, r=record, o=observe: r.__dict__.setdefault("rows", o(*a))
+                roi_heads, "forward_rows", lambda *a, r=record, o=forward_rows: r.__dict__.setdefault("rows", o(*a))
             )
             model.zero_grad()
             losses = model.rpn.losses(features, model.rpn.anchors(features), PADDED, [t.boxes for t in truths])

@@ -41,14 +41,14 @@ def test_1203_classes(many_classes, deviations, index):
 
     roi = model.roi_heads
     rois = torch.from_numpy(stored[f"img{index}_rois"])[:, -4:]
-    of_rois = roi.head(roi.box_head(pool(features, [rois], 7, FINEST)))
+    of_rois = roi.classifier(roi.box_head(pool(features, [rois], 7, FINEST)))
     deviations.within(
         "1203 classes: class logits, root mean square", abs(float(of_rois.square().mean().sqrt()) - rms), 6e-3
     )
     deviations.within("1203 classes: class logits, maximum", abs(float(of_rois.abs().max()) - largest), 6e-2)
 
     x = roi.box_head(pool(features, [proposals], 7, FINEST))
-    scores = roi.head.scores(roi.head(x))
+    scores = roi.classifier.scores(roi.classifier(x))
     count = int((scores > 1e-4).sum())
     deviations.within("1203 classes: candidates", abs(count / candidates - 1), 1e-4, "relative")
 

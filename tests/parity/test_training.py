@@ -100,7 +100,7 @@ def test_targets_of_the_second_stage(regions, truths, wanted, deviations):
 def test_class_logits(model, features, regions, wanted, deviations):
     with torch.no_grad():
         pooled = pool(features, [found.boxes for found in regions], 7, 56.0)
-        logits = model.roi_heads.head(model.roi_heads.box_head(pooled))
+        logits = model.roi_heads.classifier(model.roi_heads.box_head(pooled))
     deviations.close("class logits of the sampled RoIs", logits[::8], wanted["rcnn_cls_score_every8"], 2 * 3.6e-5)
     sums = logits.double().sum(dim=1)
     deviations.close("class logits of the sampled RoIs, row sums", sums, wanted["rcnn_cls_score_rowsum"], 2e-4)

@@ -39,7 +39,7 @@ FORMAT = Format(
         "rpn_head.rpn_reg": "rpn.head.bbox_pred",
         "roi_head.bbox_head.shared_fcs.0": "roi_heads.box_head.fc1",
         "roi_head.bbox_head.shared_fcs.1": "roi_heads.box_head.fc2",
-        "roi_head.bbox_head.fc_cls": "roi_heads.head.fc_cls",
+        "roi_head.bbox_head.fc_cls": "roi_heads.classifier.fc_cls",
         "roi_head.bbox_head.fc_reg": "roi_heads.fc_reg",
         "roi_head.mask_head.convs.0.conv": "roi_heads.mask_head.convs.0",
         "roi_head.mask_head.convs.1.conv": "roi_heads.mask_head.convs.1",

@@ -18,7 +18,7 @@ from loce.utils.classes import ClassStats, frequency_groups
 
 Weights = dict[str, Tensor]
 MaskPredictor = Literal["auto", "normalised", "linear"]
-CLASSIFIER = "roi_heads.head.fc_cls"
+CLASSIFIER = "roi_heads.classifier.fc_cls"
 METHOD_STATE = {"roi_heads.tracker": "mean score", "roi_heads.memory": "feature memory"}  # ours alone
 _SHOWN = 5  # keys named of a long list
 

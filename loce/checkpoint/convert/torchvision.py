@@ -54,7 +54,7 @@ FORMAT = Format(
         "rpn.head.bbox_pred": "rpn.head.bbox_pred",
         "roi_heads.box_head.fc6": "roi_heads.box_head.fc1",
         "roi_heads.box_head.fc7": "roi_heads.box_head.fc2",
-        "roi_heads.box_predictor.cls_score": "roi_heads.head.fc_cls",
+        "roi_heads.box_predictor.cls_score": "roi_heads.classifier.fc_cls",
         "roi_heads.box_predictor.bbox_pred": "roi_heads.fc_reg",
         "roi_heads.mask_head.0.0": "roi_heads.mask_head.convs.0",
         "roi_heads.mask_head.1.0": "roi_heads.mask_head.convs.1",

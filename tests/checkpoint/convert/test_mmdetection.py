@@ -31,7 +31,7 @@ def test_there_and_back(written, theirs, tmp_path, wrap):
 def test_keys_of_a_model_that_was_wrapped_for_several_gpus(tmp_path, theirs):
     torch.save({f"module.{k}": v for k, v in theirs.items()}, tmp_path / "source.pth")
     content, _ = convert(tmp_path / "source.pth")
-    assert torch.equal(content["model"]["roi_heads.head.fc_cls.bias"], theirs["roi_head.bbox_head.fc_cls.bias"])
+    assert torch.equal(content["model"]["roi_heads.classifier.fc_cls.bias"], theirs["roi_head.bbox_head.fc_cls.bias"])
 
 
 def test_class_names(written, tmp_path, annotation_file):
@@ -161,9 +161,9 @@ def test_other_models(written, tmp_path):
         to_mmdetection(write_ours(tmp_path / "tiny.pt", written, tiny))
 
     def other_head(content):
-        content["model"]["roi_heads.head.objectness.weight"] = torch.zeros(1)
+        content["model"]["roi_heads.classifier.objectness.weight"] = torch.zeros(1)
 
-    with pytest.raises(UserError, match=r"has no place for roi_heads.head.objectness.weight"):
+    with pytest.raises(UserError, match=r"has no place for roi_heads.classifier.objectness.weight"):
         to_mmdetection(write_ours(tmp_path / "head.pt", written, other_head))
     with pytest.raises(UserError, match=r"not written by loce"):
         to_mmdetection(written())

@@ -78,7 +78,7 @@ def test_classes_of_another_data_set(torchvision_file, tmp_path, annotation_file
     content, report = convert(torchvision_file, target)
     weights, model = content["model"], torch.load(torchvision_file, weights_only=True)["model"]
     rows = {1: 10, 2: 18}  # COCO's ids of traffic light and dog
-    cls, reg = weights["roi_heads.head.fc_cls.weight"], weights["roi_heads.fc_reg.weight"]
+    cls, reg = weights["roi_heads.classifier.fc_cls.weight"], weights["roi_heads.fc_reg.weight"]
     assert cls.shape == (5, 1024) and reg.shape == (16, 1024)
     for label, row in rows.items():
         assert torch.equal(cls[label], model["roi_heads.box_predictor.cls_score.weight"][row])
@@ -88,7 +88,7 @@ def test_classes_of_another_data_set(torchvision_file, tmp_path, annotation_file
         assert torch.equal(weights["roi_heads.mask_head.predictor.weight"][label], theirs)
     assert torch.equal(cls[4], model["roi_heads.box_predictor.cls_score.weight"][0])
     assert 0.005 < float(cls[0].std()) < 0.02 and not torch.equal(cls[0], cls[3])
-    assert (weights["roi_heads.head.fc_cls.bias"][[0, 3]] == 0).all()
+    assert (weights["roi_heads.classifier.fc_cls.bias"][[0, 3]] == 0).all()
     assert report[2].endswith("by name: Traffic_Light, dog") and report[3].endswith("anew: aardvark, zucchini")
     again, _ = convert(torchvision_file, target)
     assert all(torch.equal(value, again["model"][key]) for key, value in weights.items())
@@ -126,7 +126,7 @@ def test_a_users_own_classes(torchvision_model, tmp_path, kind, annotation_file)
     content, _ = convert(source, file, file)
     rows = ids if kind == "ids" else [1, 2, 3]
     bias = torch.load(source, weights_only=True)["roi_heads.box_predictor.cls_score.bias"]
-    assert torch.equal(content["model"]["roi_heads.head.fc_cls.bias"], bias[[*rows, 0]])
+    assert torch.equal(content["model"]["roi_heads.classifier.fc_cls.bias"], bias[[*rows, 0]])
 
 
 def test_outputs_without_names(torchvision_model, tmp_path, annotation_file):
