@@ -160,7 +160,7 @@ def test_takes_over_the_detectors_own_layers(make_stats, layers):
     }
     weights = {name: torch.randn(shape) for name, shape in shapes.items()}
     adopted = head.adopt(weights)
-    assert {name: adopted[name] for name in weights if "head.fc_cls" not in name}.keys() < adopted.keys()
+    assert {name: adopted[name] for name in weights if "classifier.fc_cls" not in name}.keys() < adopted.keys()
     own = {
         n.removeprefix("roi_heads.classifier."): t for n, t in adopted.items() if n.startswith("roi_heads.classifier.")
     }
