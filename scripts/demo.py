@@ -32,8 +32,8 @@ def main() -> None:
     for name in ROWS:
         minutes[name] = step(RUNS / name, "finetune.py", f"glyphs/{name}.yaml", init=RUNS / "stage1")
 
+    from loce.data.build import val_annotations
     from loce.engine.pictures import comparison_sheet, write_jpeg
-    from loce.models.build import val_annotations
     from loce.report.figures import equilibrium_figure
 
     config = load_config(["glyphs/loce.yaml"])

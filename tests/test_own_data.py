@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from loce.config import load_config
-from loce.models import build
+from loce.data.build import train_annotations, val_annotations
 from tests.doc_pages import ROOT, clone, fenced_commands, run_command
 
 PAGE = ROOT / "docs/own_data.md"
@@ -64,12 +64,12 @@ def test_classes_and_groups_are_read_from_the_file(glyphs: Path, tmp_path: Path)
     assert low < high < max(counted)
     bounds = [f"data.rare_max={low}", f"data.common_max={high}"]
     config = load_config(["stage1.yaml", *paths(mine), *bounds])
-    stats = build.train_annotations(config).stats
+    stats = train_annotations(config).stats
     assert stats.category_ids.tolist() == [7, 14, 21, 28, 35, 42]
     assert list(stats.names) == [category["name"] for category in content["categories"]]
     assert stats.image_counts.tolist() == counted
     assert stats.groups.tolist() == ["r" if n <= low else "c" if n <= high else "f" for n in counted]
-    assert build.val_annotations(config).negatives is None
+    assert val_annotations(config).negatives is None
     assert np.unique(stats.groups).size == 3
 
 

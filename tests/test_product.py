@@ -8,10 +8,11 @@ import pytest
 import torch
 
 from loce.config import Config, HeadConfig, SamplerConfig, UserError, load_config
+from loce.data.build import train_annotations, train_dataset
 from loce.data.glyphs.make import GlyphOptions, make_glyphs
 from loce.data.loader import train_batches, training_plan
 from loce.heads import HEADS
-from loce.models import build
+from loce.models.build import build_model, build_optimizer
 from tests.engine.test_training import CONFIG
 
 SAMPLERS = get_args(get_type_hints(SamplerConfig)["name"])
@@ -57,12 +58,12 @@ def refused(sampler: str, head: str) -> str | None:
 
 def one_step(config: Config) -> dict[str, float]:
     """The losses of an optimiser step from random weights; all that trains has gradients, and something is detected."""
-    annotations = build.train_annotations(config)
-    dataset = build.train_dataset(config, annotations)
+    annotations = train_annotations(config)
+    dataset = train_dataset(config, annotations)
     plan = training_plan(dataset, config.sampler, config.data, 4, 0, config.head.name == "balms")
     torch.manual_seed(0)
-    model = build.build_model(config, annotations.stats)
-    optimizer = build.build_optimizer(model, config.train)
+    model = build_model(config, annotations.stats)
+    optimizer = build_optimizer(model, config.train)
     samples = next(iter(train_batches(dataset, plan, epochs=1)))
     model.train()
     losses = model(samples)

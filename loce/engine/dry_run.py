@@ -16,6 +16,7 @@ import torch
 from loce.checkpoint import save as resume
 from loce.config import Config, SamplerConfig, UserError, dump
 from loce.data.annotations.lvis import LVISAnnotations
+from loce.data.build import train_dataset, val_annotations
 from loce.data.loader import training_plan
 from loce.engine import inference
 from loce.engine import preflight as start
@@ -23,7 +24,6 @@ from loce.engine.inference import evaluate_model
 from loce.engine.log import RunLog, check_run_folder
 from loce.engine.summary import introduce
 from loce.engine.trainer import Job, advance, fill, filled, open_log, prepare, save, set_done
-from loce.models import build
 from loce.utils import distributed
 from loce.utils.errors import Stopped
 from loce.utils.progress import peak_memory, say
@@ -59,7 +59,7 @@ def _advance(job: Job, log: RunLog, last: int) -> None:
 def _on(job: Job, images: np.ndarray, steps: int = 1) -> Job:
     """The same training on some of its images alone, which are shown over and over for `steps` iterations an epoch."""
     annotations, config = job.annotations.only(images.tolist()), job.config
-    dataset = build.train_dataset(config, annotations)
+    dataset = train_dataset(config, annotations)
     size, meta = config.train.batch_size, job.plan.meta
     plan = training_plan(dataset, config.sampler, config.data, size, config.seed, meta)
     if steps > 1:
@@ -135,7 +135,7 @@ def _compared(once: dict[str, float], again: dict[str, float], equal: bool, devi
 
 
 def _evaluate_few(job: Job) -> None:
-    annotations = build.val_annotations(job.config)
+    annotations = val_annotations(job.config)
     usable = np.setdiff1d(np.arange(len(annotations)), annotations.absent)
     few = annotations.only(usable[: max(VALIDATION, distributed.world_size())].tolist())
     source = f"a dry run of {job.config.output}"

@@ -17,11 +17,11 @@ import torch
 from loce.checkpoint import load as checkpoint
 from loce.config import Config, UserError, raise_problems
 from loce.data.annotations.lvis import LVISAnnotations
+from loce.data.build import train_annotations
 from loce.data.loader import TrainDataset, fill_batches
 from loce.data.masks import cut_runs
 from loce.data.samplers import memory_fill_images
 from loce.heads.forest_trees import k_means, squared_distances, write_trees
-from loce.models import build
 from loce.models.mask_rcnn import MaskRCNN
 from loce.models.roi_heads import BOX_SIDE
 from loce.utils.progress import progress
@@ -37,7 +37,7 @@ def build_trees(config: Config, start: str, lexical: str, instances: int, device
     of a class that are looked at.
     """
     forest = config.head.forest
-    annotations = build.train_annotations(config)
+    annotations = train_annotations(config)
     names = annotations.stats.names
     seen = int((np.bincount(annotations.labels[annotations.train_rows], minlength=len(names)) > 0).sum())
     _check(config, start, lexical, seen)

@@ -17,12 +17,12 @@ from loce.checkpoint import load as checkpoint
 from loce.config import Config, HeadConfig, UserError, diff, from_dict, raise_problems
 from loce.data.annotations.lvis import LVISAnnotations
 from loce.data.annotations.segmentations import BAD_MASKS
+from loce.data.build import val_annotations, val_dataset
 from loce.data.loader import Batches, TrainDataset, eval_batches
 from loce.engine.ranks import session
 from loce.evaluation.annotations import FederatedFilter, GroundTruth, load_annotations, only_images
 from loce.evaluation.report import evaluate_and_report
 from loce.evaluation.stream import DetectionWriter
-from loce.models import build
 from loce.models.mask_rcnn import MaskRCNN
 from loce.utils import distributed
 from loce.utils.classes import ClassStats
@@ -49,7 +49,7 @@ def evaluate_checkpoint(path: Path, output: Path | None, words: Sequence[str], d
         stored, config = from_dict(options, str(file)), from_dict(options, str(file), words)
         changes = diff(stored, config)
         output = output or (path if path.is_dir() else file.with_suffix("")) / folder_name(changes)
-        annotations = build.val_annotations(config)
+        annotations = val_annotations(config)
         check_evaluation(config, annotations, checkpoint.stats_of(file), str(file))
         model = checkpoint.load_model(file, chosen, config)
         heads = [f"{key}={show(value)}" for key, value in changes.items() if key.startswith("head.")]
@@ -203,7 +203,7 @@ def infer(
 ) -> None:
     """Stream this rank's detections of the data set to `folder`; images that are there already are skipped."""
     model.eval()
-    dataset = build.val_dataset(config, annotations)
+    dataset = val_dataset(config, annotations)
     category_ids = torch.from_numpy(annotations.stats.category_ids)
     with DetectionWriter(folder, distributed.rank(), source) as writer:
         finished = writer.finished().tolist()

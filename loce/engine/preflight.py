@@ -10,14 +10,15 @@ from loce.checkpoint import load as checkpoint
 from loce.checkpoint import save as resume
 from loce.config import Config, DataConfig, UserError, dump, images_per_rank, raise_problems
 from loce.data.annotations.lvis import LVISAnnotations
+from loce.data.build import train_annotations, val_annotations
 from loce.data.check import images_in_both
 from loce.data.worker_limits import require_shared_memory
 from loce.engine.inference import check_evaluation
 from loce.engine.log import check_run_folder
 from loce.engine.runlock import RunLock
 from loce.engine.wandb_log import require_wandb
-from loce.models import build
 from loce.models.backbone import require_cache
+from loce.models.build import parent_trees
 from loce.utils import distributed
 
 T = TypeVar("T")
@@ -79,12 +80,12 @@ def check(config: Config) -> Start:
         checks.run(lambda: require_cache(config.model))
     if config.train.wandb and distributed.is_main():
         checks.run(require_wandb)
-    annotations = checks.run(lambda: build.train_annotations(config))
+    annotations = checks.run(lambda: train_annotations(config))
     train = annotations
     if newest is None and config.head.name == "forest" and train is not None:
-        checks.run(lambda: build.parent_trees(config, train))
+        checks.run(lambda: parent_trees(config, train))
     if config.train.evaluate:
-        validation = checks.run(lambda: build.val_annotations(config))
+        validation = checks.run(lambda: val_annotations(config))
         if annotations is not None and validation is not None:
             stats = annotations.stats
             checks.run(lambda: check_evaluation(config, validation, stats, "the training data"))

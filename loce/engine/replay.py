@@ -16,11 +16,11 @@ from torch import Tensor
 
 from loce.checkpoint import files
 from loce.config import Config, UserError, from_dict
+from loce.data.build import train_annotations
 from loce.engine.drawing import draw_objects
 from loce.engine.loop import BadStepError
 from loce.engine.ranks import session
 from loce.engine.trainer import Job, advance, fill, open_log, prepare, set_done
-from loce.models import build
 from loce.models.mask_rcnn import MaskRCNN
 from loce.models.roi_heads import SampledRoIs
 from loce.utils import distributed
@@ -40,7 +40,7 @@ def replay(run: Path, iteration: int, output: Path | None = None, device: str = 
     """
     with session(device) as chosen:
         config = _config(run)
-        annotations = build.train_annotations(config)
+        annotations = train_annotations(config)
         job = prepare(config, chosen, annotations, _checkpoint_before(run, iteration))
         if not 0 < iteration <= sum(job.lengths):
             raise UserError(f"iteration = {iteration}: {run} has the iterations 1 to {sum(job.lengths)}")

@@ -9,6 +9,7 @@ import torch
 
 from loce.checkpoint import save as resume
 from loce.config import Config, UserError, dump
+from loce.data.build import val_annotations
 from loce.engine import divergence, validation
 from loce.engine import dry_run as trials
 from loce.engine import preflight as start
@@ -29,7 +30,6 @@ from loce.engine.trainer import (
     set_done,
     snapshot_due,
 )
-from loce.models import build
 from loce.utils import distributed
 from loce.utils import signals as stopping
 from loce.utils.errors import DivergedError, Stopped
@@ -61,7 +61,7 @@ def train(config: Config) -> None:
 
 def _evaluate(job: Job) -> None:
     folder, config = job.folder / "eval", job.config
-    annotations = build.val_annotations(config)
+    annotations = val_annotations(config)
     evaluate_model(job.model, config, folder, f"{job.folder} after {job.done} iterations", annotations)
     if distributed.is_main():
         boards = open_boards(job.folder, None, dump(config) if config.train.wandb else "")

@@ -15,6 +15,7 @@ from loce.checkpoint import save as resume
 from loce.checkpoint.files import megabytes
 from loce.config import Config, UserError, diff, dump, from_dict, images_per_rank
 from loce.data.annotations.lvis import LVISAnnotations
+from loce.data.build import train_dataset
 from loce.data.loader import TrainDataset, train_batches, training_plan
 from loce.data.samplers import TrainingPlan
 from loce.engine import pace
@@ -22,7 +23,7 @@ from loce.engine.boards import Shown
 from loce.engine.log import RunLog
 from loce.engine.loop import fill_memory, train_one_epoch
 from loce.engine.validation import best_checkpoint
-from loce.models import build
+from loce.models.build import build_model, build_optimizer, plant_trees
 from loce.models.mask_rcnn import MaskRCNN
 from loce.utils import distributed
 from loce.utils.classes import GROUPS, ClassStats
@@ -71,18 +72,18 @@ class Job:
 
 def prepare(config: Config, device: torch.device, annotations: LVISAnnotations, newest: Path | None) -> Job:
     """Everything that trains, from the checkpoint `newest` or, where that is None, from the beginning."""
-    dataset = build.train_dataset(config, annotations)
+    dataset = train_dataset(config, annotations)
     meta = config.head.name == "balms"
     plan = training_plan(dataset, config.sampler, config.data, config.train.batch_size, config.seed, meta)
     torch.manual_seed(config.seed)
-    model = build.build_model(config, annotations.stats, pretrained=newest is None and not config.train.init)
+    model = build_model(config, annotations.stats, pretrained=newest is None and not config.train.init)
     report = []
     if newest is None:
-        build.plant_trees(config, annotations, model)
+        plant_trees(config, annotations, model)
     if config.train.init and newest is None:
         report = _load(config, model, annotations.stats)
     model.to(device)
-    optimizer = build.build_optimizer(model, config.train)
+    optimizer = build_optimizer(model, config.train)
     scaler = torch.amp.GradScaler(device.type, enabled=config.train.precision == "fp16")
     lengths = plan.iterations(config.train.epochs)
     job = Job(config, device, annotations, dataset, plan, lengths, model, optimizer, scaler, report)

@@ -12,11 +12,11 @@ from typing import Any
 
 from loce.config import Config, TrainConfig
 from loce.data.annotations.lvis import LVISAnnotations
+from loce.data.build import val_annotations
 from loce.data.loader import TrainDataset
 from loce.engine.boards import Shown
 from loce.engine.inference import evaluate_model, is_evaluated
 from loce.engine.pictures import predictions, write_jpeg
-from loce.models import build
 from loce.models.mask_rcnn import MaskRCNN
 from loce.utils import distributed
 from loce.utils.files import write_text
@@ -36,7 +36,7 @@ def evaluate_epoch(model: MaskRCNN, config: Config, run: Path, epoch: int, itera
     numbers.
     """
     output = run / f"eval_epoch_{epoch:02d}"
-    annotations = build.val_annotations(config)
+    annotations = val_annotations(config)
     if not is_evaluated(model, config, output, annotations):
         source = f"{run} after {iteration} iterations"
         evaluate_model(model, config, output, source, annotations, resamples=0, errors=False)

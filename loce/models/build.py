@@ -1,4 +1,4 @@
-"""From a Config to what trains: data sets, model, optimiser. The only reader of all sections."""
+"""Detector and optimiser from a Config."""
 
 import dataclasses
 from pathlib import Path
@@ -6,10 +6,8 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from loce.config import Config, DataConfig, TrainConfig
-from loce.data.annotations.cache import open_annotations
+from loce.config import Config, TrainConfig
 from loce.data.annotations.lvis import LVISAnnotations
-from loce.data.loader import EvalDataset, TrainDataset
 from loce.heads.forest import TREES, ForestHead
 from loce.heads.forest_trees import read_trees
 from loce.models.mask_rcnn import MaskRCNN, build_roi_heads
@@ -41,36 +39,6 @@ def plant_trees(config: Config, annotations: LVISAnnotations, model: MaskRCNN) -
     """Give the trees to a head that has some; a checkpoint holds them from then on."""
     if isinstance(model.roi_heads.classifier, ForestHead):
         model.roi_heads.classifier.plant(parent_trees(config, annotations))
-
-
-def train_annotations(config: Config) -> LVISAnnotations:
-    """The training annotations; UserError where file or images are missing."""
-    data = config.data
-    return _annotations(data, data.train_annotations, data.train_images, keep_empty=data.keep_empty)
-
-
-def val_annotations(config: Config) -> LVISAnnotations:
-    """The validation annotations; UserError where file or images are missing."""
-    return _annotations(config.data, config.data.val_annotations, config.data.val_images)
-
-
-def _annotations(data: DataConfig, path: str, images: str, keep_empty: bool = False) -> LVISAnnotations:
-    box_masks = data.without_mask == "box"
-    annotations = open_annotations(path, data.rare_max, data.common_max, keep_empty, box_masks)
-    if data.allow_missing:
-        return annotations.without_images(annotations.missing_images(images), images)
-    annotations.require_images(images)
-    return annotations
-
-
-def train_dataset(config: Config, annotations: LVISAnnotations) -> TrainDataset:
-    """Augmented training samples."""
-    return TrainDataset(annotations, Path(config.data.train_images), config.data, config.seed)
-
-
-def val_dataset(config: Config, annotations: LVISAnnotations) -> EvalDataset:
-    """Validation images at test size."""
-    return EvalDataset(annotations, Path(config.data.val_images), config.data)
 
 
 def build_optimizer(model: torch.nn.Module, train: TrainConfig) -> torch.optim.SGD:

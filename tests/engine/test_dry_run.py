@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from loce.config import UserError, load_config
+from loce.data.build import train_annotations
 from loce.engine import dry_run as trials
-from loce.models import build
 from tests.tiny_runs import LOCE, run
 
 CPU = torch.device("cpu")
@@ -37,7 +37,7 @@ def test_a_dry_run(config: Path, tmp_path: Path, capsys: pytest.CaptureFixture[s
 
 
 def test_a_dry_run_takes_the_images_with_the_most_objects(config: Path) -> None:
-    annotations = build.train_annotations(load_config([str(config)]))
+    annotations = train_annotations(load_config([str(config)]))
     objects = {int(i): len(annotations.rows(int(i))) for i in annotations.train_images}
     crowded = trials._crowded(annotations, 3)
     assert [objects[int(i)] for i in crowded] == sorted(objects.values(), reverse=True)[:3]

@@ -12,6 +12,7 @@ from pycocotools import mask as coco_mask
 
 from loce.config import load_config
 from loce.data.annotations.lvis import LVISAnnotations
+from loce.data.build import train_annotations, train_dataset
 from loce.data.dataset import TrainDataset
 from loce.data.loader import train_batches, training_plan
 from loce.engine import pictures as contact_sheet
@@ -28,13 +29,12 @@ from loce.engine.pictures import (
     write_jpeg,
 )
 from loce.evaluation.stream import DetectionWriter
-from loce.models import build
 from loce.utils.classes import GROUP_RGB
 
 
 def test_the_first_samples_are_those_of_training(config: Path) -> None:
     options = load_config([str(config), "train.batch_size=2"])
-    dataset = build.train_dataset(options, build.train_annotations(options))
+    dataset = train_dataset(options, train_annotations(options))
     plan = training_plan(dataset, options.sampler, options.data, 2, options.seed)
     shown: list[tuple[int, float]] = []
 
@@ -60,7 +60,7 @@ def test_the_first_samples_are_those_of_training(config: Path) -> None:
 
 def test_examples_show_each_group(config: Path) -> None:
     options = load_config([str(config)])
-    dataset = build.train_dataset(options, build.train_annotations(options))
+    dataset = train_dataset(options, train_annotations(options))
     annotations = dataset.annotations
     groups = np.array(["r", "c", "f", "f", "f", "f"])
     stats = dataclasses.replace(annotations.stats, groups=groups)

@@ -15,7 +15,7 @@ from pycocotools import mask as coco_mask
 from loce.checkpoint import load as checkpoint
 from loce.config import load_config, to_dict
 from loce.engine.drawing import draw_objects, worth_drawing
-from loce.models import build
+from loce.models.build import build_model
 from loce.utils.classes import GROUP_RGB
 from tests.conftest import stats_of
 from tests.engine.test_training import CONFIG
@@ -30,7 +30,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (path / "tiny.yaml").write_text(CONFIG.format(path))
     config = load_config([str(path / "tiny.yaml"), f"output={path / 'run'}"])
     torch.manual_seed(0)
-    model = build.build_model(config, stats_of(6))
+    model = build_model(config, stats_of(6))
     classes = checkpoint.stats_to_dict(stats_of(6))
     content = {"format": checkpoint.FORMAT, "config": to_dict(config), "classes": classes, "model": model.state_dict()}
     (path / "run").mkdir()

@@ -10,11 +10,12 @@ import torch
 
 from loce.checkpoint import load as checkpoint
 from loce.config import Config, HeadConfig, load_config, to_dict
+from loce.data.build import train_annotations
 from loce.data.dataset import TrainDataset
 from loce.data.glyphs.make import GlyphOptions, make_glyphs
 from loce.engine.forest_building import build_trees, class_features, class_shapes, cluster, lexical_tree, shape_of
 from loce.heads.forest_trees import k_means, read_trees, write_trees
-from loce.models import build
+from loce.models.build import build_model, parent_trees, plant_trees
 from loce.models.roi_heads import pool
 from loce.utils.errors import UserError
 from tests.tiny_runs import CONFIG, run
@@ -91,13 +92,13 @@ def recipe(tmp_path_factory):
     head = f"head: {{name: forest, forest: {{trees: {folder}/made/forest.json, visual: 2, geometrical: 3}}}}\n"
     (folder / "forest.yaml").write_text(CONFIG.format(folder) + head)
     config = load_config([str(folder / "plain.yaml")])
-    stats = build.train_annotations(config).stats
+    stats = train_annotations(config).stats
     torch.manual_seed(0)
     content = {
         "format": checkpoint.FORMAT,
         "config": to_dict(config),
         "classes": checkpoint.stats_to_dict(stats),
-        "model": build.build_model(config, stats).state_dict(),
+        "model": build_model(config, stats).state_dict(),
     }
     torch.save(content, folder / "stage1.pt")
     return folder
@@ -105,7 +106,7 @@ def recipe(tmp_path_factory):
 
 def opened(recipe, *words) -> tuple[Config, object]:
     config = load_config([str(recipe / "forest.yaml"), *words])
-    return config, build.train_annotations(config)
+    return config, train_annotations(config)
 
 
 def test_features_of_classes_by_the_slow_way(recipe):
@@ -138,10 +139,10 @@ def test_trees_are_built_read_and_planted(recipe):
         "visual": 2,
         "geometrical": 3,
     }
-    trees = build.parent_trees(config, annotations)
+    trees = parent_trees(config, annotations)
     np.testing.assert_array_equal(trees["geometrical"], cluster(class_shapes(annotations, 20, config.seed), 3, 0))
-    model = build.build_model(config, annotations.stats)
-    build.plant_trees(config, annotations, model)
+    model = build_model(config, annotations.stats)
+    plant_trees(config, annotations, model)
     for name, tree in trees.items():
         np.testing.assert_array_equal(model.roi_heads.classifier.get_buffer(f"tree_{name}"), tree)
     (recipe / "made/forest.json").unlink()

@@ -168,9 +168,9 @@ def test_takes_over_the_detectors_own_layers(make_stats, layers):
     assert {name.split(".")[0] for name in missing} == ({"tail"} if layers == "3fc_ft" else {"tail", "calibrated"})
     x = torch.randn(7, FEATURES)
     z = x
-    for layer in ("box_head.fc1", "box_head.fc2", "head.fc_cls"):
+    for layer in ("box_head.fc1", "box_head.fc2", "classifier.fc_cls"):
         z = z @ weights[f"roi_heads.{layer}.weight"].T + weights[f"roi_heads.{layer}.bias"]
-        z = z if layer == "head.fc_cls" else z.relu()
+        z = z if layer == "classifier.fc_cls" else z.relu()
     logits = head(x)
     torch.testing.assert_close(logits[:, : CLASSES + 1], z)
     assert torch.allclose(logits[:, CLASSES + 1 :], z) == (layers == "3fc_ft")

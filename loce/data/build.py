@@ -1,0 +1,38 @@
+"""Annotations and data sets from a Config."""
+
+from pathlib import Path
+
+from loce.config import Config, DataConfig
+from loce.data.annotations.cache import open_annotations
+from loce.data.annotations.lvis import LVISAnnotations
+from loce.data.loader import EvalDataset, TrainDataset
+
+
+def train_annotations(config: Config) -> LVISAnnotations:
+    """The training annotations; UserError where file or images are missing."""
+    data = config.data
+    return _annotations(data, data.train_annotations, data.train_images, keep_empty=data.keep_empty)
+
+
+def val_annotations(config: Config) -> LVISAnnotations:
+    """The validation annotations; UserError where file or images are missing."""
+    return _annotations(config.data, config.data.val_annotations, config.data.val_images)
+
+
+def _annotations(data: DataConfig, path: str, images: str, keep_empty: bool = False) -> LVISAnnotations:
+    box_masks = data.without_mask == "box"
+    annotations = open_annotations(path, data.rare_max, data.common_max, keep_empty, box_masks)
+    if data.allow_missing:
+        return annotations.without_images(annotations.missing_images(images), images)
+    annotations.require_images(images)
+    return annotations
+
+
+def train_dataset(config: Config, annotations: LVISAnnotations) -> TrainDataset:
+    """Augmented training samples."""
+    return TrainDataset(annotations, Path(config.data.train_images), config.data, config.seed)
+
+
+def val_dataset(config: Config, annotations: LVISAnnotations) -> EvalDataset:
+    """Validation images at test size."""
+    return EvalDataset(annotations, Path(config.data.val_images), config.data)
