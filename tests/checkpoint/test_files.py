@@ -18,7 +18,7 @@ KILLED = """
 import os, signal, sys
 from pathlib import Path
 import torch
-from loce import checkpoint_files as files
+from loce.checkpoint import files
 
 run = Path(sys.argv[1])
 os.fsync = lambda descriptor: None  # slow, and it matters to crashes of the machine only

@@ -18,7 +18,7 @@ TWO_RANKS = """
 import json, sys
 from pathlib import Path
 import torch
-from loce import distributed as d
+from loce.utils import distributed as d
 
 device = d.setup("cpu")
 d.setup("cpu")  # again: nothing happens

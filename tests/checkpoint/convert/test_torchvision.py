@@ -52,7 +52,7 @@ def test_outputs_of_the_heads(torchvision_model, torchvision_file, tmp_path):
     features = torchvision_model.roi_heads.box_head(pooled)
     logits, deltas = torchvision_model.roi_heads.box_predictor(features)
     x = ours.box_head(pooled)
-    own = ours.head(x)
+    own = ours.classifier(x)
     torch.testing.assert_close(own, torch.cat([logits[:, rows], logits[:, :1]], dim=1))
     torch.testing.assert_close(ours.fc_reg(x).reshape(6, 80, 4), deltas.reshape(6, 91, 4)[:, rows])
     large, labels = torch.randn(6, 256, 14, 14), torch.tensor([0, 5, 79, 11, 30, 62])
