@@ -2,6 +2,7 @@
 SHELL := /bin/bash
 PYTHON ?= python3
 VENV := .venv
+OLDEST := .venv-oldest
 PY := $(VENV)/bin/python
 GPUS ?= 0
 # One process, or one per GPU.
@@ -10,7 +11,7 @@ ARGS ?=
 TABLES = data=$(or $(DATA:glyph50=glyphs),glyphs) seeds=$(or $(SEEDS),1) $(if $(RECORDS),records='$(RECORDS)')
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-slow test-chaos test-gpu lint train finetune eval predict report figures data check-data glyphs table1 table2 table3 table4 table5 table6 table7 tables results bench clean
+.PHONY: help setup demo test test-oldest test-slow test-chaos test-gpu lint train finetune eval predict report figures data check-data glyphs table1 table2 table3 table4 table5 table6 table7 tables results bench clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z0-9-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "make %-10s %s\n", $$1, $$2}'
@@ -38,6 +39,16 @@ demo: setup  ## stage 1, then LOCE and a control, on data drawn here: table and 
 
 test: setup  ## the test suite, in JOBS=2 processes of one thread each
 	OMP_NUM_THREADS=1 $(PY) -m pytest -n $(or $(JOBS),2) --dist loadfile -m 'not slow and not gpu' $(ARGS)
+
+test-oldest: $(OLDEST)/stamp  ## the test suite with the oldest torch and torchvision of pyproject.toml, in .venv-oldest
+	OMP_NUM_THREADS=1 $(OLDEST)/bin/python -m pytest -n $(or $(JOBS),2) --dist loadfile -m 'not slow and not gpu' $(ARGS)
+
+# "torch>=2.11" is installed as torch==2.11.*, so that what is promised stands in one place.
+$(OLDEST)/stamp: pyproject.toml
+	@$(OLDEST)/bin/python -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv $(OLDEST)
+	$(OLDEST)/bin/pip install --disable-pip-version-check -e '.[dev]' \
+		$$(sed -nE 's/^ *"(torch|torchvision)>=([0-9.]+)",$$/\1==\2.*/p' pyproject.toml)
+	@touch $@
 
 test-slow: setup  ## tests that take minutes
 	$(PY) -m pytest -m 'slow and not gpu' $(ARGS)
