@@ -28,7 +28,9 @@ from loce.utils.classes import IGNORED
 WAITING = {
     *("_local_scalar_dense", "is_nonzero", "equal", "nonzero", "masked_select", "bincount", "repeat_interleave"),
     *("_unique", "_unique2", "unique_dim", "unique_consecutive", "multinomial"),
-    "lift_fresh",  # torch.tensor(...): on a GPU a copy that waits
+    # torch.tensor(...), x[[0, 1]] and, before torch 2.15, x[0] = 1.0: on a GPU a copy from the host, which waits.
+    # x[:1] = 1.0 does not wait and is refused before 2.15, too; x[:1].fill_(1.0) says the same.
+    "lift_fresh",
 }
 COPYING = ("tensor", "as_tensor", "from_numpy")  # of torch: from a list or an array on the host
 READING = ("item", "tolist", "cpu", "numpy", "__bool__", "__int__", "__float__", "__index__")

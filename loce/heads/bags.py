@@ -4,8 +4,8 @@ Group 0: background, and "others", that is any object. Groups 1..K: classes by t
 head.bags.bounds (< 10, < 100, < 1000, the rest), each with its own "others": background and other groups' classes.
 L = sum_g 1/R_g sum over the kept rows of group g of -log softmax_g(z)_t    R_g kept rows; t the row's class if it is
     in g, else the "others" of g
-Kept: all rows in group 0. In another one all rows of its classes, n of them, and at most beta n others drawn at random
-(beta = head.bags.others_ratio); none where n = 0.
+Kept: all rows in group 0. In another one all rows of its classes, n of them, and at most floor(beta n) others drawn at
+random (beta = head.bags.others_ratio); none where n = 0.
 Inference: softmax_g(c)(z)_c softmax_0(z)_object. The probability of "others" is dropped, and scores do not add up to 1.
 Logits: C classes, background, "others" of groups 0..K; LVIS v1: 1203 + 1 + 5. Initialisation: weights N(0, 0.01), bias
 0. Published as a second stage: everything but this layer is frozen, and the layer starts anew (head.reset). Rows from
@@ -76,13 +76,11 @@ class BAGSHead(Head):
     ) -> Tensor:
         """(N, G) bool: the "others" of each group that count, drawn without replacement and without waiting."""
         outside_NG = taking_part_N1 & ~inside_NG
-        drawn_NG = torch.rand(inside_NG.shape, generator=generator, device=inside_NG.device).masked_fill(
-            ~outside_NG, 2.0
-        )
-        place_NG = drawn_NG.argsort(dim=0).argsort(dim=0)
-        most_G = self.options.bags.others_ratio * inside_NG.sum(dim=0)
-        most_G[0] = torch.inf
-        return outside_NG & (place_NG < most_G)
+        random_NG = torch.rand(inside_NG.shape, generator=generator, device=inside_NG.device)
+        rank_NG = random_NG.masked_fill(~outside_NG, 2.0).argsort(dim=0).argsort(dim=0)
+        most_G = (self.options.bags.others_ratio * inside_NG.sum(dim=0).double()).floor()
+        most_G[:1].fill_(torch.inf)  # group 0 has no limit
+        return outside_NG & (rank_NG < most_G)
 
     def scores(self, logits_NL: Tensor) -> Tensor:
         """Logits (N, L) -> (N, C) probability within the own group times that of an object, fp32."""
