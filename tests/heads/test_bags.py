@@ -72,7 +72,7 @@ def test_loss_equals_the_equation_when_all_others_are_kept(make_stats, device):
 
 @pytest.mark.parametrize("ratio", [0.4, 1.0, 2.5])  # with 3, 0, 1 and 1 rows of the groups 1 to 4
 def test_others_are_a_random_part_of_the_right_size(make_stats, device, ratio):
-    """In each group: all rows of its classes, and floor of ratio x as many others (as released), never an ignored row."""
+    """In each group: all rows of its classes, and floor of ratio x as many others, never an ignored row."""
     head = make(make_stats, others_ratio=ratio).to(device)
     labels = torch.tensor([0, 0, 2, 1, 5] + [CLASSES] * 30 + [IGNORED] * 9, device=device)
     part = (labels != IGNORED)[:, None]
