@@ -93,7 +93,6 @@ WAITS = re.compile(
 STEP = {
     *(
         "losses",
-        "losses_of",
         "forward",
         "forward_rows",
         "proposals",

@@ -5,7 +5,6 @@ cost nothing. Only its memory rows may differ: the first run has stored its own 
 """
 
 import json
-import shlex
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -41,20 +40,12 @@ def report(run: Path, model: MaskRCNN, step: Step, precision: str, name_of: Call
         "bad_parameters": [name for name, p in model.named_parameters() if not p.isfinite().all()],
         "bad_buffers": [name for name, b in model.state_dict().items() if not b.isfinite().all()],
         "ranks": ranks,
-        "replay": replay_command(run, step.iteration),
     }
     summary = _summary(found, run)
     if distributed.is_main():
         write_text(run / FOLDER / "report.json", json.dumps(_plain(found), indent=1, allow_nan=False) + "\n")
         write_text(run / FOLDER / "report.txt", "\n".join([summary, "", *_details(found)]) + "\n")
     return summary
-
-
-def replay_command(run: Path, iteration: int) -> str:
-    """What a user types to see this iteration again."""
-    world = distributed.world_size()
-    launch = f"torchrun --nproc_per_node={world}" if world > 1 else "python"
-    return f"{launch} scripts/replay.py {shlex.quote(str(run))} iteration={iteration}"
 
 
 @contextmanager
@@ -95,7 +86,7 @@ def _again(model: MaskRCNN, step: Step, precision: str) -> dict[str, Any]:
     with watch(model) as (forward, backward):
         for batch in step.batches:
             with torch.autocast(device.type, PRECISION.get(precision), precision != "fp32"):
-                losses.append(model.losses(batch))
+                losses.append(model(batch))
         total = torch.stack([loss.float() for each in losses for loss in each.values()]).sum()
         gradients = torch.autograd.grad(total, list(trained.values()), allow_unused=True)
     layer = forward[0] if forward else f"{backward[0]}: the gradient of its output is not finite" if backward else ""
@@ -145,7 +136,6 @@ def _summary(found: dict[str, Any], run: Path) -> str:
             f"  first bad layer: {'; '.join(layers) or 'none: run again, the batch gave finite values'}",
             "  nothing was learned from this step; the checkpoints before it are good",
             f"  images, boxes, losses and gradients: {run / FOLDER / 'report.txt'}",
-            f"  see it again: {found['replay']}",
             "  what helps most often: a lower train.lr, longer train.warmup_iterations, train.clip_norm=35, no fp16",
         ]
     )
@@ -170,7 +160,6 @@ def _details(found: dict[str, Any]) -> Iterator[str]:
             yield f"rank {rank}: image {image['image_id']} ({image['file']}), {width} x {height} px"
             yield from (f"  {c}: {box}" for c, box in zip(image["classes"], image["boxes"], strict=True))
             yield from (f"  in place of: {message}" for message in image.get("replaced", ()))
-    yield f"replay: {found['replay']}"
 
 
 def _few(names: list[str]) -> str:

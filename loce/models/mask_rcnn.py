@@ -138,23 +138,15 @@ class MaskRCNN(nn.Module):
         masks = sample["masks"].to(device, non_blocking=True)
         return Targets(boxes, labels, masks, rows, sample.get("drawn", -1), key, sample.get("place", place), ignored)
 
-    def forward(self, samples: list[dict[str, Any]] | list[Tensor]) -> Any:
-        """Training: samples -> losses. Evaluation: images (3, h, w) -> list of {boxes, labels, scores, masks}."""
-        if self.training:
-            return self.losses(samples)  # type: ignore[arg-type]
-        return self.predict(samples)  # type: ignore[arg-type]
-
-    def losses(self, samples: list[dict[str, Any]]) -> dict[str, Tensor]:
-        """The losses of a batch of training samples, scalars."""
+    def forward(self, samples: list[Any]) -> Any:
+        """Training: samples -> their losses, scalars by name. Evaluation: images (3, h, w) -> list of {boxes, labels,
+        scores, masks}."""
+        if not self.training:
+            return self.predict(samples)
         batch, sizes, padded = self.batch_images([s["image"] for s in samples])
         truths = [self.truth(s, i) for i, s in enumerate(samples)]
-        return self.losses_of(self.features(batch), sizes, padded, truths)
-
-    def losses_of(
-        self, features: list[Tensor], sizes: list[Size], padded: list[Size], truths: list[Targets]
-    ) -> dict[str, Tensor]:
-        """Losses from the pyramid on."""
-        with torch.no_grad():  # proposals have no gradient, and the losses need few anchors
+        features = self.features(batch)
+        with torch.no_grad():  # proposals have no gradient, and the RPN's losses need few anchors
             logits, deltas = self.rpn(features)
         anchors = self.rpn.anchors(features)
         losses = {}

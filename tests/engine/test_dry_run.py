@@ -53,13 +53,13 @@ def test_overfitting_shows_the_same_images_and_evaluates_them(
 
     def watched(*args):
         job = prepare(*args)
-        original = job.model.losses
+        original = job.model.forward
 
         def noted(samples):
             seen.extend((sample["image_id"], sample["image"]) for sample in samples)
             return original(samples)
 
-        job.model.losses = noted
+        job.model.forward = noted
         return job
 
     monkeypatch.setattr(trials, "prepare", watched)

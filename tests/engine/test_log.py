@@ -298,7 +298,7 @@ def test_progress_says_how_far_it_came_when_it_fails(capsys: pytest.CaptureFixtu
 
 
 def test_progress_is_a_bar_on_a_terminal(tmp_path: Path):
-    code = "from loce.progress import progress\nfor _ in progress(range(4), 4, 'filling'): pass"
+    code = "from loce.utils.progress import progress\nfor _ in progress(range(4), 4, 'filling'): pass"
     ours, theirs = pty.openpty()
     done = subprocess.run([sys.executable, "-c", code], stderr=theirs, stdout=subprocess.PIPE, text=True, timeout=60)
     shown = b""

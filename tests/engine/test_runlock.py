@@ -16,7 +16,7 @@ from tests.tiny_runs import ROOT, command, in_namespace, run
 HOLDER = """
 import os, sys, time
 from pathlib import Path
-from loce.runlock import RunLock
+from loce.engine.runlock import RunLock
 lock = RunLock(Path(sys.argv[1]))
 if not os.fork():
     os.setsid()

@@ -220,7 +220,7 @@ def test_who_listens_nowhere_has_ended() -> None:
 
 
 def test_a_process_whose_parent_is_gone_already_ends() -> None:
-    code = "from loce.stopping import die_with_parent; die_with_parent(9, {}); print('lives')"
+    code = "from loce.utils.signals import die_with_parent; die_with_parent(9, {}); print('lives')"
     for parent, expected in ((os.getpid(), "lives\n"), (os.getppid(), "")):
         words = [sys.executable, "-c", code.format(parent)]
         done = subprocess.run(words, capture_output=True, text=True, timeout=60, cwd=ROOT)
@@ -304,7 +304,7 @@ import os, time
 from functools import partial
 from torch.utils.data import DataLoader
 from loce.data.loader import _start_worker
-from loce.session import session
+from loce.engine.ranks import session
 
 class Slow:
     def __len__(self): return 1000

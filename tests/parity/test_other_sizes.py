@@ -91,7 +91,12 @@ def test_a_step_and_detections_of_r101(head):
     model = official.model(head, memory, backbone="ResNet-101").train()
     model.freeze("trunk" if memory.enabled else "none")
     features = model.features(torch.from_numpy(rule.batch()))
-    losses = model.losses_of(features, CONTENT, PADDED, official.truths())
+    truths, anchors = official.truths(), model.rpn.anchors(features)
+    losses = model.rpn.losses(features, anchors, PADDED, [t.boxes for t in truths])
+    with torch.no_grad():
+        logits, deltas = model.rpn(features)
+        proposals = model.rpn.proposals(logits, deltas, anchors, CONTENT)
+    losses |= model.roi_heads.losses(features, proposals, truths, CONTENT)
     sum(losses.values()).backward()
     for name, parameter in model.named_parameters():
         assert (parameter.grad is not None) == parameter.requires_grad, name
