@@ -77,11 +77,12 @@ def detections(model: Any, files: list[Path], bad: list[str]) -> Iterator[tuple[
 
 def draw(image: Any, found: dict[str, Any], stats: Any, options: Options) -> tuple[Any, list[int]]:
     """The image with the objects that are worth drawing, and their rows."""
-    from loce.engine.drawing import draw_objects, worth_drawing
+    from loce.engine.drawing import class_text, draw_objects, worth_drawing
 
     boxes, scores, labels = (found[name].numpy() for name in ("boxes", "scores", "labels"))
     rows = worth_drawing(boxes, scores, options.threshold, options.most, options.overlap)
-    texts = [f"{stats.names[labels[row]]} {scores[row]:.2f}" for row in rows]
+    names = [class_text(stats.names[label], int(stats.category_ids[label])) for label in labels[rows]]
+    texts = [f"{name} {score:.2f}" for name, score in zip(names, scores[rows], strict=True)]
     groups = [str(stats.groups[labels[row]]) for row in rows]
     masks = [{"size": list(image.shape[:2]), "counts": found["rles"][row]} for row in rows]
     return draw_objects(image, boxes[rows], masks, texts, groups), rows.tolist()

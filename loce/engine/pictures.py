@@ -14,7 +14,7 @@ from loce.data.dataset import Sample, TrainDataset
 from loce.data.masks import CroppedMasks
 from loce.data.samplers import TrainingPlan
 from loce.data.transforms import read_image
-from loce.engine.drawing import FONT, draw_objects, worth_drawing
+from loce.engine.drawing import class_text, draw_objects, put_text, worth_drawing
 from loce.evaluation.detections import Detections
 from loce.evaluation.stream import read_detections
 from loce.models.mask_rcnn import MaskRCNN
@@ -58,7 +58,11 @@ def _truth(sample: Sample, stats: ClassStats) -> np.ndarray:
     for box, group in zip(boxes.round().astype(int).tolist(), groups, strict=True):
         cv2.rectangle(image, tuple(box[:2]), tuple(box[2:]), GROUP_RGB[group], 1)
     masks = _scaled(sample["masks"], image.shape[:2], scale)
-    return draw_objects(image, boxes, masks, [stats.names[label] for label in labels], groups)
+    return draw_objects(image, boxes, masks, [_name(stats, label) for label in labels], groups)
+
+
+def _name(stats: ClassStats, label: int) -> str:
+    return class_text(stats.names[label], int(stats.category_ids[label]))
 
 
 def _fit(image: torch.Tensor) -> tuple[np.ndarray, float]:
@@ -125,12 +129,12 @@ def _found(image: torch.Tensor, found: Mapping[str, Any], stats: ClassStats) -> 
         mask = coco_mask.decode({"size": list(image.shape[1:]), "counts": found["rles"][row]})
         canvas = cv2.resize(mask, pixels.shape[1::-1], interpolation=cv2.INTER_NEAREST)
         masks.append(coco_mask.encode(np.asfortranarray(canvas)))
-    texts = [f"{stats.names[labels[row]]} {scores[row]:.2f}" for row in rows]
+    texts = [f"{_name(stats, labels[row])} {scores[row]:.2f}" for row in rows]
     drawn = draw_objects(pixels, boxes[rows] * scale, masks, texts, [str(stats.groups[labels[row]]) for row in rows])
     if len(rows):
         return drawn, f"found: {len(rows)} with a score of {THRESHOLD:g} or more"
     best = int(scores.argmax()) if len(scores) else None
-    said = "" if best is None else f"; the best: {stats.names[labels[best]]} {scores[best]:.2g}"
+    said = "" if best is None else f"; the best: {_name(stats, labels[best])} {scores[best]:.2g}"
     return drawn, f"found: nothing that scores {THRESHOLD:g}{said}"
 
 
@@ -180,7 +184,8 @@ def _named(
 ) -> np.ndarray:
     """An image with objects and their names (and scores)."""
     known = [classes.get(int(number), ("?", "r")) for number in category_ids]
-    texts = [name if scores is None else f"{name} {scores[i]:.2f}" for i, (name, _) in enumerate(known)]
+    names = [class_text(name, int(number)) for (name, _), number in zip(known, category_ids, strict=True)]
+    texts = names if scores is None else [f"{name} {score:.2f}" for name, score in zip(names, scores, strict=True)]
     return draw_objects(image, corners, masks, texts, [group for _, group in known])
 
 
@@ -205,7 +210,7 @@ def sheet(pictures: Sequence[np.ndarray], captions: Sequence[str], title: str, c
     for place, (picture, caption) in enumerate(zip(fitted, captions, strict=True)):
         top, left = int(tops[place // columns]), GAP + place % columns * (CELL + GAP)
         page[top : top + len(picture), left : left + picture.shape[1]] = picture
-        _write(page, caption, (left, top + len(picture) + CAPTION - 9), 0.45)
+        put_text(page, caption, (left, top + len(picture) + CAPTION - 9), INK, 0.45)
     return page
 
 
@@ -217,17 +222,12 @@ def _fitted(picture: np.ndarray) -> np.ndarray:
 
 
 def _legend(page: np.ndarray, title: str) -> None:
-    _write(page, title, (GAP, 29), 0.6)
+    put_text(page, title, (GAP, 29), INK, 0.6)
     left = page.shape[1] - 345
     for group in GROUPS:
         cv2.rectangle(page, (left, 16), (left + 16, 32), GROUP_RGB[group], cv2.FILLED)
-        _write(page, GROUP_NAMES[group], (left + 24, 29), 0.5)
+        put_text(page, GROUP_NAMES[group], (left + 24, 29), INK, 0.5)
         left += 115
-
-
-def _write(page: np.ndarray, text: str, corner: tuple[int, int], size: float) -> None:
-    plain = text.encode("ascii", "replace").decode()  # OpenCV's font has no other letters
-    cv2.putText(page, plain, corner, FONT, size, INK, 1, cv2.LINE_AA)
 
 
 def write_jpeg(file: Path, picture: np.ndarray) -> None:
