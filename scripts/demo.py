@@ -7,7 +7,8 @@ import time
 from pathlib import Path
 
 from loce.config import load_config, run_script
-from loce.report.tables.steps import average_precisions, percent, run, step
+from loce.report.tables.cells import markdown_table, percent
+from loce.report.tables.steps import average_precisions, run, step
 from loce.utils.files import write_text
 
 DATA, RUNS = Path("runs/glyphs50"), Path("runs/glyphs")
@@ -17,12 +18,11 @@ COLUMNS = ("box AP", "mask AP", "APr", "APc", "APf", "minutes")
 
 def table(minutes: dict[str, float]) -> str:
     """The demo's results in Markdown."""
-    lines = ["| Glyph-LVIS, 50 classes | " + " | ".join(COLUMNS) + " |", "|---" * (len(COLUMNS) + 1) + "|"]
+    rows = []
     for config, name in ROWS.items():
         values = average_precisions(RUNS / config / "eval")
-        cells = [*(percent([value]) for value in values), f"{minutes[config]:.1f}"]
-        lines.append(f"| {name} | " + " | ".join(cells) + " |")
-    return "\n".join(lines) + "\n"
+        rows.append([name, *(percent([value]) for value in values), f"{minutes[config]:.1f}"])
+    return "\n".join(markdown_table(["Glyph-LVIS, 50 classes", *COLUMNS], rows)) + "\n"
 
 
 def main() -> None:

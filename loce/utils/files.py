@@ -1,5 +1,6 @@
 """Writing files so that a kill at any moment leaves the old file or the new one, never half of one."""
 
+import csv
 import hashlib
 import os
 from collections.abc import Iterator
@@ -74,6 +75,12 @@ def write_text(path: Path | str, text: str) -> None:
     """`text` as the whole file, UTF-8, by `atomic_write`."""
     with atomic_write(path) as temporary:
         temporary.write_text(text, encoding="utf-8")
+
+
+def read_csv(path: Path | str) -> list[dict[str, str]]:
+    """Rows of a CSV file with a header."""
+    with open(path, newline="", encoding="utf-8") as file:
+        return list(csv.DictReader(file))
 
 
 def file_hash(path: Path | str) -> str:

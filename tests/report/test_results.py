@@ -12,13 +12,11 @@ from typing import Any
 import numpy as np
 import pytest
 
+from loce.report.tables.results import between_marks, page, read_tables, short_table
+from loce.report.tables.rows import COLUMNS, RowRun, RunOptions
+from loce.report.tables.statistics import difference, estimate, metric, rank_correlation, score_tracks_accuracy
+
 ROOT = Path(__file__).resolve().parents[2]
-sys.path.insert(0, str(ROOT / "scripts"))
-
-from results import Options, between_marks, note, page, read_tables, short_table  # noqa: E402
-
-from loce.report.tables.rows import COLUMNS, RowRun  # noqa: E402
-from loce.report.tables.statistics import difference, estimate, metric, rank_correlation, score_tracks_accuracy  # noqa: E402
 
 
 def slow_estimate(values: list[float], drawn: list[list[float]], chosen: list[list[int]]) -> tuple[float, float]:
@@ -103,7 +101,7 @@ def test_rank_correlation() -> None:
 
 
 def test_the_page_judges_the_claims(tmp_path: Path) -> None:
-    options = Options(seeds=3, records=str(tmp_path / "records"))
+    options = RunOptions(seeds=3, records=str(tmp_path / "records"))
     shifts = {
         "baseline": 0.0,
         "softmax": 0.0,
@@ -121,7 +119,7 @@ def test_the_page_judges_the_claims(tmp_path: Path) -> None:
                 shift = {"cold start": 3.0, "filled with 16": 5.0}.get(row.text.name, shift)
                 if row.text.name not in ("Seesaw", "Seesaw + MFS") and (row.text.name != "EQL" or seed == 0):
                     leave(job, record(seed, shift, row.text.name))
-    text = page(read_tables(options), "note")
+    text = page(read_tables(options), options)
     verdicts = {
         line.split(" | ")[0][2:]: line.split(" | ")[2][:-2] for line in text.splitlines() if line.count(" | ") == 2
     }
@@ -170,13 +168,14 @@ def test_the_page_judges_the_claims(tmp_path: Path) -> None:
     loce = read_tables(options)[0].rows[3].runs[1]
     leave(loce, {**json.loads(loce.record.read_text()), "start": "elsewhere"})
     words = r"- seed 1: rows start from 2 different checkpoints of stage1, .*: .*elsewhere \(1 runs\)"
-    assert re.search(words, page(read_tables(options), "note"))
+    assert re.search(words, page(read_tables(options), options))
     assert "speed, memory" not in text
     for job, speed in zip(read_tables(options)[4].rows[4].runs, (10.0, 20.0), strict=False):
         leave(job, {**json.loads(job.record.read_text()), "images_per_second": speed, "peak_memory_gib": speed / 8})
-    text = page(read_tables(options), "note")
+    text = page(read_tables(options), options)
     assert text.count("| training | speed, memory |") == 1 and "| end to end, 7 epochs | 15 images/s, 2.5 GiB |" in text
-    few = page(read_tables(Options(seeds=1, records=options.records)), "note")
+    one_seed = RunOptions(seeds=1, records=options.records)
+    few = page(read_tables(one_seed), one_seed)
     assert few.count("| confirmed, by 1 seed only |") == 12 and "| alpha = 0.9 | 1 | 24.0 |" in few
     assert ebl.startswith("| s, EBL | 3 | 22.1 ± 0.1 | 22.1 ± 0.1 |") and "+2.0 [+2.0, +2.0] | -2.0 [-2.0, -2.0]" in ebl
 
@@ -187,7 +186,7 @@ def leave(job: RowRun, content: dict[str, Any]) -> None:
 
 
 def test_a_row_starts_from_the_run_of_its_seed() -> None:
-    rows = {row.text.name: row.runs for row in read_tables(Options(seeds=2))[6].rows}
+    rows = {row.text.name: row.runs for row in read_tables(RunOptions(seeds=2))[6].rows}
     for softmax, again, loce in zip(
         rows["softmax"], rows["softmax, then softmax"], rows["softmax, then LOCE"], strict=True
     ):
@@ -213,9 +212,9 @@ def test_the_committed_pages_are_what_the_committed_records_give(monkeypatch: py
     monkeypatch.chdir(ROOT)
     written = (ROOT / "docs/results.md").read_text(encoding="utf-8")
     seeds, records = re.search(r"SEEDS=(\d+)` from records in `(\S+)`", written).groups()  # type: ignore[union-attr]
-    options = Options(seeds=int(seeds), records=records)
+    options = RunOptions(seeds=int(seeds), records=records)
     tables = read_tables(options)
-    assert page(tables, note(options)) == written
+    assert page(tables, options) == written
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
     assert between_marks(readme, short_table(tables[0], options.data)) == readme
     with pytest.raises(ValueError, match="Table 1: begin"):

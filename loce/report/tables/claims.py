@@ -1,52 +1,36 @@
-"""The paper's claims and open questions, judged by the tables; docs/benchmark.md says beforehand how."""
+"""Verdicts on the paper's claims and open questions by the tables; docs/benchmark.md says beforehand how."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any
 
-from loce.report.tables.rows import Row
+from loce.report.tables.cells import markdown_table
+from loce.report.tables.rows import Records, Table
 from loce.report.tables.statistics import difference, score_tracks_accuracy
 
 TRACKS = 0.7  # rank correlation from which on the mean score tracks accuracy
 LITTLE = 1.0  # box AP: what matters less matters little
 ENOUGH_SEEDS = 3  # for a verdict without a word of warning
-Records = list[dict[str, Any]]
-
-
-@dataclass(frozen=True)
-class Table:
-    """A table and the records of each row, by name."""
-
-    number: int
-    title: str
-    rows: list[Row]
-    records: dict[str, Records]
 
 
 def claims(tables: list[Table]) -> list[str]:
     """The paper's claims, each with numbers and a verdict."""
-    one, five = tables[0].records, tables[4].records
-    base, ebl, mfs, loce, prior = (one[row.text.name] for row in tables[0].rows)
-    lines = ["| claim of the paper | here | verdict |", "|---|---|---|"]
+    one, five = tables[0], tables[4]
+    base, ebl, mfs, loce, prior = (row.records for row in one.rows)
+    matter = ("alpha", "the background's score", "the choice of k and m")
+    peers = ("EQL", "RFS", "Forest R-CNN", "Seesaw", "EQL v2", "BAGS")
     rows = [
-        tracking({"softmax": base, "RFS": five["RFS"], "LOCE": loce}),
+        tracking({"softmax": base, "RFS": five.records("RFS"), "LOCE": loce}),
         better("EBL helps rare, common and frequent classes (Table 1)", ebl, base, ("APr", "APc", "APf")),
         better("MFS lifts the rare classes (Table 1)", mfs, base, ("APr",)),
         better("both together beat EBL alone (Table 1)", loce, ebl, ("box AP", "AP")),
         better("both together beat MFS alone (Table 1)", loce, mfs, ("box AP", "AP")),
         better("the mean score beats counts for frequent classes (Table 1)", loce, prior, ("APf",)),
         *(
-            little(f"{what} matters little (Table {table.number})", table, loce)
-            for what, table in zip(
-                ("alpha", "the background's score", "the choice of k and m"), tables[1:4], strict=True
-            )
+            little(f"{what} matters little (Table {t.number})", t, loce)
+            for what, t in zip(matter, tables[1:4], strict=True)
         ),
-        *(
-            better(f"LOCE beats {name} (Table 5)", loce, five.get(name, []), ("box AP",))
-            for name in ("EQL", "RFS", "Forest R-CNN", "Seesaw", "EQL v2", "BAGS")
-        ),
+        *(better(f"LOCE beats {name} (Table 5)", loce, five.records(name), ("box AP",)) for name in peers),
     ]
-    return [*lines, *(f"| {' | '.join(row)} |" for row in rows)]
+    return markdown_table(["claim of the paper", "here", "verdict"], rows)
 
 
 def better(claim: str, ours: Records, others: Records, columns: Sequence[str]) -> tuple[str, str, str]:
@@ -62,7 +46,7 @@ def better(claim: str, ours: Records, others: Records, columns: Sequence[str]) -
 
 def little(claim: str, table: Table, loce: Records) -> tuple[str, str, str]:
     """Confirmed where no row is further than LITTLE from LOCE, not confirmed where an interval is outside of that."""
-    others = {name: records for name, records in table.records.items() if records != loce}
+    others = {row.text.name: row.records for row in table.rows if row.records != loce}
     found = {name: difference(records, loce, "box AP") for name, records in others.items()}
     known = {name: value for name, value in found.items() if value is not None}
     if not known or len(known) < len(found):
@@ -86,16 +70,16 @@ def tracking(rows: dict[str, Records]) -> tuple[str, str, str]:
 
 def answers(table: Table, head: str) -> list[str]:
     """The questions of a table below `head`, each with numbers and the answer of mask AP."""
-    lines = [f"| {head} | here | answer |", "|---|---|---|"]
+    rows = []
     for row in table.rows:
         if question := row.text.question:
-            ours, others = table.records[row.text.name], table.records[row.text.against]
+            ours, others = row.records, table.records(row.text.against)
             found = {name: difference(ours, others, name) for name in ("box AP", "AP", "APr", "APf")}
             text = ", ".join(f"{name} {value}" for name, value in found.items() if value) or "not run"
             ap = found["AP"]
             word = "-" if ap is None else "better" if ap.low > 0 else "worse" if ap.high < 0 else "no difference shown"
-            lines.append(f"| {question} | {text} | {word}{few_seeds(ap.seeds) if ap else ''} |")
-    return lines
+            rows.append((question, text, word + (few_seeds(ap.seeds) if ap else "")))
+    return markdown_table([head, "here", "answer"], rows)
 
 
 def few_seeds(seeds: int) -> str:

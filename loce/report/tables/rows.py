@@ -1,7 +1,8 @@
-"""The rows of the paper's tables (configs/tables.yaml), each with one run for every seed, and where each run goes."""
+"""Tables of the paper and their rows (configs/tables.yaml): one run for every seed, and where each run goes."""
 
 import json
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
@@ -9,6 +10,7 @@ from loce.config import (
     MAY_CHANGE,
     Config,
     UserError,
+    diff,
     find_config,
     images_per_rank,
     load_config,
@@ -22,11 +24,12 @@ from loce.utils.yaml_text import dotted, load_yaml
 COLUMNS = ("box AP", "AP", "APr", "APc", "APf")
 UNKNOWN = -1.0  # among the published numbers
 PEERS = 5  # the table of methods, for which a data set may lack recipes
+Records = list[dict[str, Any]]  # of a row, one of each seed
 
 
 @dataclass(frozen=True, kw_only=True)
 class RunOptions:
-    """What to train, on which data, and where it goes."""
+    """Options of all tables: what to train, on which data, and where it goes."""
 
     data: Literal["glyphs", "glyph1203", "lvis"] = "glyphs"  # glyphs: for CPU cores; glyph1203: for a GPU; both drawn
     seeds: Count = 1  # trainings of every row, stage 1 included: seeds 0, 1, ...
@@ -38,7 +41,7 @@ class RunOptions:
 
 @dataclass(frozen=True, kw_only=True)
 class RowText:
-    """A row as configs/tables.yaml has it."""
+    """Row of configs/tables.yaml."""
 
     name: str
     recipe: str  # one of `recipes`, or a file in the folder of the methods
@@ -59,7 +62,7 @@ ROW_CONFLICTS: tuple[Conflict, ...] = (
 
 @dataclass(frozen=True)
 class Recipes:
-    """What configs/tables.yaml says of a data set."""
+    """Recipes of a data set in configs/tables.yaml."""
 
     stages: list[str]
     named: dict[str, str]
@@ -75,7 +78,7 @@ class Recipes:
 
 @dataclass(frozen=True)
 class Run:
-    """One training; `words` begin with the recipe, config is what they mean."""
+    """Training run: the words of its command, which begin with the recipe, and the config that they mean."""
 
     words: list[str]
     config: Config
@@ -85,15 +88,10 @@ class Run:
         """The run folder."""
         return Path(self.config.output)
 
-    @property
-    def trained(self) -> bool:
-        """Whether it is trained to its end, here, and evaluated."""
-        return (self.folder / "eval/metrics.json").exists()
-
 
 @dataclass(frozen=True)
 class RowRun(Run):
-    """The run of a row with one seed, the folder of its evaluation and the file of its record (table_records.py)."""
+    """Run of a row with one seed: processes, the folder of its evaluation, the file of its record (records.py)."""
 
     processes: int
     evaluation: Path
@@ -108,12 +106,11 @@ class RowRun(Run):
     def options(self) -> dict[str, Any]:
         """What decides its numbers, besides the code: the options that are not their defaults."""
         config = replace(self.config, output="", train=replace(self.config.train, init=""))
-        defaults = dotted(to_dict(Config()))
-        given = {key: value for key, value in dotted(to_dict(config)).items() if key not in MAY_CHANGE}
-        changed = {key: value for key, value in given.items() if value != defaults[key]}
+        values = dotted(to_dict(config))
+        changed = {key: values[key] for key in diff(Config(), config) if key not in MAY_CHANGE}
         return {**changed, "evaluation": self.evaluation.name, "init": Path(self.config.train.init).name}
 
-    @property
+    @cached_property
     def facts(self) -> dict[str, Any]:
         """The record of a run that is done. UserError where it is one of other options."""
         found: dict[str, Any] = json.loads(self.record.read_text(encoding="utf-8"))
@@ -126,44 +123,61 @@ class RowRun(Run):
 
 @dataclass(frozen=True)
 class Row:
-    """A row, ready to be trained: one run for each seed."""
+    """Row of a table, ready to be trained: one run for each seed."""
 
     text: RowText
     runs: list[RowRun]
 
     @property
-    def done(self) -> list[RowRun]:
-        """The runs that are finished."""
-        return [run for run in self.runs if run.done]
+    def records(self) -> Records:
+        """The records of the runs that are finished."""
+        return [run.facts for run in self.runs if run.done]
 
 
-def read_rows(options: RunOptions, table: int) -> tuple[str, Recipes, list[Row]]:
-    """The title of a table, where recipes are, and the rows. UserError with what is wrong in any of them."""
+@dataclass(frozen=True)
+class Table:
+    """Table of the paper: number, title, where its recipes are, rows."""
+
+    number: int
+    title: str
+    recipes: Recipes
+    rows: list[Row]
+
+    def records(self, name: str) -> Records:
+        """The records of the row of this name; none where there is no such row."""
+        return next((row.records for row in self.rows if row.text.name == name), [])
+
+
+def read_table(options: RunOptions, number: int) -> Table:
+    """A table of configs/tables.yaml. UserError with what is wrong in any of its rows."""
     file = find_config("tables.yaml")
     content = load_yaml(file.read_text(encoding="utf-8"), str(file))
-    name = f"table{table}"
+    name = f"table{number}"
     if name not in content:
-        raise UserError(f"table = {table}: {file} has {', '.join(n for n in content if n != 'recipes')}")
+        raise UserError(f"table = {number}: {file} has {', '.join(n for n in content if n != 'recipes')}")
     if options.data not in content[name].get("data", [options.data]):
-        raise UserError(f"data = {options.data}: table {table} is of {' or '.join(content[name]['data'])}")
-    recipes = Recipes(**content["recipes"][options.data])
-    rows: list[Row] = []
+        raise UserError(f"data = {options.data}: table {number} is of {' or '.join(content[name]['data'])}")
+    table = Table(number, content[name]["title"], Recipes(**content["recipes"][options.data]), [])
     problems = []
     for position, values in enumerate(content[name]["rows"], start=1):
         source = f"{file}, {name}, row {position}"
         try:
             text = build(RowText, flatten(RowText, values, source), ROW_CONFLICTS)
-            if table == PEERS and recipes.only and text.name not in recipes.only:
+            if number == PEERS and table.recipes.only and text.name not in table.recipes.only:
                 continue
-            starts = next((row.runs for row in rows if row.text.name == text.start), [])
+            # A row may start from the run, of the same seed, of a row above.
+            starts = next((row.runs for row in table.rows if row.text.name == text.start), [])
             if text.start and not starts:
                 raise UserError(f"start = {text.start}: no row above has this name")
-            runs = [make_run(options, recipes, text, s, starts[s] if starts else None) for s in range(options.seeds)]
-            rows.append(Row(text, runs))
+            runs = [
+                make_run(options, table.recipes, text, seed, starts[seed] if starts else None)
+                for seed in range(options.seeds)
+            ]
+            table.rows.append(Row(text, runs))
         except UserError as error:
             problems.append(f"{source}: {error}")
     raise_problems(problems)
-    return content[name]["title"], recipes, rows
+    return table
 
 
 def make_run(options: RunOptions, recipes: Recipes, text: RowText, seed: int, start: Run | None = None) -> RowRun:
@@ -173,6 +187,7 @@ def make_run(options: RunOptions, recipes: Recipes, text: RowText, seed: int, st
     if any(word.startswith("output=") for word in words):
         raise UserError("output: every row has its own run folder; runs=... chooses where")
     plain = load_config([recipe])
+    # A further seed, and the stage of the same seed to start from.
     if seed:
         words += [f"seed={seed}"]
         stages = {load_config([stage]).output: stage for stage in recipes.stages}
@@ -182,6 +197,7 @@ def make_run(options: RunOptions, recipes: Recipes, text: RowText, seed: int, st
     config = load_config(words)
     processes = text.processes or options.gpus
     images_per_rank(config.train, max(processes, 1))
+    # Folders and the record are named by what changes the recipe.
     changes = [*text.words, *([f"processes={processes}"] if text.processes else [])]
     changes += [f"init={start.folder.name}"] if start else []
     folder = plain.output

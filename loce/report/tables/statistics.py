@@ -1,6 +1,6 @@
 """Means over seeds with intervals over seeds and images, and differences that pair both.
 
-Legend: S seeds, B resampled sets of validation images, the same for all runs (table_records.py).
+Legend: S seeds, B resampled sets of validation images, the same for all runs (records.py).
 """
 
 from collections.abc import Sequence

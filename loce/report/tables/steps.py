@@ -1,7 +1,6 @@
-"""For scripts that start others: run one, run it unless it is finished, and the numbers that it left."""
+"""Subprocesses of scripts: run one, or run it unless it is finished; run folders, and the numbers in them."""
 
 import json
-import statistics
 import subprocess
 import sys
 import time
@@ -53,14 +52,6 @@ def average_precisions(evaluation: Path) -> list[float]:
     metrics = json.loads((evaluation / "metrics.json").read_text(encoding="utf-8"))
     box, mask = metrics["bbox"], metrics["segm"]
     return [100 * value for value in (box["AP"], mask["AP"], mask["APr"], mask["APc"], mask["APf"])]
-
-
-def percent(values: Sequence[float]) -> str:
-    """Mean of a metric in percent, and its standard deviation where there are several values; "-" of no classes."""
-    if min(values) < 0:
-        return "-"
-    deviation = f" ± {statistics.stdev(values):.1f}" if len(values) > 1 else ""
-    return f"{statistics.mean(values):.1f}{deviation}"
 
 
 def newest_run(runs: Path) -> Path | None:

@@ -1,0 +1,178 @@
+"""Page of results: all tables over seeds, the paper's claims and open questions, where the numbers are from."""
+
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+
+from loce.report.figures import score_figure
+from loce.report.tables.cells import estimated, in_short, markdown_table, published, schedule, speed
+from loce.report.tables.claims import answers, claims
+from loce.report.tables.rows import COLUMNS, PEERS, UNKNOWN, Records, Row, RunOptions, Table, read_table
+from loce.report.tables.statistics import difference, metric, score_tracks_accuracy
+
+TABLES = {"glyphs": (1, 2, 3, 4, 5, 6, 7), "glyph1203": (1, 2, 3, 4, 5, 6), "lvis": (1, 2, 3, 4, 5, 6)}
+MARKS = ("<!-- Table 1: begin -->\n", "<!-- Table 1: end -->\n")
+DATA = {"glyphs": "Glyph-50", "glyph1203": "Glyph-1203", "lvis": "LVIS v1"}  # as readers know them
+SOFTMAX = ("baseline", "softmax", "softmax, one stage")  # rows
+NAMES = {  # of the rows of Table 1, for readers who have not seen the paper
+    "baseline": "softmax",
+    "s, EBL": "Equilibrium Loss (EBL)",
+    "s, MFS": "feature sampling (MFS)",
+    "s, EBL + MFS": "**LOCE** = EBL + MFS",
+    "P(y), EBL + MFS": "LOCE with class counts in place of scores",
+}
+NOTE = """Written by `make results DATA={data} SEEDS={seeds}` from records in `{records}`;
+[the benchmark](benchmark.md) says what is trained, on what, and how the claims are judged. All numbers are
+in percent; AP is mask AP where it does not say box. Mean ± standard deviation over seeds; intervals are 95%
+over seeds and images (of images alone where there is one seed); differences pair both, of the seeds that
+both rows have: rows of different numbers of seeds compare by differences, not by means. Softmax and LOCE,
+which the others are compared with, are those of Table 1. Published numbers are of LVIS v1, each with the
+schedule of its source (configs/tables.yaml)."""
+
+
+def read_tables(options: RunOptions) -> list[Table]:
+    """All tables of a data set."""
+    return [read_table(options, number) for number in TABLES[options.data]]
+
+
+def page(tables: list[Table], options: RunOptions) -> str:
+    """The page in Markdown."""
+    lines = [
+        "# Results",
+        "",
+        NOTE.format(data=options.data, seeds=options.seeds, records=options.records),
+        "",
+        *claims(tables),
+        "",
+        "![Mean score and AP of every class](images/score_accuracy.png)",
+        "",
+        *answers(tables[5], "what the paper leaves open"),
+    ]
+    for table in tables[6:]:
+        lines += ["", *answers(table, table.title)]
+    for table in tables:
+        lines += ["", f"## Table {table.number}: {table.title}", ""]
+        lines += whole_table(table, tables[0].records("baseline"), tables[0].records("s, EBL + MFS"))
+        lines += beside_the_paper(table) if table.number in (1, PEERS) else []
+    every = {record["command"]: record for table in tables for row in table.rows for record in row.records}
+    return "\n".join([*lines, "", *origin(list(every.values()))]) + "\n"
+
+
+def whole_table(table: Table, softmax: Records, loce: Records) -> list[str]:
+    """A table in Markdown; speed and memory stand in it where a record has them."""
+    head = ["", "seeds", *COLUMNS, "AP, 95%", "AP - softmax", "AP - LOCE", f"paper: {', '.join(COLUMNS)}", "training"]
+    rows, costs = [], [speed(row.records) for row in table.rows]
+    for row, cost in zip(table.rows, costs, strict=True):
+        records, whole = row.records, metric(row.records, "AP")
+        rows.append(
+            [
+                row.text.name,
+                str(len(records)),
+                *(estimated(metric(records, name)) if records else "not run" for name in COLUMNS),
+                f"{whole.low:.1f} to {whole.high:.1f}" if whole else "-",
+                *(str((o != records and difference(records, o, "AP")) or "-") for o in (softmax, loce)),
+                " / ".join(published(row.text.paper)),
+                schedule(row.runs[0].config),
+                *([cost] if set(costs) != {"-"} else []),
+            ]
+        )
+    return markdown_table([*head, "speed, memory"] if set(costs) != {"-"} else head, rows)
+
+
+def beside_the_paper(table: Table) -> list[str]:
+    """Differences to softmax of as many iterations, ours and published; how many signs agree; the order of the rows."""
+    known = [row for row in table.rows if row.text.paper[1] != UNKNOWN]
+    rows, pairs = [], []
+    for row in known:
+        base = softmax_for(row, table)
+        if base is row:
+            continue
+        cells = []
+        for column, theirs, plain in zip(COLUMNS, row.text.paper, base.text.paper, strict=True):
+            ours = difference(row.records, base.records, column)
+            is_published = UNKNOWN not in (theirs, plain)
+            pairs += [(ours.mean, theirs - plain)] if ours and is_published else []
+            here = f"{ours.mean:+.1f}" if ours else "not run"
+            cells.append(f"{here} / {theirs - plain:+.1f}" if is_published else f"{here} / -")
+        rows.append([row.text.name, *cells])
+    # How well they agree: signs of the differences, order of the rows by mask AP.
+    agree = sum(ours * theirs > 0 for ours, theirs in pairs)
+    done = [row for row in known if row.records]
+    orders = (
+        sorted(done, key=lambda row: -means(row.records)[1]),
+        sorted(done, key=lambda row: -row.text.paper[1]),
+    )
+    here, there = (" > ".join(row.text.name for row in order) for order in orders)
+    return [
+        "",
+        *markdown_table(["minus softmax: here / published", *COLUMNS], rows),
+        "",
+        f"The sign agrees in {agree} of {len(pairs)}. By mask AP: here {here}; published {there}.",
+    ]
+
+
+def softmax_for(row: Row, table: Table) -> Row:
+    """The softmax row that was trained as `row` was, end to end or in a second stage; else the first one."""
+    plain = [other for other in table.rows if other.text.name in SOFTMAX]
+    starts = bool(row.runs[0].config.train.init)
+    return next((other for other in plain if bool(other.runs[0].config.train.init) == starts), plain[0])
+
+
+def short_table(table: Table, data: str) -> str:
+    """Table 1 for a first page: our means beside the paper's numbers."""
+    seeds = max(len(row.records) for row in table.rows)
+    head = f"{DATA[data]}, {seeds} seed{'s' * (seeds > 1)}"
+    rows = [[NAMES[row.text.name], in_short(means(row.records)), in_short(row.text.paper)] for row in table.rows]
+    lines = markdown_table(["box AP / mask AP (rare, common, frequent)", head, "the paper, LVIS v1"], rows)
+    return "\n".join(lines) + "\n"
+
+
+def means(records: Records) -> Sequence[float]:
+    """Of COLUMNS over seeds, in percent; UNKNOWN where there is none."""
+    found = [metric(records, name) for name in COLUMNS]
+    return [UNKNOWN if value is None else value.mean for value in found]
+
+
+def between_marks(page: str, text: str) -> str:
+    """`page` with `text` between MARKS. ValueError where it does not have them."""
+    before, begin, rest = page.partition(MARKS[0])
+    _, end, after = rest.partition(MARKS[1])
+    if not (begin and end):
+        raise ValueError(f"no {MARKS[0].strip()} ... {MARKS[1].strip()}")
+    return before + begin + text + end + after
+
+
+def origin(records: Records) -> list[str]:
+    """What the numbers are of: data, protocol, machines, code, time."""
+    lines = []
+    for name in ("data", "protocol", "device", "code"):
+        counted = Counter(record[name] for record in records)
+        lines.append(f"- {name}: " + "; ".join(f"{value} ({count} runs)" for value, count in counted.items()))
+    # Rows of a seed that start from several checkpoints of one stage: they compare as different seeds do.
+    starts: dict[tuple[int, str], Counter[str]] = {}
+    for record in records:
+        if stage := record["options"]["init"]:
+            starts.setdefault((record["seed"], stage), Counter())[record.get("start", "an unknown one")] += 1
+    lines += [
+        f"- seed {seed}: rows start from {len(found)} different checkpoints of {stage}, and compare as different seeds "
+        f"do: {', '.join(f'{weights} ({count} runs)' for weights, count in found.items())}"
+        for (seed, stage), found in sorted(starts.items())
+        if len(found) > 1
+    ]
+    days = sorted(record["started"][:10] for record in records)
+    hours = sum(record["minutes"] for record in records) / 60
+    span = f"{days[0]} to {days[-1]}" if days else "-"
+    return [*lines, f"- time: {hours:.1f} hours of training and evaluation in {len(records)} runs, {span}"]
+
+
+def write_figure(tables: list[Table], file: Path) -> None:
+    """Mean score against AP of every class, of the first runs of softmax, RFS and LOCE as far as they are there."""
+    rows = {
+        "softmax": tables[0].records("baseline"),
+        "RFS": tables[4].records("RFS"),
+        "LOCE": tables[0].records("s, EBL + MFS"),
+    }
+    first = {name: records[0] for name, records in rows.items() if records}
+    titles = {f"{name}: rank correlation {score_tracks_accuracy(r):.2f}": r["classes"] for name, r in first.items()}
+    if titles:
+        score_figure(titles, file)

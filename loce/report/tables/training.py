@@ -1,0 +1,73 @@
+"""Training of a table's rows, and the table as far as it is trained."""
+
+import json
+from pathlib import Path
+
+from loce.report.tables.cells import markdown_table, percent, published, schedule, speed
+from loce.report.tables.rows import COLUMNS, RowRun, RowText, RunOptions, Table, stage_run
+from loce.report.tables.steps import is_evaluated, run, step
+
+
+def prepare(options: RunOptions, table: Table, runs: list[RowRun]) -> None:
+    """Draw the glyphs and train the stages that are missing, where one of the runs needs them."""
+    recipes, waiting = table.recipes, [row_run for row_run in runs if not row_run.done]
+    if not waiting:
+        return
+    data = waiting[0].config.data
+    if recipes.glyphs and not Path(data.train_annotations).exists():
+        run("make_glyphs.py", f"out={data.train_images}", *recipes.glyphs)
+    # Stages that runs start from; a forest is built from the features of the first.
+    first = stage_run(options, recipes.stages[0], 0)
+    forests = {r.config.head.forest.trees: r for r in waiting if r.config.head.name == "forest"}
+    starts = {r.config.train.init for r in waiting} | ({first.config.output} if forests else set())
+    for seed in range(options.seeds):
+        for stage in (stage_run(options, name, seed) for name in recipes.stages):
+            if stage.config.output in starts and not is_evaluated(stage.folder):
+                step(stage.folder, "train.py", *stage.words, processes=options.gpus)
+    for trees, row_run in forests.items():
+        if not Path(trees).exists():
+            words = f"words=[{', '.join(map(json.dumps, row_run.words[1:]))}]"
+            run("build_forest.py", f"config={row_run.words[0]}", words, f"checkpoint={first.folder}")
+
+
+def train_row(text: RowText, row_run: RowRun) -> None:
+    """Train and evaluate one run, then evaluate it anew where the row says so; what is finished is not done again."""
+    if row_run.done:
+        print(f"{text.name}: {row_run.record}: finished before, used as it is", flush=True)
+        return
+    script = "finetune.py" if row_run.config.train.init else "train.py"
+    step(row_run.folder, script, *row_run.words, processes=row_run.processes)
+    if text.post_hoc:
+        words = (f"checkpoint={row_run.folder}", *text.post_hoc, f"output={row_run.evaluation}")
+        run("evaluate.py", *words, processes=row_run.processes)
+
+
+def markdown(options: RunOptions, table: Table) -> str:
+    """The table as far as it is trained, and what its numbers are of."""
+    cells = []
+    for row in table.rows:
+        values = [record["values"] for record in row.records]
+        ours = [percent([value[name] for value in values]) if values else "not run" for name in COLUMNS]
+        first = row.runs[0]
+        cells.append(
+            [
+                row.text.name,
+                *ours,
+                *published(row.text.paper),
+                schedule(first.config),
+                speed(row.records),
+                str(first.evaluation.parent),
+            ]
+        )
+    head = ["", *COLUMNS, *(f"paper's {name}" for name in COLUMNS), "training", "speed, memory", "run"]
+    lines = [f"**Table {table.number}: {table.title}**", "", *markdown_table(head, cells)]
+    # What the numbers are of.
+    lines += ["", "AP is mask AP where it does not say box.", table.recipes.note]
+    if options.seeds > 1:
+        lines.append(f"Mean ± standard deviation over the seeds that are trained, at most {options.seeds}.")
+    sources = [f"{row.text.name}: {row.text.source}" for row in table.rows if row.text.source]
+    lines += [f"Published numbers: {', '.join(sources)}."] if sources else []
+    records = [record for row in table.rows for record in row.records]
+    for name in ("data", "protocol", "code", "device"):
+        lines.append(f"{name}: {'; '.join(dict.fromkeys(r[name] for r in records)) or 'no row is trained'}")
+    return "\n".join(lines) + "\n"
