@@ -1,16 +1,14 @@
-"""Where the time of a training step goes: the parts of a step named from outside, measured by torch.profiler.
+"""Profile of a training step: the time of its parts, which the model names by `record_function`.
 
 The time of the backward pass belongs to the part whose forward operation it goes back through (autograd numbers both).
 On a GPU the time is that of its kernels, else that of the processor.
 """
 
 from collections import defaultdict
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-from unittest.mock import patch
 
 import numpy as np
 import torch
@@ -19,13 +17,11 @@ from torch.profiler import ProfilerActivity, profile, record_function
 from loce.config import Config
 from loce.data.masks import CroppedMasks
 from loce.engine.loop import PRECISION, gradient_norm
-from loce.models import roi_heads as second_stage
 from loce.models.build import build_model, build_optimizer
 from loce.models.mask_rcnn import MaskRCNN
 from loce.utils.classes import ClassStats, frequency_groups
 from loce.utils.files import atomic_write
 
-MARK = "part: "
 REST = "everything else"
 
 
@@ -103,51 +99,11 @@ def make_step(model: MaskRCNN, config: Config) -> Callable[[list[dict[str, Any]]
         with torch.autocast(device.type, PRECISION.get(precision), precision != "fp32"):
             losses = model(samples)
         sum(losses.values()).backward()
-        with record_function(f"{MARK}optimiser"):
+        with record_function("optimiser"):
             gradient_norm(model).isfinite()
             optimizer.step()
 
     return step
-
-
-@contextmanager
-def named_parts(model: MaskRCNN) -> Iterator[None]:
-    """Within, the profiler sees which part of the step an operation belongs to."""
-    heads = model.roi_heads
-    parts: list[tuple[Any, str, str]] = [
-        (model, "batch_images", "images to the device, normalised"),
-        (model, "features", "backbone and pyramid"),
-        (model.rpn, "forward", "RPN head, everywhere, no gradient"),
-        (model.rpn, "losses", "RPN matching, sampling, losses"),
-        (model.rpn, "proposals", "proposals and their NMS"),
-        (heads, "select", "sampling of regions"),
-        (heads, "features_of", "shared FCs"),
-        (heads, "_track", "mean score"),
-        (heads.head, "forward", "classifier"),
-        (heads.head, "losses", "classification loss"),
-        (heads, "deltas", "box regressor"),
-        (heads, "_box_loss", "box loss"),
-        (heads, "_mask_loss", "mask targets and loss"),
-        (heads.mask_head, "forward", "mask head"),
-        (second_stage, "pool", "RoIAlign"),
-    ]
-    if heads.memory is not None:
-        parts += [
-            (heads.memory, "boxes", "memory: jittered boxes"),
-            (heads.memory, "exchange", "memory: store and draw"),
-        ]
-    with ExitStack() as stack:
-        for owner, name, label in parts:
-            stack.enter_context(patch.object(owner, name, _named(getattr(owner, name), label)))
-        yield
-
-
-def _named(function: Callable[..., Any], label: str) -> Callable[..., Any]:
-    def call(*arguments: Any, **named: Any) -> Any:
-        with record_function(MARK + label):
-            return function(*arguments, **named)
-
-    return call
 
 
 def profile_steps(
@@ -160,11 +116,10 @@ def profile_steps(
     """The parts of a step, the mean of `steps` after one to warm up; the trace goes into a file for chrome://tracing."""
     device = model.pixel_mean.device
     activities = [ProfilerActivity.CPU] + ([ProfilerActivity.CUDA] if device.type == "cuda" else [])
-    with named_parts(model):
-        step(samples)
-        with profile(activities=activities, with_flops=True) as profiler:
-            for _ in range(steps):
-                step(samples)
+    step(samples)
+    with profile(activities=activities, with_flops=True) as profiler:
+        for _ in range(steps):
+            step(samples)
     with atomic_write(trace) as temporary:
         profiler.export_chrome_trace(str(temporary))
     parts = summary(list(profiler.events() or []), device.type == "cuda")
@@ -176,39 +131,32 @@ def profile_steps(
 def summary(events: list[Any], on_gpu: bool) -> dict[str, Part]:
     """What each part took, of the profiler's events; the parts' times add up to that of all events."""
     parts: dict[str, Part] = defaultdict(Part)
-    part_of: dict[int, str] = {}  # autograd's number of a forward operation -> its part
-    for event in sorted(events, key=lambda event: event.time_range.start):
-        if event.sequence_nr >= 0 and event.scope == 0 and _backward_root(event) is None:
-            part_of[event.sequence_nr] = _owner(event)  # operations without gradient before it have the same number
-    for event in events:
+    places = [_place(event) for event in events]
+    # Autograd's number of a forward operation -> its part. Operations without gradient before it have the same number.
+    part_of: dict[int, str] = {}
+    for event, (part, backward) in sorted(zip(events, places, strict=True), key=lambda x: x[0].time_range.start):
+        if event.sequence_nr >= 0 and event.scope == 0 and backward is None:
+            part_of[event.sequence_nr] = part
+    for event, (part, backward) in zip(events, places, strict=True):
         spent = (event.self_device_time_total if on_gpu else event.self_cpu_time_total) / 1e3
-        backward = _backward_root(event)
         if backward is not None:
             parts[part_of.get(backward.sequence_nr, REST)].backward += spent
         elif event.device_type.name == "CPU":
-            owner = _owner(event)
-            parts[owner].forward += spent
-            parts[owner].gmac += (event.flops or 0) / 2e9
+            parts[part].forward += spent
+            parts[part].gmac += (event.flops or 0) / 2e9
     return dict(sorted(parts.items(), key=lambda item: -item[1].forward - item[1].backward))
 
 
-def _owner(event: Any) -> str:
-    """The innermost part that an event lies in."""
+def _place(event: Any) -> tuple[str, Any]:
+    """The innermost part that an event lies in, and the outermost function of the backward pass, or None."""
+    part, backward = REST, None
     while event is not None:
-        if event.name.startswith(MARK):
-            return str(event.name.removeprefix(MARK))
-        event = event.cpu_parent
-    return REST
-
-
-def _backward_root(event: Any) -> Any:
-    """The autograd function that an event of the backward pass lies in, or None."""
-    found = None
-    while event is not None:
+        if part == REST and event.is_user_annotation and not event.name.startswith("Optimizer."):  # PyTorch's own
+            part = str(event.name)
         if event.scope == 1 or event.name.startswith("autograd::engine::evaluate_function"):
-            found = event
+            backward = event
         event = event.cpu_parent
-    return found
+    return part, backward
 
 
 def table(parts: dict[str, Part]) -> str:

@@ -6,6 +6,7 @@ Shapes: P regions of interest, D channels, C classes, S = 14 pooled side, 2S = 2
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.profiler import record_function
 from torchvision.ops import roi_align
 
 from loce.data.masks import CroppedMasks
@@ -35,6 +36,7 @@ class MaskHead(nn.Module):
             nn.init.kaiming_normal_(layer.weight, mode="fan_out", nonlinearity="relu")
             nn.init.zeros_(layer.bias)
 
+    @record_function("mask head")
     def forward(self, x_PDSS: Tensor, labels_P: Tensor) -> Tensor:
         """Mask logits (P, 2S, 2S) of each region's class `labels_P` (long, 0..C-1).
 

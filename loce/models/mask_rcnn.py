@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from pycocotools import mask as coco_mask
 from torch import Tensor, nn
+from torch.profiler import record_function
 
 from loce.config import EvalConfig, HeadConfig, IndicatorConfig, MemoryConfig, ModelConfig, UserError
 from loce.data.transforms import Geometry, resized
@@ -106,6 +107,7 @@ class MaskRCNN(nn.Module):
         for part in {"backbone": trunk[:1], "trunk": trunk}.get(what, []):
             part.requires_grad_(False)
 
+    @record_function("images to the device, normalised")
     def batch_images(self, images: list[Tensor]) -> tuple[Tensor, list[Size], list[Size]]:
         """Normalise uint8 images (3, h, w) on the device and pad them with zeros below and at the right.
 
@@ -119,6 +121,7 @@ class MaskRCNN(nn.Module):
             row[:, :height, :width] = (pixels - self.pixel_mean) / self.pixel_std
         return batch, sizes, padded
 
+    @record_function("backbone and pyramid")
     def features(self, batch: Tensor) -> list[Tensor]:
         """P2..P6 of normalised images (B, 3, H, W)."""
         return list(self.backbone(batch).values())

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.profiler import record_function
 
 from loce.box_generator import SIGN_PATTERNS, choose_instances, dense_boxes, valid
 from loce.config import MemoryConfig
@@ -30,6 +31,7 @@ class MemorySampling(nn.Module):
         """Rows of one image's labels (N,), still on the host, whose boxes will be stored: a few of each class."""
         return choose_instances(labels_N, self.config.instances_per_class, generator)
 
+    @record_function("memory: jittered boxes")
     @torch.no_grad()
     def boxes(
         self,
@@ -57,6 +59,7 @@ class MemorySampling(nn.Module):
             targets.append(torch.where(fits[:, None], encode(dense, source, ROI_STDS), 0))
         return boxes, torch.cat(all_labels), torch.cat(targets)
 
+    @record_function("memory: store and draw")
     @torch.no_grad()
     def exchange(
         self,

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.profiler import record_function
 from torchvision.ops import roi_align
 
 from loce.config import RoIConfig
@@ -120,7 +121,8 @@ class RoIHeads(nn.Module):
         x_ND, targets_N4, logits_NL, rois = self.forward_rows(features, regions, truths, sizes)
         counted, positive = rois.labels_N != IGNORED, rois.instances_N >= 0
         rois.count, positives = mean_count(torch.stack([counted.sum(), positive.sum()]))
-        losses = self.classifier.losses(logits_NL, rois)
+        with record_function("classification loss"):
+            losses = self.classifier.losses(logits_NL, rois)
         if self.only_classifier:
             return losses
         losses["loss_box"] = self._box_loss(self.deltas(x_ND), rois, targets_N4)
@@ -142,7 +144,8 @@ class RoIHeads(nn.Module):
             drawn_N=self._drawn(regions, truths, len(labels_N)),
             generator=keyed(truths[0].key, HEAD, x_ND.device),
         )
-        logits_NL = self.classifier(x_ND)
+        with record_function("classifier"):
+            logits_NL = self.classifier(x_ND)
         positives = len(truths) * int(self.config.batch_per_image * self.config.positive_fraction)
         most = positives + len(labels_N) - len(instances_R)
         self._track(logits_NL, rois, sum(len(t.labels) for t in truths), most)
@@ -153,14 +156,17 @@ class RoIHeads(nn.Module):
         """(N, D, S, S) features of boxes, as `config` says; see the function `pool`."""
         return pool(features, boxes, side, self.config.finest_scale, self.config.aligned)
 
+    @record_function("shared FCs")
     def features_of(self, pooled: Tensor) -> Tensor:
         """(N, F) what the classification head reads of pooled features."""
         return self.box_head(pooled, last=self.classifier.depth)
 
+    @record_function("box regressor")
     def deltas(self, x_ND: Tensor) -> Tensor:
         """(N, 4C) box deltas from what the classification head reads."""
         return self.fc_reg(self.box_head(x_ND, first=self.classifier.depth))
 
+    @record_function("sampling of regions")
     def select(self, proposals_N4: Tensor, truth: Targets) -> SampledRoIs:
         """Match and sample: ground-truth boxes stand in front of the proposals as positives of their own."""
         own_G = torch.arange(len(truth.boxes), device=proposals_N4.device)
@@ -212,6 +218,7 @@ class RoIHeads(nn.Module):
         pooled = self.pool(features, boxes, BOX_SIDE)
         return self.features_of(pooled) if self.memory.config.level == "fc" else pooled
 
+    @record_function("mean score")
     @torch.no_grad()
     def _track(self, logits_NL: Tensor, rois: RoIs, instances: int, most: int) -> None:
         """Eq. 2, before the loss of the same step, with scores that carry no margin.
@@ -239,6 +246,7 @@ class RoIHeads(nn.Module):
             offset += len(t.labels)
         return torch.cat(parts)
 
+    @record_function("box loss")
     def _box_loss(self, deltas_NC4: Tensor, rois: RoIs, targets_N4: Tensor) -> Tensor:
         """L1 of the own class's deltas over positives, divided by the number of rows that count."""
         positive_N = (rois.labels_N >= 0) & (rois.labels_N < self.num_classes)
@@ -247,6 +255,7 @@ class RoIHeads(nn.Module):
         errors_N4 = torch.where(positive_N[:, None], deltas_N4.float() - targets_N4, 0)
         return errors_N4.abs().sum() / rois.count
 
+    @record_function("mask targets and loss")
     def _mask_loss(
         self, features: list[Tensor], regions: list[SampledRoIs], truths: list[Targets], positives: Tensor
     ) -> Tensor:
@@ -274,6 +283,7 @@ def pyramid_level(boxes_N4: Tensor, finest_scale: float) -> Tensor:
     return (scale_N / finest_scale + 1e-6).log2().floor().nan_to_num(0).clamp(0, len(POOL_STRIDES) - 1).long()
 
 
+@record_function("RoIAlign")
 def pool(features: list[Tensor], boxes: list[Tensor], side: int, finest_scale: float, aligned: bool = True) -> Tensor:
     """(N, D, S, S) features of the boxes (n_i, 4) of each image, in their order. A box without area gives zeros.
 

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.profiler import record_function
 from torchvision.models.detection.rpn import RPNHead
 from torchvision.ops import nms
 
@@ -67,6 +68,7 @@ class RPN(nn.Module):
         self.choose = choose_random
         self.resampling: NMSResampling | None = None  # set by whoever builds the model
 
+    @record_function("RPN head, everywhere, no gradient")
     def forward(self, features: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
         """Objectness logits (B, A_l) and deltas (B, A_l, 4) per level, flattened in anchor order."""
         logits, deltas = self.head(features)
@@ -82,6 +84,7 @@ class RPN(nn.Module):
             for x, stride in zip(features, STRIDES, strict=True)
         ]
 
+    @record_function("proposals and their NMS")
     @torch.no_grad()
     def proposals(
         self,
@@ -125,6 +128,7 @@ class RPN(nn.Module):
         order = torch.cat(scores).sort(descending=True, stable=True).indices[: self.config.post_nms]
         return torch.cat(boxes)[order]
 
+    @record_function("RPN matching, sampling, losses")
     def losses(
         self,
         features: list[Tensor],
