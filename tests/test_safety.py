@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from loce.checkpoint import load as checkpoint
-from loce.checkpoint import save as resume
+from loce.checkpoint.load import Checkpoint
+from loce.checkpoint.save import restore, save
 from loce.config import Config, UserError, load_config, run_folder
 from loce.models.build import build_model, build_optimizer
 from loce.utils.files import inside
@@ -36,12 +36,12 @@ def test_checkpoints_of_every_recipe_load_without_code(recipe: Path, tmp_path: P
         parameter.grad = torch.ones_like(parameter) if parameter.requires_grad else None
     optimizer.step()
     state = {"iteration": 1, "optimizer": optimizer.state_dict(), "scaler": torch.amp.GradScaler("cpu").state_dict()}
-    saved = resume.save(tmp_path / "run", config, stats_of(6), model, state, {"loss": torch.ones(2)})
+    saved = save(tmp_path / "run", config, stats_of(6), model, state, {"loss": torch.ones(2)})
     assert not saved.problems
     for file in saved.folder.glob("*.pt"):
         torch.load(file, weights_only=True)
     fresh = build_model(config, stats_of(6), pretrained=False)
-    state, _ = resume.restore(saved.folder, config, fresh, torch.device("cpu"))
+    state, _ = restore(saved.folder, config, fresh, torch.device("cpu"))
     build_optimizer(fresh, config.train).load_state_dict(state["optimizer"])
     for name, value in model.state_dict().items():
         assert torch.equal(fresh.state_dict()[name], value), name
@@ -66,7 +66,7 @@ def test_code_in_a_checkpoint_is_not_run(tmp_path: Path, bare: bool) -> None:
     else:
         torch.save(content, file)
     with pytest.raises(UserError, match="cannot be read, damaged or not a checkpoint"):
-        checkpoint.read(file)
+        Checkpoint.open(file)
     assert not trace.exists()
     torch.load(file, weights_only=False) if not bare else pickle.loads(file.read_bytes())
     assert trace.exists()  # it would have run

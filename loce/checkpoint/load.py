@@ -1,9 +1,12 @@
-"""Reading checkpoints: the file meant by a path, its classes, its weights as a start, its model ready to predict.
+"""Checkpoints read from disk: options, classes and weights of a trained detector, and the detector built from them.
 
-What is in a checkpoint and how training goes on from one: resume.py. How its files lie on disk: checkpoint_files.py.
+What else a checkpoint holds of a run, and how training goes on from it: save.py. How its files lie on disk: files.py.
 All files load with `weights_only=True`: no code in them is ever run.
 """
 
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from loce.checkpoint import files
+from loce.checkpoint.files import MAIN, damage_of, finished
 from loce.config import Config, UserError, from_dict
 from loce.models.build import build_model
 from loce.models.mask_rcnn import MaskRCNN
@@ -22,7 +25,174 @@ READABLE = (1, FORMAT)  # for their weights; what format 1 kept of a run is too 
 MEMORY_PREFIX = "roi_heads.memory."
 HEAD_PREFIX = "roi_heads.classifier."
 OLD_HEAD_PREFIX = "roi_heads.head."  # of files before the classifier had its name; hashes of weights keep it
-METHOD_STATE = (MEMORY_PREFIX, "roi_heads.tracker.")  # belongs to the stage that made it
+METHOD_STATE = {
+    MEMORY_PREFIX: "feature memory",
+    "roi_heads.tracker.": "mean score",
+}  # belongs to the stage that made it
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A checkpoint of ours in memory. Its file is read and checked once, by `open`, whatever is taken from it then.
+
+    path: the file; options: of its run, nested; classes: of its training data; model: the weights on the host (a state
+    dict without the feature memory); state: all the rest of the file, what resuming needs (see save.py).
+    """
+
+    path: Path
+    options: dict[str, Any]
+    classes: ClassStats
+    model: dict[str, Tensor]
+    state: dict[str, Any]
+
+    @classmethod
+    def open(cls, path: str | Path, checked: bool = False) -> "Checkpoint":
+        """The checkpoint meant by a run folder (its newest), a checkpoint folder or a file.
+
+        checked: its checksum was compared just now. UserError where there is none, where it is damaged, not of ours or
+        of a version of loce that this one does not know, and where weights are not finite.
+        """
+        file = main_file(Path(path))
+        content = load_file(file, checked)
+        missing = [key for key in ("format", "config", "classes", "model") if key not in content]
+        if missing:
+            raise UserError(
+                f"checkpoint {file}: not written by loce (it has no {', '.join(missing)}).\n"
+                "  A checkpoint of MMDetection or torchvision is converted by scripts/convert.py SOURCE.pth OUT.pt."
+            )
+        if content["format"] not in READABLE:
+            raise UserError(f"checkpoint {file}: format {content['format']}, this loce reads up to format {FORMAT}")
+        weights = {name.replace(OLD_HEAD_PREFIX, HEAD_PREFIX): w for name, w in content.pop("model").items()}
+        require_finite(weights, f"checkpoint {file}")
+        classes = stats_from_dict(content.pop("classes"))
+        return cls(file, content.pop("config"), classes, weights, content)
+
+    @cached_property
+    def config(self) -> Config:
+        """The options of its run."""
+        return self.config_with()
+
+    def config_with(self, overrides: Sequence[str] = ()) -> Config:
+        """The options of its run with others in their place, each "section.key=value"."""
+        return from_dict(self.options, str(self.path), overrides)
+
+    @property
+    def iterations(self) -> str:
+        """How many iterations of its run were done: "500", or "500 of 1000" in files that say so."""
+        done, share = self.state.get("iteration", 0), self.state.get("progress")
+        return f"{done} of {round(done / share)}" if share else f"{done}"
+
+    @property
+    def unfinished(self) -> bool:
+        """Whether its run had more iterations to come; older files do not say, and count as finished."""
+        return bool(self.state.get("progress", 1.0) < 1)
+
+    def detector(self, config: Config | None = None) -> MaskRCNN:
+        """The model on the host, by the options of its run or by `config`; UserError where the weights do not fit."""
+        model = build_model(config or self.config, self.classes, pretrained=False)
+        weights = {**memory_state(model), **self.model}
+        expected = model.state_dict()
+        wrong = [f"{k} is missing" for k in expected if k not in weights]
+        wrong += [f"{k} is left over" for k in weights if k not in expected]
+        wrong += [
+            f"{k} is {tuple(v.shape)}" for k, v in weights.items() if k in expected and v.shape != expected[k].shape
+        ]
+        if wrong:
+            raise UserError(
+                f"checkpoint {self.path}: {len(wrong)} weights do not fit the options: {', '.join(wrong[:5])}; "
+                "a head can be exchanged at evaluation only for one with the same weights"
+            )
+        model.load_state_dict(weights)
+        return model
+
+
+def load_model(path: str | Path, device: str | torch.device = "cpu", config: Config | None = None) -> MaskRCNN:
+    """The model of a checkpoint (file, checkpoint folder or run folder) in evaluation mode, ready to predict.
+
+    `model(list of (3, h, w) uint8 RGB images)` gives a list of {boxes, labels, scores, masks}; `model.class_names`
+    names the labels. config: takes the place of the checkpoint's options; UserError where the weights do not fit it.
+    """
+    return Checkpoint.open(path).detector(config).to(device).eval()
+
+
+def main_file(path: Path) -> Path:
+    """The `main.pt` meant by a run folder, a checkpoint folder or a file. UserError where there is none."""
+    if path.is_file():
+        return path
+    for candidate in (path / MAIN, *(folder / MAIN for folder in finished(path))):
+        if candidate.is_file():
+            return candidate
+    raise UserError(f"{path}: no finished checkpoint there (looked for main.pt and checkpoints/*/main.pt)")
+
+
+def load_file(path: Path, checked: bool = False) -> dict[str, Any]:
+    """The dictionary in a file. UserError where the file is missing, damaged, or needs code to be run.
+
+    checked: its checksum was compared just now.
+    """
+    if not path.is_file():
+        raise UserError(f"checkpoint {path}: there is no such file")
+    if not checked and (problem := damage_of(path)):
+        raise UserError(f"checkpoint {path}: damaged: {problem}; use another checkpoint")
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # torch raises a dozen kinds here
+        reason = str(error).strip().splitlines()[0]
+        raise UserError(f"checkpoint {path}: cannot be read, damaged or not a checkpoint ({reason})") from error
+    if not isinstance(content, dict):
+        raise UserError(f"checkpoint {path}: holds a {type(content).__name__}, not a checkpoint")
+    return content
+
+
+def require_finite(weights: Mapping[str, Tensor], owner: str) -> None:
+    """UserError that begins with `owner` where a weight is nan or infinite."""
+    bad = [name for name, weight in weights.items() if weight.is_floating_point() and not weight.isfinite().all()]
+    if bad:
+        more = f" and {len(bad) - 5} more" if len(bad) > 5 else ""
+        raise UserError(
+            f"{owner}: {len(bad)} of {len(weights)} tensors have values that are not finite (nan, inf): "
+            f"{', '.join(bad[:5])}{more}; its training diverged, so use a checkpoint from before that"
+        )
+
+
+def load_weights(
+    start: Checkpoint, model: MaskRCNN, stats: ClassStats, reset_head: bool = False
+) -> dict[str, list[str]]:
+    """Start from another run's weights: the names of parameters that were loaded, are new, and were dropped.
+
+    reset_head: take over nothing of the classification head. The feature memory and the mean score are never taken
+    over: they belong to the stage that made them. UserError where classes or shapes differ.
+    """
+    names = start.classes.names
+    if len(names) != len(stats):
+        raise UserError(
+            f"checkpoint {start.path} has {len(names)} classes, the training data has {len(stats)}.\n"
+            "  Give train.init=... a checkpoint that was trained on these classes, or train stage 1 on this data first."
+        )
+    if names != stats.names:
+        pairs = zip(names, stats.names, strict=True)
+        first = next((i, a, b) for i, (a, b) in enumerate(pairs) if a != b)
+        raise UserError(
+            f"checkpoint {start.path}: its classes are not those of the training data; the first that differs is class "
+            f"{first[0]}: {first[1]!r} in the checkpoint, {first[2]!r} in the data"
+        )
+    left_out = (*METHOD_STATE, HEAD_PREFIX) if reset_head else tuple(METHOD_STATE)
+    source = {k: v for k, v in start.model.items() if not k.startswith(left_out)}
+    source = model.roi_heads.classifier.adopt(source)
+    target = model.state_dict()
+    wrong = [k for k, v in source.items() if k in target and target[k].shape != v.shape]
+    if wrong:
+        shapes = ", ".join(f"{k} {tuple(source[k].shape)} against {tuple(target[k].shape)}" for k in wrong[:5])
+        hint = (
+            "\n  head.reset=true starts the classifier anew." if all(k.startswith(HEAD_PREFIX) for k in wrong) else ""
+        )
+        raise UserError(f"checkpoint {start.path}: another architecture; {len(wrong)} shapes differ: {shapes}{hint}")
+    model.load_state_dict(source, strict=False)
+    return {
+        "loaded": [k for k in source if k in target],
+        "new": [k for k in target if k not in source and not k.startswith(tuple(METHOD_STATE))],
+        "dropped": [k for k in source if k not in target],
+    }
 
 
 def memory_state(model: MaskRCNN) -> dict[str, Tensor]:
@@ -52,112 +222,3 @@ def stats_from_dict(values: dict[str, Any]) -> ClassStats:
         groups=np.array(values["groups"], "<U1"),
         image_total=values["image_total"],
     )
-
-
-def load_file(path: Path) -> dict[str, Any]:
-    """The dictionary in a file. UserError where the file is missing, damaged, or needs code to be run."""
-    if not path.is_file():
-        raise UserError(f"checkpoint {path}: there is no such file")
-    if problem := files.damage_of(path):
-        raise UserError(f"checkpoint {path}: damaged: {problem}; use another checkpoint")
-    try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # torch raises a dozen kinds here
-        reason = str(error).strip().splitlines()[0]
-        raise UserError(f"checkpoint {path}: cannot be read, damaged or not a checkpoint ({reason})") from error
-    if not isinstance(content, dict):
-        raise UserError(f"checkpoint {path}: holds a {type(content).__name__}, not a checkpoint")
-    return content
-
-
-def read(path: Path) -> dict[str, Any]:
-    """A `main.pt`. UserError where it is none of ours, or of a version of loce that this one does not know."""
-    content = load_file(path)
-    missing = [key for key in ("format", "config", "classes", "model") if key not in content]
-    if missing:
-        raise UserError(
-            f"checkpoint {path}: not written by loce (it has no {', '.join(missing)}).\n"
-            "  A checkpoint of MMDetection or torchvision is converted by scripts/convert.py SOURCE.pth OUT.pt."
-        )
-    if content["format"] not in READABLE:
-        raise UserError(f"checkpoint {path}: format {content['format']}, this loce reads up to format {FORMAT}")
-    content["model"] = {name.replace(OLD_HEAD_PREFIX, HEAD_PREFIX): w for name, w in content["model"].items()}
-    return content
-
-
-def stats_of(path: Path) -> ClassStats:
-    """The classes of a checkpoint file."""
-    return stats_from_dict(read(path)["classes"])
-
-
-def main_file(path: Path) -> Path:
-    """The `main.pt` meant by a run folder, a checkpoint folder or a file. UserError where there is none."""
-    if path.is_file():
-        return path
-    for candidate in (path / "main.pt", *(folder / "main.pt" for folder in files.finished(path))):
-        if candidate.is_file():
-            return candidate
-    raise UserError(f"{path}: no finished checkpoint there (looked for main.pt and checkpoints/*/main.pt)")
-
-
-def load_weights(path: Path, model: MaskRCNN, stats: ClassStats, reset_head: bool = False) -> dict[str, list[str]]:
-    """Start from another run's weights: the names of parameters that were loaded, are new, and were dropped.
-
-    reset_head: take over nothing of the classification head. The feature memory and the mean score are never taken
-    over: they belong to the stage that made them. UserError where classes or shapes differ.
-    """
-    file = main_file(path)
-    main = read(file)
-    names = main["classes"]["names"]
-    if len(names) != len(stats):
-        raise UserError(
-            f"checkpoint {file} has {len(names)} classes, the training data has {len(stats)}.\n"
-            "  Give train.init=... a checkpoint that was trained on these classes, or train stage 1 on this data first."
-        )
-    if tuple(names) != stats.names:
-        pairs = zip(names, stats.names, strict=True)
-        first = next((i, a, b) for i, (a, b) in enumerate(pairs) if a != b)
-        raise UserError(
-            f"checkpoint {file}: its classes are not those of the training data; the first that differs is class "
-            f"{first[0]}: {first[1]!r} in the checkpoint, {first[2]!r} in the data"
-        )
-    left_out = (*METHOD_STATE, HEAD_PREFIX) if reset_head else METHOD_STATE
-    source = {k: v for k, v in main["model"].items() if not k.startswith(left_out)}
-    source = model.roi_heads.classifier.adopt(source)
-    target = model.state_dict()
-    wrong = [k for k, v in source.items() if k in target and target[k].shape != v.shape]
-    if wrong:
-        shapes = ", ".join(f"{k} {tuple(source[k].shape)} against {tuple(target[k].shape)}" for k in wrong[:5])
-        hint = (
-            "\n  head.reset=true starts the classifier anew." if all(k.startswith(HEAD_PREFIX) for k in wrong) else ""
-        )
-        raise UserError(f"checkpoint {file}: another architecture; {len(wrong)} shapes differ: {shapes}{hint}")
-    model.load_state_dict(source, strict=False)
-    return {
-        "loaded": [k for k in source if k in target],
-        "new": [k for k in target if k not in source and not k.startswith(METHOD_STATE)],
-        "dropped": [k for k in source if k not in target],
-    }
-
-
-def load_model(path: str | Path, device: str | torch.device = "cpu", config: Config | None = None) -> MaskRCNN:
-    """The model of a checkpoint (file, checkpoint folder or run folder) in evaluation mode, ready to predict.
-
-    `model(list of (3, h, w) uint8 RGB images)` gives a list of {boxes, labels, scores, masks}; `model.class_names`
-    names the labels. config: takes the place of the checkpoint's options; UserError where the weights do not fit it.
-    """
-    file = main_file(Path(path))
-    main = read(file)
-    model = build_model(config or from_dict(main["config"]), stats_from_dict(main["classes"]), pretrained=False)
-    weights = {**memory_state(model), **main["model"]}
-    wanted = model.state_dict()
-    wrong = [f"{k} is missing" for k in wanted if k not in weights]
-    wrong += [f"{k} is left over" for k in weights if k not in wanted]
-    wrong += [f"{k} is {tuple(v.shape)}" for k, v in weights.items() if k in wanted and v.shape != wanted[k].shape]
-    if wrong:
-        raise UserError(
-            f"checkpoint {file}: {len(wrong)} weights do not fit the options: {', '.join(wrong[:5])}; "
-            "a head can be exchanged at evaluation only for one with the same weights"
-        )
-    model.load_state_dict(weights)
-    return model.to(device).eval()

@@ -1,4 +1,4 @@
-"""A feature memory as a checkpoint holds it: the filled slots only; and how memories of W ranks become those of V.
+"""The feature memory in a checkpoint: its filled slots only; resharding from W ranks to V.
 
 A packed memory: written (C,) long as in the bank; features (n, *feature_shape) in the bank's dtype and box_targets
 (n, 4) fp32, on the host, class by class, each in the order of its slots. Suffixes: C classes, n filled slots of a bank,
@@ -46,7 +46,7 @@ def unpack(packed: Packed, bank: FeatureMemoryBank) -> None:
         buffer[row_n] = packed[name].to(buffer.device)
 
 
-def deal(packs: Sequence[Packed], capacity: int, rank: int, world: int) -> tuple[Packed, int]:
+def reshard(packs: Sequence[Packed], capacity: int, rank: int, world: int) -> tuple[Packed, int]:
     """The memory of rank `rank` of `world` out of those of another number of ranks, and how many rows fit nowhere.
 
     A class's rows of all banks form one line, newest first, the banks taking turns; they are dealt out in turn, class c

@@ -1,4 +1,4 @@
-"""Exact resume: everything that training depends on, saved so that a kill at any moment or a full disk loses nothing.
+"""Saving and exact resuming: everything that training depends on; a kill at any moment or a full disk loses nothing.
 
 A checkpoint is a folder `checkpoints/000001500/` with `main.pt` (model, optimiser, scaler, position, config, classes, a
 shared feature memory) and one `rank<r>.pt` per process (random state, its own feature memory, what its head keeps for
@@ -19,8 +19,8 @@ import torch
 from torch import Tensor
 
 from loce.checkpoint import files
-from loce.checkpoint import load as checkpoint
-from loce.checkpoint.memory import deal, pack, unpack
+from loce.checkpoint.load import FORMAT, MEMORY_PREFIX, Checkpoint, load_file, memory_state, stats_to_dict
+from loce.checkpoint.memory import pack, reshard, unpack
 from loce.config import Config, UserError, to_dict
 from loce.models.mask_rcnn import MaskRCNN
 from loce.utils import distributed
@@ -71,7 +71,7 @@ def save(
     """
     started = time.monotonic()
     folder = run / "checkpoints" / f"{state['iteration']:09d}"
-    weights = {k: v for k, v in model.state_dict().items() if not k.startswith(checkpoint.MEMORY_PREFIX)}
+    weights = {k: v for k, v in model.state_dict().items() if not k.startswith(MEMORY_PREFIX)}
     memory = {} if model.roi_heads.memory is None else pack(model.roi_heads.memory.bank)
     shared = config.memory.shared
     head = model.roi_heads.classifier
@@ -82,10 +82,11 @@ def save(
         "window": window,
     }
     main = {
-        "format": checkpoint.FORMAT,
+        "format": FORMAT,
         "config": to_dict(config),
-        "classes": checkpoint.stats_to_dict(stats),
+        "classes": stats_to_dict(stats),
         "world_size": distributed.world_size(),
+        "progress": model.roi_heads.progress,  # share of the iterations that are done
         "model": weights,
         "memory": memory if shared else {},
         **state,
@@ -136,7 +137,7 @@ def _tidy(run: Path, folder: Path, keep: int, best: Path | None) -> None:
 def checkpoint_bytes(config: Config, model: MaskRCNN) -> int:
     """What one checkpoint takes at most: its feature memory full."""
     trained = [p for p in model.parameters() if p.requires_grad]  # with a momentum each
-    memory = checkpoint.memory_state(model)
+    memory = memory_state(model)
     copies = 1 if config.memory.shared else distributed.world_size()
     rest = [tensor for name, tensor in model.state_dict().items() if name not in memory]
     return sum(_bytes(t) for t in [*rest, *trained]) + copies * sum(_bytes(t) for t in memory.values())
@@ -187,38 +188,38 @@ def restore(folder: Path, config: Config, model: MaskRCNN, device: torch.device)
     Returns what `save` was given as `state`, with this rank's `window`, and lines on what is not as it was. With
     another number of processes the memories are dealt out anew and new random numbers begin.
     """
-    main = checkpoint.read(folder / files.MAIN)
-    if main["format"] != checkpoint.FORMAT:
+    main = Checkpoint.open(folder / files.MAIN, checked=True)
+    if main.state["format"] != FORMAT:
         raise UserError(
             f"{folder} was written by an older loce and has too little in it to go on from; start anew with another "
             f"output=... (train.init={folder} takes its weights over)"
         )
-    model.load_state_dict({**checkpoint.memory_state(model), **main["model"]})
-    before, now = main["world_size"], distributed.world_size()
+    model.load_state_dict({**memory_state(model), **main.model})
+    before, now = main.state["world_size"], distributed.world_size()
     wanted = [distributed.rank()] if before == now else range(before)
-    own = [checkpoint.load_file(folder / f"rank{rank}.pt") for rank in wanted]
+    own = [load_file(folder / f"rank{rank}.pt", checked=True) for rank in wanted]
     lines = []
     if before == now:
         set_rng_state(own[0]["rng"], device)
         model.roi_heads.classifier.load_state_dict(own[0]["head"], strict=False)
     else:
-        torch.manual_seed(_fresh_seed(config.seed, main["iteration"], distributed.rank()))
+        torch.manual_seed(_fresh_seed(config.seed, main.state["iteration"], distributed.rank()))
         lines.append(f"{before} processes before, {now} now: the batches stay the same, random numbers begin anew")
         lines += [f"head: the {name} of process 0 are on every process" for name in model.roi_heads.classifier.of_rank]
-    parts = main["config"]["train"]["accumulate"]
+    parts = main.options["train"]["accumulate"]
     if parts != config.train.accumulate:
         lines.append(f"train.accumulate: {parts} before, {config.train.accumulate} now: the batches stay the same")
     if model.roi_heads.memory is not None:
         bank = model.roi_heads.memory.bank
-        packed, lost = main["memory"], 0
+        packed, lost = main.state["memory"], 0
         if not config.memory.shared:
             packs = [part["memory"] for part in own]
-            packed, lost = (packs[0], 0) if before == now else deal(packs, bank.capacity, distributed.rank(), now)
+            packed, lost = (packs[0], 0) if before == now else reshard(packs, bank.capacity, distributed.rank(), now)
         if before != now:
             how = "is shared and stays as it is" if config.memory.shared else "is dealt out anew"
             lines.append(f"feature memory: {how}; {lost} rows were left out, the oldest where a class had too many")
         unpack(packed, bank)
-    return {**main, "window": _mean_window([part["window"] for part in own])}, lines
+    return {**main.state, "window": _mean_window([part["window"] for part in own])}, lines
 
 
 def _fresh_seed(seed: int, iteration: int, rank: int) -> int:

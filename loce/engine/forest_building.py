@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from loce.checkpoint import load as checkpoint
+from loce.checkpoint.load import load_model
 from loce.config import Config, UserError, raise_problems
 from loce.data.annotations.lvis import LVISAnnotations
 from loce.data.build import train_annotations
@@ -43,7 +43,7 @@ def build_trees(config: Config, start: str, lexical: str, instances: int, device
     _check(config, start, lexical, seen)
     trees, made = {}, {}
     if forest.visual:
-        model = checkpoint.load_model(start, device)
+        model = load_model(start, device)
         annotations.require_same_classes(model.stats, start)
         means = class_features(model, config, annotations, instances)
         trees["visual"] = cluster(means, forest.visual, config.seed)

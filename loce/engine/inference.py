@@ -13,8 +13,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from loce.checkpoint import load as checkpoint
-from loce.config import Config, HeadConfig, UserError, diff, from_dict, raise_problems
+from loce.checkpoint.load import HEAD_PREFIX, METHOD_STATE, OLD_HEAD_PREFIX, Checkpoint
+from loce.config import Config, HeadConfig, UserError, diff, raise_problems
 from loce.data.annotations.lvis import LVISAnnotations
 from loce.data.annotations.segmentations import BAD_MASKS
 from loce.data.build import val_annotations, val_dataset
@@ -44,16 +44,15 @@ def evaluate_checkpoint(path: Path, output: Path | None, words: Sequence[str], d
     "section.key=value"; report: options of `evaluate_and_report`.
     """
     with session(device) as chosen:
-        file = checkpoint.main_file(path)
-        options = checkpoint.read(file)["config"]
-        stored, config = from_dict(options, str(file)), from_dict(options, str(file), words)
-        changes = diff(stored, config)
-        output = output or (path if path.is_dir() else file.with_suffix("")) / folder_name(changes)
+        checkpoint = Checkpoint.open(path)
+        config = checkpoint.config_with(words)
+        changes = diff(checkpoint.config, config)
+        output = output or (path if path.is_dir() else path.with_suffix("")) / folder_name(changes)
         annotations = val_annotations(config)
-        check_evaluation(config, annotations, checkpoint.stats_of(file), str(file))
-        model = checkpoint.load_model(file, chosen, config)
+        check_evaluation(config, annotations, checkpoint.classes, str(checkpoint.path))
+        model = checkpoint.detector(config).to(chosen)
         heads = [f"{key}={show(value)}" for key, value in changes.items() if key.startswith("head.")]
-        source = f"{file} with {' '.join(heads)}" if heads else str(file)
+        source = f"{checkpoint.path} with {' '.join(heads)}" if heads else str(checkpoint.path)
         evaluate_model(model, config, output, source, annotations, **report)
         return output
 
@@ -182,8 +181,8 @@ def weights_hash(model: MaskRCNN) -> str:
     """First 12 digits of the SHA-256 of the weights."""
     digest = hashlib.sha256()
     for name, tensor in model.state_dict().items():
-        if not name.startswith(checkpoint.METHOD_STATE):
-            name = name.replace(checkpoint.HEAD_PREFIX, checkpoint.OLD_HEAD_PREFIX)
+        if not name.startswith(tuple(METHOD_STATE)):
+            name = name.replace(HEAD_PREFIX, OLD_HEAD_PREFIX)
             digest.update(name.encode() + tensor.cpu().numpy().tobytes())
     return digest.hexdigest()[:12]
 

@@ -6,8 +6,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TypeVar
 
-from loce.checkpoint import load as checkpoint
 from loce.checkpoint import save as resume
+from loce.checkpoint.load import main_file
 from loce.config import Config, DataConfig, UserError, dump, images_per_rank, raise_problems
 from loce.data.annotations.lvis import LVISAnnotations
 from loce.data.build import train_annotations, val_annotations
@@ -56,7 +56,7 @@ class _Checks:
 def _initial(init: str) -> None:
     """UserError where there is no checkpoint to start from."""
     try:
-        checkpoint.main_file(Path(init))
+        main_file(Path(init))
     except UserError as error:
         raise UserError(f"train.init = {error}; stage 1 comes first: scripts/train.py stage1.yaml") from None
 

@@ -10,10 +10,10 @@ from pathlib import Path
 import torch
 from torch.nn.parallel import DistributedDataParallel
 
-from loce.checkpoint import load as checkpoint
 from loce.checkpoint import save as resume
 from loce.checkpoint.files import megabytes
-from loce.config import Config, UserError, diff, dump, from_dict, images_per_rank
+from loce.checkpoint.load import Checkpoint, load_weights
+from loce.config import Config, UserError, diff, dump, images_per_rank
 from loce.data.annotations.lvis import LVISAnnotations
 from loce.data.build import train_dataset
 from loce.data.loader import TrainDataset, train_batches, training_plan
@@ -222,7 +222,8 @@ def filled(model: MaskRCNN) -> str:
 def _load(config: Config, model: MaskRCNN, stats: ClassStats) -> list[str]:
     """Take over the weights of `train.init`; lines that say what was loaded. UserError where frozen parts lack."""
     init = config.train.init
-    found = checkpoint.load_weights(Path(init), model, stats, config.head.reset)
+    start = Checkpoint.open(init)
+    found = load_weights(start, model, stats, config.head.reset)
     frozen = {name for name, p in model.named_parameters() if not p.requires_grad}
     lacking = sorted(frozen & set(found["new"]))
     if lacking:
@@ -231,9 +232,10 @@ def _load(config: Config, model: MaskRCNN, stats: ClassStats) -> list[str]:
         )
     counts = ", ".join(f"{len(names)} {what}" for what, names in found.items())
     lines = [f"weights from {init}: {counts}; {len(frozen)} tensors are frozen"]
+    if start.unfinished:
+        lines.append(f"WARNING: {start.path} is of an unfinished run: {start.iterations} iterations were done")
     lines += [f"weights: {what}: {name}" for what in ("new", "dropped") for name in found[what]]
-    made_with = from_dict(checkpoint.read(checkpoint.main_file(Path(init)))["config"], init)
-    words = [f"{key}={show(value)}" for key, value in diff(config, made_with).items() if key in UNSEEN]
+    words = [f"{key}={show(value)}" for key, value in diff(config, start.config).items() if key in UNSEEN]
     if words:
         lines.append(f"WARNING: {init} was made with {' '.join(words)}, this run says otherwise: its weights fit worse")
     return lines

@@ -7,8 +7,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from loce.checkpoint import files as checkpoint_files
-from loce.checkpoint import load as checkpoint
+from loce.checkpoint.files import finished
+from loce.checkpoint.load import Checkpoint, load_file
 from loce.utils.errors import UserError
 from loce.utils.yaml_text import load_yaml
 
@@ -117,25 +117,25 @@ def _classes(rows: list[dict[str, str]]) -> ClassFacts:
 
 def _of_checkpoint(folder: Path, classes: ClassFacts | None) -> tuple[ClassFacts, list[Snapshot]]:
     """Classes and state at the newest checkpoint."""
-    finished = checkpoint_files.finished(folder)
-    if not finished:
+    newest = next(iter(finished(folder)), None)
+    if newest is None:
         if classes is None:
             raise UserError(
                 f"{folder}: has no finished checkpoint and no evaluation yet, so its classes are not known; "
                 "try again after the first checkpoint (train.checkpoint_every)"
             )
         return classes, []
-    content = checkpoint.read(finished[0] / checkpoint_files.MAIN)
-    stats = checkpoint.stats_from_dict(content["classes"])
+    checkpoint = Checkpoint.open(newest)
+    stats = checkpoint.classes
     facts = ClassFacts(
         stats.category_ids.tolist(), list(stats.names), stats.groups.tolist(), stats.instance_counts.tolist()
     )
-    bank = checkpoint.load_file(finished[0] / "rank0.pt").get("memory", {})
+    bank = load_file(newest / "rank0.pt").get("memory", {})
     written = next((value for name, value in bank.items() if name.split(".")[-1] == "written"), None)
-    capacity = int(content["config"]["memory"]["capacity"])
+    capacity = int(checkpoint.options["memory"]["capacity"])
     memory = None if written is None else written.clamp(max=capacity).tolist()
-    scores = content["model"]["roi_heads.tracker.scores"][:-1].tolist()
-    return facts, [Snapshot(int(finished[0].name), scores, memory)]
+    scores = checkpoint.model["roi_heads.tracker.scores"][:-1].tolist()
+    return facts, [Snapshot(int(newest.name), scores, memory)]
 
 
 def _evaluations(run: Run) -> list[tuple[int, Values]]:

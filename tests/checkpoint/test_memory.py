@@ -1,9 +1,9 @@
-"""The feature memory in a checkpoint: only what is filled, back slot for slot; dealt out anew, the newest stay."""
+"""The feature memory in a checkpoint: only what is filled, back slot for slot; resharded, the newest stay."""
 
 import pytest
 import torch
 
-from loce.checkpoint.memory import deal, pack, unpack
+from loce.checkpoint.memory import pack, reshard, unpack
 from loce.memory_bank import FeatureMemoryBank
 
 CLASSES, CAPACITY = 5, 4
@@ -36,7 +36,7 @@ def test_a_packed_memory_holds_nothing_but_its_rows() -> None:
 
 
 def lines(packs: list[dict[str, torch.Tensor]], label: int) -> list[tuple[int, ...]]:
-    """All rows of a class, newest first, the ranks taking turns: what `deal` deals out, by plain loops."""
+    """All rows of a class, newest first, the ranks taking turns: what `reshard` deals out, by plain loops."""
     own = []
     for packed in packs:
         bank = FeatureMemoryBank(CLASSES, (3,), CAPACITY)
@@ -47,10 +47,10 @@ def lines(packs: list[dict[str, torch.Tensor]], label: int) -> list[tuple[int, .
 
 @pytest.mark.parametrize("world", [1, 2, 3, 4])
 @pytest.mark.parametrize("before", [1, 2, 3])
-def test_dealt_out_anew(before: int, world: int) -> None:
+def test_resharded(before: int, world: int) -> None:
     counts = torch.randint(0, 9, (before, CLASSES), generator=torch.Generator().manual_seed(before)).tolist()
     packs = [pack(filled(counts[rank], seed=rank, rank=rank)) for rank in range(before)]
-    found = [deal(packs, CAPACITY, rank, world) for rank in range(world)]
+    found = [reshard(packs, CAPACITY, rank, world) for rank in range(world)]
     lost_in_all = 0
     for label in range(CLASSES):
         line = lines(packs, label)
@@ -75,7 +75,7 @@ def test_dealt_out_anew(before: int, world: int) -> None:
         assert lost_in_all == 0
 
 
-def test_nothing_to_deal() -> None:
+def test_nothing_to_reshard() -> None:
     packs = [pack(filled([0] * CLASSES))] * 2
-    packed, lost = deal(packs, CAPACITY, 0, 1)
+    packed, lost = reshard(packs, CAPACITY, 0, 1)
     assert lost == 0 and packed["features"].shape == (0, 3) and not packed["written"].any()

@@ -12,7 +12,7 @@ import pytest
 import torch
 from pycocotools import mask as coco_mask
 
-from loce.checkpoint import load as checkpoint
+from loce.checkpoint.load import FORMAT, load_model, stats_to_dict
 from loce.config import load_config, to_dict
 from loce.engine.drawing import draw_objects, worth_drawing
 from loce.models.build import build_model
@@ -31,8 +31,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     config = load_config([str(path / "tiny.yaml"), f"output={path / 'run'}"])
     torch.manual_seed(0)
     model = build_model(config, stats_of(6))
-    classes = checkpoint.stats_to_dict(stats_of(6))
-    content = {"format": checkpoint.FORMAT, "config": to_dict(config), "classes": classes, "model": model.state_dict()}
+    classes = stats_to_dict(stats_of(6))
+    content = {"format": FORMAT, "config": to_dict(config), "classes": classes, "model": model.state_dict()}
     (path / "run").mkdir()
     torch.save(content, path / "run/main.pt")
     noise = np.random.default_rng(0).integers(0, 256, (50, 70, 3), dtype=np.uint8)
@@ -84,7 +84,7 @@ def test_the_same_as_the_model_in_python(folder: Path) -> None:
     predict(folder, "run", "images/colour.jpg", "output=one")
     records = json.loads((folder / "one/predictions.json").read_text())
     image = cv2.cvtColor(cv2.imread(str(folder / "images/colour.jpg")), cv2.COLOR_BGR2RGB)
-    found = checkpoint.load_model(folder / "run")([torch.from_numpy(image).permute(2, 0, 1)])[0]
+    found = load_model(folder / "run")([torch.from_numpy(image).permute(2, 0, 1)])[0]
     np.testing.assert_allclose([record["score"] for record in records], found["scores"].numpy(), atol=1e-6)
     for record, mask in zip(records, found["masks"].numpy(), strict=True):
         np.testing.assert_array_equal(coco_mask.decode(record["segmentation"]), mask)

@@ -14,8 +14,8 @@ import pytest
 import torch
 
 from loce.checkpoint import files as checkpoint_files
-from loce.checkpoint import load as checkpoint
 from loce.checkpoint import save as resume
+from loce.checkpoint.load import Checkpoint, load_model, load_weights
 from loce.config import Config, UserError, load_config
 from loce.engine.preflight import check_resume
 from loce.method_options import HeadConfig, SeesawOptions
@@ -213,7 +213,7 @@ def test_a_damaged_checkpoint_gives_way_to_the_one_before(
     text = capsys.readouterr().out
     assert f"WARNING: checkpoint {folders[1]} is damaged: " in text and harm in text
     with pytest.raises(UserError, match="damaged") if harm != "rank0.pt" else contextlib.nullcontext():
-        checkpoint.load_model(tiny.output)  # never takes another one than it is asked for
+        load_model(tiny.output)  # never takes another one than it is asked for
     (folders[0] / "rank0.pt").unlink()
     with pytest.raises(UserError, match="No checkpoint is left") as caught:
         resume.newest(Path(tiny.output))
@@ -259,7 +259,7 @@ def test_an_older_format_gives_its_weights_only(tiny: Config) -> None:
     model, saved = save(tiny, 1)
     main = torch.load(saved.folder / "main.pt", weights_only=True)
     checkpoint_files.finish(saved.folder, [], {**main, "format": 1})
-    assert checkpoint.load_weights(saved.folder, model, stats_of(6))["loaded"]
+    assert load_weights(Checkpoint.open(saved.folder), model, stats_of(6))["loaded"]
     with pytest.raises(UserError, match="written by an older loce"):
         resume.restore(saved.folder, tiny, model, torch.device("cpu"))
 

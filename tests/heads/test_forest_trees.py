@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from loce.checkpoint import load as checkpoint
+from loce.checkpoint.load import FORMAT, load_model, stats_to_dict
 from loce.config import Config, HeadConfig, load_config, to_dict
 from loce.data.build import train_annotations
 from loce.data.dataset import TrainDataset
@@ -95,9 +95,9 @@ def recipe(tmp_path_factory):
     stats = train_annotations(config).stats
     torch.manual_seed(0)
     content = {
-        "format": checkpoint.FORMAT,
+        "format": FORMAT,
         "config": to_dict(config),
-        "classes": checkpoint.stats_to_dict(stats),
+        "classes": stats_to_dict(stats),
         "model": build_model(config, stats).state_dict(),
     }
     torch.save(content, folder / "stage1.pt")
@@ -111,7 +111,7 @@ def opened(recipe, *words) -> tuple[Config, object]:
 
 def test_features_of_classes_by_the_slow_way(recipe):
     config, annotations = opened(recipe)
-    model = checkpoint.load_model(recipe / "stage1.pt")
+    model = load_model(recipe / "stage1.pt")
     found = class_features(model, config, annotations, 100)
     still = dataclasses.replace(config.data, short_edges=(64,), flip=0.0)
     dataset = TrainDataset(annotations, recipe, still, 0)

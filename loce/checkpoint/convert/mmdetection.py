@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any
 
 from loce.checkpoint.convert.source import (
-    METHOD_STATE,
     Format,
     MaskPredictor,
     Source,
@@ -17,7 +16,7 @@ from loce.checkpoint.convert.source import (
     rename,
     some,
 )
-from loce.checkpoint.load import main_file, read
+from loce.checkpoint.load import METHOD_STATE, Checkpoint
 from loce.config import UserError
 from loce.utils.classes import ClassStats
 
@@ -110,23 +109,20 @@ def _guess_predictor(meta: Mapping[str, Any]) -> tuple[MaskPredictor, str]:
 
 def to_mmdetection(source: Path) -> tuple[dict[str, Any], list[str]]:
     """(what MMDetection's `load_checkpoint` reads, lines of a report) from a checkpoint of ours: file or run folder."""
-    path = main_file(source)
-    content = read(path)
-    if not {"model", "config", "classes"} <= content.keys():
-        raise UserError(f"{path}: not written by loce (no model, config and classes in it)")
-    options = content["config"]["model"]
+    checkpoint = Checkpoint.open(source)
+    path, options = checkpoint.path, checkpoint.options["model"]
     if options["backbone"] == "tiny" or options["norm"] == "group":
         raise UserError(
             f"{path}: model.backbone={options['backbone']} with model.norm={options['norm']} has no counterpart in "
             "MMDetection; only ResNet-50 and -101 with batch norm have"
         )
-    weights, _, unknown = rename(content["model"], {ours: theirs for theirs, ours in FORMAT.table.items()})
+    weights, _, unknown = rename(checkpoint.model, {ours: theirs for theirs, ours in FORMAT.table.items()})
     left = [key for key in unknown if not key.startswith(tuple(METHOD_STATE))]
     if left:
         raise UserError(f"{path}: MMDetection's Mask R-CNN has no place for {some(left)}")
     report = [f"{path}: {len(weights)} tensors written"]
     for prefix, what in METHOD_STATE.items():
         count = sum(key.startswith(prefix) for key in unknown)
-        report += [f"dropped on purpose: {prefix} ({what}, {count} tensors)"] if count else []
+        report += [f"dropped on purpose: {prefix[:-1]} ({what}, {count} tensors)"] if count else []
     report.append(f"its mask predictor is {options['mask_predictor']}: MMDetection's config must say so too")
-    return {"meta": {"CLASSES": tuple(content["classes"]["names"])}, "state_dict": weights}, report
+    return {"meta": {"CLASSES": checkpoint.classes.names}, "state_dict": weights}, report

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from loce.checkpoint.load import FORMAT, stats_to_dict
+from loce.checkpoint.load import FORMAT, METHOD_STATE, stats_to_dict
 from loce.config import Config, ModelConfig, UserError, from_dict, raise_problems, to_dict
 from loce.models.build import build_model
 from loce.utils.classes import ClassStats, frequency_groups
@@ -19,7 +19,6 @@ from loce.utils.classes import ClassStats, frequency_groups
 Weights = dict[str, Tensor]
 MaskPredictor = Literal["auto", "normalised", "linear"]
 CLASSIFIER = "roi_heads.classifier.fc_cls"
-METHOD_STATE = {"roi_heads.tracker": "mean score", "roi_heads.memory": "feature memory"}  # ours alone
 _SHOWN = 5  # keys named of a long list
 
 

@@ -5,7 +5,7 @@ import torch
 
 import loce
 from loce.checkpoint.convert import convert, to_mmdetection
-from loce.checkpoint.load import load_weights, stats_from_dict
+from loce.checkpoint.load import Checkpoint, load_weights, stats_from_dict
 from loce.config import EvalConfig, HeadConfig, IndicatorConfig, MemoryConfig, ModelConfig, UserError
 from loce.models.mask_rcnn import MaskRCNN, build_roi_heads
 from tests.parity import official, rule
@@ -92,7 +92,7 @@ def test_a_converted_file_starts_a_training(written, tmp_path, annotation_file):
         options, HeadConfig(name="equilibrium"), IndicatorConfig(), MemoryConfig(enabled=True), stats
     )
     model = MaskRCNN(options, parts, EvalConfig(), (64, 96))
-    report = load_weights(tmp_path / "ours.pt", model, stats)
+    report = load_weights(Checkpoint.open(tmp_path / "ours.pt"), model, stats)
     assert len(report["loaded"]) == 360 and report["new"] == report["dropped"] == []
 
 
