@@ -60,9 +60,9 @@ def one_step(config: Config) -> dict[str, float]:
     """The losses of an optimiser step from random weights; all that trains has gradients, and something is detected."""
     annotations = train_annotations(config)
     dataset = train_dataset(config, annotations)
-    plan = training_plan(dataset, config.sampler, config.data, 4, 0, config.head.name == "balms")
     torch.manual_seed(0)
     model = build_model(config, annotations.stats)
+    plan = training_plan(dataset, config.sampler, config.data, 4, 0, model.roi_heads.classifier.meta_batch)
     optimizer = build_optimizer(model, config.train)
     samples = next(iter(train_batches(dataset, plan, epochs=1)))
     model.train()

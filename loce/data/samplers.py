@@ -16,6 +16,7 @@ from loce.data.annotations.lvis import LVISAnnotations
 from loce.utils.classes import META
 
 _STREAM = 0x5A3B  # keeps these random numbers apart from those of the transforms
+_LISTS = 0x5A3C  # and the lists of class-balanced sampling from both
 _ENOUGH = 100  # instances; SimCal tells no classes apart that have more
 
 
@@ -77,9 +78,12 @@ def _largest(labels: ImageLabels, values: np.ndarray, otherwise: float) -> np.nd
 
 
 def epoch_images(
-    labels: ImageLabels, sampler: SamplerConfig, generator: np.random.Generator
+    labels: ImageLabels, sampler: SamplerConfig, generator: np.random.Generator, seed: int = 0, epoch: int = 0
 ) -> tuple[np.ndarray, np.ndarray]:
-    """(E,) image indices that one epoch shows, in no particular order, and (E,) the class each was drawn for or -1."""
+    """(E,) image indices that one epoch shows, in no particular order, and (E,) the class each was drawn for or -1.
+
+    generator: of this epoch; seed, epoch: for class-balanced sampling, which goes on from one epoch to the next.
+    """
     if sampler.name == "bilevel":
         return _bilevel(labels, sampler.bilevel_tau, generator)
     if sampler.name == "uniform":
@@ -87,7 +91,7 @@ def epoch_images(
     elif sampler.name == "repeat_factor":
         images = _repeated(labels, sampler.repeat_threshold, sampler.repeat_rounding, generator)
     elif sampler.name == "class_balanced":
-        images = _class_balanced(labels, generator)
+        images = _class_balanced(labels, seed, epoch)
     else:
         raise ValueError(f"no sampler is called {sampler.name}")
     return images, np.full(len(images), -1)
@@ -106,18 +110,22 @@ def _repeated(labels: ImageLabels, threshold: float, rounding: str, generator: n
     return np.repeat(labels.images, times.astype(np.int64))
 
 
-def _class_balanced(labels: ImageLabels, generator: np.random.Generator) -> np.ndarray:
+def _class_balanced(labels: ImageLabels, seed: int, epoch: int) -> np.ndarray:
     """As many images as there are: round and round a shuffled list of classes.
 
-    A class's turn shows the next image of the class's own shuffled list, with all annotations.
+    A class's turn shows the next image of the class's own shuffled list, with all annotations. The lists are those of
+    the whole training: an epoch goes on where the one before ended, so that a frequent class shows all of its images
+    before one comes again. Within an epoch images are shuffled anyway (`plan_batches`), so the lists need not be.
     """
+    generator = np.random.default_rng([_LISTS, seed])
     order = np.lexsort((generator.random(len(labels.labels)), labels.labels))
     images = labels.images[labels.owner[order]]
     count = labels.image_counts
     first = np.cumsum(count) - count
     classes = generator.permutation(np.flatnonzero(count))
-    turn, place = np.divmod(np.arange(len(labels.images)), len(classes))
-    chosen = classes[place]
+    position = epoch * len(labels.images) + np.arange(len(labels.images))  # over the whole training
+    turn, index = np.divmod(position, len(classes))
+    chosen = classes[index]
     return images[first[chosen] + turn % count[chosen]]
 
 
@@ -199,7 +207,7 @@ class TrainingPlan:
         both.
         """
         generator = np.random.default_rng([_STREAM, self.seed, epoch])
-        images, drawn = epoch_images(self.labels, self.sampler, generator)
+        images, drawn = epoch_images(self.labels, self.sampler, generator, self.seed, epoch)
         batches = plan_batches(images, self.wide[images], self.batch_size, generator)
         shown, drawn = images[batches], drawn[batches]
         if self.meta:

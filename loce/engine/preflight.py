@@ -18,7 +18,7 @@ from loce.engine.log import check_run_folder
 from loce.engine.runlock import RunLock
 from loce.engine.wandb_log import require_wandb
 from loce.models.backbone import require_cache
-from loce.models.build import parent_trees
+from loce.models.build import head_files
 from loce.utils import distributed
 
 T = TypeVar("T")
@@ -82,8 +82,8 @@ def check(config: Config) -> Start:
         checks.run(require_wandb)
     annotations = checks.run(lambda: train_annotations(config))
     train = annotations
-    if newest is None and config.head.name == "forest" and train is not None:
-        checks.run(lambda: parent_trees(config, train))
+    if newest is None and train is not None:
+        checks.run(lambda: head_files(config, train))
     if config.train.evaluate:
         validation = checks.run(lambda: val_annotations(config))
         if annotations is not None and validation is not None:

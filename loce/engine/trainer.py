@@ -23,7 +23,7 @@ from loce.engine.boards import Shown
 from loce.engine.log import RunLog
 from loce.engine.loop import fill_memory, train_one_epoch
 from loce.engine.validation import best_checkpoint
-from loce.models.build import build_model, build_optimizer, plant_trees
+from loce.models.build import build_model, build_optimizer, load_head_files
 from loce.models.mask_rcnn import MaskRCNN
 from loce.utils import distributed
 from loce.utils.classes import GROUPS, ClassStats
@@ -73,13 +73,13 @@ class Job:
 def prepare(config: Config, device: torch.device, annotations: LVISAnnotations, newest: Path | None) -> Job:
     """Everything that trains, from the checkpoint `newest` or, where that is None, from the beginning."""
     dataset = train_dataset(config, annotations)
-    meta = config.head.name == "balms"
-    plan = training_plan(dataset, config.sampler, config.data, config.train.batch_size, config.seed, meta)
     torch.manual_seed(config.seed)
     model = build_model(config, annotations.stats, pretrained=newest is None and not config.train.init)
+    meta = model.roi_heads.classifier.meta_batch
+    plan = training_plan(dataset, config.sampler, config.data, config.train.batch_size, config.seed, meta)
     report = []
     if newest is None:
-        plant_trees(config, annotations, model)
+        load_head_files(config, annotations, model)
     if config.train.init and newest is None:
         report = _load(config, model, annotations.stats)
     model.to(device)

@@ -24,9 +24,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from loce.heads.base import Head, RoIs
-from loce.heads.layers import linear
-from loce.heads.rows import at_least_fp32
+from loce.heads.base import Head, RoIs, at_least_fp32, linear
 from loce.method_options import HeadConfig
 from loce.utils.classes import IGNORED, ClassStats
 from loce.utils.distributed import mean_count

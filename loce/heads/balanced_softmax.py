@@ -21,8 +21,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from loce.heads.base import RoIs
-from loce.heads.rows import at_least_fp32, cross_entropy
+from loce.heads.base import RoIs, at_least_fp32, cross_entropy
 from loce.heads.softmax import SoftmaxHead
 from loce.method_options import HeadConfig
 from loce.utils.classes import ClassStats
@@ -41,4 +40,5 @@ class BalancedSoftmaxHead(SoftmaxHead):
 
     def losses(self, logits_NL: Tensor, rois: RoIs) -> dict[str, Tensor]:
         """`loss_cls`: Eq. 4, summed over the rows that take part and divided by their number."""
-        return {"loss_cls": cross_entropy(at_least_fp32(logits_NL) + self.shift_L, rois)}
+        logits_NL = at_least_fp32(logits_NL) + self.shift_L
+        return {"loss_cls": cross_entropy(logits_NL, rois.labels_N, rois.count)}

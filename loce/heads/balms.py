@@ -5,7 +5,8 @@
     w_r      = v_{y_r} over its mean over the foreground training rows, v_c = sigmoid(a_c); background: 1
     scores   = sigmoid(z)                                         no shift
 
-The Meta Re-weighter learns a, which starts at 0. Half of the images are a meta batch, drawn with probability
+The Meta Re-weighter learns a, which starts at 0, unless head.balms.meta_lr = 0: then all w_r = 1, and there is no meta
+batch. Half of the images are a meta batch, drawn with probability
 ~ max_c 1/f_c: their rows count in the meta loss only. On every batch, before the loss:
 
     W'       = W - eta dloss_cls/dW                               one step of SGD, a function of a
@@ -37,9 +38,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from loce.heads.base import META, Head, RoIs
-from loce.heads.layers import linear
-from loce.heads.rows import at_least_fp32, one_hot
+from loce.heads.base import META, Head, RoIs, at_least_fp32, linear, one_hot
 from loce.method_options import BALMSOptions, HeadConfig
 from loce.utils.classes import IGNORED, ClassStats
 from loce.utils.distributed import all_reduce_sum, mean_count
@@ -60,6 +59,7 @@ class BALMSHead(Head):
         shift_C = torch.tensor(np.log(shown_C / (images - shown_C)), dtype=torch.float32)
         self.register_buffer("shift_C", shift_C, persistent=False)
         self.reweighter = MetaReweighter(self.num_classes, self.options.balms)
+        self.meta_batch = self.options.balms.meta_lr > 0
 
     def forward(self, x_ND: Tensor) -> Tensor:
         """Features (N, D) -> logits (N, C)."""
@@ -67,17 +67,19 @@ class BALMSHead(Head):
 
     def losses(self, logits_NL: Tensor, rois: RoIs) -> dict[str, Tensor]:
         """`loss_cls`: the weighted loss of the training rows, after the weights have learned from the meta rows."""
-        if rois.features_ND is None:
-            raise ValueError("the balms head needs rois.features_ND, what the logits were computed from")
         labels_N, z_NC = rois.labels_N, at_least_fp32(logits_NL)
         meta_N = torch.zeros_like(labels_N, dtype=torch.bool) if rois.drawn_N is None else rois.drawn_N == META
         training = dataclasses.replace(rois, labels_N=torch.where(meta_N, IGNORED, labels_N))
         own_NC = one_hot(training.labels_N, self.num_classes)
         shifted_NC = z_NC + own_NC.any(dim=1, keepdim=True) * self.shift_C
-        meta_labels_N = torch.where(meta_N, labels_N, IGNORED)
-        weights_N = self.reweighter(z_NC.detach(), shifted_NC.detach(), rois.features_ND, training, meta_labels_N)
+        weights_N = (training.labels_N != IGNORED).to(z_NC)
+        rows = mean_count(weights_N.sum())  # `rois.count` has the meta rows, too
+        if self.meta_batch:
+            if rois.features_ND is None:
+                raise ValueError("the balms head needs rois.features_ND, what the logits were computed from")
+            meta_labels_N = torch.where(meta_N, labels_N, IGNORED)
+            weights_N = self.reweighter(z_NC.detach(), shifted_NC.detach(), rois.features_ND, training, meta_labels_N)
         bce_NC = F.binary_cross_entropy_with_logits(shifted_NC, own_NC.to(z_NC), reduction="none")
-        rows = mean_count((training.labels_N != IGNORED).sum())  # `rois.count` has the meta rows, too
         return {"loss_cls": (weights_N * bce_NC.sum(dim=1)).sum() / rows}
 
     def scores(self, logits_NL: Tensor) -> Tensor:

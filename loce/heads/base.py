@@ -1,19 +1,24 @@
-"""LOCE, Sec. 3.1 and 3.3: what a classification head is given and what it must do, one head for each method.
+"""Classification head interface and what several heads share (LOCE, Sec. 3.1 and 3.3).
 
 Shape suffixes: N rows (RoIs, then memory features), D features, C classes, L logits (the head's business).
 """
 
 import abc
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from pathlib import Path
 
+import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from loce.method_options import HeadConfig
 from loce.utils.classes import IGNORED, META, ClassStats
 
-__all__ = ["META", "Head", "RoIs"]
+__all__ = ["META", "Head", "NormalisedLinear", "RoIs", "at_least_fp32", "cross_entropy", "linear", "one_hot"]
 
 
 @dataclass
@@ -55,14 +60,20 @@ class RoIs:
 class Head(nn.Module, abc.ABC):
     """A classification head, built as `HEADS[name](in_features, stats, options)`.
 
-    All three methods accept N = 0, keep N as it is, and wait for no device. State besides the parameters lives in
-    buffers. `num_classes` is C. `depth` says what a head reads: features after the two shared FCs (2), after the first
-    (1), or the pooled features of a region, flattened (0); the model passes `in_features` to match, and to heads of
-    depth 0, which have FCs of their own, also `width`, that of the shared FCs. `of_rank` names the buffers
-    that differ between processes: a checkpoint holds those of each.
+    `forward`, `losses` and `scores` accept N = 0, keep N as it is, and wait for no device. State besides the parameters
+    lives in buffers. `num_classes` is C. What a head needs from others it says by attributes:
+
+    depth: what it reads: features after the two shared FCs (2), after the first (1), or the pooled features of a
+        region, flattened (0). The model passes `in_features` to match, and to heads of depth 0, which have FCs of their
+        own, also `width`, that of the shared FCs.
+    needs_indicator: its loss reads `rois.indicator`, which must be positive for every class.
+    meta_batch: half of the images in training are a meta batch, drawn anew, with META in `rois.drawn_N`.
+    of_rank: names of the buffers that differ between processes: a checkpoint holds those of each.
     """
 
     depth = 2
+    needs_indicator = False
+    meta_batch = False
     of_rank: tuple[str, ...] = ()
 
     def __init__(
@@ -72,6 +83,14 @@ class Head(nn.Module, abc.ABC):
         self.in_features = in_features
         self.num_classes = len(stats)
         self.options = options or HeadConfig()
+
+    @classmethod
+    def from_files(cls, options: HeadConfig, annotations: Path | str, names: Sequence[str]) -> dict[str, np.ndarray]:
+        """Values of buffers, by name, that are read from files when a training begins; a checkpoint holds them later.
+
+        annotations, names: training file and its classes, to which the files must belong; UserError where they do not.
+        """
+        return {}
 
     def adopt(self, weights: dict[str, Tensor]) -> dict[str, Tensor]:
         """Of another run's model, by name, what this one starts from; a head whose layers are called otherwise says so.
@@ -91,3 +110,62 @@ class Head(nn.Module, abc.ABC):
     @abc.abstractmethod
     def scores(self, logits_NL: Tensor) -> Tensor:
         """Logits (N, L) -> class scores (N, C) in fp32, each in [0, 1], without the background."""
+
+
+def linear(in_features: int, logits: int, prior: float | None = None) -> nn.Linear:
+    """A linear layer with weights from N(0, 0.01).
+
+    prior: the sigmoid that every logit starts from, bias = -log((1 - prior) / prior); None: bias 0, for a softmax.
+    """
+    layer = nn.Linear(in_features, logits)
+    nn.init.normal_(layer.weight, std=0.01)
+    nn.init.constant_(layer.bias, 0.0 if prior is None else -math.log((1 - prior) / prior))
+    return layer
+
+
+class NormalisedLinear(nn.Module):
+    """z_c = temperature * <x, w_c> / ((|x| + eps) (|w_c| + eps)) + b_c: cosines, weights from N(0, 0.01), b = 0.
+
+    Lengths are taken in fp32, also under autocast; the product runs in autocast's type. bias: whether there is a b.
+    """
+
+    eps = 1e-6
+
+    def __init__(self, in_features: int, logits: int, temperature: float, bias: bool = True) -> None:
+        super().__init__()
+        self.temperature = temperature
+        self.weight = nn.Parameter(torch.empty(logits, in_features))
+        nn.init.normal_(self.weight, std=0.01)
+        self.bias = nn.Parameter(torch.zeros(logits)) if bias else None
+
+    def forward(self, x_ND: Tensor) -> Tensor:
+        """Features (N, D) -> logits (N, L)."""
+        x_ND = self.temperature * x_ND / (_length(x_ND) + self.eps)
+        weight_LD = self.weight / (_length(self.weight) + self.eps)
+        return F.linear(x_ND, weight_LD, self.bias)
+
+
+def _length(rows: Tensor) -> Tensor:
+    """(N, 1) length of each row, in at least fp32."""
+    dtype = torch.promote_types(rows.dtype, torch.float32)
+    return torch.linalg.vector_norm(rows, dim=1, keepdim=True, dtype=dtype)
+
+
+def at_least_fp32(x: Tensor) -> Tensor:
+    """`x` in fp32, also under autocast; float64 stays float64."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
+def one_hot(labels_N: Tensor, columns: int) -> Tensor:
+    """(N, L) bool, true where the column is the row's label; all false for a label outside 0..L-1, such as IGNORED."""
+    return labels_N[:, None] == torch.arange(columns, device=labels_N.device)
+
+
+def cross_entropy(logits_NL: Tensor, labels_N: Tensor, count: Tensor, weight_L: Tensor | None = None) -> Tensor:
+    """(): Eq. 1 in at least fp32, each row times its class's weight (L,), over `count`, as a rule `rois.count`.
+
+    The divisor does not change with weights; torch's weighted mean would divide by the sum of the weights.
+    """
+    logits = at_least_fp32(logits_NL)
+    weight = None if weight_L is None else weight_L.to(logits.dtype)
+    return F.cross_entropy(logits, labels_N, weight, ignore_index=IGNORED, reduction="sum") / count

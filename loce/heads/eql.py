@@ -11,17 +11,16 @@ State: none that training changes; `tail`, which classes are spared, is a buffer
 
 Differences from the paper / the released code:
 - The form for detection only; the softmax form with random sparing is for image classification.
-- Unused RoI slots take no part here; the released code ignores row weights, so that padding would count as background.
-- lambda is a share of the annotated images, as published; the released code reads it off a table of LVIS v0.5.
+- f_c is counted in the training data; the released code has a table of LVIS v0.5.
+- Unused RoI slots take no part. The release (Detectron2) has none; EQL in EQL v2's repository would count them as
+  background.
 """
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from loce.heads.base import Head, RoIs
-from loce.heads.layers import linear
-from loce.heads.rows import at_least_fp32, one_hot
+from loce.heads.base import Head, RoIs, at_least_fp32, linear, one_hot
 from loce.method_options import HeadConfig
 from loce.utils.classes import IGNORED, ClassStats
 

@@ -34,6 +34,8 @@ class EquilibriumHead(SoftmaxHead):
     `background: learned` adds a parameter, (1,) fp32: what is added to log s^_{C+1} in the loss, 0 at first.
     """
 
+    needs_indicator = True
+
     def __init__(self, in_features: int, stats: ClassStats, options: HeadConfig | None = None) -> None:
         super().__init__(in_features, stats, options)
         learned = self.options.equilibrium.background == "learned"

@@ -19,20 +19,27 @@ Differences from the paper / the released code:
 - 1000 proposals an image in training, as all methods here have; the released configs keep 2000.
 """
 
+from collections.abc import Sequence
+from pathlib import Path
+
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from loce.heads.base import Head, RoIs
-from loce.heads.layers import linear
-from loce.heads.rows import at_least_fp32
+from loce.heads.base import Head, RoIs, at_least_fp32, cross_entropy, linear
+from loce.heads.forest_trees import read_trees
 from loce.method_options import HeadConfig
 from loce.utils.classes import IGNORED, ClassStats
 from loce.utils.errors import UserError
 
 OWN = "roi_heads.classifier."
 TREES = ("visual", "geometrical", "lexical")
+
+
+def tree_sizes(options: HeadConfig) -> dict[str, int]:
+    """Tree -> number of its parents, of the trees that are used."""
+    return {name: count for name in TREES if (count := getattr(options.forest, name))}
 
 
 class Branch(nn.Module):
@@ -53,24 +60,24 @@ class Branch(nn.Module):
 class ForestHead(Head):
     """The fine classifier and one for the parents of each tree; `sizes`: tree -> P_t, of the trees that are used.
 
-    Until `plant` the trees are none of anything: neighbouring labels share a parent.
+    Until a file or a checkpoint gives the trees, neighbouring labels share a parent.
     """
 
     depth = 1
 
     def __init__(self, in_features: int, stats: ClassStats, options: HeadConfig | None = None) -> None:
         super().__init__(in_features, stats, options)
-        counts = {name: getattr(self.options.forest, name) for name in TREES}
-        self.sizes = {name: count for name, count in counts.items() if count}
+        self.sizes = tree_sizes(self.options)
         self.fine = Branch(in_features, self.num_classes + 1)
         self.parents = nn.ModuleDict({name: Branch(in_features, count + 1) for name, count in self.sizes.items()})
         for name, count in self.sizes.items():
             self.register_buffer(f"tree_{name}", torch.arange(self.num_classes) * count // self.num_classes)
 
-    def plant(self, trees: dict[str, np.ndarray]) -> None:
-        """Take over the parent (C,) of each class, 0..P_t-1, of each tree that is used."""
-        for name in self.sizes:
-            self.get_buffer(f"tree_{name}").copy_(torch.from_numpy(trees[name]))
+    @classmethod
+    def from_files(cls, options: HeadConfig, annotations: Path | str, names: Sequence[str]) -> dict[str, np.ndarray]:
+        """The parents (C,) of the trees that are used, from head.forest.trees."""
+        trees = read_trees(Path(options.forest.trees), annotations, names, tree_sizes(options))
+        return {f"tree_{name}": parents for name, parents in trees.items()}
 
     def adopt(self, weights: dict[str, Tensor]) -> dict[str, Tensor]:
         """As they are; UserError where they belong to other trees, whose parents mean something else."""
@@ -91,11 +98,11 @@ class ForestHead(Head):
     def losses(self, logits_NL: Tensor, rois: RoIs) -> dict[str, Tensor]:
         """`loss_cls` of the fine classes and `loss_visual`, ... of the parents, over the rows that take part."""
         fine_NL, parents = self._split(logits_NL)
-        losses = {"loss_cls": _cross_entropy(fine_NL, rois.labels_N) / rois.count}
+        losses = {"loss_cls": cross_entropy(fine_NL, rois.labels_N, rois.count)}
         for name, parent_NP in parents.items():
             own_N = self._parent_of(name)[rois.labels_N.clamp(min=0)]
             own_N = torch.where(rois.labels_N == IGNORED, IGNORED, own_N)
-            losses[f"loss_{name}"] = _cross_entropy(parent_NP, own_N) / rois.count
+            losses[f"loss_{name}"] = cross_entropy(parent_NP, own_N, rois.count)
         return losses
 
     def scores(self, logits_NL: Tensor) -> Tensor:
@@ -114,7 +121,3 @@ class ForestHead(Head):
     def _parent_of(self, name: str) -> Tensor:
         """(C+1,) long: the parent of each class; the background is its own, the last."""
         return F.pad(self.get_buffer(f"tree_{name}"), (0, 1), value=self.sizes[name])
-
-
-def _cross_entropy(logits_NL: Tensor, labels_N: Tensor) -> Tensor:
-    return F.cross_entropy(logits_NL, labels_N, ignore_index=IGNORED, reduction="sum")

@@ -28,10 +28,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from loce.heads.base import Head, RoIs
-from loce.heads.layers import NormalisedLinear
+from loce.heads.base import Head, NormalisedLinear, RoIs, at_least_fp32, cross_entropy, one_hot
 from loce.heads.reweighted import class_weights
-from loce.heads.rows import at_least_fp32, cross_entropy, one_hot
 from loce.method_options import HeadConfig, ReweightedOptions
 from loce.utils.classes import ClassStats
 
@@ -63,7 +61,8 @@ class LDAMHead(Head):
         own_NL = one_hot(rois.labels_N, self.num_classes + 1)
         logits_NL = at_least_fp32(logits_NL) - self.options.ldam.scale * own_NL * self.margin_L
         deferred = rois.progress < self.options.ldam.reweight_from
-        return {"loss_cls": cross_entropy(logits_NL, rois, None if deferred else self.weight_L)}
+        weight_L = None if deferred else self.weight_L
+        return {"loss_cls": cross_entropy(logits_NL, rois.labels_N, rois.count, weight_L)}
 
     def scores(self, logits_NL: Tensor) -> Tensor:
         """Logits (N, C+1) -> softmax probabilities (N, C) of the foreground classes, fp32."""

@@ -14,20 +14,19 @@ Differences from the paper / the released code:
   background keep the balance that they have without weights.
 - So a class with one instance weighs much: on LVIS v1 1056 (inverse frequency) or about 1000 (effective number). The
   recipes clip the gradient.
-- The loss is divided by the number of rows, not by the sum of their weights.
+- The loss is divided by the number of rows, as released, and not by the sum of their weights.
+- The release has the effective number only (the inverse frequency is beta -> 1 of it), and a sigmoid and a focal form.
 - A class that was never seen counts as one with a single instance.
 """
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from loce.heads.base import RoIs
-from loce.heads.rows import at_least_fp32
+from loce.heads.base import RoIs, cross_entropy
 from loce.heads.softmax import SoftmaxHead
 from loce.method_options import HeadConfig, ReweightedOptions
-from loce.utils.classes import IGNORED, ClassStats
+from loce.utils.classes import ClassStats
 
 
 class ReweightedHead(SoftmaxHead):
@@ -45,9 +44,7 @@ class ReweightedHead(SoftmaxHead):
 
     def losses(self, logits_NL: Tensor, rois: RoIs) -> dict[str, Tensor]:
         """`loss_cls`: weighted cross-entropy, summed over the rows that take part and divided by their number."""
-        z_NL = at_least_fp32(logits_NL)
-        total = F.cross_entropy(z_NL, rois.labels_N, self.weights.to(z_NL), ignore_index=IGNORED, reduction="sum")
-        return {"loss_cls": total / rois.count}
+        return {"loss_cls": cross_entropy(logits_NL, rois.labels_N, rois.count, self.weights)}
 
 
 def class_weights(instance_counts: np.ndarray, options: ReweightedOptions) -> np.ndarray:

@@ -22,12 +22,9 @@ Differences from the paper / the released code:
 import math
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from loce.heads.base import Head, RoIs
-from loce.heads.layers import NormalisedLinear
-from loce.heads.rows import at_least_fp32, one_hot
+from loce.heads.base import Head, NormalisedLinear, RoIs, at_least_fp32, cross_entropy, one_hot
 from loce.method_options import HeadConfig
 from loce.utils.classes import IGNORED, ClassStats
 from loce.utils.distributed import all_reduce_sum
@@ -70,8 +67,8 @@ class SeesawHead(Head):
         object_N = torch.where(foreground_N, 0, torch.where(labels_N == classes, 1, IGNORED))
         adjusted_NC = z_NC + self.log_factors(z_NC, class_N.clamp(min=0))
         return {
-            "loss_cls": F.cross_entropy(adjusted_NC, class_N, ignore_index=IGNORED, reduction="sum") / rois.count,
-            "loss_objectness": F.cross_entropy(object_N2, object_N, ignore_index=IGNORED, reduction="sum") / rois.count,
+            "loss_cls": cross_entropy(adjusted_NC, class_N, rois.count),
+            "loss_objectness": cross_entropy(object_N2, object_N, rois.count),
         }
 
     @torch.no_grad()

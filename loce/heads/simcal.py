@@ -9,7 +9,8 @@ K- = background rows at random, as many as K+ has rows, or all where there are f
 L = mean over K+ and K- of -log softmax(z^cal_N)[y_N], over C + 1 classes; 0 where K+ is empty
 Inference: p_c = softmax(z^cal)[c] where class c has fewer than head.simcal.threshold training instances, else
 softmax(z)[c] of the original; nothing is normalised again. Boxes and masks are the detector's.
-Initialisation: head.simcal.layers=3fc_ft copies the original; 3fc_rand, 2fc_rand draw: FCs Xavier, last N(0, 0.01).
+Initialisation: head.simcal.layers=3fc_ft copies the original; 3fc_rand, 2fc_rand draw all weights and biases from
+U(-1/sqrt(D), 1/sqrt(D)), D inputs of the layer (torch's own).
 
 State: none that training changes; `tail`, classes that take the calibrated score, is a buffer.
 
@@ -23,9 +24,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from loce.heads.base import Head, RoIs
-from loce.heads.layers import linear
-from loce.heads.rows import at_least_fp32
+from loce.heads.base import Head, RoIs, at_least_fp32, linear
 from loce.method_options import HeadConfig
 from loce.utils.classes import ClassStats
 from loce.utils.distributed import mean_count
@@ -34,16 +33,21 @@ MODEL, OWN = "roi_heads.box_head.", "roi_heads.classifier."
 
 
 class Layers(nn.Module):
-    """Shared FCs with ReLU, two or one, and the last layer, named like the detector's own."""
+    """Shared FCs with ReLU, two or one, and the last layer, named like the detector's own.
 
-    def __init__(self, in_features: int, width: int, logits: int, shared: int = 2) -> None:
+    kind: as head.simcal.layers; 3fc_ft starts like a detector's layers, whose values are copied into it.
+    """
+
+    def __init__(self, in_features: int, width: int, logits: int, kind: str = "3fc_ft") -> None:
         super().__init__()
         self.fc1 = nn.Linear(in_features, width)
-        self.fc2 = nn.Linear(width, width) if shared == 2 else None
+        self.fc2 = None if kind == "2fc_rand" else nn.Linear(width, width)
+        if kind != "3fc_ft":
+            self.fc_cls = nn.Linear(width, logits)
+            return
         for layer in (self.fc1, self.fc2):
-            if layer is not None:
-                nn.init.xavier_uniform_(layer.weight)
-                nn.init.zeros_(layer.bias)
+            nn.init.xavier_uniform_(layer.weight)
+            nn.init.zeros_(layer.bias)
         self.fc_cls = linear(width, logits)
 
     def forward(self, x_ND: Tensor) -> Tensor:
@@ -67,7 +71,7 @@ class SimCalHead(Head):
         super().__init__(in_features, stats, options, width)
         logits, simcal = self.num_classes + 1, self.options.simcal
         self.original = Layers(in_features, width, logits)
-        self.calibrated = Layers(in_features, width, logits, shared=1 if simcal.layers == "2fc_rand" else 2)
+        self.calibrated = Layers(in_features, width, logits, simcal.layers)
         self.register_buffer("tail", torch.from_numpy(stats.instance_counts < simcal.threshold))
         self.requires_grad_(True)
 

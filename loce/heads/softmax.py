@@ -10,9 +10,7 @@ Differences from the paper / the released code: none.
 
 from torch import Tensor
 
-from loce.heads.base import Head, RoIs
-from loce.heads.layers import linear
-from loce.heads.rows import cross_entropy
+from loce.heads.base import Head, RoIs, cross_entropy, linear
 from loce.method_options import HeadConfig
 from loce.utils.classes import ClassStats
 
@@ -30,7 +28,7 @@ class SoftmaxHead(Head):
 
     def losses(self, logits_NL: Tensor, rois: RoIs) -> dict[str, Tensor]:
         """`loss_cls`: Eq. 1, summed over the rows that take part and divided by their number."""
-        return {"loss_cls": cross_entropy(logits_NL, rois)}
+        return {"loss_cls": cross_entropy(logits_NL, rois.labels_N, rois.count)}
 
     def scores(self, logits_NL: Tensor) -> Tensor:
         """Logits (N, C+1) -> softmax probabilities (N, C) of the foreground classes, fp32."""

@@ -1,15 +1,13 @@
 """Detector and optimiser from a Config."""
 
 import dataclasses
-from pathlib import Path
 
 import numpy as np
 import torch
 
 from loce.config import Config, TrainConfig
 from loce.data.annotations.lvis import LVISAnnotations
-from loce.heads.forest import TREES, ForestHead
-from loce.heads.forest_trees import read_trees
+from loce.heads import HEADS
 from loce.models.mask_rcnn import MaskRCNN, build_roi_heads
 from loce.models.nms_resampling import NMSResampling
 from loce.utils.classes import ClassStats
@@ -28,17 +26,15 @@ def build_model(config: Config, stats: ClassStats, pretrained: bool = True) -> M
     return model
 
 
-def parent_trees(config: Config, annotations: LVISAnnotations) -> dict[str, np.ndarray]:
-    """Forest R-CNN's trees (C,) by name, for a training from its beginning; UserError where they do not fit."""
-    forest = config.head.forest
-    sizes = {tree: getattr(forest, tree) for tree in TREES if getattr(forest, tree)}
-    return read_trees(Path(forest.trees), annotations.path, annotations.stats.names, sizes)
+def head_files(config: Config, annotations: LVISAnnotations) -> dict[str, np.ndarray]:
+    """Buffers that the classification head reads from files when a training begins; UserError where they do not fit."""
+    return HEADS[config.head.name].from_files(config.head, annotations.path, annotations.stats.names)
 
 
-def plant_trees(config: Config, annotations: LVISAnnotations, model: MaskRCNN) -> None:
-    """Give the trees to a head that has some; a checkpoint holds them from then on."""
-    if isinstance(model.roi_heads.classifier, ForestHead):
-        model.roi_heads.classifier.plant(parent_trees(config, annotations))
+def load_head_files(config: Config, annotations: LVISAnnotations, model: MaskRCNN) -> None:
+    """Give `head_files` to the classification head; a checkpoint holds them from then on."""
+    for name, values in head_files(config, annotations).items():
+        model.roi_heads.classifier.get_buffer(name).copy_(torch.from_numpy(values))
 
 
 def build_optimizer(model: torch.nn.Module, train: TrainConfig) -> torch.optim.SGD:

@@ -44,7 +44,7 @@ def build_roi_heads(
     tracker = MeanScoreTracker(classes, indicator.momentum, indicator.initial_score, indicator.background_score)
     prior = None
     if indicator.kind == "prior":
-        if head.name == "equilibrium" and (stats.instance_counts == 0).any():
+        if HEADS[head.name].needs_indicator and (stats.instance_counts == 0).any():
             absent = [n for n, count in zip(stats.names, stats.instance_counts, strict=True) if count == 0]
             raise UserError(
                 f"indicator.kind: prior: {len(absent)} classes have no training instance (first: "

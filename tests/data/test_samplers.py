@@ -158,6 +158,28 @@ def test_class_balanced_sampling_goes_round_the_classes():
     assert order.count(rare) >= len(rounds) - 1  # the class with one image has its turn in every round
 
 
+def test_class_balanced_sampling_goes_on_from_epoch_to_epoch():
+    """Epochs are the pieces of one walk, in which a class has a turn every round and shows its images in turn."""
+    shown = long_tail()
+    labels, sampler, epochs = as_arrays(shown), SamplerConfig(name="class_balanced"), 10
+    found = [epoch_images(labels, sampler, np.random.default_rng(9), 3, epoch)[0].tolist() for epoch in range(epochs)]
+    where = {c: {image for image, own in shown.items() if c in own} for c in range(14)}
+    classes = [c for c in where if where[c]]
+    assert len(found[0]) % len(classes)  # an epoch ends within a round
+    walk = [image for images in found for image in images]
+    left = list(classes)
+    for index in range(len(classes)):
+        images = walk[index :: len(classes)]  # the turns of one class
+        own = next(c for c in left if where[c] == set(images))  # all of its images, and no other
+        left.remove(own)
+        period = len(where[own])
+        assert len(set(images[:period])) == period < len(images)
+        assert all(image == images[turn % period] for turn, image in enumerate(images))
+    again = epoch_images(labels, sampler, np.random.default_rng(0), 3, 4)[0].tolist()
+    assert again == found[4]  # depends on (seed, epoch) alone
+    assert epoch_images(labels, sampler, np.random.default_rng(9), 4, 0)[0].tolist() != found[0]
+
+
 def test_uniform_sampling_shows_every_image_once():
     labels = as_arrays(long_tail())
     images, drawn = epoch_images(labels, SamplerConfig(), np.random.default_rng(0))

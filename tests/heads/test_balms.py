@@ -220,6 +220,19 @@ def test_layer_and_initial_values(make_stats):
     assert not any(value.any() for value in head.reweighter.buffers())
 
 
+def test_without_a_learning_rate_of_the_weights_it_is_the_plain_shifted_loss(make_stats):
+    """meta_lr = 0: weights 1, no meta batch is asked for, features are not needed and nothing is learned but W."""
+    stats = make_stats(5)
+    head = head_of(stats, meta_lr=0.0)
+    assert not head.meta_batch and head_of(stats).meta_batch
+    x, rois = case(40, 5, 0, meta=False)
+    for batch in (dataclasses.replace(rois, features_ND=None), dataclasses.replace(rois, drawn_N=None)):
+        loss = head.losses(head(x), batch)["loss_cls"].item()
+        assert loss == pytest.approx(loss_slow(head(x).tolist(), rois.labels_N.tolist(), [1.0] * 5, stats), rel=1e-6)
+    assert not any(value.any() for value in head.reweighter.buffers())
+    assert head.state_dict().keys() == head_of(stats).state_dict().keys()
+
+
 def test_needs_features(make_stats):
     with pytest.raises(ValueError, match=r"rois\.features_ND"):
         head_of(make_stats(2)).losses(torch.zeros(1, 2), rois_of(torch.tensor([0])))

@@ -17,10 +17,15 @@ TREES = {"visual": np.array([1, 0, 0, 1, 0]), "lexical": np.array([2, 0, 1, 1, 3
 LOGITS = 6 + 3 + 5
 
 
+def plant(head: ForestHead, trees) -> None:
+    for name in head.sizes:
+        head.get_buffer(f"tree_{name}").copy_(torch.from_numpy(trees[name]))
+
+
 def make_head(make_stats) -> ForestHead:
     options = HeadConfig(forest=ForestOptions(visual=2, geometrical=0, lexical=4))
     head = ForestHead(FEATURES, make_stats(CLASSES), options)
-    head.plant(TREES)
+    plant(head, TREES)
     return head
 
 
@@ -114,7 +119,7 @@ def test_layers_and_initial_values(make_stats):
 
 def test_trees_are_part_of_the_checkpoint_and_must_be_those_of_the_weights(make_stats):
     head, other = make_head(make_stats), make_head(make_stats)
-    other.plant({**TREES, "visual": np.array([0, 0, 0, 0, 1])})
+    plant(other, {**TREES, "visual": np.array([0, 0, 0, 0, 1])})
     weights = {f"roi_heads.classifier.{name}": tensor for name, tensor in head.state_dict().items()}
     assert {"roi_heads.classifier.tree_visual", "roi_heads.classifier.tree_lexical"} < set(weights)
     assert head.adopt(weights) == weights

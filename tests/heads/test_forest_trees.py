@@ -15,7 +15,7 @@ from loce.data.dataset import TrainDataset
 from loce.data.glyphs.make import GlyphOptions, make_glyphs
 from loce.engine.forest_building import build_trees, class_features, class_shapes, cluster, lexical_tree, shape_of
 from loce.heads.forest_trees import k_means, read_trees, write_trees
-from loce.models.build import build_model, parent_trees, plant_trees
+from loce.models.build import build_model, head_files, load_head_files
 from loce.models.roi_heads import pool
 from loce.utils.errors import UserError
 from tests.tiny_runs import CONFIG, run
@@ -139,12 +139,12 @@ def test_trees_are_built_read_and_planted(recipe):
         "visual": 2,
         "geometrical": 3,
     }
-    trees = parent_trees(config, annotations)
-    np.testing.assert_array_equal(trees["geometrical"], cluster(class_shapes(annotations, 20, config.seed), 3, 0))
+    trees = head_files(config, annotations)
+    np.testing.assert_array_equal(trees["tree_geometrical"], cluster(class_shapes(annotations, 20, config.seed), 3, 0))
     model = build_model(config, annotations.stats)
-    plant_trees(config, annotations, model)
+    load_head_files(config, annotations, model)
     for name, tree in trees.items():
-        np.testing.assert_array_equal(model.roi_heads.classifier.get_buffer(f"tree_{name}"), tree)
+        np.testing.assert_array_equal(model.roi_heads.classifier.get_buffer(name), tree)
     (recipe / "made/forest.json").unlink()
 
 

@@ -127,10 +127,16 @@ def test_layers_and_initial_values(make_stats, layers, shared):
         "fc_cls.bias": (41,),
         **({"fc2.weight": (100, 100), "fc2.bias": (100,)} if shared == 2 else {}),
     }
-    assert abs(head.calibrated.fc_cls.weight.std().item() - 0.01) < 5e-4
-    bound = math.sqrt(6 / 300)  # Xavier
-    assert 0.99 * bound < head.calibrated.fc1.weight.abs().max() <= bound
-    assert not any(p.any() for name, p in head.calibrated.named_parameters() if name.endswith("bias"))
+    if layers == "3fc_ft":  # as the detector's own layers, whose values it gets
+        assert abs(head.calibrated.fc_cls.weight.std().item() - 0.01) < 5e-4
+        bound = math.sqrt(6 / 300)  # Xavier
+        assert 0.99 * bound < head.calibrated.fc1.weight.abs().max() <= bound
+        assert not any(p.any() for name, p in head.calibrated.named_parameters() if name.endswith("bias"))
+    else:  # as released: every weight and bias from U(-1/sqrt(inputs), 1/sqrt(inputs))
+        for name, parameter in head.calibrated.named_parameters():
+            bound = 1 / math.sqrt(200 if name.startswith("fc1") else 100)
+            assert 0.9 * bound < parameter.abs().max() <= bound, name
+            assert abs(parameter.mean()) < 5 * bound / math.sqrt(3 * parameter.numel()), name
 
 
 @pytest.mark.parametrize("layers", ["3fc_ft", "3fc_rand", "2fc_rand"])
