@@ -15,7 +15,7 @@ Differences from the paper / the released code:
 - Detection is not defined there; background and scale as above. With tau = 1 this is balanced softmax but for the
   scale, which there is the arithmetic mean (both reasons are in the files).
 - The release shifts by log(pi^tau + 1e-12). Here nothing is added, since a count of at least 1 rules out pi = 0. With
-  tau = 1 the two agree to 1e-6 on LVIS v1; with tau = 2 the 1e-12 would raise the shift of a class of one instance by 1.
+  tau = 1 the two agree to 1e-6 on LVIS v1; with tau = 2 the 1e-12 raises the shift of a class of one instance by 1.
 """
 
 import numpy as np
