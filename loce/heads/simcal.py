@@ -42,13 +42,12 @@ class Layers(nn.Module):
         super().__init__()
         self.fc1 = nn.Linear(in_features, width)
         self.fc2 = None if kind == "2fc_rand" else nn.Linear(width, width)
-        if kind != "3fc_ft":
-            self.fc_cls = nn.Linear(width, logits)
-            return
-        for layer in (self.fc1, self.fc2):
-            nn.init.xavier_uniform_(layer.weight)
-            nn.init.zeros_(layer.bias)
-        self.fc_cls = linear(width, logits)
+        self.fc_cls = nn.Linear(width, logits) if kind != "3fc_ft" else linear(width, logits)
+        if kind == "3fc_ft":
+            for layer in (self.fc1, self.fc2):
+                assert layer is not None
+                nn.init.xavier_uniform_(layer.weight)
+                nn.init.zeros_(layer.bias)
 
     def forward(self, x_ND: Tensor) -> Tensor:
         """Pooled features (N, D) -> logits (N, C+1)."""
