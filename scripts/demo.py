@@ -33,7 +33,7 @@ def main() -> None:
         minutes[name] = step(RUNS / name, "finetune.py", f"glyphs/{name}.yaml", init=RUNS / "stage1")
 
     from loce.data.build import val_annotations
-    from loce.engine.pictures import comparison_sheet, write_jpeg
+    from loce.engine.pictures import comparison_sheet, write_picture
     from loce.report.figures import equilibrium_figure
 
     config = load_config(["glyphs/loce.yaml"])
@@ -41,7 +41,7 @@ def main() -> None:
     equilibrium_figure({title: folder / "eval" for title, folder in folders.items()}, RUNS / "equilibrium.png")
     detections = {title: RUNS / name / "eval/detections" for name, title in ROWS.items()}
     sheet = comparison_sheet(val_annotations(config), config.data.val_images, detections, count=6)
-    write_jpeg(RUNS / "predictions.jpg", sheet)
+    write_picture(RUNS / "predictions.jpg", sheet)
     text = table(minutes)
     write_text(RUNS / "table.md", text)
     print(f"\n{text}")

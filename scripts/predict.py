@@ -75,19 +75,6 @@ def detections(model: Any, files: list[Path], bad: list[str]) -> Iterator[tuple[
         yield file, image, model.detect_images([torch.from_numpy(image).permute(2, 0, 1)])[0]
 
 
-def draw(image: Any, found: dict[str, Any], stats: Any, options: Options) -> tuple[Any, list[int]]:
-    """The image with the objects that are worth drawing, and their rows."""
-    from loce.engine.drawing import class_text, draw_objects, worth_drawing
-
-    boxes, scores, labels = (found[name].numpy() for name in ("boxes", "scores", "labels"))
-    rows = worth_drawing(boxes, scores, options.threshold, options.most, options.overlap)
-    names = [class_text(stats.names[label], int(stats.category_ids[label])) for label in labels[rows]]
-    texts = [f"{name} {score:.2f}" for name, score in zip(names, scores[rows], strict=True)]
-    groups = [str(stats.groups[labels[row]]) for row in rows]
-    masks = [{"size": list(image.shape[:2]), "counts": found["rles"][row]} for row in rows]
-    return draw_objects(image, boxes[rows], masks, texts, groups), rows.tolist()
-
-
 def records(file: Path, image: Any, found: dict[str, Any], stats: Any, drawn: list[int]) -> Iterator[dict[str, Any]]:
     """An image's detections as predictions.json has them: COCO's fields, the file, the class's name, whether drawn."""
     height, width = image.shape[:2]
@@ -112,21 +99,20 @@ def main() -> None:
         raise UserError(USAGE)
     files = image_files(names[1:])
 
-    import cv2
-
     from loce.checkpoint.load import load_model
+    from loce.engine.pictures import draw_detections, write_picture
     from loce.utils import distributed
-    from loce.utils.files import atomic_write, write_text
+    from loce.utils.files import write_text
 
     model = load_model(names[0], distributed.setup(options.device))
     targets = pictures(files, Path(options.output))
     all_records: list[dict[str, Any]] = []
     bad: list[str] = []
     for file, image, found in detections(model, files, bad):
-        picture, drawn = draw(image, found, model.stats, options)
-        with atomic_write(targets[file]) as temporary:
-            temporary.write_bytes(cv2.imencode(".png", picture[:, :, ::-1])[1].tobytes())
-        all_records += records(file, image, found, model.stats, drawn)
+        limits = (options.threshold, options.most, options.overlap)
+        picture, drawn = draw_detections(image, found, model.stats, *limits)
+        write_picture(targets[file], picture)
+        all_records += records(file, image, found, model.stats, drawn.tolist())
     write_text(Path(options.output, "predictions.json"), json.dumps(all_records))
     shown = sum(record["drawn"] for record in all_records)
     count = f"{len(files) - len(bad)} pictures with {shown} objects (score >= {options.threshold:g})"

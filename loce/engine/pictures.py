@@ -1,20 +1,28 @@
-"""Sheets of pictures to look at: what a training shows its model, and what models find in validation images."""
+"""Pictures of objects: what a training shows its model, and what models find in validation images.
 
+OpenCV scales images and finds outlines, Pillow draws; figures with axes are matplotlib's (loce/report/figures.py).
+"""
+
+import unicodedata
 from collections.abc import Iterator, Mapping, Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import cv2
+import matplotlib
 import numpy as np
 import torch
+from matplotlib.ft2font import FT2Font
+from PIL import Image, ImageDraw, ImageFont
 from pycocotools import mask as coco_mask
+from torchvision.ops import nms
 
 from loce.data.annotations.lvis import LVISAnnotations
 from loce.data.dataset import Sample, TrainDataset
 from loce.data.masks import CroppedMasks
 from loce.data.samplers import TrainingPlan
 from loce.data.transforms import read_image
-from loce.engine.drawing import class_text, draw_objects, put_text, worth_drawing
 from loce.evaluation.detections import Detections
 from loce.evaluation.stream import read_detections
 from loce.models.mask_rcnn import MaskRCNN
@@ -22,11 +30,17 @@ from loce.utils.classes import GROUP_NAMES, GROUP_RGB, GROUPS, ClassStats
 from loce.utils.files import atomic_write
 
 CELL, GAP, CAPTION, TITLE = 448, 8, 26, 44  # pixels: the side of a picture, between two, of the lines of text
-PAPER, INK, GREY = (255, 255, 255), (40, 40, 40), (128, 128, 128)
+WHITE, INK, GREY = (255, 255, 255), (40, 40, 40), (128, 128, 128)
+TINT = 0.45  # how much of the colour goes into a mask
+READABLE = 480  # pixels of the short side; smaller images are enlarged by a whole number, so that names fit
 FIRST = 16  # training samples
 THRESHOLD, MOST, OVERLAP = 0.3, 30, 0.7  # of detections that are drawn, see `worth_drawing`
 LOWER, APART = 0.1, 0.5  # threshold and overlap where runs are compared: scores of rare classes are low
 RULE = f"Drawn: scores of at least {LOWER:g}, one label for each place (NMS over all classes at {APART:g})."
+Colour = tuple[int, int, int]
+
+
+# ---- sheets ----------------------------------------------------------------------------------------------------------
 
 
 def first_samples(dataset: TrainDataset, plan: TrainingPlan) -> np.ndarray:
@@ -36,8 +50,7 @@ def first_samples(dataset: TrainDataset, plan: TrainingPlan) -> np.ndarray:
     """
     shown = plan.epoch(0).reshape(-1, 3)[:FIRST].tolist()
     samples = [dataset[index, 0, draw, drawn, 0] for index, draw, drawn in shown]
-    stats = dataset.annotations.stats
-    pictures = [_truth(sample, stats) for sample in samples]
+    pictures = [_annotated(sample, dataset.annotations.stats) for sample in samples]
     return sheet(pictures, [_caption(sample) for sample in samples], f"the first {len(samples)} training samples")
 
 
@@ -46,41 +59,6 @@ def _caption(sample: Sample) -> str:
         return f"in place of a bad image: {sample['image_id']}"
     height, width = sample["image"].shape[1:]
     return f"image {sample['image_id']}, {width} x {height} px, {len(sample['labels'])} objects"
-
-
-def _truth(sample: Sample, stats: ClassStats) -> np.ndarray:
-    """A sample with its objects, each with box and mask; regions that take part in nothing have a grey box."""
-    image, scale = _fit(sample["image"])
-    for x1, y1, x2, y2 in (sample["ignored"] * scale).round().int().tolist():
-        cv2.rectangle(image, (x1, y1), (x2, y2), GREY, 1)
-    boxes, labels = (sample["boxes"] * scale).numpy(), sample["labels"].tolist()
-    groups = [str(stats.groups[label]) for label in labels]
-    for box, group in zip(boxes.round().astype(int).tolist(), groups, strict=True):
-        cv2.rectangle(image, tuple(box[:2]), tuple(box[2:]), GROUP_RGB[group], 1)
-    masks = _scaled(sample["masks"], image.shape[:2], scale)
-    return draw_objects(image, boxes, masks, [_name(stats, label) for label in labels], groups)
-
-
-def _name(stats: ClassStats, label: int) -> str:
-    return class_text(stats.names[label], int(stats.category_ids[label]))
-
-
-def _fit(image: torch.Tensor) -> tuple[np.ndarray, float]:
-    """A uint8 image (3, h, w) as (H, W, 3) with the long side at CELL, and by how much it was scaled."""
-    pixels = np.ascontiguousarray(image.permute(1, 2, 0).numpy())
-    scale = CELL / max(pixels.shape[:2])
-    size = tuple(max(1, round(side * scale)) for side in pixels.shape[1::-1])
-    return cv2.resize(pixels, size, interpolation=cv2.INTER_AREA if scale < 1 else cv2.INTER_LINEAR), scale
-
-
-def _scaled(masks: CroppedMasks, size: tuple[int, ...], scale: float) -> list[dict[str, Any]]:
-    """Run-length codes of the masks on a canvas of `size`, one by one: all at once may not fit the memory."""
-    codes = []
-    for crop, (x0, y0) in masks.crops():
-        move = np.array([[scale, 0, x0 * scale], [0, scale, y0 * scale]])
-        canvas = cv2.warpAffine(crop.numpy(), move, (size[1], size[0]), flags=cv2.INTER_NEAREST)
-        codes.append(coco_mask.encode(np.asfortranarray(canvas)))
-    return codes
 
 
 def predictions(model: MaskRCNN, dataset: TrainDataset, most: int = 8) -> np.ndarray:
@@ -95,8 +73,15 @@ def predictions(model: MaskRCNN, dataset: TrainDataset, most: int = 8) -> np.nda
         sample = dataset[index, 0]
         height, width = sample["image"].shape[1:]
         found = model.detect([sample["image"]], [(1.0, 1.0)], [(height, width)])[0]
-        drawn, caption = _found(sample["image"], found, stats)
-        pictures += [_truth(sample, stats), drawn]
+        drawn, rows = draw_detections(_pixels(sample), found, stats, THRESHOLD, MOST, OVERLAP, CELL)
+        # Below the picture: how many are drawn, or the best of all where none is.
+        caption = f"found: {len(rows)} with a score of {THRESHOLD:g} or more"
+        if not len(rows):
+            caption = f"found: nothing that scores {THRESHOLD:g}"
+            if len(found["scores"]):
+                best = int(found["scores"].argmax())
+                caption += f"; the best: {_name(stats, found['labels'][best])} {found['scores'][best]:.2g}"
+        pictures += [_annotated(sample, stats), drawn]
         captions += [f"image {sample['image_id']}: annotated", caption]
     return sheet(pictures, captions, "what is annotated, and what is found")
 
@@ -119,23 +104,14 @@ def examples(dataset: TrainDataset, stats: ClassStats, most: int) -> list[int]:
     return chosen
 
 
-def _found(image: torch.Tensor, found: Mapping[str, Any], stats: ClassStats) -> tuple[np.ndarray, str]:
-    """An image with its best detections, and what is written below it."""
-    boxes, scores, labels = (found[name].numpy() for name in ("boxes", "scores", "labels"))
-    rows = worth_drawing(boxes, scores, THRESHOLD, MOST, OVERLAP)
-    pixels, scale = _fit(image)
-    masks = []
-    for row in rows:
-        mask = coco_mask.decode({"size": list(image.shape[1:]), "counts": found["rles"][row]})
-        canvas = cv2.resize(mask, pixels.shape[1::-1], interpolation=cv2.INTER_NEAREST)
-        masks.append(coco_mask.encode(np.asfortranarray(canvas)))
-    texts = [f"{_name(stats, labels[row])} {scores[row]:.2f}" for row in rows]
-    drawn = draw_objects(pixels, boxes[rows] * scale, masks, texts, [str(stats.groups[labels[row]]) for row in rows])
-    if len(rows):
-        return drawn, f"found: {len(rows)} with a score of {THRESHOLD:g} or more"
-    best = int(scores.argmax()) if len(scores) else None
-    said = "" if best is None else f"; the best: {_name(stats, labels[best])} {scores[best]:.2g}"
-    return drawn, f"found: nothing that scores {THRESHOLD:g}{said}"
+def comparison_sheet(annotations: LVISAnnotations, images: str, folders: Mapping[str, Path], count: int) -> np.ndarray:
+    """(H, W, 3) uint8 RGB: `comparisons` of runs, an image a line. folders: title -> folder of stored detections."""
+    stats = annotations.stats
+    classes = dict(zip(stats.category_ids.tolist(), zip(stats.names, stats.groups, strict=True), strict=True))
+    found = {title: read_detections(folder, annotations.image_ids) for title, folder in folders.items()}
+    drawn = [row for _, row in comparisons(annotations, images, found, classes, count)]
+    pictures = [picture for row in drawn for picture in row.values()]
+    return sheet(pictures, [title for row in drawn for title in row], RULE, 1 + len(folders))
 
 
 def comparisons(
@@ -150,87 +126,229 @@ def comparisons(
     At most `count` images, those with most objects of rare classes first. images: their folder; found: title -> stored
     detections; classes: category id -> name and group, by the training data. `RULE` says what is drawn.
     """
+
+    def draw(corners: np.ndarray, codes: Sequence[Any], category_ids: np.ndarray, scores: np.ndarray) -> np.ndarray:
+        known = [(number, *classes.get(number, ("?", "r"))) for number in category_ids.tolist()]
+        names = [class_text(name, number) for number, name, _ in known]
+        texts = [f"{name} {score:.2f}" for name, score in zip(names, scores, strict=True)] if len(scores) else names
+        return draw_objects(image, corners, codes, texts, [group for _, _, group in known], CELL)
+
     ids = annotations.stats.category_ids
     rare = np.array([classes.get(int(c), ("", ""))[1] == "r" for c in ids])
     telling = [int(rare[annotations.labels[annotations.rows(i)]].sum()) for i in range(len(annotations))]
     for index in sorted(range(len(annotations)), key=lambda i: (-telling[i], i))[:count]:
         height, width = (int(side) for side in annotations.image_sizes[index])
         image = read_image(annotations.image_path(index, images), (height, width))
+        # What is annotated, without scores; then what each run found, if it is worth drawing.
         own = annotations.rows(index)
-        masks = [
+        codes = [
             coco_mask.frPyObjects({"counts": runs.tolist(), "size": [height, width]}, height, width)
             for runs in annotations.segmentations.runs(own, height, width)
         ]
-        boxes = np.array([coco_mask.toBbox(mask) for mask in masks]).reshape(-1, 4)
+        boxes = np.array([coco_mask.toBbox(code) for code in codes]).reshape(-1, 4)
         corners = np.concatenate([boxes[:, :2], boxes[:, :2] + boxes[:, 2:]], axis=1)
-        drawn = {"ground truth": _named(image, corners, masks, ids[annotations.labels[own]], None, classes)}
+        drawn = {"ground truth": draw(corners, codes, ids[annotations.labels[own]], np.empty(0))}
         for title, detections in found.items():
             mine = np.flatnonzero(detections.image_ids == annotations.image_ids[index])
-            rows = worth_drawing(detections.corners()[mine], detections.scores[mine], LOWER, MOST, APART)
-            best = mine[rows]
+            best = mine[worth_drawing(detections.corners()[mine], detections.scores[mine], LOWER, MOST, APART)]
             codes = detections.masks.rles(best) if detections.masks is not None else []
-            numbers, scores = detections.category_ids[best], detections.scores[best]
-            drawn[title] = _named(image, detections.corners()[best], codes, numbers, scores, classes)
+            ids_of_best, scores = detections.category_ids[best], detections.scores[best]
+            drawn[title] = draw(detections.corners()[best], codes, ids_of_best, scores)
         yield annotations.name(index), drawn
-
-
-def _named(
-    image: np.ndarray,
-    corners: np.ndarray,
-    masks: Sequence[dict[str, Any]],
-    category_ids: np.ndarray,
-    scores: np.ndarray | None,
-    classes: Mapping[int, tuple[str, str]],
-) -> np.ndarray:
-    """An image with objects and their names (and scores)."""
-    known = [classes.get(int(number), ("?", "r")) for number in category_ids]
-    names = [class_text(name, int(number)) for (name, _), number in zip(known, category_ids, strict=True)]
-    texts = names if scores is None else [f"{name} {score:.2f}" for name, score in zip(names, scores, strict=True)]
-    return draw_objects(image, corners, masks, texts, [group for _, group in known])
-
-
-def comparison_sheet(annotations: LVISAnnotations, images: str, folders: Mapping[str, Path], count: int) -> np.ndarray:
-    """(H, W, 3) uint8 RGB: `comparisons` of runs, an image a line. folders: title -> folder of stored detections."""
-    stats = annotations.stats
-    classes = dict(zip(stats.category_ids.tolist(), zip(stats.names, stats.groups, strict=True), strict=True))
-    found = {title: read_detections(folder, annotations.image_ids) for title, folder in folders.items()}
-    drawn = [row for _, row in comparisons(annotations, images, found, classes, count)]
-    pictures = [picture for row in drawn for picture in row.values()]
-    return sheet(pictures, [title for row in drawn for title in row], RULE, 1 + len(folders))
 
 
 def sheet(pictures: Sequence[np.ndarray], captions: Sequence[str], title: str, columns: int = 4) -> np.ndarray:
     """(H, W, 3) uint8 RGB: pictures of any size in rows, a line below each, title and colours on top."""
     columns = min(columns, max(1, len(pictures)))
-    fitted = [_fitted(picture) for picture in pictures]
+    fitted = [_fitted(picture, CELL / max(picture.shape[:2])) for picture in pictures]
     rows = [fitted[first : first + columns] for first in range(0, len(fitted), columns)]
     tops = TITLE + np.cumsum([0, *(max(len(picture) for picture in row) + CAPTION + GAP for row in rows)])
-    page = np.full((int(tops[-1]), max(columns, 2) * (CELL + GAP) + GAP, 3), PAPER, np.uint8)
-    _legend(page, title)
+    page = Image.new("RGB", (max(columns, 2) * (CELL + GAP) + GAP, int(tops[-1])), WHITE)
+    pen = ImageDraw.Draw(page)
+    # The title, and on the right the colours of the groups.
+    write(pen, title, (GAP, 29), INK, 16)
+    for number, group in enumerate(GROUPS):
+        left = page.width - 325 + 108 * number
+        pen.rectangle((left, 16, left + 15, 31), fill=GROUP_RGB[group])
+        write(pen, GROUP_NAMES[group], (left + 22, 29), INK, 15)
     for place, (picture, caption) in enumerate(zip(fitted, captions, strict=True)):
         top, left = int(tops[place // columns]), GAP + place % columns * (CELL + GAP)
-        page[top : top + len(picture), left : left + picture.shape[1]] = picture
-        put_text(page, caption, (left, top + len(picture) + CAPTION - 9), INK, 0.45)
-    return page
+        page.paste(Image.fromarray(picture), (left, top))
+        write(pen, caption, (left, top + len(picture) + CAPTION - 9), INK, 13)
+    return np.array(page)
 
 
-def _fitted(picture: np.ndarray) -> np.ndarray:
-    """A picture whose longer side is CELL pixels."""
-    scale = CELL / max(picture.shape[:2])
-    size = tuple(max(1, round(side * scale)) for side in picture.shape[1::-1])
-    return cv2.resize(picture, size, interpolation=cv2.INTER_AREA)
-
-
-def _legend(page: np.ndarray, title: str) -> None:
-    put_text(page, title, (GAP, 29), INK, 0.6)
-    left = page.shape[1] - 345
-    for group in GROUPS:
-        cv2.rectangle(page, (left, 16), (left + 16, 32), GROUP_RGB[group], cv2.FILLED)
-        put_text(page, GROUP_NAMES[group], (left + 24, 29), INK, 0.5)
-        left += 115
-
-
-def write_jpeg(file: Path, picture: np.ndarray) -> None:
-    """A picture (H, W, 3) uint8 RGB as a file."""
+def write_picture(file: Path, picture: np.ndarray) -> None:
+    """A picture (H, W, 3) uint8 RGB as a file, in the format of its suffix."""
     with atomic_write(file) as temporary:
-        temporary.write_bytes(cv2.imencode(".jpg", picture[:, :, ::-1], [cv2.IMWRITE_JPEG_QUALITY, 88])[1].tobytes())
+        Image.fromarray(picture).save(temporary, quality=88)
+
+
+# ---- one picture -----------------------------------------------------------------------------------------------------
+
+
+def _pixels(sample: Sample) -> np.ndarray:
+    """(H, W, 3) of a sample's (3, H, W) image."""
+    return np.ascontiguousarray(sample["image"].permute(1, 2, 0).numpy())
+
+
+def _name(stats: ClassStats, label: int) -> str:
+    return class_text(stats.names[label], int(stats.category_ids[label]))
+
+
+def _annotated(sample: Sample, stats: ClassStats) -> np.ndarray:
+    """A sample with its objects, each with box and mask; regions that take part in nothing have a grey box."""
+    image, labels = _pixels(sample), sample["labels"].tolist()
+    groups = [str(stats.groups[label]) for label in labels]
+    names = [_name(stats, label) for label in labels]
+    codes = _codes(sample["masks"], image.shape[:2])
+    picture = draw_objects(image, sample["boxes"].numpy(), codes, names, groups, CELL)
+    boxes = torch.cat([sample["ignored"], sample["boxes"]]) * (CELL / max(image.shape[:2]))
+    colours = [GREY] * len(sample["ignored"]) + [GROUP_RGB[group] for group in groups]
+    for (x1, y1, x2, y2), colour in zip(boxes.round().int().tolist(), colours, strict=True):
+        cv2.rectangle(picture, (x1, y1), (x2, y2), colour, 1)
+    return picture
+
+
+def _codes(masks: CroppedMasks, size: tuple[int, ...]) -> list[dict[str, Any]]:
+    """Run-length codes of the masks of an image of this size, one by one: all at once may not fit the memory."""
+    codes = []
+    for crop, (x0, y0) in masks.crops():
+        full = np.zeros(size, np.uint8, order="F")
+        full[y0 : y0 + crop.shape[0], x0 : x0 + crop.shape[1]] = crop.numpy()
+        codes.append(coco_mask.encode(full))
+    return codes
+
+
+def draw_detections(
+    image: np.ndarray,
+    found: Mapping[str, Any],
+    stats: ClassStats,
+    threshold: float,
+    most: int,
+    overlap: float,
+    longest: int | None = None,
+) -> tuple[np.ndarray, np.ndarray]:
+    """An image (H, W, 3) with a model's detections, as `MaskRCNN.detect` gives them, and the rows that are drawn.
+
+    threshold, most, overlap: see `worth_drawing`; longest: see `draw_objects`.
+    """
+    boxes, scores, labels = (found[name].numpy() for name in ("boxes", "scores", "labels"))
+    rows = worth_drawing(boxes, scores, threshold, most, overlap)
+    texts = [f"{_name(stats, labels[row])} {scores[row]:.2f}" for row in rows]
+    groups = [str(stats.groups[labels[row]]) for row in rows]
+    codes = [{"size": list(image.shape[:2]), "counts": found["rles"][row]} for row in rows]
+    return draw_objects(image, boxes[rows], codes, texts, groups, longest), rows
+
+
+def worth_drawing(
+    boxes_N4: np.ndarray, scores_N: np.ndarray, threshold: float, most: int, overlap: float
+) -> np.ndarray:
+    """Rows to draw, best first: scores of at least `threshold`, one for each place (boxes of all classes together
+    overlap at most `overlap`), and at most `most`.
+    """
+    rows = np.flatnonzero(scores_N >= threshold)
+    boxes, scores = torch.from_numpy(boxes_N4[rows]).float(), torch.from_numpy(scores_N[rows]).float()
+    return rows[nms(boxes, scores, overlap).numpy()][:most]
+
+
+def draw_objects(
+    image: np.ndarray,
+    boxes: np.ndarray,
+    codes: Sequence[dict[str, Any]],
+    texts: Sequence[str],
+    groups: Sequence[str],
+    longest: int | None = None,
+) -> np.ndarray:
+    """A scaled copy of the (H, W, 3) uint8 RGB image with N objects, the best first.
+
+    boxes: (N, 4) xyxy; codes: N run-length codes of masks of the image's size, or none; texts: what is written at each;
+    groups: "r", "c" or "f", which gives the colour; longest: pixels of the picture's longer side (None: those of the
+    image, times a whole number where it is small).
+    """
+    height, width = image.shape[:2]
+    scale = longest / max(height, width) if longest else max(1, READABLE // min(height, width))
+    canvas = _fitted(image, scale)
+    pixels = max(12, round(min(canvas.shape[:2]) / 40))  # of the letters
+    line = max(1, round(pixels / 15))
+    corners = (boxes * scale).round().astype(int).tolist()
+    for place in reversed(range(len(boxes))):  # the best on top
+        colour = GROUP_RGB[groups[place]]
+        if len(codes):
+            whole = coco_mask.decode(codes[place])
+            mask = cv2.resize(whole, canvas.shape[1::-1], interpolation=cv2.INTER_NEAREST)
+            shown = mask.astype(bool)
+            canvas[shown] = ((1 - TINT) * canvas[shown] + TINT * np.array(colour)).astype(np.uint8)
+            contours, _ = cv2.findContours(mask, cv2.RETR_EXTERNAL, cv2.CHAIN_APPROX_SIMPLE)
+            cv2.drawContours(canvas, contours, -1, colour, line)
+        else:
+            cv2.rectangle(canvas, tuple(corners[place][:2]), tuple(corners[place][2:]), colour, line)
+    # White letters on plates above the boxes, moved where they would leave the picture.
+    picture = Image.fromarray(canvas)
+    pen = ImageDraw.Draw(picture)
+    for (x, y, _, _), text, group in reversed(list(zip(corners, texts, groups, strict=True))):
+        length = pen.textlength(*_letters(text, pixels))
+        x, y = max(0, min(x, picture.width - int(length) - 4)), max(pixels + 4, y)
+        pen.rectangle((x, y - pixels - 4, x + length + 4, y), fill=GROUP_RGB[group])
+        write(pen, text, (x + 2, y - pixels // 4 - 1), WHITE, pixels)
+    return np.array(picture)
+
+
+def _fitted(picture: np.ndarray, scale: float) -> np.ndarray:
+    """A scaled copy; enlarged by a whole number, pixels become squares."""
+    size = [max(1, round(side * scale)) for side in picture.shape[1::-1]]
+    larger = cv2.INTER_NEAREST if scale == int(scale) else cv2.INTER_LINEAR
+    return cv2.resize(picture, size, interpolation=cv2.INTER_AREA if scale < 1 else larger)
+
+
+# ---- letters ---------------------------------------------------------------------------------------------------------
+
+
+def write(pen: ImageDraw.ImageDraw, text: str, corner: tuple[int, int], colour: Colour, pixels: int) -> None:
+    """Text of any script; letters that no font here has become `?`. corner: (x, y), where the baseline begins."""
+    shown, font = _letters(text, pixels)
+    pen.text(corner, shown, fill=colour, font=font, anchor="ls")
+
+
+def class_text(name: str, number: int) -> str:
+    """A class's name, or its number (category id) where no font here has the letters of the name."""
+    return name if _font_file(unicodedata.normalize("NFC", name)) else f"class {number}"
+
+
+def _letters(text: str, pixels: int) -> tuple[str, ImageFont.FreeTypeFont]:
+    """What is drawn of a text, accents joined with their letters, and the font for it."""
+    text = unicodedata.normalize("NFC", text)
+    if not _font_file(text):
+        text = text.encode("ascii", "replace").decode()
+    return text, _font(_font_file(text), pixels)
+
+
+@cache
+def _font_file(text: str) -> str:
+    """A font file with all letters of a text; "" where there is none."""
+    wanted = {ord(c) for c in text if not c.isspace() and unicodedata.category(c) != "Cf"}
+    return next((file for file in _font_files() if wanted <= _characters(file)), "")
+
+
+def _font_files() -> Iterator[str]:
+    """DejaVu Sans, which comes with matplotlib, then the machine's fonts, upright and of normal weight first."""
+    yield str(Path(matplotlib.get_data_path(), "fonts/ttf/DejaVuSans.ttf"))
+    from matplotlib import font_manager  # half a second, and rarely needed
+
+    fonts = [font for font in font_manager.fontManager.ttflist if not font.name.startswith("Last Resort")]
+    fonts.sort(key=lambda font: (font.style != "normal", str(font.weight) not in ("400", "normal"), font.name))
+    yield from (font.fname for font in fonts)
+
+
+@cache
+def _characters(file: str) -> frozenset[int]:
+    """Code points of a font; none where it cannot be read."""
+    try:
+        return frozenset(FT2Font(file).get_charmap())
+    except (OSError, RuntimeError):
+        return frozenset()
+
+
+@cache
+def _font(file: str, pixels: int) -> ImageFont.FreeTypeFont:
+    return ImageFont.truetype(file, pixels)

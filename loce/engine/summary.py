@@ -11,7 +11,7 @@ from loce.engine.boards import Shown
 from loce.engine.log import RunLog
 from loce.engine.loop import scaled_lr
 from loce.engine.pace import first_word
-from loce.engine.pictures import first_samples, write_jpeg
+from loce.engine.pictures import first_samples, write_picture
 from loce.engine.trainer import Job
 from loce.utils import distributed
 from loce.utils.classes import GROUPS
@@ -38,7 +38,7 @@ def introduce(job: Job, log: RunLog) -> None:
 
 def _keep(file: Path, picture: np.ndarray, log: RunLog) -> None:
     try:
-        write_jpeg(file, picture)
+        write_picture(file, picture)
         log.line(f"first samples, as the model will see them: {file}")
     except OSError as error:  # a full disk ends no run
         log.line(f"WARNING: {file}: {error.strerror}; training goes on without this picture")

@@ -16,7 +16,7 @@ from loce.data.build import val_annotations
 from loce.data.loader import TrainDataset
 from loce.engine.boards import Shown
 from loce.engine.inference import evaluate_model, is_evaluated
-from loce.engine.pictures import predictions, write_jpeg
+from loce.engine.pictures import predictions, write_picture
 from loce.models.mask_rcnn import MaskRCNN
 from loce.utils import distributed
 from loce.utils.files import write_text
@@ -53,7 +53,7 @@ def results(model: MaskRCNN, config: Config, output: Path, annotations: LVISAnno
     """
     data = dataclasses.replace(config.data, short_edges=(config.data.test_short_edge,), flip=0.0)
     picture = predictions(model, TrainDataset(annotations, Path(data.val_images), data, config.seed))
-    write_jpeg(output / "predictions.jpg", picture)
+    write_picture(output / "predictions.jpg", picture)
     metrics: dict[str, Any] = json.loads((output / "metrics.json").read_text(encoding="utf-8"))
     numbers = {
         f"eval/{kind}_{name}": float("nan") if value is None else value

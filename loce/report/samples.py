@@ -1,10 +1,11 @@
 """Validation images with what they hold and what each run finds, drawn, as data URIs for the page."""
 
 import base64
+import io
 from collections.abc import Sequence
 
-import cv2
 import numpy as np
+from PIL import Image
 
 from loce.data.annotations.lvis import LVISAnnotations
 from loce.engine.pictures import RULE, comparisons
@@ -12,7 +13,7 @@ from loce.evaluation.stream import read_detections
 from loce.report.reading import Run
 from loce.utils.errors import UserError
 
-LONGEST, QUALITY = 480, 85  # pixels and JPEG quality of a picture
+QUALITY = 85  # of JPEG
 Pictures = dict[str, dict[str, str]]  # image -> caption -> data URI
 
 
@@ -41,7 +42,6 @@ def pictures(runs: Sequence[Run], count: int) -> tuple[Pictures, list[str]]:
 
 def _uri(picture: np.ndarray) -> str:
     """A picture as a data URI."""
-    scale = min(1.0, LONGEST / max(picture.shape[:2]))
-    small = cv2.resize(picture, None, fx=scale, fy=scale, interpolation=cv2.INTER_AREA)
-    content = cv2.imencode(".jpg", small[:, :, ::-1], [cv2.IMWRITE_JPEG_QUALITY, QUALITY])[1].tobytes()
-    return f"data:image/jpeg;base64,{base64.b64encode(content).decode()}"
+    content = io.BytesIO()
+    Image.fromarray(picture).save(content, "JPEG", quality=QUALITY)
+    return f"data:image/jpeg;base64,{base64.b64encode(content.getvalue()).decode()}"

@@ -8,6 +8,7 @@ import cv2
 import numpy as np
 import pytest
 import torch
+from PIL import Image, ImageDraw
 from pycocotools import mask as coco_mask
 
 from loce.config import load_config
@@ -15,18 +16,21 @@ from loce.data.annotations.lvis import LVISAnnotations
 from loce.data.build import train_annotations, train_dataset
 from loce.data.dataset import TrainDataset
 from loce.data.loader import train_batches, training_plan
-from loce.engine import pictures as contact_sheet
+from loce.engine import pictures
 from loce.engine.pictures import (
     CAPTION,
     CELL,
     GAP,
     RULE,
     TITLE,
+    class_text,
     comparison_sheet,
+    draw_objects,
     examples,
     first_samples,
     sheet,
-    write_jpeg,
+    write,
+    write_picture,
 )
 from loce.evaluation.stream import DetectionWriter
 from loce.utils.classes import GROUP_RGB
@@ -115,13 +119,13 @@ def test_comparisons_show_the_rare_class_first_and_one_label_for_each_place(
 ) -> None:
     """Of two classes at one place the better one, although they are two classes; nothing below the score."""
     written: list[list[str]] = []
-    draw = contact_sheet.draw_objects
+    draw = pictures.draw_objects
 
-    def noted(image, boxes, masks, texts, groups):
+    def noted(image, boxes, codes, texts, *others):
         written.append(list(texts))
-        return draw(image, boxes, masks, texts, groups)
+        return draw(image, boxes, codes, texts, *others)
 
-    monkeypatch.setattr(contact_sheet, "draw_objects", noted)
+    monkeypatch.setattr(pictures, "draw_objects", noted)
     annotations, folder = validation
     picture = comparison_sheet(annotations, str(folder), {"run": folder / "detections"}, count=6)
     assert written == [["seldom"], [], ["often"], ["seldom 0.90", "often 0.30"]]
@@ -131,7 +135,52 @@ def test_comparisons_show_the_rare_class_first_and_one_label_for_each_place(
 
 def test_a_picture_is_written_as_a_whole(tmp_path: Path) -> None:
     picture = np.full((40, 60, 3), (200, 90, 10), np.uint8)
-    write_jpeg(tmp_path / "new/picture.jpg", picture)
+    write_picture(tmp_path / "new/picture.jpg", picture)
     found = cv2.imread(str(tmp_path / "new/picture.jpg"))[:, :, ::-1].astype(int)
     assert found.shape == picture.shape and np.abs(found - picture).max() < 6
     assert [path.name for path in (tmp_path / "new").iterdir()] == ["picture.jpg"]
+
+
+NAMES = ["bicycle", "Fahrrad für Kinder", "велосипед", "自行车", "자전거", "دراجة", "U\u0308bung", "साइकिल", "🚲"]
+
+
+def lettered(text: str, corner: tuple[int, int] = (10, 40)) -> np.ndarray:
+    canvas = Image.new("RGB", (400, 60))
+    write(ImageDraw.Draw(canvas), text, corner, (255, 200, 100), 24)
+    return np.array(canvas)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_name_is_drawn_or_is_its_number_and_never_question_marks(name: str) -> None:
+    text = class_text(name, 17)
+    assert text in (name, "class 17")
+    picture = lettered(text)
+    assert picture.any() and not any(np.array_equal(picture, lettered("?" * n)) for n in range(1, 2 * len(name) + 1))
+
+
+def test_names_of_the_fonts_that_every_machine_has() -> None:
+    """matplotlib brings DejaVu Sans."""
+    for name in ("Fahrrad für Kinder", "велосипед", "ποδήλατο", "U\u0308bung", "دراجة"):
+        assert class_text(name, 1) == name
+    assert np.array_equal(lettered("U\u0308bung"), lettered("Übung"))
+    assert not np.array_equal(lettered("велосипед"), lettered("велосипет"))
+
+
+def test_without_letters_a_name_is_its_number(monkeypatch: pytest.MonkeyPatch) -> None:
+    ascii_only = frozenset(range(32, 127))
+    monkeypatch.setattr(pictures, "_characters", lambda file: ascii_only)
+    pictures._font_file.cache_clear()
+    try:
+        assert class_text("велосипед", 23) == "class 23" and class_text("bicycle", 23) == "bicycle"
+        assert np.array_equal(lettered("ш 0.5"), lettered("? 0.5"))  # a caption, say
+    finally:
+        pictures._font_file.cache_clear()
+
+
+def test_letters_stay_within_the_image() -> None:
+    for corner in ((-15, 40), (390, 40), (10, 3), (10, 70), (-500, -500), (900, 900)):
+        lettered("Жук", corner)
+    picture = np.full((30, 40, 3), 90, np.uint8)
+    boxes = np.array([[20, 0, 24, 4]], np.float32)
+    assert draw_objects(picture, boxes, [], ["очень длинное имя 0.98"], ["c"]).shape == (480, 640, 3)
+    assert (picture == 90).all()

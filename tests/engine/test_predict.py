@@ -14,7 +14,7 @@ from pycocotools import mask as coco_mask
 
 from loce.checkpoint.load import FORMAT, load_model, stats_to_dict
 from loce.config import load_config, to_dict
-from loce.engine.drawing import draw_objects, worth_drawing
+from loce.engine.pictures import draw_objects, worth_drawing
 from loce.models.build import build_model
 from loce.utils.classes import GROUP_RGB
 from tests.conftest import stats_of
