@@ -13,6 +13,7 @@ from pathlib import Path
 
 import numpy as np
 
+from loce.data.annotations.image_files import Listings
 from loce.data.annotations.lvis import LVISAnnotations
 from loce.data.lvis_files import ANNOTATIONS, IMAGES
 from loce.data.transforms import ImageError, read_image
@@ -106,8 +107,8 @@ def images_in_both(train: LVISAnnotations, val: LVISAnnotations, train_images: s
 
 
 def _paths(annotations: LVISAnnotations, images: str) -> set[str]:
-    folder = Path(images).resolve()
-    return {str(folder / annotations.name(index)) for index in range(len(annotations))}
+    folder, holds = Path(images).resolve(), Listings().holds
+    return {str(annotations.image_path(index, folder, holds)) for index in range(len(annotations))}
 
 
 def _check_counts(annotations: LVISAnnotations, report: Report) -> None:
@@ -181,10 +182,11 @@ def _check_missing(annotations: LVISAnnotations, images: str, report: Report) ->
     for split, number in sorted(total.items()):
         report.add("folder", f"{_folder(images, split)}: {number} images, {lacking[split]} missing")
     for split, number in sorted(lacking.items()):
-        first = next(i for i in missing if os.path.dirname(annotations.name(i)) == split)
+        lost = [i for i in missing if os.path.dirname(annotations.name(i)) == split]
+        advice = annotations.there_instead(lost, images) or _where_from(_folder(images, split))
         report.problems.append(
             f"{annotations.path}: {number} of {total[split]} images are missing in {_folder(images, split)} "
-            f"(the first: {Path(annotations.name(first)).name}). {_where_from(_folder(images, split))}"
+            f"(the first: {Path(annotations.name(lost[0])).name}). {advice}"
         )
     return np.setdiff1d(np.arange(len(annotations)), missing)
 

@@ -9,8 +9,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from loce.data.annotations.image_files import image_name
 from loce.data.annotations.lvis import LVISAnnotations
-from loce.data.annotations.reader import image_name
 from loce.data.masks import cut_runs
 from loce.utils.errors import UserError
 from tests.data.made_annotations import CATEGORY_IDS, as_format, content, full_mask
@@ -38,8 +38,8 @@ def test_every_format_is_read_as_plain_python_reads_it(kind, write):
             assert runs.sum() == height * width
             mask = np.repeat(np.arange(len(runs)) % 2, runs).reshape(width, height).T
             np.testing.assert_array_equal(mask, full_mask(row["segmentation"], height, width))
-    split = "train2017/" if kind == "lvis_v1" else ""
-    assert annotations.name(0) == f"{split}000000001000.jpg"
+    prefix = {"lvis_v1": "train2017/", "lvis_v0.5": "COCO_val2014_"}.get(kind, "")
+    assert annotations.name(0) == f"{prefix}000000001000.jpg"
     assert annotations.dropped == {}
     assert annotations.train_images.tolist() == list(range(len(made["images"])))
 
@@ -55,7 +55,13 @@ def test_lvis_lists_are_kept_as_labels_and_coco_has_none(write):
     ("image", "name"),
     [
         ({"coco_url": "http://images.cocodataset.org/val2017/000000397133.jpg"}, "val2017/000000397133.jpg"),
-        ({"file_name": "COCO_val2014_000000000001.jpg"}, "000000000001.jpg"),
+        ({"file_name": "COCO_val2014_000000000001.jpg"}, "COCO_val2014_000000000001.jpg"),
+        (
+            {"file_name": "COCO_val2014_000000000042.jpg", "coco_url": "u/val2014/COCO_val2014_000000000042.jpg"},
+            "val2014/COCO_val2014_000000000042.jpg",
+        ),
+        ({"file_name": "COCO-cells_plate7_0001.jpg"}, "COCO-cells_plate7_0001.jpg"),
+        ({"file_name": "C:\\pictures\\one.jpg"}, "C:/pictures/one.jpg"),
         (
             {"file_name": "COCO_val2014_000000000001.jpg", "coco_url": "u/val2017/000000000001.jpg"},
             "val2017/000000000001.jpg",

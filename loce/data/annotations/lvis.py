@@ -5,7 +5,7 @@ Labels are positions in the file's list of categories; image and annotation indi
 
 import os
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 
+from loce.data.annotations.image_files import Listings, bare_name, other_places, shared_names, there_instead
 from loce.data.annotations.lookups import (
     LabelLists,
     category_ids,
@@ -113,11 +114,21 @@ class LVISAnnotations:
         """(n, 4) float32 xyxy boxes of annotations, cut at their image's border."""
         return clip(self.boxes[rows], self.image_sizes[self.image_of[rows]])
 
-    def image_path(self, index: int, folder: str | Path) -> Path:
-        """FOLDER/split/file, or FOLDER/file where only that exists."""
-        path = Path(folder, self.name(index))
-        flat = Path(folder, path.name)
-        return flat if not path.exists() and flat.exists() else path
+    def image_path(self, index: int, folder: str | Path, exists: Callable[[str], bool] = os.path.exists) -> Path:
+        """Where an image lies in `folder`: under its name or, where no file has that, at one of `other_places`."""
+        return Path(self._place(index, str(folder), exists))
+
+    def _place(self, index: int, folder: str, exists: Callable[[str], bool]) -> str:
+        name = self.name(index)
+        path = os.path.join(folder, name)
+        if exists(path) or bare_name(name) in self.shared_names:
+            return path
+        return next((other for place in other_places(name) if exists(other := os.path.join(folder, place))), path)
+
+    @cached_property
+    def shared_names(self) -> frozenset[str]:
+        """See `image_files.shared_names`."""
+        return shared_names(self.name(index) for index in range(len(self)))
 
     @cached_property
     def wide(self) -> np.ndarray:
@@ -126,19 +137,13 @@ class LVISAnnotations:
 
     def missing_images(self, folder: str | Path, indices: Sequence[int] | np.ndarray | None = None) -> list[int]:
         """Images (of all, or of `indices`) that `folder` does not hold; lists folders, does not ask file by file."""
-        listings: dict[Path, set[str]] = {}
+        holds = Listings().holds
+        wanted = range(len(self)) if indices is None else map(int, indices)
+        return [index for index in wanted if not holds(self._place(index, os.path.normpath(folder), holds))]
 
-        def holds(path: Path) -> bool:
-            if path.parent not in listings:
-                listings[path.parent] = set(os.listdir(path.parent)) if path.parent.is_dir() else set()
-            return path.name in listings[path.parent]
-
-        missing = []
-        for index in range(len(self)) if indices is None else indices:
-            path = Path(folder, self.name(int(index)))
-            if not holds(path) and not holds(Path(folder, path.name)):
-                missing.append(int(index))
-        return missing
+    def there_instead(self, missing: Sequence[int], folder: str | Path) -> str:
+        """A sentence for missing images that lie there under nearly their name; "" where there is none such."""
+        return there_instead([self.name(index) for index in missing], self.shared_names, folder)
 
     def without_images(self, missing: Sequence[int], folder: str | Path) -> "LVISAnnotations":
         """The same file, where training and evaluation leave out the images `missing` in `folder`."""
@@ -165,6 +170,7 @@ class LVISAnnotations:
             f"{self.path}: {len(missing)} of {total} images are missing: "
             + ", ".join(f"{count} in {Path(folder, split)}" for split, count in sorted(by_split.items()))
             + f" (the first: {self.name(missing[0])}).",
+            self.there_instead(missing, folder),
             "" if Path(folder).is_dir() else f"There is no folder {folder}.",
             f"This file needs the images of {' and '.join(splits)}: put or link them into {folder}." if splits else "",
             "data.train_images and data.val_images name the folder; data.allow_missing=true goes on without them.",

@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from loce.data.annotations.image_files import image_name, is_readable_name
 from loce.data.annotations.json_stream import BLOCK, JsonStream
 from loce.data.annotations.segmentations import SegmentationBuilder
 from loce.utils.errors import UserError, raise_problems
@@ -77,7 +78,7 @@ class Columns:
             sides = (-1, 1, 1)
         if not name:
             self.mistakes.add("images with neither file_name nor coco_url", f"image {obj['id']}")
-        elif not name.isprintable():
+        elif not is_readable_name(name):
             self.mistakes.add("images whose file name is no text that can be printed", f"image {obj['id']} ({name!a})")
             name = ""
         self.image_ids.append(sides[0])
@@ -110,24 +111,6 @@ class Mistakes:
                 for kind, count in self.counts.items()
             ]
         )
-
-
-def image_name(image: dict[str, Any]) -> str:
-    """The path "split/file" or "file" below the image folder; empty where the image has no name.
-
-    LVIS v1 gives `coco_url`, whose last two parts are the split and the file. LVIS v0.5 gives `file_name`, where
-    COCO_val2014_000000000001.jpg is called 000000000001.jpg today (16 characters). COCO gives both.
-    """
-    url, name = image.get("coco_url"), image.get("file_name")
-    url_parts = url.split("/") if isinstance(url, str) else []
-    if not isinstance(name, str) or not name:
-        return "/".join(url_parts[-2:])
-    parts = name.split("/")
-    if parts[-1].startswith("COCO"):
-        parts[-1] = parts[-1][-16:]
-    if len(parts) == 1 and len(url_parts) >= 2 and url_parts[-1] == parts[0]:
-        return "/".join(url_parts[-2:])
-    return "/".join(parts)
 
 
 def read_annotation_file(path: str) -> tuple[Columns, list[Any]]:
