@@ -30,9 +30,8 @@ def main() -> None:
     if not folders:
         raise UserError("no run with a checkpoint below runs/; give run folders: report.py RUN [RUN ...]")
 
-    from loce.report.page import page  # imports torch, after the options are known to be right
+    from loce.report.page import page, predictions  # imports torch, after the options are known to be right
     from loce.report.reading import read_run
-    from loce.report.samples import pictures
 
     runs = [read_run(folder) for folder in folders]
     titles = Counter(run.title for run in runs)
@@ -42,7 +41,7 @@ def main() -> None:
             print(f"{run.title} lacks {what}")
     where = runs[0].folder if len(runs) == 1 else runs[0].folder.parent
     output = Path(options.output) if options.output else where / "report.html"
-    drawn, notes = pictures(runs, options.pictures)
+    drawn, notes = predictions(runs, options.pictures)
     write_text(output, page(runs, drawn, notes))
     print(f"wrote {output} ({output.stat().st_size / 2**20:.1f} MiB)")
 

@@ -1,6 +1,5 @@
 """Figures of runs: the paper's Figures 1 and 4 (score, accuracy, AP of every class), score against AP."""
 
-import csv
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -9,7 +8,7 @@ import matplotlib
 import numpy as np
 
 from loce.utils.classes import GROUP_NAMES, GROUP_RGB
-from loce.utils.files import atomic_write
+from loce.utils.files import atomic_write, read_csv
 
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt
@@ -18,12 +17,6 @@ from matplotlib.patheffects import withStroke
 GROUP_COLOURS = {group: tuple(part / 255 for part in rgb) for group, rgb in GROUP_RGB.items()}
 VALUES = {"score": "mean score of own class", "accuracy": "classification accuracy", "ap": "AP"}  # rows of a figure
 COLUMNS = {"score": "mean_score", "accuracy": "accuracy"}  # of mean_scores.csv
-
-
-def read_table(path: Path) -> list[dict[str, str]]:
-    """Rows of a CSV file with a header."""
-    with path.open(newline="", encoding="utf-8") as file:
-        return list(csv.DictReader(file))
 
 
 def equilibrium_figure(runs: Mapping[str, Path], output: Path, rows: Sequence[str] = ("score", "ap")) -> None:
@@ -57,11 +50,11 @@ def class_values(folder: Path) -> tuple[dict[str, np.ndarray], np.ndarray, np.nd
     groups, in them most objects in the validation data first.
     """
     tested = folder / "mean_scores.csv"
-    by_id = {row["id"]: row for row in read_table(folder / "per_category.csv")}
+    by_id = {row["id"]: row for row in read_csv(folder / "per_category.csv")}
     if not tested.is_file():
         rows = sorted(by_id.values(), key=lambda row: ("fcr".index(row["frequency"]), -int(row["instances"])))
         return {"ap": _numbers(rows, "AP")}, np.array([row["frequency"] for row in rows]), None
-    rows = sorted(read_table(tested), key=lambda row: -int(row["training_instances"]))
+    rows = sorted(read_csv(tested), key=lambda row: -int(row["training_instances"]))
     boxes = np.array([int(row["boxes"]) for row in rows])
     values = {n: np.where(boxes > 0, _numbers(rows, c), np.nan) for n, c in COLUMNS.items() if c in rows[0]}
     values["ap"] = _numbers([by_id[row["id"]] for row in rows], "AP")

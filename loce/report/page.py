@@ -1,56 +1,70 @@
-"""One HTML file: style, script, data and pictures are in it, so it opens by double click, offline, on a phone."""
+"""Report page: page.html filled with what the sections show; style, script, data and pictures are in it.
 
+So it opens by double click, offline, on a phone. Whatever comes from data or options is escaped by the template.
+"""
+
+import base64
+import io
 import json
-from collections.abc import Callable, Mapping, Sequence
-from html import escape
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
+import jinja2
+import numpy as np
+from PIL import Image
+
+from loce.data.annotations.lvis import LVISAnnotations
+from loce.engine.pictures import RULE, comparisons
+from loce.evaluation.stream import read_detections
 from loce.report import panels
-from loce.report.panels import each
-from loce.report.reading import Run, Values, number
-from loce.report.states import GROUPS, KINDS, order, over_time
+from loce.report.reading import Run
+from loce.report.states import GROUPS, KINDS, States, over_time
+from loce.utils.classes import GROUP_RGB
+from loce.utils.errors import UserError
 
-POINTS = 300  # of a curve; longer ones are averaged over neighbours
 HERE = Path(__file__).parent
+QUALITY = 85  # of JPEG
+Pictures = dict[str, dict[str, str]]  # image -> caption -> data URI
 
 
 def page(runs: Sequence[Run], pictures: Mapping[str, Mapping[str, str]], notes: Sequence[str]) -> str:
-    """The report. pictures: image -> caption -> data URI; notes: on what could not be drawn."""
-    title = f"Equilibrium report: {', '.join(run.title for run in runs)}"
+    """The report as HTML. pictures: image -> caption -> data URI; notes: on what could not be drawn."""
     states = [over_time(run) for run in runs]
-    sections: dict[str, Callable[[], str]] = {
-        "Results": lambda: panels.results(runs),
-        "Every class": lambda: panels.every_class(runs, states),
-        "Curves": lambda: _curves(runs),
-        "Why is AP low?": lambda: each(runs, panels.causes),
-        "Predictions": lambda: panels.pictures(pictures, notes),
-        "Class table": lambda: panels.table(runs, states),
-        "What produced it": lambda: panels.differences(runs) + each(runs, panels.origin),
-    }
-    links = "".join(f'<a href="#part{place}">{name}</a>' for place, name in enumerate(sections))
-    body = "".join(
-        f'<section id="part{place}"><h2>{name}</h2>{make()}</section>'
-        for place, (name, make) in enumerate(sections.items())
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(HERE), autoescape=True, trim_blocks=True, undefined=jinja2.StrictUndefined
     )
     style, script = ((HERE / name).read_text(encoding="utf-8") for name in ("style.css", "script.js"))
-    return (
-        f'<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8"><title>{escape(title)}</title>'
-        '<meta name="viewport" content="width=device-width, initial-scale=1">'
-        '<meta name="color-scheme" content="light dark"><link rel="icon" href="data:,">'
-        f"<style>\n{style}</style></head>\n<body><header><h1>{escape(title)}</h1>"
-        f'<nav aria-label="sections">{links}</nav></header>\n<main>{body}</main>\n'
-        "<noscript>The charts need JavaScript; their numbers are in the class table.</noscript>"
-        f'<div id="tip" hidden></div>\n<script type="application/json" id="data">{_data(runs, states)}</script>\n'
-        f"<script>\n{script}</script></body></html>\n"
+    return environment.get_template("page.html").render(
+        title=f"Equilibrium report: {', '.join(run.title for run in runs)}",
+        runs=runs,
+        colours=GROUP_RGB,
+        groups=GROUPS,
+        style=style,
+        script=script,
+        data=script_data(runs, states),
+        percent=panels.percent,
+        metrics=panels.METRICS,
+        results=[row for run in runs for row in panels.results(run)],
+        rules=list(dict.fromkeys(str(run.facts["rules"]) for run in runs if "rules" in run.facts)),
+        without_ebl=[run.title for run in runs if run.option("head", "name") != "equilibrium"],
+        without_memory=[run.title for run in runs if not run.option("memory", "enabled")],
+        over_time=any(len(found) > 1 for kinds in states for found in kinds.values()),
+        kinds={name: kind for name, kind in KINDS.items() if any(name in kinds for kinds in states)},
+        curves=panels.shown_curves(runs),
+        causes=[panels.causes(run) for run in runs],
+        pictures=pictures,
+        notes=notes,
+        classes=panels.class_table(runs, states),
+        options=panels.differences(runs),
+        origins=[panels.origin(run) for run in runs],
     )
 
 
-def _data(runs: Sequence[Run], states: Sequence[dict[str, list[tuple[int, Values]]]]) -> str:
-    """For script.js. No `<` in it, so that no name of a class ends the element."""
+def script_data(runs: Sequence[Run], states: Sequence[States]) -> str:
+    """JSON for script.js. No `<` in it, so that no name of a class ends the element."""
     entries = []
     for run, found in zip(runs, states, strict=True):
-        places = order(run)
+        places = run.classes.order
         entries.append(
             {
                 "title": run.title,
@@ -60,10 +74,10 @@ def _data(runs: Sequence[Run], states: Sequence[dict[str, list[tuple[int, Values
                 "groups": [run.classes.groups[label] for label in places],
                 "counts": [run.classes.counts[label] for label in places],
                 "states": {
-                    kind: [[at, [_short(values[label]) for label in places]] for at, values in entries_of_kind]
+                    kind: [[at, [panels.short(values[label]) for label in places]] for at, values in entries_of_kind]
                     for kind, entries_of_kind in found.items()
                 },
-                "curves": {name: _curve(run, series) for name, (_, series) in CURVES.items()},
+                "curves": {name: panels.curve(run, name) for name in panels.CURVES},
             }
         )
     kinds = {name: {"title": kind.title, "percent": kind.percent} for name, kind in KINDS.items()}
@@ -71,50 +85,34 @@ def _data(runs: Sequence[Run], states: Sequence[dict[str, list[tuple[int, Values
     return json.dumps(data, separators=(",", ":"), allow_nan=False).replace("<", "\\u003c")
 
 
-def _short(value: float | None) -> float | None:
-    return None if value is None else float(f"{value:.4g}")
+def predictions(runs: Sequence[Run], count: int) -> tuple[Pictures, list[str]]:
+    """At most `count` validation images with what they hold and what each run found, those with rare classes first.
+
+    And notes on what is not drawn and why.
+    """
+    if not count:
+        return {}, []
+    # Runs with stored detections, on the same data as the first of them.
+    able = [run for run in runs if any((run.folder / "eval/detections").glob("*.npz"))]
+    notes = [f"{run.title}: no stored detections (eval/detections)" for run in runs if run not in able]
+    if not able:
+        return {}, notes
+    first = able[0]
+    path, images = str(first.facts.get("annotations")), str(first.option("data", "val_images"))
+    same = [run for run in able if run.facts.get("annotations") == path]
+    notes += [f"{run.title}: was evaluated on other data" for run in able if run not in same]
+    try:
+        annotations = LVISAnnotations.open(path, keep_empty=True)
+        found = {run.title: read_detections(run.folder / "eval/detections", annotations.image_ids) for run in same}
+        classes = dict(zip(first.classes.ids, zip(first.classes.names, first.classes.groups, strict=True), strict=True))
+        drawn = comparisons(annotations, images, found, classes, count)
+        return {name: {k: _data_uri(picture) for k, picture in row.items()} for name, row in drawn}, [*notes, RULE]
+    except UserError as error:
+        here = "paths are relative to where the runs were started: start the report there, too"
+        return {}, [*notes, f"Not drawn: {error} ({here})"]
 
 
-# Of metrics.jsonl: title -> prefix of the names and what the legend calls them.
-CURVES: dict[str, tuple[str, Callable[[Run], dict[str, str]]]] = {
-    "losses": (
-        "Losses (logarithmic)",
-        lambda run: {k: k for line in run.metrics for k in line if k.startswith("loss")},
-    ),
-    "scores": ("Mean score of the groups", lambda _: {f"mean_score/{g}": name for g, name in GROUPS.items()}),
-    "memory": ("Memory fill of the groups", lambda _: {f"memory_fill/{g}": name for g, name in GROUPS.items()}),
-    "aps": (
-        "Mask AP of the groups, after epochs (train.evaluate_every) and at the end",
-        lambda _: {"eval/segm_AP": "all"} | {f"eval/segm_AP{g}": name for g, name in GROUPS.items()},
-    ),
-}
-
-
-def _curve(run: Run, names: Callable[[Run], dict[str, str]]) -> dict[str, Any]:
-    """{"at": iterations, "series": {name: values}} of the lines that have such values."""
-    chosen = names(run)
-    last = {f"eval/segm_{name}": number(str(value)) for name, value in run.aps.get("segm", {}).items()}
-    lines = [line for line in [*run.metrics, {"iteration": run.last, **last}] if any(name in line for name in chosen)]
-    size = -(-len(lines) // POINTS) or 1
-    parts = [lines[i : i + size] for i in range(0, len(lines), size)]
-    series = {shown: [_mean([line.get(name) for line in part]) for part in parts] for name, shown in chosen.items()}
-    known = {name: values for name, values in series.items() if any(v is not None for v in values)}
-    return {"at": [part[-1]["iteration"] for part in parts], "series": known}
-
-
-def _mean(values: Values) -> float | None:
-    known = [value for value in values if value is not None]
-    return _short(sum(known) / len(known)) if known else None
-
-
-def _curves(runs: Sequence[Run]) -> str:
-    parts = []
-    for name, (title, names) in CURVES.items():
-        if any(len(_curve(run, names)["at"]) > 1 for run in runs):
-            shown = each(runs, lambda run, place: _figure(run, place, name, title))  # noqa: B023 - used at once
-            parts.append(f"<h3>{escape(title)}</h3>{shown}")
-    return "".join(parts) or '<p class="note">metrics.jsonl is not there</p>'
-
-
-def _figure(run: Run, place: int, name: str, title: str) -> str:
-    return panels.figure("curve", place, name, f"{title}, {run.title}")
+def _data_uri(picture: np.ndarray) -> str:
+    content = io.BytesIO()
+    Image.fromarray(picture).save(content, "JPEG", quality=QUALITY)
+    return f"data:image/jpeg;base64,{base64.b64encode(content.getvalue()).decode()}"

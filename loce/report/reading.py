@@ -1,6 +1,5 @@
 """The files of a run folder as the report needs them. Nothing but config.yaml and the list of classes must be there."""
 
-import csv
 import json
 import math
 from dataclasses import dataclass, field
@@ -10,6 +9,7 @@ from typing import Any
 from loce.checkpoint.files import finished
 from loce.checkpoint.load import Checkpoint, load_file
 from loce.utils.errors import UserError
+from loce.utils.files import read_csv
 from loce.utils.yaml_text import load_yaml
 
 Values = list[float | None]  # a number for each class, by label; None: not known
@@ -23,6 +23,11 @@ class ClassFacts:
     names: list[str]
     groups: list[str]
     counts: list[int]
+
+    @property
+    def order(self) -> list[int]:
+        """Labels, most training instances first."""
+        return sorted(range(len(self.ids)), key=lambda label: (-self.counts[label], label))
 
 
 @dataclass
@@ -171,7 +176,4 @@ def _lines(path: Path) -> list[dict[str, Any]]:
 
 
 def _table(path: Path) -> list[dict[str, str]]:
-    if not path.is_file():
-        return []
-    with path.open(newline="", encoding="utf-8") as file:
-        return list(csv.DictReader(file))
+    return read_csv(path) if path.is_file() else []

@@ -1,4 +1,4 @@
-"""Numbers of every class over the time of a run: mean score (Eq. 2), draws (Eq. 7-8), margins (Eq. 4), memory, AP."""
+"""Per-class curves of a run: mean score (Eq. 2), sampling probability (Eq. 7-8), margin (Eq. 4), memory fill, AP."""
 
 import math
 from dataclasses import dataclass
@@ -10,6 +10,7 @@ from loce.memory_bank import sampling_probability
 from loce.report.reading import Run, Snapshot, Values
 
 GROUPS = {"f": "frequent", "c": "common", "r": "rare"}  # from left to right in the charts: by training frequency
+States = dict[str, list[tuple[int, Values]]]  # kind -> (iteration, number of each class), oldest first
 
 
 @dataclass(frozen=True)
@@ -39,9 +40,9 @@ KINDS = {
 }
 
 
-def over_time(run: Run) -> dict[str, list[tuple[int, Values]]]:
-    """Kind -> (iteration, number of each class), oldest first; a kind of which nothing is known is left out."""
-    states: dict[str, list[tuple[int, Values]]] = {kind: [] for kind in KINDS}
+def over_time(run: Run) -> States:
+    """What is known of every class over the training; a kind of which nothing is known is left out."""
+    states: States = {kind: [] for kind in KINDS}
     for snapshot in run.snapshots:
         states["score"].append((snapshot.iteration, snapshot.scores))
         states["draw"].append((snapshot.iteration, draws(run, snapshot)))
@@ -76,8 +77,3 @@ def _indicator(run: Run, snapshot: Snapshot) -> torch.Tensor:
 
 def _known(values: torch.Tensor) -> Values:
     return [value if math.isfinite(value) else None for value in values.tolist()]
-
-
-def order(run: Run) -> list[int]:
-    """Labels, most training instances first."""
-    return sorted(range(len(run.classes.ids)), key=lambda label: (-run.classes.counts[label], label))

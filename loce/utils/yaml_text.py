@@ -89,6 +89,12 @@ def dotted(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     return found
 
 
+def differing(*options: Mapping[str, Any]) -> list[str]:
+    """Keys, in order, that do not have the same value in all of these flat mappings."""
+    keys = dict.fromkeys(key for found in options for key in found)
+    return [key for key in keys if any(found.get(key) != options[0].get(key) for found in options)]
+
+
 def show(value: Any) -> str:
     """A value in a message, as YAML on one line."""
     if isinstance(value, float) and not math.isfinite(value):

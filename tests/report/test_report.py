@@ -15,8 +15,8 @@ import pytest
 
 from loce.config import Config, UserError, dump
 from loce.evaluation.lost_objects import CAUSES
-from loce.report.page import POINTS, page
-from loce.report.panels import most_lost
+from loce.report.page import page
+from loce.report.panels import POINTS, most_lost
 from loce.report.reading import ClassFacts, Run, Snapshot, read_run
 from loce.report.states import draws, margins, over_time
 

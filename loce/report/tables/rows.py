@@ -19,7 +19,7 @@ from loce.config import (
 )
 from loce.utils.files import inside
 from loce.utils.options import Conflict, Count, Natural, build, flatten
-from loce.utils.yaml_text import dotted, load_yaml
+from loce.utils.yaml_text import differing, dotted, load_yaml
 
 COLUMNS = ("box AP", "AP", "APr", "APc", "APf")
 UNKNOWN = -1.0  # among the published numbers
@@ -114,10 +114,8 @@ class RowRun(Run):
     def facts(self) -> dict[str, Any]:
         """The record of a run that is done. UserError where it is one of other options."""
         found: dict[str, Any] = json.loads(self.record.read_text(encoding="utf-8"))
-        there, here = found["options"], self.options
-        decisive = [key for key in {**there, **here} if key not in MAY_CHANGE]
-        if differing := [key for key in decisive if there.get(key) != here.get(key)]:
-            raise UserError(f"{self.record}: is of a run with another {', '.join(differing)}; delete it")
+        if keys := [key for key in differing(found["options"], self.options) if key not in MAY_CHANGE]:
+            raise UserError(f"{self.record}: is of a run with another {', '.join(keys)}; delete it")
         return found
 
 
