@@ -4,10 +4,12 @@ What else a checkpoint holds of a run, and how training goes on from it: save.py
 All files load with `weights_only=True`: no code in them is ever run.
 """
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 import numpy as np
@@ -29,6 +31,7 @@ METHOD_STATE = {
     MEMORY_PREFIX: "feature memory",
     "roi_heads.tracker.": "mean score",
 }  # belongs to the stage that made it
+CONVERTED = "  A checkpoint of MMDetection or torchvision is converted by scripts/convert.py SOURCE.pth OUT.pt."
 
 
 @dataclass(frozen=True)
@@ -56,10 +59,7 @@ class Checkpoint:
         content = load_file(file, checked)
         missing = [key for key in ("format", "config", "classes", "model") if key not in content]
         if missing:
-            raise UserError(
-                f"checkpoint {file}: not written by loce (it has no {', '.join(missing)}).\n"
-                "  A checkpoint of MMDetection or torchvision is converted by scripts/convert.py SOURCE.pth OUT.pt."
-            )
+            raise UserError(f"checkpoint {file}: not written by loce (it has no {', '.join(missing)}).\n{CONVERTED}")
         if content["format"] not in READABLE:
             raise UserError(f"checkpoint {file}: format {content['format']}, this loce reads up to format {FORMAT}")
         weights = {name.replace(OLD_HEAD_PREFIX, HEAD_PREFIX): w for name, w in content.pop("model").items()}
@@ -137,11 +137,27 @@ def load_file(path: Path, checked: bool = False) -> dict[str, Any]:
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch raises a dozen kinds here
-        reason = str(error).strip().splitlines()[0]
-        raise UserError(f"checkpoint {path}: cannot be read, damaged or not a checkpoint ({reason})") from error
+        code = code_in(error)
+        reason = f"it needs {code}, which may run code" if code else str(error).strip().splitlines()[0]
+        raise UserError(
+            f"checkpoint {path}: cannot be read, damaged or not a checkpoint ({reason})"
+            + (f".\n{CONVERTED}" if code else "")
+        ) from error
     if not isinstance(content, dict):
         raise UserError(f"checkpoint {path}: holds a {type(content).__name__}, not a checkpoint")
     return content
+
+
+def code_in(error: Exception) -> str:
+    """What torch.load(weights_only=True) refused to call, such as "argparse.Namespace"; "" for other errors."""
+    if "TorchScript" in str(error):
+        return "torch.jit"
+    found = (
+        re.search(r"(?:GLOBAL|function|class) (\w[\w.]*\.\w+)", str(error))
+        if isinstance(error, UnpicklingError)
+        else None
+    )
+    return found[1] if found else ""
 
 
 def require_finite(weights: Mapping[str, Tensor], owner: str) -> None:

@@ -1,4 +1,4 @@
-"""Checkpoints of MMDetection 2.x into ours and back, bit for bit; torchvision's, too."""
+"""Checkpoints of MMDetection (2.x and 3.x) into ours and back, bit for bit; torchvision's, too."""
 
 from collections import Counter
 from collections.abc import Sequence
@@ -7,11 +7,12 @@ from typing import Any
 
 from loce.checkpoint.convert import mmdetection, torchvision
 from loce.checkpoint.convert.mmdetection import to_mmdetection
-from loce.checkpoint.convert.source import MaskPredictor, open_weights, read_foreign, state_dict
+from loce.checkpoint.convert.source import MaskPredictor, find_weights, open_weights, read_foreign
 from loce.config import UserError
 from loce.data.annotations.lvis import LVISAnnotations
 
 __all__ = ["convert", "to_mmdetection"]
+READERS = (mmdetection, torchvision)
 
 
 def convert(
@@ -19,25 +20,25 @@ def convert(
     annotations: str = "",
     source_classes: str = "",
     mask_predictor: MaskPredictor = "auto",
-    words: Sequence[str] = (),
+    overrides: Sequence[str] = (),
 ) -> tuple[dict[str, Any], list[str]]:
     """(checkpoint of ours for `loce.load_model` and train.init, lines of a report) from somebody else's file.
 
     annotations: file of the data set that the model is for, or will be trained on; "" for the names that the source
     gives, or placeholders. source_classes: annotation file of what a torchvision model was trained on, where that is
-    not COCO. words: "model.*" and "data.*" options that no weight shows, such as sizes. UserError, with everything
+    not COCO. overrides: "model.*" and "data.*" options that no weight shows, such as sizes. UserError, with everything
     that is wrong: unreadable, another architecture, classes that do not fit.
     """
     content = read_foreign(source)
-    weights, others = state_dict(content, source)
-    for reader in (mmdetection, torchvision):
+    weights, left_out = find_weights(content, [reader.FORMAT.mark for reader in READERS], source)
+    for reader in READERS:
         if any(key.startswith(reader.FORMAT.mark) for key in weights):
             found = open_weights(source, reader.FORMAT, weights, content.get("meta"))
             stats = LVISAnnotations.open(annotations).stats if annotations else None
-            checkpoint, report = reader.convert(found, stats, source_classes, mask_predictor, words)
-            return checkpoint, report + ([f"dropped on purpose: {', '.join(others)}"] if others else [])
+            checkpoint, report = reader.convert(found, stats, source_classes, mask_predictor, overrides)
+            return checkpoint, report + ([f"dropped on purpose: {', '.join(left_out)}"] if left_out else [])
     parts = ", ".join(f"{part} ({n})" for part, n in Counter(key.split(".")[0] for key in weights).most_common(8))
     raise UserError(
-        f"{source}: no Mask R-CNN of MMDetection 2.x (it would have {mmdetection.FORMAT.mark}*) or of torchvision "
+        f"{source}: no Mask R-CNN of MMDetection (it would have {mmdetection.FORMAT.mark}*) or of torchvision "
         f"({torchvision.FORMAT.mark}*); tensors in it: {parts or 'none'}"
     )

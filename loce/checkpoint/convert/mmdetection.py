@@ -1,4 +1,4 @@
-"""MMDetection 2.x's Mask R-CNN (plain or LOCE's), both ways. Its conventions are ours: only names change."""
+"""MMDetection's Mask R-CNN (2.x, 3.x, LOCE's), both ways. Its conventions are ours: only names change."""
 
 import re
 from collections.abc import Mapping, Sequence
@@ -55,15 +55,17 @@ def convert(
     stats: ClassStats | None,
     source_classes: str,
     mask_predictor: MaskPredictor,
-    words: Sequence[str] = (),
+    overrides: Sequence[str] = (),
 ) -> tuple[dict[str, Any], list[str]]:
-    """See `loce.convert.convert`."""
+    """See `loce.checkpoint.convert.convert`."""
     if source_classes:
         raise UserError("source_classes is for torchvision's files: MMDetection's classes stay as they are")
     count = found.outputs - 1
     report = [f"{found.path}: MMDetection, {count} classes, {len(found.weights)} tensors, all of them used"]
-    names = found.meta.get("CLASSES")
-    names = [str(name) for name in names] if isinstance(names, (list, tuple)) and len(names) == count else None
+    names = _class_names(found.meta)
+    if names and len(names) != count:
+        report.append(f"class names: the file names {len(names)} of its {count} classes, so none are used")
+        names = []
     if stats is None:
         report.append(f"class names: {'as in the file' if names else 'placeholders'}, category ids 1 to {count}")
         report.append(
@@ -79,9 +81,16 @@ def convert(
     if mask_predictor == "auto":
         mask_predictor, reason = _guess_predictor(found.meta)
         report.append(f"mask predictor: {mask_predictor}, {reason}")
-    head, model = new_model(architecture(found, mask_predictor), stats, words)
+    head, model = new_model(architecture(found, mask_predictor), stats, overrides)
     check(found, model)
     return {**head, "model": model | found.weights}, report
+
+
+def _class_names(meta: Mapping[str, Any]) -> list[str]:
+    """The names that a file gives: in 2.x meta.CLASSES, in 3.x meta.dataset_meta.classes (or CLASSES); [] for none."""
+    places = [place for place in (meta, meta.get("dataset_meta")) if isinstance(place, Mapping)]
+    found = next((place[key] for place in places for key in ("CLASSES", "classes") if place.get(key)), ())
+    return [found] if isinstance(found, str) else [str(name) for name in found]
 
 
 def _compare_names(path: Path, names: Sequence[str], target: Sequence[str]) -> list[str]:
@@ -99,7 +108,7 @@ def _compare_names(path: Path, names: Sequence[str], target: Sequence[str]) -> l
 
 def _guess_predictor(meta: Mapping[str, Any]) -> tuple[MaskPredictor, str]:
     """The mask predictor is not seen from the weights: normalised and linear ones have the same names and shapes."""
-    config = str(meta.get("config") or "")
+    config = str(meta.get("config") or meta.get("cfg") or "")  # 2.x, 3.x
     if re.search(r"norm(ed|alized)?_?(mask|conv|predictor)", config, re.IGNORECASE):
         return "normalised", "as the configuration in the file says"
     if config:

@@ -1,17 +1,17 @@
-"""Somebody else's checkpoint: read without running code, renamed by a table, checked against our model."""
+"""Checkpoints of other projects: read without running code, renamed by a table, checked against our model."""
 
-import pickle
-import re
+import argparse
+import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PosixPath
 from typing import Any, Literal
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from loce.checkpoint.load import FORMAT, METHOD_STATE, stats_to_dict
+from loce.checkpoint.load import FORMAT, METHOD_STATE, code_in, require_finite, stats_to_dict
 from loce.config import Config, ModelConfig, UserError, from_dict, raise_problems, to_dict
 from loce.models.build import build_model
 from loce.utils.classes import ClassStats, frequency_groups
@@ -20,6 +20,21 @@ Weights = dict[str, Tensor]
 MaskPredictor = Literal["auto", "normalised", "linear"]
 CLASSIFIER = "roi_heads.classifier.fc_cls"
 _SHOWN = 5  # keys named of a long list
+MEMBERS = ("state_dict", "model", "model_state_dict")  # MMDetection's and Lightning's, torchvision's, the tutorials'
+WRAPPERS = {"module", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"}  # in keys, added by torch
+AVERAGED = "n_averaged"  # beside the weights in torch.optim.swa_utils.AveragedModel
+PLAIN = (  # objects beside weights that hold values and run nothing: the arguments of torchvision's own training
+    argparse.Namespace,
+    (PosixPath, "pathlib.PosixPath"),
+    (PosixPath, "pathlib._local.PosixPath"),  # as Python 3.13 writes it
+)
+# Everything plain in a file: numbers, text, tensors, containers; models and optimizers as state dicts, others as text.
+PLAIN_COPY = (
+    "python -c \"import sys, torch; plain = lambda x: plain(x.state_dict()) if hasattr(x, 'state_dict') else x if x is "
+    "None or torch.is_tensor(x) or type(x) in (str, int, float, bool) else {str(k): plain(v) for k, v in x.items()} if "
+    "isinstance(x, dict) else [plain(v) for v in x] if isinstance(x, (list, tuple)) else str(x); "
+    "torch.save(plain(torch.load(sys.argv[1], map_location='cpu', weights_only=False)), sys.argv[2])\""
+)
 
 
 @dataclass(frozen=True)
@@ -54,37 +69,66 @@ def read_foreign(path: Path) -> dict[str, Any]:
     if not path.is_file():
         raise UserError(f"{path}: there is no such file")
     try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
-        needs = re.search(r"(?:GLOBAL|function|class) (\S+\.\S+)", str(error))
-        if not needs:
-            raise UserError(f"{path}: damaged, or not written by torch.save") from None
-        raise UserError(
-            f"{path}: cannot be read without running code from it ({needs[1]}), so it is refused.\n"
-            "  If you trust where it comes from, write its weights alone into a new file, and convert that:\n"
-            f"  python -c \"import torch; c = torch.load('{path}', map_location='cpu', weights_only=False); "
-            "torch.save({'state_dict': c.get('state_dict', c)}, 'weights_only.pth')\""
-        ) from None
+        with torch.serialization.safe_globals(list(PLAIN)):
+            content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch raises a dozen kinds for damaged files
-        raise UserError(f"{path}: damaged, or not written by torch.save ({str(error).splitlines()[0]})") from error
+        code = code_in(error)
+        if not code:
+            raise UserError(f"{path}: damaged, or not written by torch.save ({str(error).splitlines()[0]})") from None
+        if code.startswith("__main__."):
+            raise UserError(
+                f"{path}: holds an object of {code[9:]}, a class of the script that saved it, and is refused: no other "
+                "script can read it.\n  Let that script save the weights instead: torch.save(model.state_dict(), FILE)"
+            ) from None
+        raise UserError(
+            f"{path}: cannot be read without running code from it ({code}), so it is refused.\n"
+            "  If you trust where it comes from, write what is plain in it, weights and names, into a new file, and "
+            f"convert that. Where {code.split('.')[0]} is installed:\n"
+            f"  {PLAIN_COPY} {shlex.quote(str(path))} weights_only.pth"
+        ) from None
     if not isinstance(content, dict):
         raise UserError(f"{path}: holds a {type(content).__name__}, expected a dictionary of weights")
     return content
 
 
-def state_dict(content: Mapping[str, Any], path: Path) -> tuple[Weights, list[str]]:
-    """The weights in a file's dictionary, bare or under `state_dict` or `model`, and what stands beside them."""
-    key = next((k for k in ("state_dict", "model") if isinstance(content.get(k), Mapping)), None)
-    wrapped = content if key is None else content[key]
-    strange = [
-        str(name) for name, value in wrapped.items() if not (isinstance(name, str) and isinstance(value, Tensor))
-    ]
+def find_weights(content: Mapping[str, Any], marks: Sequence[str], path: Path) -> tuple[Weights, list[str]]:
+    """The weights of a Mask R-CNN in a file's dictionary, and the names of what is left out.
+
+    They may be all of it or one member, and the model may have been wrapped: see `WRAPPERS`, and any prefix that all
+    its keys have. marks: how the keys begin that only a Mask R-CNN has. UserError where there are several models.
+    """
+    members = {name: value for name, value in content.items() if isinstance(value, Mapping)}
+    models = [name for name, value in members.items() if any(_prefixes(value, mark) for mark in marks)]
+    key = next((name for name in MEMBERS if name in (models or members)), models[0] if models else None)
+    if len(models) > 1 and key not in MEMBERS:
+        raise UserError(f"{path}: there are {len(models)} models in it, {some(models)}: save one of them alone")
+    wrapped = content if key is None else members[key]
+    left_out = [] if key is None else [name for name in content if name != key]
+
+    strange = [str(k) for k, value in wrapped.items() if not (isinstance(k, str) and isinstance(value, Tensor))]
     if strange:
+        verb = "is" if len(strange) == 1 else "are"
+        raise UserError(f"{path}: no dictionary of weights; {some(strange)} {verb} none")
+
+    weights: Weights = {}
+    for name, value in wrapped.items():
+        weights[".".join(part for part in name.split(".") if part not in WRAPPERS)] = value
+    prefixes = sorted({prefix for mark in marks for prefix in _prefixes(weights, mark)})
+    if len(prefixes) > 1 or len(weights) < len(wrapped):
+        begin = some([prefix or "nothing" for prefix in prefixes])
         raise UserError(
-            f"{path}: no dictionary of weights; {some(strange)} {'is' if len(strange) == 1 else 'are'} none"
+            f"{path}: there are several models in it, whose keys begin with {begin}: save the weights of one alone"
         )
-    weights = {name.removeprefix("module."): value for name, value in wrapped.items()}
-    return weights, [] if key is None else [name for name in content if name != key]
+    prefix = prefixes[0] if prefixes else ""
+    outside = [name for name in weights if not name.startswith(prefix) or name == AVERAGED]
+    kept = {name.removeprefix(prefix): value for name, value in weights.items() if name not in outside}
+    return kept, left_out + outside
+
+
+def _prefixes(weights: Mapping[Any, Any], mark: str) -> set[str]:
+    """What stands before `mark` in the keys that have it: {""} in a bare state dict, {"model."} in one of Lightning."""
+    places = ((key, f".{key}".find(f".{mark}")) for key in map(str, weights))
+    return {key[:place] for key, place in places if place >= 0}
 
 
 def open_weights(path: Path, form: Format, weights: Weights, meta: Any) -> Source:
@@ -92,6 +136,7 @@ def open_weights(path: Path, form: Format, weights: Weights, meta: Any) -> Sourc
     renamed, names, unknown = rename(weights, form.table)
     if unknown:
         raise UserError(f"{path}: not of the architecture that loce has: {some(unknown)}")
+    require_finite(weights, str(path))
     return Source(path, form, renamed, names, meta if isinstance(meta, Mapping) else {})
 
 
@@ -137,12 +182,12 @@ def architecture(found: Source, mask_predictor: str) -> ModelConfig:
     return ModelConfig(backbone=backbone, mask_predictor=mask_predictor, **widths)  # type: ignore[arg-type]
 
 
-def new_model(config: ModelConfig, stats: ClassStats, words: Sequence[str] = ()) -> tuple[dict[str, Any], Weights]:
+def new_model(config: ModelConfig, stats: ClassStats, overrides: Sequence[str] = ()) -> tuple[dict[str, Any], Weights]:
     """(a checkpoint without weights, the weights of an untrained model, always the same).
 
-    words: options of a run, "section.key=value", that no weight shows: sizes of images and anchors, for one.
+    overrides: options of a run, "section.key=value", that no weight shows: sizes of images and anchors, for one.
     """
-    whole = from_dict(to_dict(Config(model=config)), "what the weights say", words)
+    whole = from_dict(to_dict(Config(model=config)), "what the weights say", overrides)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         weights = build_model(whole, stats, pretrained=False).state_dict()

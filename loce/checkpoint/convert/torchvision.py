@@ -77,9 +77,9 @@ def convert(
     stats: ClassStats | None,
     source_classes: str,
     mask_predictor: MaskPredictor,
-    words: Sequence[str] = (),
+    overrides: Sequence[str] = (),
 ) -> tuple[dict[str, Any], list[str]]:
-    """See `loce.convert.convert`."""
+    """See `loce.checkpoint.convert.convert`."""
     outputs = found.outputs
     names = _output_names(found, source_classes)
     if stats is None:
@@ -89,7 +89,7 @@ def convert(
     rows = [row_of.get(_normal(name)) for name in stats.names]
     options = architecture(found, "linear" if mask_predictor == "auto" else mask_predictor)
     options = replace(options, roi=replace(options.roi, aligned=False))
-    head, model = new_model(options, stats, words)
+    head, model = new_model(options, stats, overrides)
     data, model_options = head["config"]["data"], head["config"]["model"]
     changes = diff(Config(), from_dict(head["config"]))
     options_to_train = [f"{key}={show(value)}" for key, value in changes.items() if key.startswith(("model.", "data."))]

@@ -58,6 +58,26 @@ def test_other_spellings_are_told_and_another_order_is_refused(written, tmp_path
         convert(source, swapped)
 
 
+@pytest.mark.parametrize("key", ["classes", "CLASSES"])
+def test_what_version_3_says_is_read(written, annotation_file, key):
+    """Its names stand in meta.dataset_meta, its configuration in meta.cfg."""
+    names = ["cat", "dog", "ox", "ant", "bee"]
+    cfg = "model = dict(roi_head=dict(mask_head=dict(type='FCNMaskHead', predictor_cfg=dict(type='Conv'))))"
+    source = written(meta={"dataset_meta": {key: tuple(names), "palette": [(0, 0, 0)]}, "cfg": cfg, "epoch": 12})
+    content, report = convert(source)
+    assert content["classes"]["names"] == names and "as in the file" in report[1]
+    assert "mask predictor: linear, as the configuration in the file says" in report
+    turned = annotation_file("turned.json", names[::-1])
+    with pytest.raises(UserError, match=r"another order: 'cat' is class 0 in the checkpoint and class 4"):
+        convert(source, turned)
+
+
+def test_names_of_other_classes_than_there_are(written, annotation_file):
+    _, report = convert(written(meta={"dataset_meta": {"classes": ("cat", "dog")}}))
+    assert "class names: the file names 2 of its 5 classes, so none are used" in report
+    assert any("placeholders" in line for line in report)
+
+
 def test_wrong_number_of_classes(written, tmp_path, annotation_file):
     annotations = annotation_file("a.json", ["cat", "dog"])
     with pytest.raises(UserError, match=r"has 5 classes \(6 outputs of fc_cls\), the annotations 2"):
