@@ -19,7 +19,18 @@ from typing import Literal
 
 import torch
 from data_rows import loader, mask_memory, opening
-from detector_rows import Setting, gpu_rows, inference, loce_cost, loce_step, memory_bank, nms, stage1, stage2
+from detector_rows import (
+    Setting,
+    gpu_rows,
+    inference,
+    loce_cost,
+    loce_step,
+    mask_head,
+    memory_bank,
+    nms,
+    stage1,
+    stage2,
+)
 from sides import Row, save, saved, table
 
 from loce.config import UserError, read_options, run_script
@@ -32,6 +43,7 @@ ROWS: dict[str, Callable[[Setting], list[Row]]] = {
     "loce_cost": loce_cost,
     "stage2": stage2,
     "stage1": stage1,
+    "mask_head": mask_head,
     "inference": inference,
     "nms": nms,
     "masks": mask_memory,

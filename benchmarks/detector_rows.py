@@ -1,4 +1,4 @@
-"""Rows of `bench.py` about the detector: training steps, inference, NMS, the LOCE step and the feature memory."""
+"""Rows of `bench.py` about the detector: steps, mask head, inference, NMS, the LOCE step and the feature memory."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from detectors import REGIONS, SIZES, Ours, Theirs, make_scenes, our_samples, their_targets
 from loce_step import ROI_SHAPE, Loce, Loops, make_step, plain_step
 from loce_step import Options as StepOptions
@@ -17,6 +18,8 @@ from torchvision.ops import batched_nms
 
 from loce.memory_bank import FeatureMemoryBank
 from loce.models.detection import best_detections
+from loce.models.mask_head import MaskHead
+from loce.models.roi_heads import MASK_SIDE
 
 BATCH = 2
 MASKS = 300  # detections an image
@@ -161,6 +164,33 @@ def _stage1(setting: Setting, name: str, own: str, other: str, goal: float) -> l
             side()
             found.append(torch.cuda.max_memory_allocated() / MIB)
         rows.append(most)
+    return rows
+
+
+def mask_head(setting: Setting) -> list[Row]:
+    """The mask head after its convolutions, against layer by layer: forward alone, and with backward."""
+    regions, width = (128, 256) if setting.size == "full" else (32, 64)
+    head = MaskHead(width, width, 0, CLASSES).to(setting.device)
+    labels = torch.arange(regions, device=setting.device) * 7 % CLASSES
+    pooled = torch.randn(regions, width, MASK_SIDE, MASK_SIDE, device=setting.device, requires_grad=True)
+
+    def layers(x: Tensor, labels: Tensor) -> Tensor:
+        x = head.temperature * F.normalize(F.relu(head.upsample(x)), dim=1)
+        weight = F.normalize(head.predictor.weight.flatten(1), dim=1)
+        return torch.einsum("pdhw,pd->phw", x, weight[labels])
+
+    rows = []
+    for name, what, backward in (("mask_head", "forward", False), ("mask_head_step", "forward and backward", True)):
+
+        def work(way: Callable[[Tensor, Tensor], Tensor], backward: bool = backward) -> None:
+            with torch.set_grad_enabled(backward):
+                logits = way(pooled, labels)
+            if backward:
+                torch.autograd.grad(logits.sum(), [pooled, head.upsample.weight, head.predictor.weight])
+
+        row = Row(name, f"mask head after its convolutions, {what}", "deconvolution, normalised predictor", 1.8)
+        sides = [lambda way=way: work(way) for way in (head, layers)]
+        rows.append(take_turns(row, *sides, setting.device, setting.rounds))
     return rows
 
 

@@ -46,13 +46,21 @@ class MaskHead(nn.Module):
         x = x_PDSS
         for conv in self.convs:
             x = F.relu(conv(x))
-        x = F.relu(self.upsample(x))
-        weight_CD = self.predictor.weight.flatten(1)
+        regions, channels, *side = x.shape
+        # The deconvolution's 2 x 2 windows do not overlap: it is a linear layer of each pixel that makes four. They
+        # stay in this order, channels last, until only logits are left to be put into place.
+        weight = self.upsample.weight.permute(2, 3, 1, 0).reshape(-1, channels)
+        assert self.upsample.bias is not None and self.predictor.bias is not None
+        x = F.linear(x.permute(0, 2, 3, 1).reshape(-1, channels), weight, self.upsample.bias.repeat(4)).relu_()
+        x = x.view(regions, 4 * side[0] * side[1], self.upsample.out_channels)
+        weight_PD = self.predictor.weight.flatten(1)[labels_P]
         if self.normalised:
-            x = self.temperature * F.normalize(x, dim=1)
-            weight_CD = F.normalize(weight_CD, dim=1)
-        assert self.predictor.bias is not None
-        logits = torch.einsum("pdhw,pd->phw", x, weight_CD[labels_P].to(x.dtype))
+            weight_PD = F.normalize(weight_PD, dim=1)
+        logits = (x @ weight_PD[:, :, None].to(x.dtype))[:, :, 0]
+        if self.normalised:
+            length = torch.linalg.vector_norm(x, dim=2, dtype=torch.promote_types(x.dtype, torch.float32))
+            logits = self.temperature * logits / length.clamp(min=1e-12)
+        logits = logits.view(regions, *side, 2, 2).transpose(2, 3).reshape(regions, 2 * side[0], 2 * side[1])
         return logits + self.predictor.bias[labels_P, None, None]
 
 

@@ -5,6 +5,7 @@ import math
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from torchvision.ops import roi_align
 
 from loce.data.masks import CroppedMasks
@@ -22,6 +23,56 @@ def trunk(made: MaskHead, x: torch.Tensor) -> torch.Tensor:
     for conv in made.convs:
         x = torch.relu(conv(x))
     return torch.relu(made.upsample(x)).detach()
+
+
+def slow_head(made: MaskHead, x: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    """The layers one after another: deconvolution, ReLU, normalised or plain 1 x 1 convolution of all classes."""
+    for conv in made.convs:
+        x = torch.relu(conv(x))
+    x = torch.relu(made.upsample(x))
+    weight = made.predictor.weight
+    if made.normalised:
+        x, weight = made.temperature * F.normalize(x, dim=1), F.normalize(weight, dim=1)
+    return F.conv2d(x, weight, made.predictor.bias)[torch.arange(len(x)), labels]
+
+
+@pytest.mark.parametrize("normalised", [True, False])
+@pytest.mark.parametrize("convs", [0, 2])
+def test_logits_and_gradients_are_those_of_the_layers(normalised, convs):
+    made = (MaskHead(12, 12, 0, 5, normalised) if convs == 0 else head(normalised, convs=convs)).double()
+    channels = made.upsample.in_channels if convs == 0 else 8
+    x, labels = torch.randn(4, channels, 3, 5, dtype=torch.float64), torch.tensor([4, 0, 2, 2])
+    with torch.no_grad():
+        made.upsample.bias.normal_()
+    wanted, found = (x.clone().requires_grad_() for _ in range(2))
+    parameters = list(made.parameters())
+    gradients = []
+    for way, given in ((slow_head, wanted), (MaskHead.forward, found)):
+        logits = way(made, given, labels)
+        assert logits.shape == (4, 6, 10)
+        gradients.append([logits, *torch.autograd.grad(logits.sin().sum(), [given, *parameters])])
+    for own, expected in zip(gradients[1], gradients[0], strict=True):
+        torch.testing.assert_close(own, expected, rtol=1e-11, atol=1e-12)
+
+
+@pytest.mark.parametrize("normalised", [True, False])
+def test_gradcheck(normalised):
+    made = MaskHead(3, 4, 1, 3, normalised).double()
+    x = torch.randn(2, 3, 2, 2, dtype=torch.float64, requires_grad=True)
+    names, parameters = zip(*made.named_parameters(), strict=True)
+
+    def logits(x: torch.Tensor, *values: torch.Tensor) -> torch.Tensor:
+        return torch.func.functional_call(made, dict(zip(names, values, strict=True)), (x, torch.tensor([2, 0])))
+
+    assert torch.autograd.gradcheck(logits, (x, *parameters))
+
+
+def test_autocast_keeps_the_logits_in_fp32():
+    made, x, labels = head(), torch.randn(3, 8, 4, 4), torch.tensor([4, 0, 2])
+    with torch.autocast("cpu", torch.bfloat16):
+        logits = made(x, labels)
+    assert logits.dtype == torch.float32
+    torch.testing.assert_close(logits, made(x, labels), rtol=0, atol=20 * 2**-6)
 
 
 @pytest.mark.parametrize("temperature", [20.0, 5.0])

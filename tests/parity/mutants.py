@@ -155,8 +155,8 @@ MUTANTS = (
     Mutant(
         "mask weights not normalised",
         "models/mask_head.py",
-        "weight_CD = F.normalize(weight_CD, dim=1)",
-        "weight_CD = weight_CD",
+        "weight_PD = F.normalize(weight_PD, dim=1)",
+        "weight_PD = weight_PD",
     ),
     Mutant("mask temperature 10", "config.py", "mask_temperature: Positive = 20.0", "mask_temperature: Positive = 10"),
     Mutant("paste: corners aligned", "models/paste.py", "align_corners=False", "align_corners=True"),
