@@ -1,4 +1,4 @@
-"""The 1203 characters that Glyph-LVIS can show, as many as LVIS v1 has categories, and their names.
+"""Characters of Glyph-LVIS: the 1203 that it can show, as many as LVIS v1 has categories, and their names.
 
 All are in the DejaVu fonts. The first 50 are chosen by hand: 16 families of look-alikes, then single characters that
 fill up the 50. The others are chosen by their pictures, among letters, digits and symbols of all scripts that are

@@ -1,4 +1,4 @@
-"""One image of Glyph-LVIS: glyphs with exact masks over a textured background.
+"""Drawing of one image of Glyph-LVIS: glyphs with exact masks over a textured background.
 
 A glyph is rendered once per face, then turned, scaled and placed at four times the final resolution and averaged down,
 which gives the share of every pixel that it covers. Its mask is the pixels covered by half or more; its edge is blended
@@ -69,14 +69,10 @@ def draw_image(
     for shape, window in placed:
         _paint(canvas[window], shape, rng)
     canvas += rng.normal(0, rng.uniform(0, 7), canvas.shape).astype(np.float32)
-    return np.clip(np.rint(canvas), 0, 255).astype(np.uint8), _owners(placed, size)
-
-
-def _owners(placed: list[Placed], size: int) -> np.ndarray:
     owners = np.full((size, size), -1)
     for index, (shape, window) in enumerate(placed):
         owners[window][shape.mask] = index
-    return owners
+    return np.clip(np.rint(canvas), 0, 255).astype(np.uint8), owners
 
 
 # ---- glyphs ----------------------------------------------------------------------------------------------------------
@@ -117,11 +113,13 @@ def _make_shape(character: str, side: float, size: int, rng: np.random.Generator
     faces = faces_with(character)
     glyph = render_glyph(character, faces[rng.integers(len(faces))], max(48, 3 * size // 4))
     height, width = glyph.shape
+    # Turned, stretched, and scaled to four times its final size.
     angle, stretch = np.deg2rad(rng.uniform(-ROTATION, ROTATION)), np.exp(rng.uniform(-STRETCH, STRETCH))
     scale = SUPERSAMPLING * side / ((height + width) / 2)
     turn = np.array([[np.cos(angle), -np.sin(angle)], [np.sin(angle), np.cos(angle)]])
     matrix = scale * turn @ np.diag([stretch, 1 / stretch])
     outline = rng.uniform(0.8, 0.06 * side + 0.8) if rng.random() < OUTLINED else 0.0
+    # Room for it all, whole pixels; where in the pixel its middle lies is random.
     room = np.ceil((np.abs(matrix) @ [width, height]) / SUPERSAMPLING + 2 * outline + 3).astype(int)
     shift = SUPERSAMPLING * (room / 2 + rng.uniform(-0.5, 0.5, 2)) - matrix @ [width / 2, height / 2]
     warped = cv2.warpAffine(
@@ -165,6 +163,7 @@ def _try_to_arrange(characters: str, size: int, log_sides: np.ndarray, rng: np.r
     least = np.zeros(len(characters))  # pixels of each object that must stay visible
     for index, character in enumerate(characters):
         shape = _make_shape(character, float(np.exp(rng.uniform(*log_sides))), size, rng)
+        # It must be seen itself, and no object below it may lose more than it has to spare.
         needed = max(FEWEST_PIXELS, VISIBLE * shape.mask.sum())
         spare = np.bincount(owners[owners >= 0], minlength=len(characters)) - least
         for part, window in (_drop(shape, size, rng) for _ in range(TRIES)):

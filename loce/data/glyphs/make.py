@@ -1,7 +1,7 @@
 """Glyph-LVIS: a long-tailed instance segmentation set in LVIS v1's format, drawn on this machine.
 
-The files: glyph_classes (which characters), glyph_plan (which class in which image: the long tail), glyph_drawing (one
-image), glyph_records (masks and JSON), glyph_samples (a page to look at), and here the folder as a whole:
+The files: characters (the classes), plan (which class in which image: the long tail), drawing (one image), records
+(masks and JSON), page (samples to look at), and here the folder as a whole:
 
     out/annotations/train.json, val.json    out/train2017/*.jpg, out/val2017/*.jpg    out/samples.png    out/glyphs.json
 
@@ -20,23 +20,31 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
-from itertools import pairwise
+from itertools import chain, pairwise
 from multiprocessing import get_context
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import numpy as np
 
-from loce.data.glyphs import plan as glyph_plan
 from loce.data.glyphs.characters import CHARACTERS, category_name
 from loce.data.glyphs.page import draw_samples
-from loce.data.glyphs.plan import Plan
+from loce.data.glyphs.plan import (
+    VALIDATION_INSTANCES,
+    Plan,
+    long_tail,
+    mean_instances,
+    plan_split,
+    ranked_characters,
+    validation_counts,
+)
 from loce.data.glyphs.records import INFO, LICENSE, Record, Settings, Task, category_records, draw_task, image_record
 from loce.utils.classes import GROUPS
 from loce.utils.errors import UserError
 from loce.utils.files import write_text
 from loce.utils.options import Conflict, Count, Fraction, Natural, Range, Share, to_dict
 from loce.utils.progress import progress, say
+from loce.utils.yaml_text import differing
 
 VERSION = 1  # of what is drawn: another number means other images
 STAMP = "glyphs.json"
@@ -85,39 +93,29 @@ def make_glyphs(options: GlyphOptions) -> None:
     Starts `options.workers` processes: the calling script needs `if __name__ == "__main__"`.
     """
     folder = Path(options.out)
-    if _is_finished(folder, options):
+    identity = {"version": VERSION, **{key: value for key, value in to_dict(options).items() if key not in FREE}}
+    if _is_finished(folder, identity):
         say(f"{folder}: finished before, used as it is")
         return
+    # Drawn in a folder of its own, which becomes the set when all is there; the stamp comes last.
     partial_folder = folder / PARTIAL
     shutil.rmtree(partial_folder, ignore_errors=True)
     _draw_set(options, partial_folder)
     for path in sorted(partial_folder.iterdir()):
         path.rename(folder / path.name)
     partial_folder.rmdir()
-    write_text(folder / STAMP, json.dumps(_identity(options), indent=1) + "\n")
+    write_text(folder / STAMP, json.dumps(identity, indent=1) + "\n")
 
 
-def _identity(options: GlyphOptions) -> dict[str, Any]:
-    """What the set is a function of."""
-    drawn = {key: value for key, value in to_dict(options).items() if key not in FREE}
-    return {"version": VERSION, **drawn}
-
-
-def _is_finished(folder: Path, options: GlyphOptions) -> bool:
+def _is_finished(folder: Path, identity: Record) -> bool:
     """Whether the set is there; UserError where another set, or anything else, is."""
     stamp = folder / STAMP
     if stamp.exists():
         found = json.loads(stamp.read_text(encoding="utf-8"))
-        wanted = _identity(options)
-        differing = [
-            f"{key} = {found.get(key)} there, {wanted.get(key)} wanted"
-            for key in sorted(found | wanted)
-            if found.get(key) != wanted.get(key)
-        ]
-        if differing:
-            raise UserError(
-                f"{folder} holds glyphs of other options: {'; '.join(differing)}; choose another out=, or delete it"
-            )
+        keys = sorted(differing(found, identity))
+        if keys:
+            values = "; ".join(f"{key} = {found.get(key)} there, {identity.get(key)} wanted" for key in keys)
+            raise UserError(f"{folder} holds glyphs of other options: {values}; choose another out=, or delete it")
         return True
     if folder.exists() and not folder.is_dir():
         raise UserError(f"out = {folder} is a file; choose another out=")
@@ -128,66 +126,72 @@ def _is_finished(folder: Path, options: GlyphOptions) -> bool:
 
 
 def _draw_set(options: GlyphOptions, folder: Path) -> None:
-    """Everything but the stamp."""
+    """Images, annotation files and samples: everything but the stamp."""
     started = time.monotonic()
     rng = np.random.default_rng([options.seed, PLANNING])
-    characters = glyph_plan.ranked_characters(options.classes, rng)
-    ids = _category_ids(characters, rng)
+    # The classes; their ids are in the order of the names, as in LVIS, but with gaps, as in COCO.
+    characters = ranked_characters(options.classes, rng)
+    ids = 2 + np.cumsum(rng.integers(1, 4, options.classes))
+    rank = np.argsort(np.argsort([category_name(character) for character in characters]))
     settings = Settings(
         folder=folder,
         size=options.size,
         sides=(options.smallest, options.largest),
         characters=characters,
-        category_ids=ids,
+        category_ids=tuple(ids[rank].tolist()),
     )
-    plans = _plans(options, rng)
-    annotations, images = {}, {}
-    for split, plan in plans.items():
-        (folder / f"{split}2017").mkdir(parents=True)
-        first_id = 1 if split == "train" else options.train_images + 1
-        tasks = _tasks(plan, split, first_id, options)
-        annotations[split] = _number(_draw(settings, tasks, options.workers, split))
-        images[split] = _image_records(plan, tasks, ids, options)
-    categories = category_records(characters, ids, annotations["train"])
-    for split in plans:
-        _write_split(folder / "annotations" / f"{split}.json", images[split], annotations[split], categories)
-    draw_samples(folder, images["train"], annotations["train"], categories)
-    _report(options, annotations, categories, time.monotonic() - started)
-
-
-def _category_ids(characters: str, rng: np.random.Generator) -> tuple[int, ...]:
-    """Ids in the order of the names, as in LVIS, but with gaps, as in COCO; by label."""
-    ids = 2 + np.cumsum(rng.integers(1, 4, len(characters)))
-    order = sorted(range(len(characters)), key=lambda label: category_name(characters[label]))
-    by_label = dict(zip(order, ids.tolist(), strict=True))
-    return tuple(by_label[label] for label in range(len(characters)))
-
-
-def _plans(options: GlyphOptions, rng: np.random.Generator) -> dict[str, Plan]:
-    train = glyph_plan.long_tail(options.classes, options.train_images, options.classes_per_image)
-    val = glyph_plan.validation_counts(train, options.val_images, options.classes_per_image)
-    herds = glyph_plan.mean_instances(train)
-    fewest = glyph_plan.VALIDATION_INSTANCES
-    return {
-        "train": glyph_plan.plan_split(train, options.train_images, herds, options.most_objects, 0, rng),
-        "val": glyph_plan.plan_split(val, options.val_images, herds, options.most_objects, fewest, rng),
+    # Which class stands in which image, and how often.
+    train = long_tail(options.classes, options.train_images, options.classes_per_image)
+    val = validation_counts(train, options.val_images, options.classes_per_image)
+    herds, most = mean_instances(train), options.most_objects
+    plans = {
+        "train": plan_split(train, options.train_images, herds, most, 0, rng),
+        "val": plan_split(val, options.val_images, herds, most, VALIDATION_INSTANCES, rng),
     }
-
-
-def _rows_by_image(plan: Plan, images: int) -> list[slice]:
-    """The rows of the plan of each image."""
-    return [slice(a, b) for a, b in pairwise(np.searchsorted(plan.images, np.arange(images + 1)).tolist())]
+    # Draw the images; annotations are numbered in their order.
+    annotations: dict[str, list[Record]] = {}
+    images: dict[str, list[Record]] = {}
+    for split, first_id in (("train", 1), ("val", options.train_images + 1)):
+        (folder / f"{split}2017").mkdir(parents=True)
+        tasks = _tasks(plans[split], split, first_id, options)
+        drawn = chain.from_iterable(_draw(settings, tasks, options.workers, split))
+        annotations[split] = [{"id": number, **annotation} for number, annotation in enumerate(drawn, 1)]
+        images[split] = [
+            image_record(
+                task, settings, options.negatives, np.random.default_rng([options.seed, VERIFYING, task.image_id])
+            )
+            for task in tasks
+        ]
+    # The files of both splits have the same categories, counted in training.
+    categories = category_records(characters, settings.category_ids, annotations["train"])
+    for split in plans:
+        content = {
+            "info": INFO,
+            "licenses": [LICENSE],
+            "images": images[split],
+            "annotations": annotations[split],
+            "categories": categories,
+        }
+        write_text(folder / "annotations" / f"{split}.json", json.dumps(content, separators=(",", ":")))
+    draw_samples(folder, images["train"], annotations["train"], categories)
+    groups = [sum(category["frequency"] == group for category in categories) for group in GROUPS]
+    say(
+        f"{options.out}: {options.classes} classes ({groups[0]} rare, {groups[1]} common, {groups[2]} frequent); "
+        f"train {options.train_images} images, {len(annotations['train'])} objects; "
+        f"val {options.val_images} images, {len(annotations['val'])} objects; "
+        f"{(options.train_images + options.val_images) / (time.monotonic() - started):.0f} images/s"
+    )
 
 
 def _tasks(plan: Plan, split: str, first_id: int, options: GlyphOptions) -> list[Task]:
     """What to draw in each image of a split; which object lies in front is random."""
     tasks = []
     images = options.train_images if split == "train" else options.val_images
-    for image_id, rows in enumerate(_rows_by_image(plan, images), first_id):
-        labels = np.repeat(plan.labels[rows], plan.instances[rows] + plan.left_out[rows])
-        annotated = [
-            place < n for n, m in zip(plan.instances[rows], plan.left_out[rows], strict=True) for place in range(n + m)
-        ]
+    borders = np.searchsorted(plan.images, np.arange(images + 1)).tolist()
+    for image_id, (first, end) in enumerate(pairwise(borders), first_id):
+        instances, left_out = plan.instances[first:end], plan.left_out[first:end]
+        labels = np.repeat(plan.labels[first:end], instances + left_out)
+        annotated = [place < n for n, m in zip(instances, left_out, strict=True) for place in range(n + m)]
         order = np.random.default_rng([options.seed, PLANNING, image_id]).permutation(len(labels))
         tasks.append(
             Task(
@@ -209,48 +213,3 @@ def _draw(settings: Settings, tasks: list[Task], workers: int, label: str) -> It
         return
     with get_context("spawn").Pool(workers) as pool:
         yield from progress(pool.imap(draw, tasks, chunksize=16), len(tasks), label, "images")
-
-
-def _number(annotations_of_images: Iterator[list[Record]]) -> list[Record]:
-    """All annotations in one list, with `id` 1, 2, ..."""
-    flat = (annotation for annotations in annotations_of_images for annotation in annotations)
-    return [{"id": number, **annotation} for number, annotation in enumerate(flat, 1)]
-
-
-def _image_records(plan: Plan, tasks: list[Task], ids: tuple[int, ...], options: GlyphOptions) -> list[Record]:
-    records = []
-    every = np.arange(options.classes)
-    id_of = np.array(ids)
-    for task, rows in zip(tasks, _rows_by_image(plan, len(tasks)), strict=True):
-        absent = np.setdiff1d(every, plan.labels[rows])
-        rng = np.random.default_rng([options.seed, VERIFYING, task.image_id])
-        verified = rng.choice(absent, round(options.negatives * len(absent)), replace=False)
-        open_labels = plan.labels[rows][plan.left_out[rows] > 0]
-        negatives, not_exhaustive = (sorted(id_of[labels].tolist()) for labels in (verified, open_labels))
-        records.append(image_record(task, options.size, negatives, not_exhaustive))
-    return records
-
-
-def _write_split(path: Path, images: list[Record], annotations: list[Record], categories: list[Record]) -> None:
-    content = {
-        "info": INFO,
-        "licenses": [LICENSE],
-        "images": images,
-        "annotations": annotations,
-        "categories": categories,
-    }
-    write_text(path, json.dumps(content, separators=(",", ":")))
-
-
-def _report(
-    options: GlyphOptions, annotations: dict[str, list[Record]], categories: list[Record], seconds: float
-) -> None:
-    groups = [sum(category["frequency"] == group for category in categories) for group in GROUPS]
-    objects = {split: len(records) for split, records in annotations.items()}
-    images = options.train_images + options.val_images
-    say(
-        f"{options.out}: {options.classes} classes ({groups[0]} rare, {groups[1]} common, {groups[2]} frequent); "
-        f"train {options.train_images} images, {objects['train']} objects; "
-        f"val {options.val_images} images, {objects['val']} objects; "
-        f"{images / seconds:.0f} images/s"
-    )

@@ -1,4 +1,4 @@
-"""Which classes stand in which image of Glyph-LVIS, and how often: the long tail, planned before anything is drawn.
+"""Long tail of Glyph-LVIS: which classes stand in which image, and how often, planned before anything is drawn.
 
 What LVIS v1 looks like, and what is planned here. C classes, N training images, k class labels an image:
 
@@ -114,14 +114,17 @@ def plan_split(
     """
     shown_on, labels = _deal(image_counts, images, most_objects, rng)
     instances = rng.geometric(1 / mean_instances[labels])
-    order = rng.permutation(len(labels))  # who keeps a herd where an image has no room for all
+    # In random order, labels get the objects that their image has room for.
+    order = rng.permutation(len(labels))
     room = most_objects - np.bincount(shown_on, minlength=images)
     for row in order:
         instances[row] = 1 + min(instances[row] - 1, max(0, room[shown_on[row]]))
         room[shown_on[row]] -= instances[row] - 1
+    # Some labels leave out up to half of their objects.
     not_exhaustive = (instances >= 3) & (rng.random(len(labels)) < NOT_EXHAUSTIVE_SHARE)
     left_out = np.where(not_exhaustive, rng.integers(1, np.maximum(2, instances // 2 + 1)), 0)
     instances -= left_out
+    # Classes with too few objects get more, one an image and turn.
     missing = fewest_instances - np.bincount(labels, instances, minlength=len(image_counts))
     for row in np.tile(order, fewest_instances):
         if missing[labels[row]] > 0 and room[shown_on[row]] > 0:

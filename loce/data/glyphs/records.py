@@ -1,10 +1,11 @@
-"""What Glyph-LVIS writes down: LVIS v1's records of images, annotations and categories.
+"""Records of Glyph-LVIS: LVIS v1's images, annotations and categories.
 
 A mask without holes becomes polygons along the edges of its pixels, which rasterise to exactly that mask; a mask with a
 hole (an O, say) is no union of polygons and becomes a compressed run-length code. Of the objects of the 50 classes 7 in
 10 have polygons. Boxes are tight around the visible part: x, y, width, height in pixels.
 """
 
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -90,45 +91,47 @@ def outline(mask: np.ndarray, left: int = 0, top: int = 0) -> list[list[int]] | 
     return polygons
 
 
-def image_record(task: Task, size: int, negatives: list[int], not_exhaustive: list[int]) -> Record:
-    """LVIS v1's record of an image: there is no `file_name`, the end of `coco_url` is the path."""
+def image_record(task: Task, settings: Settings, negatives: float, rng: np.random.Generator) -> Record:
+    """LVIS v1's record of an image: there is no `file_name`, the end of `coco_url` is the path.
+
+    negatives: the share of the absent classes that is listed as verified absent.
+    """
+    id_of = np.array(settings.category_ids)
+    absent = np.setdiff1d(np.arange(len(id_of)), task.labels)
+    verified = rng.choice(absent, round(negatives * len(absent)), replace=False)
+    left_out = {label for label, annotated in zip(task.labels, task.annotated, strict=True) if not annotated}
     return {
         "id": task.image_id,
-        "width": size,
-        "height": size,
+        "width": settings.size,
+        "height": settings.size,
         "license": LICENSE["id"],
         "coco_url": f"http://glyphs/{task.path}",
         "flickr_url": "",
         "date_captured": "2021-08-16 00:00:00",
-        "neg_category_ids": negatives,
-        "not_exhaustive_category_ids": not_exhaustive,
+        "neg_category_ids": sorted(id_of[verified].tolist()),
+        "not_exhaustive_category_ids": sorted(settings.category_ids[label] for label in left_out),
     }
 
 
 def category_records(characters: str, category_ids: tuple[int, ...], annotations: list[Record]) -> list[Record]:
     """LVIS v1's categories by id, counted over the training `annotations`; `synonyms` holds the character itself."""
     shown = {(annotation["category_id"], annotation["image_id"]) for annotation in annotations}
-    image_counts = _count([category for category, _ in shown], category_ids)
-    instance_counts = _count([annotation["category_id"] for annotation in annotations], category_ids)
-    groups = frequency_groups(image_counts)
-    records = []
-    for label, (character, category_id) in enumerate(zip(characters, category_ids, strict=True)):
-        name = category_name(character)
-        records.append(
+    images = Counter(category for category, _ in shown)
+    instances = Counter(annotation["category_id"] for annotation in annotations)
+    groups = frequency_groups(np.array([images[category] for category in category_ids]))
+    return sorted(
+        (
             {
                 "id": category_id,
-                "name": name,
-                "synset": f"{name}.n.01",
+                "name": category_name(character),
+                "synset": f"{category_name(character)}.n.01",
                 "synonyms": [character],
                 "def": f"the character {character} (U+{ord(character):04X})",
-                "frequency": str(groups[label]),
-                "image_count": int(image_counts[label]),
-                "instance_count": int(instance_counts[label]),
+                "frequency": str(group),
+                "image_count": images[category_id],
+                "instance_count": instances[category_id],
             }
-        )
-    return sorted(records, key=lambda record: record["id"])
-
-
-def _count(found: list[int], category_ids: tuple[int, ...]) -> np.ndarray:
-    counts = np.bincount(np.array(found, dtype=np.int64), minlength=max(category_ids) + 1)
-    return counts[list(category_ids)]
+            for character, category_id, group in zip(characters, category_ids, groups, strict=True)
+        ),
+        key=lambda record: record["id"],
+    )
