@@ -14,13 +14,12 @@ def dense_boxes(
     image_size: tuple[float, float],
     eta: Tensor | None = None,
     generator: torch.Generator | None = None,
-    one_eta: bool = False,
 ) -> Tensor:
     """Sixteen boxes around each ground-truth box, one for each choice of signs in Eq. 5.
 
     boxes: (N, 4) float xyxy in pixels; image_size: (height, width) in pixels of the image they lie in; eta: (N, 16, 4)
-    in [0, 1], drawn uniformly when it is not given, an own number for each coordinate of each box; generator: of the
-    boxes' device; one_eta: draw 16 x 4 numbers for all boxes together, as the released code does.
+    in [0, 1], drawn uniformly when it is not given, an own number for each coordinate of each box (the released code
+    has 16 x 4 for all boxes together); generator: of the boxes' device.
     Returns (N, 16, 4) in the dtype of `boxes`, clipped to [0, width] and [0, height]. The sign patterns are in the
     order (-,-,-,-), (-,-,-,+), (-,-,+,-), ..., (+,+,+,+) over (x1, y1, x2, y2).
 
@@ -29,7 +28,7 @@ def dense_boxes(
     """
     height, width = image_size
     if eta is None:
-        shape = (1 if one_eta else len(boxes), SIGN_PATTERNS, 4)
+        shape = (len(boxes), SIGN_PATTERNS, 4)
         eta = torch.rand(shape, generator=generator, dtype=boxes.dtype, device=boxes.device)
     side_N2 = boxes[:, 2:] - boxes[:, :2]
     reach_N14 = torch.cat([side_N2, side_N2], dim=1)[:, None] / 6

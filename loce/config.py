@@ -1,7 +1,7 @@
 """Every option of loce: frozen dataclasses whose defaults are the paper's main setting (LVIS v1, R-50-FPN, stage 1).
 
 A YAML file states differences only; `key.sub=value` on the command line overrides it (Sec. 4.1 for the values).
-What a field may hold is its type; what cannot stand together is in conflicts.py. Imports no torch.
+What a field may hold is its type; OPTION_OF and CONFLICTS say what options exclude. Imports no torch.
 """
 
 import dataclasses
@@ -13,14 +13,15 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from loce.conflicts import CONFLICTS
-from loce.method_options import HeadConfig
 from loce.utils.errors import UserError, raise_problems, run_script
 from loce.utils.files import inside
 from loce.utils.options import (
+    Choice,
+    Conflict,
     Count,
     Decay,
     Fraction,
+    Given,
     Natural,
     NotNegative,
     Positive,
@@ -29,12 +30,13 @@ from loce.utils.options import (
     build,
     flatten,
     help_text,
+    is_section,
     print_help,
     read_options,
     split_words,
     to_dict,
 )
-from loce.utils.yaml_text import dump_yaml, load_yaml
+from loce.utils.yaml_text import dump_yaml, load_yaml, show
 
 __all__ = [
     "Config",
@@ -130,6 +132,136 @@ class ModelConfig:
     roi: RoIConfig = field(default_factory=RoIConfig)
 
 
+HeadName = Literal[
+    "softmax",
+    "equilibrium",
+    "reweighted",
+    "eql",
+    "eqlv2",
+    "seesaw",
+    "bags",
+    "balanced_softmax",
+    "balms",
+    "ldam",
+    "logit_adjustment",
+    "norcal",
+    "forest",
+    "simcal",
+]
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReweightedOptions:
+    """Softmax whose rows are weighted by class."""
+
+    by: Literal["inverse_frequency", "effective_number"] = "effective_number"
+    beta: Decay = 0.9999  # of the effective number (1 - beta^n) / (1 - beta)
+
+
+@dataclass(frozen=True, kw_only=True)
+class EQLOptions:
+    """Equalization loss."""
+
+    threshold: Fraction = 1.1e-3  # lambda: classes in a smaller share of the images are spared; v0.5: 1.77e-3
+
+
+@dataclass(frozen=True, kw_only=True)
+class EQLv2Options:
+    """Equalization loss v2."""
+
+    gamma: Positive = 12.0  # steepness of the map from gradient ratio to weight
+    mu: NotNegative = 0.8  # its centre
+    alpha: NotNegative = 4.0  # positives weigh 1 to 1 + alpha
+
+
+@dataclass(frozen=True, kw_only=True)
+class SeesawOptions:
+    """Seesaw loss."""
+
+    p: NotNegative = 0.8  # exponent of the mitigation factor
+    q: NotNegative = 2.0  # exponent of the compensation factor
+    temperature: Positive = 20.0  # of the normalised classifier
+    synchronise: bool = True  # false: every rank counts its own samples only, as the released code does
+
+
+@dataclass(frozen=True, kw_only=True)
+class BAGSOptions:
+    """Balanced group softmax."""
+
+    bounds: tuple[Count, ...] = (10, 100, 1000)  # instances at which the next group begins
+    others_ratio: Positive = 8.0  # beta: at most so many "others" per row of the group
+
+
+@dataclass(frozen=True, kw_only=True)
+class BALMSOptions:
+    """Balanced meta-softmax, sigmoid form with a learned re-weighting."""
+
+    meta_lr: Positive = 0.01  # Adam's, of the class weights
+    inner_lr: Positive = 0.02  # of the trial step of the classifier; it follows neither batch size nor drops
+
+
+@dataclass(frozen=True, kw_only=True)
+class LDAMOptions:
+    """Label-distribution-aware margins with deferred re-weighting."""
+
+    max_margin: Positive = 0.5
+    scale: Positive = 30.0
+    reweight_from: Fraction = 0.8  # share of the training after which rows are weighted by class; 1: never
+    beta: Decay = 0.9999
+
+
+@dataclass(frozen=True, kw_only=True)
+class LogitAdjustmentOptions:
+    """Logit-adjusted softmax loss."""
+
+    tau: Positive = 1.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class NorCalOptions:
+    """Normalised calibration of a trained softmax head; nothing changes in training."""
+
+    gamma: NotNegative = 0.6
+    counts: Literal["images", "instances"] = "images"
+
+
+@dataclass(frozen=True, kw_only=True)
+class ForestOptions:
+    """Forest R-CNN: parent classes of several trees. scripts/build_forest.py writes the trees."""
+
+    trees: str = ""  # file of the trees, read when training starts; a checkpoint holds them
+    visual: Natural = 25  # parents of each tree; 0: a tree that is not used
+    geometrical: Natural = 50
+    lexical: Natural = 0  # 108 with LVIS v0.5 and WordNet, for which the user brings a file
+
+
+@dataclass(frozen=True, kw_only=True)
+class SimCalOptions:
+    """Calibrated second classifier."""
+
+    threshold: Count = 100  # instances; classes with fewer take the calibrated score
+    layers: Literal["3fc_ft", "3fc_rand", "2fc_rand"] = "3fc_ft"  # 3fc_ft starts from the detector's own FCs
+
+
+@dataclass(frozen=True, kw_only=True)
+class HeadConfig:
+    """Classification head: the loss and how scores are read from logits. A section is of the head of its name."""
+
+    name: HeadName = "softmax"
+    reset: bool = False  # start the classifier anew, whatever train.init holds of it
+    reweighted: ReweightedOptions = field(default_factory=ReweightedOptions)
+    eql: EQLOptions = field(default_factory=EQLOptions)
+    eqlv2: EQLv2Options = field(default_factory=EQLv2Options)
+    seesaw: SeesawOptions = field(default_factory=SeesawOptions)
+    bags: BAGSOptions = field(default_factory=BAGSOptions)
+    balms: BALMSOptions = field(default_factory=BALMSOptions)
+    ldam: LDAMOptions = field(default_factory=LDAMOptions)
+    logit_adjustment: LogitAdjustmentOptions = field(default_factory=LogitAdjustmentOptions)
+    norcal: NorCalOptions = field(default_factory=NorCalOptions)
+    forest: ForestOptions = field(default_factory=ForestOptions)
+    simcal: SimCalOptions = field(default_factory=SimCalOptions)
+
+
 @dataclass(frozen=True, kw_only=True)
 class IndicatorConfig:
     """What tells weak classes from strong ones, for the equilibrium loss and the feature memory (Sec. 3.1)."""
@@ -137,7 +269,6 @@ class IndicatorConfig:
     kind: Literal["score", "prior"] = "score"  # score: mean score, Eq. 2; prior: instance counts (supplement)
     momentum: Decay = 0.9  # alpha
     initial_score: Share = 0.01
-    warm_start: bool = True  # the images that fill the memory update the mean score, too
     background_score: Share = 0.01  # the paper's s^_{C+1}
     background_count: Positive = 1.0  # the supplement's n^_{C+1}, for kind: prior
 
@@ -151,13 +282,10 @@ class MemoryConfig:
     instances_per_class: Count = 5  # stored per class and image, chosen at random
     fill_instances: Count = 5  # per class, before the first iteration
     level: Literal["fc", "roi"] = "fc"  # fc: the vector after the shared FCs; roi: the pooled RoI features
-    allow_stale: bool = False  # level: fc although the shared FCs train, and so change what is stored
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     shared: bool = False  # true: every rank holds the rows of all ranks
     classes_per_draw: Count = 8  # k, per 2 images on a rank
     features_per_class: Count = 4  # m
-    transform: Literal["inverse", "inverse_root", "log_inverse"] = "inverse"  # f of Eq. 7: 1 / s, 1 / sqrt(s), -log(s)
-    eta: Literal["box", "image"] = "box"  # Eq. 5's random numbers: of each box, or (released code) 16 x 4 an image
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -221,6 +349,186 @@ class Config:
     eval: EvalConfig = field(default_factory=EvalConfig)
 
 
+# Option or section -> the choice that it belongs to. Where another choice is made it does nothing, and is refused.
+OPTION_OF: dict[str, Choice] = {
+    **{f"head.{f.name}": ("head.name", (f.name,)) for f in dataclasses.fields(HeadConfig) if is_section(f.type)},
+    "head.reweighted.beta": ("head.reweighted.by", ("effective_number",)),
+    "head.ldam.beta": ("head.ldam.reweight_from", Range(0, 1, below=True)),
+    "sampler.repeat_threshold": ("sampler.name", ("repeat_factor",)),
+    "sampler.repeat_rounding": ("sampler.name", ("repeat_factor",)),
+    "sampler.bilevel_tau": ("sampler.name", ("bilevel",)),
+    "indicator.momentum": ("indicator.kind", ("score",)),
+    "indicator.initial_score": ("indicator.kind", ("score",)),
+    "indicator.background_score": ("indicator.kind", ("score",)),
+    "indicator.background_count": ("indicator.kind", ("prior",)),
+    "memory": ("memory.enabled", (True,)),
+    "model.mask_temperature": ("model.mask_predictor", ("normalised",)),
+}
+
+# Options that went, each with its default of then, which old run folders and checkpoints state and which is done now.
+LAST_WITH_GONE = "558207e"
+GONE = {
+    "head.equilibrium": {"background": "fixed"},
+    "head.equilibrium.background": "fixed",
+    "indicator.warm_start": True,
+    "memory.allow_stale": False,
+    "memory.eta": "box",
+    "memory.transform": "inverse",
+}
+
+# What cannot stand together: the keys, when it is wrong, and why (or what is right).
+CONFLICTS: tuple[Conflict, ...] = (
+    (("data.train_annotations",), lambda c: not c.data.train_annotations, "must name a file"),
+    (("data.val_annotations",), lambda c: not c.data.val_annotations, "must name a file"),
+    (("data.train_images",), lambda c: not c.data.train_images, "must name a folder"),
+    (("data.val_images",), lambda c: not c.data.val_images, "must name a folder"),
+    (
+        ("data.common_max", "data.rare_max"),
+        lambda c: c.data.common_max < c.data.rare_max,
+        "common_max must not be below rare_max",
+    ),
+    (("data.short_edges",), lambda c: not c.data.short_edges, "must hold at least one length"),
+    (
+        ("data.long_edge", "data.short_edges"),
+        lambda c: c.data.long_edge < max(c.data.short_edges, default=0),
+        "long_edge must not be below a short edge",
+    ),
+    (
+        ("data.long_edge", "data.test_short_edge"),
+        lambda c: c.data.long_edge < c.data.test_short_edge,
+        "long_edge must not be below test_short_edge",
+    ),
+    (
+        ("model.rpn.negative_iou", "model.rpn.positive_iou"),
+        lambda c: c.model.rpn.negative_iou > c.model.rpn.positive_iou,
+        "negative_iou must not be above positive_iou",
+    ),
+    (
+        ("model.rpn.batch_per_image", "model.rpn.positive_fraction"),
+        lambda c: c.model.rpn.batch_per_image * c.model.rpn.positive_fraction < 1,
+        "their product, the positive anchors of an image, must be at least 1",
+    ),
+    (
+        ("model.roi.batch_per_image", "model.roi.positive_fraction"),
+        lambda c: c.model.roi.batch_per_image * c.model.roi.positive_fraction < 1,
+        "their product, the positive RoIs of an image, must be at least 1",
+    ),
+    (
+        ("model.backbone", "model.weights"),
+        lambda c: c.model.backbone == "tiny" and c.model.weights != "none",
+        "the tiny backbone has no ImageNet weights; set model.weights=none",
+    ),
+    (
+        ("model.backbone", "model.norm"),
+        lambda c: c.model.backbone == "tiny" and c.model.norm != "group",
+        "the tiny backbone has group norm only; set model.norm=group",
+    ),
+    (
+        ("model.norm", "model.weights", "train.init"),
+        lambda c: (
+            c.model.norm == "frozen" and c.model.weights == "none" and not c.train.init and c.model.backbone != "tiny"
+        ),
+        "without weights there are no statistics to freeze; set model.norm=batch or group, or train.init",
+    ),
+    (
+        ("model.frozen_stages", "model.weights", "train.init"),
+        lambda c: c.model.frozen_stages > 0 and c.model.weights == "none" and not c.train.init,
+        "stages of random weights would never train; set model.frozen_stages=0, or train.init",
+    ),
+    (
+        ("memory.enabled", "train.freeze"),
+        lambda c: c.memory.enabled and c.train.freeze == "none",
+        "the stored features would be stale; set train.freeze=trunk (or backbone, with memory.level=roi)",
+    ),
+    (
+        ("memory.enabled", "memory.level", "train.freeze"),
+        lambda c: c.memory.enabled and c.memory.level == "fc" and c.train.freeze == "backbone",
+        "the shared FCs train, so vectors stored after them would be stale; set train.freeze=trunk or memory.level=roi",
+    ),
+    (
+        ("train.freeze", "train.init"),
+        lambda c: c.train.freeze != "none" and not c.train.init,
+        "what is frozen must come from somewhere; set train.init to a checkpoint or a run folder",
+    ),
+    (
+        ("model.norm", "train.freeze"),
+        lambda c: c.model.norm == "batch" and c.train.freeze != "none",
+        "batch norms would go on changing their statistics in what is frozen; set model.norm=frozen, same weights",
+    ),
+    (
+        ("train.batch_size", "train.accumulate"),
+        lambda c: c.train.batch_size % c.train.accumulate != 0,
+        "batch_size must be divisible by accumulate",
+    ),
+    (
+        ("train.evaluate_every", "train.evaluate"),
+        lambda c: c.train.evaluate_every > 0 and not c.train.evaluate,
+        "there is nothing to do every few epochs where nothing is evaluated",
+    ),
+    (
+        ("train.evaluate_every", "train.epochs"),
+        lambda c: c.train.evaluate_every >= c.train.epochs,
+        "evaluate_every must be below epochs; the last epoch is evaluated without it",
+    ),
+    (
+        ("train.overfit", "train.dry_run"),
+        lambda c: c.train.overfit > 0 and c.train.dry_run,
+        "these are two different trials; give one of them",
+    ),
+    (
+        ("train.overfit", "head.name"),
+        lambda c: c.train.overfit > 0 and c.head.name == "simcal",
+        "this head draws images by class and cannot learn fixed ones; try the recipe of the stage before",
+    ),
+    (
+        ("train.drops", "train.epochs"),
+        lambda c: list(c.train.drops) != sorted(set(c.train.drops)) or any(d >= c.train.epochs for d in c.train.drops),
+        "drops must increase and stay below epochs",
+    ),
+    (
+        ("head.reset", "train.init"),
+        lambda c: c.head.reset and not c.train.init,
+        "there is nothing to start anew; set train.init, or leave head.reset out",
+    ),
+    (
+        ("head.reset", "head.name"),
+        lambda c: c.head.reset and c.head.name == "simcal",
+        "the detector's own classifier is one of the two; set head.simcal.layers=3fc_rand to start the other anew",
+    ),
+    (
+        ("memory.level", "head.name"),
+        lambda c: c.memory.enabled and c.memory.level == "fc" and c.head.name == "simcal",
+        "this head reads pooled features, not vectors; set memory.level=roi",
+    ),
+    (
+        ("train.freeze", "head.name"),
+        lambda c: c.head.name in ("simcal", "balms") and c.train.freeze != "detector",
+        "this head is a second stage of its own; set train.freeze=detector and train.init",
+    ),
+    (
+        ("head.name", "sampler.name"),
+        lambda c: c.head.name == "simcal" and c.sampler.name != "bilevel",
+        "this head learns from the class that an image was drawn for; set sampler.name=bilevel",
+    ),
+    (
+        ("head.forest.trees", "head.name"),
+        lambda c: c.head.name == "forest" and not c.head.forest.trees,
+        "must name a file of parent trees; scripts/build_forest.py writes one",
+    ),
+    (
+        ("head.forest.visual", "head.forest.geometrical", "head.forest.lexical", "head.name"),
+        lambda c: (
+            c.head.name == "forest" and not (c.head.forest.visual + c.head.forest.geometrical + c.head.forest.lexical)
+        ),
+        "at least one tree must have parents",
+    ),
+    (
+        ("head.bags.bounds",),
+        lambda c: list(c.head.bags.bounds) != sorted(set(c.head.bags.bounds)),
+        "must increase",
+    ),
+)
+
 # What may differ when a run goes on: it changes how fast a run goes and what it writes, not what it learns; so, but for
 # rounding and the random draws, does `accumulate`, as the number of processes does.
 MAY_CHANGE = {"output", "device", "data.workers", "data.train_images", "data.val_images"} | {
@@ -248,11 +556,8 @@ def load_config(argv: Sequence[str]) -> Config:
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"{path}: cannot be read: {error}") from None
     words, problems = split_words(Config, argv[1:])
-    file_values = flatten(Config, load_yaml(text, str(path)), str(path))
-    config = build(Config, [*file_values, *words], CONFLICTS, problems)
-    if config.output:
-        return config
-    return build(Config, [*file_values, *words, ("output", str(run_folder(path)), "default")], CONFLICTS)
+    config = _build([*flatten(Config, load_yaml(text, str(path)), str(path)), *words], problems)
+    return config if config.output else dataclasses.replace(config, output=str(run_folder(path)))
 
 
 def find_config(name: str) -> Path:
@@ -297,8 +602,19 @@ def from_dict(values: Mapping[str, Any], source: str = "checkpoint", words: Sequ
 
     UserError naming `source`, as for a file.
     """
+    stated = {key: value for part in (to_dict(Config()), values) for key, value, _ in flatten(Config, part, source)}
     given, problems = split_words(Config, words)
-    return build(Config, [*flatten(Config, values, source), *given], CONFLICTS, problems)
+    return _build([*((key, value, source) for key, value in stated.items()), *given], problems)
+
+
+def _build(given: Sequence[Given], problems: Sequence[str]) -> Config:
+    went = [
+        f"{source}: {key} = {show(value)}: this option went (docs/log.md); commit {LAST_WITH_GONE} is the last with it"
+        for key, value, source in given
+        if GONE.get(key, value) != value
+    ]
+    known = [entry for entry in given if entry[0] not in GONE]
+    return build(Config, known, CONFLICTS, [*problems, *went], OPTION_OF)
 
 
 def diff(old: Any, new: Any, prefix: str = "") -> dict[str, Any]:

@@ -4,29 +4,22 @@ Shape suffixes: B rows to store, C classes, M slots per class, K classes drawn, 
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
 
 from loce.utils.classes import IGNORED
 
-# f of Eq. 7, "a non-increasing transform" (Sec. 3.3), of s + 1e-7, since s may be 0. "inverse" is the paper's, Eq. 8.
-TRANSFORMS: dict[str, Callable[[Tensor], Tensor]] = {
-    "inverse": torch.reciprocal,
-    "inverse_root": torch.rsqrt,
-    "log_inverse": lambda score_C: -score_C.clamp(max=1).log(),  # mean scores only: counts are above 1
-}
 
-
-def sampling_probability(mean_score: Tensor, counts: Tensor, transform: str = "inverse") -> Tensor:
+def sampling_probability(mean_score: Tensor, counts: Tensor) -> Tensor:
     """Eq. 7-8: the probability of drawing each class, (C,), over the classes that have something stored.
 
     mean_score: (C,), or (C+1,) whose background is left out; instance counts do as well (supplement, Eq. 2-3).
-    counts: (C,), stored features; transform: f, one of TRANSFORMS. All zeros when nothing is stored at all. Computed in
-    the dtype of `mean_score`.
+    counts: (C,), stored features. All zeros when nothing is stored at all. Computed in the dtype of `mean_score`. f of
+    Eq. 7 is 1 / s (Eq. 8), of s + 1e-7, since s may be 0.
     """
-    weight_C = torch.where(counts > 0, TRANSFORMS[transform](mean_score[: len(counts)] + 1e-7), 0)
+    weight_C = torch.where(counts > 0, (mean_score[: len(counts)] + 1e-7).reciprocal(), 0)
     return weight_C / weight_C.sum().clamp(min=torch.finfo(weight_C.dtype).tiny)
 
 
@@ -52,13 +45,10 @@ class FeatureMemoryBank(nn.Module):
         feature_shape: Sequence[int],
         capacity: int = 80,
         dtype: torch.dtype = torch.float32,
-        transform: str = "inverse",
     ) -> None:
-        """transform: f of Eq. 7, see `sampling_probability`."""
         super().__init__()
         self.num_classes = num_classes
         self.capacity = capacity
-        self.transform = transform
         self.spare_row = num_classes * capacity
         self.register_buffer("features", torch.zeros(self.spare_row + 1, *feature_shape, dtype=dtype))
         self.register_buffer("box_targets", torch.zeros(self.spare_row + 1, 4))
@@ -134,7 +124,7 @@ class FeatureMemoryBank(nn.Module):
     def draw(self, mean_score: Tensor, uniform_K: Tensor, uniform_KF: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """`sample` with given random numbers: those for the classes in (0, 1], those for the features in [0, 1)."""
         counts_C = self.counts
-        cumulative_C = sampling_probability(mean_score.double(), counts_C, self.transform).cumsum(0)
+        cumulative_C = sampling_probability(mean_score.double(), counts_C).cumsum(0)
         # Inverse distribution: the first class with u <= cumulative sum. Its last entry may differ from 1 by rounding.
         class_K = torch.searchsorted(cumulative_C, uniform_K * cumulative_C[-1]).clamp(max=self.num_classes - 1)
         count_K1 = counts_C[class_K][:, None]

@@ -26,16 +26,17 @@ def main() -> None:
     options = read_options(Options, sys.argv[1:])
     table = read_table(options, options.table)
     # Mistakes first: rows that are not there, run folders of other options.
-    names = [row.text.name for row in table.rows]
+    trainable = [row for row in table.rows if not row.text.last]
+    names = [row.text.name for row in trainable]
     if unknown := sorted(set(options.rows) - set(names)):
         raise UserError("\n".join(f"rows: there is no {name!r}; there are: {', '.join(names)}" for name in unknown))
-    if started := [run for row in table.rows for run in row.runs if run.folder.exists()]:
+    if started := [run for row in trainable for run in row.runs if run.folder.exists()]:
         from loce.engine.log import check_run_folder  # imports torch, after the options are known to be right
 
         for run in started:
             check_run_folder(run.folder, dump(run.config), dump(Config()))
     # What is missing, row by row; the table is written anew after each run.
-    chosen = [row for row in table.rows if not options.rows or row.text.name in options.rows]
+    chosen = [row for row in trainable if not options.rows or row.text.name in options.rows]
     prepare(options, table, [run for row in chosen for run in row.runs])
     file = Path(options.runs, options.data, f"table{options.table}.md")
     for row in chosen:

@@ -10,8 +10,10 @@ from typing import Any, Literal, get_args, get_origin
 import pytest
 
 from loce.config import (
+    CONFLICTS,
+    GONE,
+    OPTION_OF,
     Config,
-    HeadConfig,
     TrainConfig,
     UserError,
     dump,
@@ -22,9 +24,8 @@ from loce.config import (
     run_script,
     to_dict,
 )
-from loce.conflicts import CONFLICTS
 from loce.utils.options import Count, Range, flatten, schema
-from loce.utils.yaml_text import load_yaml
+from loce.utils.yaml_text import dotted, load_yaml, show
 
 ROOT = Path(__file__).resolve().parent.parent
 RECIPES = sorted(path for path in (ROOT / "configs").rglob("*.yaml") if path.name != "tables.yaml")
@@ -261,32 +262,6 @@ def test_everything_wrong_is_said_at_once(load):
     )
 
 
-def other_heads_options():
-    """An option of each method's section, with a value that is not its default, beside the default head."""
-    for key, value in flatten_values(to_dict(HeadConfig()), "head."):
-        if key.count(".") == 2:
-            hint = schema(Config)[key]
-            if get_origin(hint) is Literal:
-                value = get_args(hint)[-1 if value == get_args(hint)[0] else 0]
-            elif isinstance(value, bool):
-                value = str(not value).lower()
-            elif isinstance(value, list):
-                value = value[:-1]
-            elif isinstance(value, str):
-                value = "x"
-            else:
-                value = value + 1 if isinstance(value, int) else value / 2
-            yield (f"{key}={value}",)
-
-
-def flatten_values(values, prefix):
-    for name, value in values.items():
-        if isinstance(value, dict):
-            yield from flatten_values(value, f"{prefix}{name}.")
-        else:
-            yield prefix + name, value
-
-
 IMPOSSIBLE = [
     ("data.train_annotations=",),
     ("data.val_annotations=",),
@@ -305,12 +280,6 @@ IMPOSSIBLE = [
     ("model.weights=none", "model.norm=batch"),
     ("memory.enabled=true",),
     ("memory.enabled=true", "train.freeze=backbone", "train.init=x"),
-    ("memory.enabled=true", "train.freeze=trunk", "train.init=x", "memory.allow_stale=true"),
-    (
-        *("memory.enabled=true", "train.freeze=trunk", "train.init=x"),
-        *("memory.transform=log_inverse", "indicator.kind=prior"),
-    ),
-    ("indicator.warm_start=false",),
     ("train.freeze=trunk",),
     ("model.norm=batch", "train.freeze=trunk", "train.init=x"),
     ("train.accumulate=3",),
@@ -330,18 +299,12 @@ IMPOSSIBLE = [
     ),
     ("head.name=balms",),
     ("head.name=simcal", "train.freeze=detector", "train.init=x"),
-    ("sampler.repeat_threshold=0.5",),
-    ("sampler.repeat_rounding=up",),
-    ("sampler.bilevel_tau=0.5",),
     ("head.name=forest",),
     (
         *("head.name=forest", "head.forest.trees=x"),
         *("head.forest.visual=0", "head.forest.geometrical=0"),
     ),
     ("head.name=bags", "head.bags.bounds=[10, 10]"),
-    ("head.name=reweighted", "head.reweighted.by=inverse_frequency", "head.reweighted.beta=0.9"),
-    ("head.name=ldam", "head.ldam.reweight_from=1", "head.ldam.beta=0.9"),
-    *other_heads_options(),
 ]
 
 
@@ -360,14 +323,121 @@ def test_ways_out_of_conflicts(load):
     memory = ["memory.enabled=true", "train.init=runs/stage1"]
     assert load("", *memory, "train.freeze=trunk").memory.level == "fc"
     assert load("", *memory, "train.freeze=backbone", "memory.level=roi").memory.enabled
-    assert load("", *memory, "train.freeze=backbone", "memory.allow_stale=true").memory.level == "fc"
     assert load("", "model.weights=none", "train.init=x").model.norm == "frozen"
     assert load("", "model.weights=none", "model.norm=group", "model.frozen_stages=0").model.weights == "none"
 
 
-def test_conflict_keys_exist():
+def test_keys_of_rules_exist():
     for keys, _, _ in CONFLICTS:
         assert set(keys) <= set(schema(Config))
+    assert {*OPTION_OF, *(key for key, _ in OPTION_OF.values())} <= set(schema(Config))
+    assert set(GONE).isdisjoint(schema(Config))
+
+
+# An option of what is not chosen
+
+
+def another_value(key: str) -> str:
+    """Not the default of `key`, as a word has it."""
+    hint, value = schema(Config)[key], dotted(to_dict(Config()))[key]
+    if get_origin(hint) is Literal:
+        return get_args(hint)[-1 if value == get_args(hint)[0] else 0]
+    if isinstance(value, bool):
+        return str(not value).lower()
+    if isinstance(value, list):
+        return str(value[:-1])
+    return "x" if isinstance(value, str) else str(value + 1 if isinstance(value, int) else value / 2 or 0.5)
+
+
+OTHER_CHOICE = {"indicator.kind": "prior", "model.mask_predictor": "linear", "memory.enabled": "false"} | {
+    "head.reweighted.by": "inverse_frequency",
+    "head.ldam.reweight_from": "1.0",
+    "sampler.name": "class_balanced",
+    "head.name": "softmax",
+}
+IDLE = {
+    key: rule
+    for key in dotted(to_dict(Config()))
+    for part, rule in OPTION_OF.items()
+    if f"{key}.".startswith(f"{part}.") and key != rule[0]
+}
+
+
+@pytest.mark.parametrize("key", IDLE)
+def test_an_option_of_what_is_not_chosen_is_refused(load, key: str):
+    chooser, values = IDLE[key]
+    other = "score" if key == "indicator.background_count" else OTHER_CHOICE[chooser]
+    head = [f"head.name={key.split('.')[1]}"] if chooser.startswith("head.") and chooser != "head.name" else []
+    choice = f"{chooser} {values}" if isinstance(values, Range) else f"{chooser}={show(values[0])}"
+    text = message(load, "", *head, f"{key}={another_value(key)}", f"{chooser}={other}")
+    assert text.startswith(f"command line: {key} = ")
+    assert text.endswith(f", {chooser} = {other}: an option of {choice}, which is not chosen")
+
+
+def test_text_of_an_option_of_what_is_not_chosen(load):
+    assert message(load, "", "sampler.repeat_threshold=0.5") == (
+        "command line: sampler.repeat_threshold = 0.5, sampler.name = uniform (default): "
+        "an option of sampler.name=repeat_factor, which is not chosen"
+    )
+    text = "head: {name: seesaw, ldam: {beta: 0.5, reweight_from: 1}}\nmemory: {capacity: 9}\n"
+    assert message(load, text).splitlines()[1:] == [
+        "  run.yaml: head.ldam.beta = 0.5, head.name = seesaw: an option of head.name=ldam, which is not chosen",
+        "  run.yaml: head.ldam.reweight_from = 1.0, head.name = seesaw: "
+        "an option of head.name=ldam, which is not chosen",
+        "  run.yaml: memory.capacity = 9, memory.enabled = false (default): "
+        "an option of memory.enabled=true, which is not chosen",
+    ]
+
+
+def test_a_word_switches_off_what_a_recipe_has_options_of(load, tmp_path):
+    """And what is written of such a run is read again: it states every option."""
+    recipe = "memory: {enabled: true, capacity: 9}\nhead: {name: eql, eql: {threshold: 0}}\n"
+    recipe += "train: {freeze: trunk, init: x}\n"
+    config = load(recipe, "memory.enabled=false", "head.name=softmax")
+    assert (config.memory.enabled, config.memory.capacity, config.head.eql.threshold) == (False, 9, 0)
+    (tmp_path / "again.yaml").write_text(dump(config))
+    assert load_config(["again.yaml"]) == from_dict(to_dict(config)) == config
+    for words in (("memory.enabled=false", "memory.capacity=8"), ("memory.capacity=8", "memory.enabled=false")):
+        assert "an option of memory.enabled=true" in message(load, recipe, *words)
+    assert "an option of head.name=ldam" in message(from_dict, to_dict(config), "x", ["head.ldam.scale=2"])
+    assert load("", "sampler.repeat_threshold=1e-3").sampler.name == "uniform"  # a default changes nothing
+
+
+# Options of before
+
+
+def test_options_that_went_are_passed_over_where_they_say_what_is_done_now(load):
+    stored = to_dict(Config())
+    stored["memory"] |= {"transform": "inverse", "eta": "box", "allow_stale": False}
+    stored["indicator"]["warm_start"] = True
+    stored["head"]["equilibrium"] = {"background": "fixed"}
+    assert from_dict(stored) == Config()
+    assert load("memory: {eta: box}", "head.equilibrium.background=fixed") == Config(output="runs/run")
+
+
+@pytest.mark.parametrize(
+    ("section", "key", "value"),
+    [
+        ("memory", "transform", "log_inverse"),
+        ("memory", "eta", "image"),
+        ("memory", "allow_stale", True),
+        ("indicator", "warm_start", False),
+    ],
+)
+def test_options_that_went_say_so(load, section: str, key: str, value: Any):
+    reason = f"{section}.{key} = {show(value)}: this option went (docs/log.md); commit 558207e is the last with it"
+    assert message(from_dict, {section: {key: value}}, "old.pt") == f"old.pt: {reason}"
+    assert message(load, "", f"{section}.{key}={show(value)}") == f"command line: {reason}"
+
+
+def test_the_learned_background_went(load):
+    reason = "this option went (docs/log.md); commit 558207e is the last with it"
+    assert message(from_dict, {"head": {"equilibrium": {"background": "learned"}}}, "old.pt") == (
+        f"old.pt: head.equilibrium = {{background: learned}}: {reason}"
+    )
+    assert message(load, "", "head.equilibrium.background=learned") == (
+        f"command line: head.equilibrium.background = learned: {reason}"
+    )
 
 
 def test_a_wrong_value_is_not_reported_again_as_a_conflict(load):

@@ -12,16 +12,7 @@ PACKAGE = ROOT / "loce"
 # From the ground up: a room imports itself, rooms below it and, of its own floor, nobody.
 FLOORS = (
     ("utils",),
-    (
-        "config",
-        "conflicts",
-        "method_options",
-        "data.glyphs",
-        "box_generator",
-        "mean_score",
-        "memory_bank",
-        "equilibrium_loss",
-    ),
+    ("config", "data.glyphs", "box_generator", "mean_score", "memory_bank", "equilibrium_loss"),
     ("data.annotations", "heads"),
     ("data", "evaluation"),
     ("models",),
@@ -31,7 +22,6 @@ FLOORS = (
     ("scripts", "benchmarks"),
 )
 FLOOR = {room: number for number, rooms in enumerate(FLOORS) for room in rooms}
-FREE = {("config", "conflicts"), ("config", "method_options"), ("conflicts", "method_options"), ("heads", "config")}
 NO_TORCH = (
     "config",
     "utils.options",
@@ -83,8 +73,7 @@ def test_imports_go_down_only(path: Path):
         root = module.split(".")[0]
         assert root not in ("scripts", "tests", "benchmarks"), f"{path} imports {module}"
         if root == "loce" and room(module) != room(own):
-            allowed = FLOOR[room(module)] < FLOOR[room(own)] or (room(own), room(module)) in FREE
-            assert allowed, f"{own} imports {module}"
+            assert FLOOR[room(module)] < FLOOR[room(own)], f"{own} imports {module}"
 
 
 def test_no_cycles():

@@ -7,7 +7,7 @@ from collections import deque
 import pytest
 import torch
 
-from loce.memory_bank import TRANSFORMS, FeatureMemoryBank, sampling_probability
+from loce.memory_bank import FeatureMemoryBank, sampling_probability
 from loce.utils.classes import IGNORED
 
 
@@ -23,25 +23,17 @@ class BankSlow:
                 self.queues[label].append((feature, target))
 
 
-TRANSFORMS_SLOW = {
-    "inverse": lambda s: 1 / s,
-    "inverse_root": lambda s: s**-0.5,
-    "log_inverse": lambda s: math.log(1 / s),
-}
-
-
-def probability_slow(scores, counts, transform="inverse"):
+def probability_slow(scores, counts):
     """Eq. 7-8 with f of s + 1e-7, over the classes that have something stored, in Python floats."""
-    f = TRANSFORMS_SLOW[transform]
-    weights = [f(s + 1e-7) if n > 0 else 0.0 for s, n in zip(scores, counts, strict=True)]
+    weights = [1 / (s + 1e-7) if n > 0 else 0.0 for s, n in zip(scores, counts, strict=True)]
     total = sum(weights)
     return [w / total if total else 0.0 for w in weights]
 
 
-def draw_slow(scores, counts, uniform_classes, uniform_features, transform):
+def draw_slow(scores, counts, uniform_classes, uniform_features):
     """(class, slot) pairs: the first class whose cumulative probability reaches u; slot floor(u n)."""
     picks = []
-    cumulative = list(itertools.accumulate(probability_slow(scores, counts, transform)))
+    cumulative = list(itertools.accumulate(probability_slow(scores, counts)))
     for u, row in zip(uniform_classes, uniform_features, strict=True):
         label = next(label for label, reached in enumerate(cumulative) if u <= reached)
         picks += [(label, math.floor(v * counts[label])) for v in row]
@@ -124,18 +116,16 @@ def test_size_at_lvis_v1():
         assert set(bank.state_dict()) == dict(bank.named_buffers()).keys()
 
 
-@pytest.mark.parametrize("transform", TRANSFORMS_SLOW)
-def test_probability_equals_the_equation(device, transform):
-    assert set(TRANSFORMS_SLOW) == set(TRANSFORMS)
+def test_probability_equals_the_equation(device):
     generator = torch.Generator().manual_seed(2)
     for classes in (1, 2, 9, 300):
         scores = torch.rand(classes + 1, generator=generator) ** 6
         scores[0] = 0  # a class that is never recognised
         counts = torch.randint(3, (classes,), generator=generator)
-        slow = probability_slow(scores[:-1].double().tolist(), counts.tolist(), transform)
+        slow = probability_slow(scores[:-1].double().tolist(), counts.tolist())
         want = torch.tensor(slow, dtype=torch.float64)
         for given in (scores, scores[:-1]):
-            got = sampling_probability(given.to(device), counts.to(device), transform)
+            got = sampling_probability(given.to(device), counts.to(device))
             torch.testing.assert_close(got.cpu().double(), want, rtol=1e-5, atol=1e-9)
 
 
@@ -143,11 +133,6 @@ def test_probability_by_instance_counts():
     """The supplement's f(n) = 1 / n: twice as many instances, half the probability; background does not matter."""
     p = sampling_probability(torch.tensor([1, 2, 4, 1]), torch.tensor([5, 5, 5]))
     torch.testing.assert_close(p, torch.tensor([4.0, 2.0, 1.0]) / 7)
-
-
-def test_a_class_that_is_always_right_is_not_drawn_by_log_inverse():
-    p = sampling_probability(torch.tensor([1.0, 0.5, 0.01]), torch.tensor([5, 5]), "log_inverse")
-    assert p.tolist() == [0, 1]
 
 
 def test_probability_of_an_empty_bank():
@@ -166,13 +151,11 @@ def filled_bank(classes, shape, capacity, generator, device="cpu", dtype=torch.f
     return bank
 
 
-@pytest.mark.parametrize("transform", TRANSFORMS_SLOW)
-def test_draw_equals_the_equations(device, transform):
+def test_draw_equals_the_equations(device):
     generator = torch.Generator().manual_seed(3)
     for classes in (1, 2, 8, 60):
         for _ in range(10):
             bank = filled_bank(classes, (3,), 6, generator, device)
-            bank.transform = transform
             scores = torch.rand(classes + 1, generator=generator) ** 3 + 1e-3
             uniform_K = 1 - torch.rand(8, generator=generator, dtype=torch.float64)
             uniform_KF = torch.rand(8, 4, generator=generator, dtype=torch.float64)
@@ -182,7 +165,7 @@ def test_draw_equals_the_equations(device, transform):
                 assert labels.tolist() == [IGNORED] * 32
                 continue
             stored, known = bank.counts.tolist(), scores.double().tolist()[:-1]
-            picks = draw_slow(known, stored, uniform_K.tolist(), uniform_KF.tolist(), transform)
+            picks = draw_slow(known, stored, uniform_K.tolist(), uniform_KF.tolist())
             assert labels.tolist() == [label for label, _ in picks]
             for row, (label, slot) in enumerate(picks):
                 assert torch.equal(features[row], bank.features[label * 6 + slot].cpu())

@@ -46,7 +46,7 @@ def test_the_worked_example(tmp_path: Path) -> None:
     heads = tmp_path / "loce/heads/__init__.py"
     insert(heads, "from loce.heads.equilibrium import EquilibriumHead\n", "from loce.heads.focal import FocalHead\n")
     insert(heads, '    "equilibrium": EquilibriumHead,\n', entry)
-    insert(tmp_path / "loce/method_options.py", '    "equilibrium",\n', name)
+    insert(tmp_path / "loce/config.py", '    "equilibrium",\n', name)
     environment = {**os.environ, "PYTHONPATH": str(tmp_path), "OMP_NUM_THREADS": "1"}
     run = [sys.executable, "-c", USE]
     subprocess.run(run, cwd=tmp_path, env=environment, check=True, timeout=120)

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from loce.config import Config, load_config, to_dict
+from loce.config import GONE, Config, load_config, to_dict
 from loce.data.glyphs.plan import EMPTY_SHARE, long_tail
 from loce.utils.options import flatten, schema
 from loce.utils.yaml_text import load_yaml
@@ -160,6 +160,12 @@ def test_questions_of_ours_are_answered_by_rows_that_exist(table: str, questions
     names = [row["name"] for row in rows]
     assert {row.get("against", "LOCE") for row in rows if "question" in row} <= set(names)
     assert sum("question" in row for row in rows) >= questions and not any("paper" in row for row in rows)
+
+
+def test_rows_that_need_an_option_that_went_are_closed():
+    for table, content in TABLES.items():
+        for row in content["rows"] if table != "recipes" else ():
+            assert ("last" in row) == any(word.partition("=")[0] in GONE for word in row.get("words", [])), row["name"]
 
 
 def test_rows_of_table_7_train_longer_and_differ_from_the_row_they_are_compared_with_as_they_say():

@@ -125,8 +125,6 @@ def fill(job: Job) -> None:
     config, memory = job.config, job.config.memory
     images, workers = images_per_rank(config.train, distributed.world_size()), config.data.workers
     fill_memory(job.model, job.dataset, memory.fill_instances, memory.shared, config.seed, images, workers)
-    if not config.indicator.warm_start:
-        job.model.roi_heads.tracker.restart()
 
 
 def advance(job: Job, log: RunLog, last: int, after_step: Callable[[int, bool], None]) -> None:

@@ -24,8 +24,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from loce.config import HeadConfig
 from loce.heads.base import Head, RoIs, at_least_fp32, linear
-from loce.method_options import HeadConfig
 from loce.utils.classes import IGNORED, ClassStats
 from loce.utils.distributed import mean_count
 

@@ -21,9 +21,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from loce.config import HeadConfig
 from loce.heads.base import RoIs, at_least_fp32, cross_entropy
 from loce.heads.softmax import SoftmaxHead
-from loce.method_options import HeadConfig
 from loce.utils.classes import ClassStats
 
 

@@ -38,8 +38,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from loce.config import BALMSOptions, HeadConfig
 from loce.heads.base import META, Head, RoIs, at_least_fp32, linear, one_hot
-from loce.method_options import BALMSOptions, HeadConfig
 from loce.utils.classes import IGNORED, ClassStats
 from loce.utils.distributed import all_reduce_sum, mean_count
 

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from loce.method_options import HeadConfig
+from loce.config import HeadConfig
 from loce.utils.classes import IGNORED, META, ClassStats
 
 __all__ = ["META", "Head", "NormalisedLinear", "RoIs", "at_least_fp32", "cross_entropy", "linear", "one_hot"]

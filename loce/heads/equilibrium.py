@@ -4,9 +4,6 @@ Loss: -log( s_y e^z_y / sum_j s_j e^z_j ), j over the C classes and the backgrou
 z + log s. s is the mean score of each class (Eq. 2, loce/mean_score.py) or, with `indicator.kind=prior`, its number of
 training instances (supplement, Sec. 1). Inference is the plain softmax of z: no margin.
 
-`background: learned` (not in the paper): log s of the background goes on from 0.01's by the gradient of the loss. The
-gradient is that of the background's bias: both move, and inference has the bias only.
-
 State: the mean score, a buffer of the detector, the same on every rank.
 
 Differences from the paper / the released code:
@@ -17,29 +14,17 @@ Differences from the paper / the released code:
 - The paper updates it once for each instance. Here, as in the released code, all entries of a step are applied at once.
 """
 
-import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from loce.equilibrium_loss import equilibrium_loss
 from loce.heads.base import RoIs
 from loce.heads.softmax import SoftmaxHead
-from loce.method_options import HeadConfig
-from loce.utils.classes import ClassStats
 
 
 class EquilibriumHead(SoftmaxHead):
-    """The layer, parameter names and scores of the softmax head, so that stage 2 goes on from stage 1's classifier.
-
-    `background: learned` adds a parameter, (1,) fp32: what is added to log s^_{C+1} in the loss, 0 at first.
-    """
+    """The layer, parameter names and scores of the softmax head, so that stage 2 goes on from stage 1's classifier."""
 
     needs_indicator = True
-
-    def __init__(self, in_features: int, stats: ClassStats, options: HeadConfig | None = None) -> None:
-        super().__init__(in_features, stats, options)
-        learned = self.options.equilibrium.background == "learned"
-        self.log_background = nn.Parameter(torch.zeros(1)) if learned else None
 
     def losses(self, logits_NL: Tensor, rois: RoIs) -> dict[str, Tensor]:
         """`loss_cls`: Eq. 3 with the margins of `rois.indicator`, divided by the number of rows that take part."""
@@ -47,7 +32,5 @@ class EquilibriumHead(SoftmaxHead):
             raise ValueError(
                 "the equilibrium head needs rois.indicator: the mean score, or the instance counts, of each class"
             )
-        if self.log_background is not None:
-            logits_NL = logits_NL + F.pad(self.log_background, (self.num_classes, 0))
         total = equilibrium_loss(logits_NL, rois.labels_N, rois.indicator, reduction="sum")
         return {"loss_cls": total / rois.count}

@@ -27,9 +27,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from loce.config import HeadConfig
 from loce.heads.base import Head, RoIs, at_least_fp32, cross_entropy, linear
 from loce.heads.forest_trees import read_trees
-from loce.method_options import HeadConfig
 from loce.utils.classes import IGNORED, ClassStats
 from loce.utils.errors import UserError
 

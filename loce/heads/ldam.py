@@ -28,9 +28,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from loce.config import HeadConfig, ReweightedOptions
 from loce.heads.base import Head, NormalisedLinear, RoIs, at_least_fp32, cross_entropy, one_hot
 from loce.heads.reweighted import class_weights
-from loce.method_options import HeadConfig, ReweightedOptions
 from loce.utils.classes import ClassStats
 
 

@@ -23,9 +23,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from loce.config import HeadConfig, ReweightedOptions
 from loce.heads.base import RoIs, cross_entropy
 from loce.heads.softmax import SoftmaxHead
-from loce.method_options import HeadConfig, ReweightedOptions
 from loce.utils.classes import ClassStats
 
 

@@ -24,8 +24,8 @@ import math
 import torch
 from torch import Tensor
 
+from loce.config import HeadConfig
 from loce.heads.base import Head, NormalisedLinear, RoIs, at_least_fp32, cross_entropy, one_hot
-from loce.method_options import HeadConfig
 from loce.utils.classes import IGNORED, ClassStats
 from loce.utils.distributed import all_reduce_sum
 

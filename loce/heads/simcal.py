@@ -24,8 +24,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from loce.config import HeadConfig
 from loce.heads.base import Head, RoIs, at_least_fp32, linear
-from loce.method_options import HeadConfig
 from loce.utils.classes import ClassStats
 from loce.utils.distributed import mean_count
 

@@ -10,8 +10,8 @@ Differences from the paper / the released code: none.
 
 from torch import Tensor
 
+from loce.config import HeadConfig
 from loce.heads.base import Head, RoIs, cross_entropy, linear
-from loce.method_options import HeadConfig
 from loce.utils.classes import ClassStats
 
 

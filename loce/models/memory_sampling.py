@@ -25,7 +25,7 @@ class MemorySampling(nn.Module):
         super().__init__()
         self.config = config
         dtype = getattr(torch, config.dtype)
-        self.bank = FeatureMemoryBank(num_classes, feature_shape, config.capacity, dtype, config.transform)
+        self.bank = FeatureMemoryBank(num_classes, feature_shape, config.capacity, dtype)
 
     def choose(self, labels_N: Tensor, generator: torch.Generator | None = None) -> Tensor:
         """Rows of one image's labels (N,), still on the host, whose boxes will be stored: a few of each class."""
@@ -49,7 +49,7 @@ class MemorySampling(nn.Module):
         keys = keys or [None] * len(truths)
         for truths_N4, labels_N, rows_n, size, key in zip(truths, labels, rows, sizes, keys, strict=True):
             random = keyed(key, JITTER, truths_N4.device)
-            dense_n164 = dense_boxes(truths_N4[rows_n], size, generator=random, one_eta=self.config.eta == "image")
+            dense_n164 = dense_boxes(truths_N4[rows_n], size, generator=random)
             source = truths_N4[rows_n, None].expand_as(dense_n164).reshape(-1, 4)
             dense = dense_n164.reshape(-1, 4)
             fits = valid(dense)

@@ -58,8 +58,7 @@ def over_time(run: Run) -> States:
 def draws(run: Run, snapshot: Snapshot) -> Values:
     """Eq. 7-8: the probability that a draw from the memory is of each class. Without memory: if all were stored."""
     stored = torch.tensor(snapshot.memory or [1] * len(run.classes.ids))
-    transform = run.option("memory", "transform", "inverse")
-    return _known(sampling_probability(_indicator(run, snapshot), stored, transform))
+    return _known(sampling_probability(_indicator(run, snapshot), stored))
 
 
 def margins(run: Run, snapshot: Snapshot) -> Values:

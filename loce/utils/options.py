@@ -13,6 +13,7 @@ import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import reduce
+from types import MappingProxyType
 from typing import Annotated, Any, Literal, NoReturn, TypeVar, get_args, get_origin, get_type_hints
 
 from loce.utils.errors import raise_problems
@@ -20,6 +21,7 @@ from loce.utils.yaml_text import parse_value, show
 
 T = TypeVar("T")
 Conflict = tuple[tuple[str, ...], Callable[[Any], bool], str]  # dotted keys, "is it wrong?" of the whole, the reason
+Choice = tuple[str, "tuple[Any, ...] | Range"]  # dotted key, and its values with which an option does something
 Given = tuple[str, Any, str]  # dotted key, value, where it was written
 
 
@@ -66,7 +68,7 @@ def schema(cls: type, prefix: str = "") -> dict[str, Any]:
     types: dict[str, Any] = {}
     for name, hint in get_type_hints(cls, include_extras=True).items():
         types[prefix + name] = hint
-        if _is_section(hint):
+        if is_section(hint):
             types |= schema(hint, f"{prefix}{name}.")
     return types
 
@@ -78,7 +80,7 @@ def flatten(cls: type, values: Mapping[Any, Any], source: str) -> list[Given]:
     def walk(mapping: Mapping[Any, Any], prefix: str) -> Iterator[Given]:
         for name, value in mapping.items():
             key = f"{prefix}{name}"
-            if not _is_section(types.get(key)):
+            if not is_section(types.get(key)):
                 yield key, value, source
             elif isinstance(value, Mapping):
                 yield from walk(value, f"{key}.")
@@ -102,10 +104,17 @@ def split_words(cls: type, words: Iterable[str]) -> tuple[list[Given], list[str]
     return given, problems
 
 
-def build(cls: type[T], given: Sequence[Given], conflicts: Sequence[Conflict] = (), problems: Sequence[str] = ()) -> T:
+def build(
+    cls: type[T],
+    given: Sequence[Given],
+    conflicts: Sequence[Conflict] = (),
+    problems: Sequence[str] = (),
+    option_of: Mapping[str, Choice] = MappingProxyType({}),
+) -> T:
     """An instance of `cls` from what was given, the rest by default; UserError with everything that is wrong.
 
     A key may be given once per source; a later source wins. `problems`: found before; they are reported too.
+    option_of: option or section -> the choice without which it does nothing, so that giving it is a mistake.
     """
     types, found = schema(cls), list(problems)
     values: dict[str, Any] = {}
@@ -128,6 +137,11 @@ def build(cls: type[T], given: Sequence[Given], conflicts: Sequence[Conflict] = 
         for keys, is_wrong, reason in conflicts:
             if wrong.isdisjoint(keys) and is_wrong(options):
                 found.append(_describe_conflict(options, keys, reason, sources))
+        for key, (chooser, needed) in _idle(options, given, sources, option_of):
+            if wrong.isdisjoint((key, chooser)):
+                choice = f"{chooser} {needed}" if isinstance(needed, Range) else f"{chooser}={show(needed[0])}"
+                reason = f"an option of {choice}, which is not chosen"
+                found.append(_describe_conflict(options, (key, chooser), reason, sources))
     raise_problems(found)
     return options
 
@@ -153,7 +167,7 @@ def help_text(cls: type, prefix: str = "") -> str:
     lines = [(cls.__doc__ or "").partition("\n")[0]]
     for field in dataclasses.fields(cls):
         hint = hints[field.name]
-        if _is_section(hint):
+        if is_section(hint):
             lines.append("\n" + help_text(hint, f"{prefix}{field.name}."))
             continue
         default = "(required)" if field.default is dataclasses.MISSING else show(_plain(field.default))
@@ -162,7 +176,8 @@ def help_text(cls: type, prefix: str = "") -> str:
     return "\n".join(lines)
 
 
-def _is_section(hint: Any) -> bool:
+def is_section(hint: Any) -> bool:
+    """Whether a field of this type holds options of its own."""
     return isinstance(hint, type) and dataclasses.is_dataclass(hint)
 
 
@@ -214,7 +229,7 @@ def _complaint(key: str, types: Mapping[str, Any]) -> str:
     """Why the value of `key` was refused."""
     if key not in types:
         return f"unknown key{_suggest(key, types) or '; --help lists all keys'}"
-    if _is_section(types[key]):
+    if is_section(types[key]):
         inside = [name for name in types if name.startswith(f"{key}.") and name.count(".") == key.count(".") + 1]
         return f"is a section; its keys are {', '.join(inside)}"
     return f"must be {_allowed(types[key])}"
@@ -242,11 +257,42 @@ def _assemble(cls: type[T], values: Mapping[str, Any], prefix: str = "") -> T:
     arguments = {}
     for name, hint in get_type_hints(cls).items():
         key = prefix + name
-        if _is_section(hint):
+        if is_section(hint):
             arguments[name] = _assemble(hint, values, f"{key}.")
         elif key in values:
             arguments[name] = values[key]
     return cls(**arguments)
+
+
+def _idle(
+    options: Any, given: Sequence[Given], sources: Mapping[str, str], option_of: Mapping[str, Choice]
+) -> Iterator[tuple[str, Choice]]:
+    """Options that were given and do nothing, each with the choice that it would need.
+
+    What a later source switches off may stay, as an option of a recipe where a word takes another choice. So may all of
+    a source that states every option: it records a run, with what the run had switched off.
+    """
+    if not option_of:
+        return
+    keys = {key for key, hint in schema(type(options)).items() if not is_section(hint)}
+    stated: dict[str, set[str]] = {}
+    for key, _, source in given:
+        stated.setdefault(source, set()).add(key)
+    rank = {source: place for place, source in enumerate(stated)}
+    defaults = type(options)()
+    for key, source in sources.items():
+        if key not in keys or keys <= stated[source] or _value(options, key) == _value(defaults, key):
+            continue
+        for part, (chooser, needed) in option_of.items():
+            belongs = f"{key}.".startswith(f"{part}.") and key != chooser
+            switched_off = rank.get(sources.get(chooser, ""), -1) > rank[source]  # by who wrote later
+            if belongs and _value(options, chooser) not in needed and not switched_off:
+                yield key, (chooser, needed)
+                break
+
+
+def _value(options: Any, key: str) -> Any:
+    return reduce(getattr, key.split("."), options)
 
 
 def _describe_conflict(options: Any, keys: Sequence[str], reason: str, sources: Mapping[str, str]) -> str:
@@ -256,6 +302,6 @@ def _describe_conflict(options: Any, keys: Sequence[str], reason: str, sources: 
     parts = []
     for key in keys:
         source = sources.get(key, "default")
-        value = show(_plain(reduce(getattr, key.split("."), options)))
+        value = show(_plain(_value(options, key)))
         parts.append(f"{key} = {value}" + (f" ({source})" if source != place else ""))
     return f"{place}: {', '.join(parts)}: {reason}"

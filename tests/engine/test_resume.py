@@ -16,9 +16,8 @@ import torch
 from loce.checkpoint import files as checkpoint_files
 from loce.checkpoint import save as resume
 from loce.checkpoint.load import Checkpoint, load_model, load_weights
-from loce.config import Config, UserError, load_config
+from loce.config import Config, HeadConfig, SeesawOptions, UserError, load_config
 from loce.engine.preflight import check_resume
-from loce.method_options import HeadConfig, SeesawOptions
 from loce.models.build import build_model, build_optimizer
 from loce.models.mask_rcnn import MaskRCNN
 from tests.conftest import stats_of

@@ -55,18 +55,6 @@ def test_stage_2_trains_the_four_parts_and_nothing_else(stage1: Path, stage2: Pa
     assert all({"memory_fill/r", "mean_score/r"} <= set(line) for line in metrics(stage2))
 
 
-def test_what_the_paper_leaves_open_is_an_option(config: Path, stage1: Path, stage2: Path) -> None:
-    """Each of these reaches the training: where the mean score starts, and the background's learned score."""
-    folder = stage1.with_name("open")
-    words = ("indicator.warm_start=false", "memory.transform=inverse_root", "memory.eta=image")
-    learned = "head.equilibrium.background=learned"
-    run("finetune.py", config, *LOCE, *words, learned, f"train.init={stage1}", f"output={folder}")
-    first, warm = metrics(folder)[0]["mean_score/r"], metrics(stage2)[0]["mean_score/r"]
-    assert first < warm  # one step after 0.01, against one after the filling
-    assert weights(folder)["roi_heads.classifier.log_background"].abs() > 0
-    assert (folder / "eval/metrics.json").exists()
-
-
 def near(lines: list[dict[str, float]], others: list[dict[str, float]]) -> None:
     """Fail where two runs' metrics differ by more than rounding does in a few steps."""
     for line, other in zip(lines, others, strict=True):

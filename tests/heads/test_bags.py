@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 import torch
 
+from loce.config import BAGSOptions, HeadConfig
 from loce.heads.bags import BAGSHead
-from loce.method_options import BAGSOptions, HeadConfig
 from loce.utils.classes import IGNORED
 from tests.heads.cases import random_case, rois_of
 

@@ -7,9 +7,9 @@ import pytest
 import torch
 from torch.nn.functional import binary_cross_entropy_with_logits as bce
 
+from loce.config import BALMSOptions, EQLOptions, HeadConfig
 from loce.heads import HEADS
 from loce.heads.eql import EQLHead
-from loce.method_options import BALMSOptions, EQLOptions, HeadConfig
 from loce.utils.classes import IGNORED, META
 from tests.heads.cases import rois_of
 

@@ -5,8 +5,8 @@ import dataclasses
 import pytest
 import torch
 
+from loce.config import HeadConfig, SimCalOptions
 from loce.heads import HEADS, Head, RoIs
-from loce.method_options import HeadConfig, SimCalOptions
 from loce.utils.classes import IGNORED
 
 CLASSES, FEATURES = 6, 10

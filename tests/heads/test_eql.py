@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 import torch
 
+from loce.config import EQLOptions, HeadConfig
 from loce.heads.eql import EQLHead
-from loce.method_options import EQLOptions, HeadConfig
 from loce.utils.classes import IGNORED
 from tests.heads.cases import random_case, rois_of
 

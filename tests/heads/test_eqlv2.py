@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 import torch
 
+from loce.config import EQLv2Options, HeadConfig
 from loce.heads.eqlv2 import EQLv2Head
-from loce.method_options import EQLv2Options, HeadConfig
 from loce.utils.classes import IGNORED
 from tests.heads.cases import random_case, rois_of
 

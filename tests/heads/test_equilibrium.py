@@ -6,7 +6,6 @@ import pytest
 import torch
 
 from loce.heads import EquilibriumHead, RoIs, SoftmaxHead
-from loce.method_options import EquilibriumOptions, HeadConfig
 
 
 def rois_of(labels, indicator):
@@ -50,28 +49,6 @@ def test_weak_classes_are_pushed_up_harder(make_stats):
     head.losses(logits, rois_of(torch.tensor([0, 1]), torch.tensor([0.9, 0.05, 0.01])))["loss_cls"].backward()
     strong, weak = -logits.grad[0, 0], -logits.grad[1, 1]
     assert weak > 5 * strong > 0
-
-
-def test_a_learned_background_starts_at_the_fixed_one_and_has_the_gradient_of_its_bias(make_stats):
-    options = HeadConfig(name="equilibrium", equilibrium=EquilibriumOptions(background="learned"))
-    torch.manual_seed(0)
-    head = EquilibriumHead(8, make_stats(4), options)
-    fixed = EquilibriumHead(8, make_stats(4))
-    fixed.load_state_dict({k: v for k, v in head.state_dict().items() if k != "log_background"}, strict=True)
-    features, scores = torch.randn(9, 8), torch.tensor([0.7, 0.2, 0.05, 0.003, 0.01])
-    rois = rois_of(torch.randint(5, (9,)), scores)
-    loss = head.losses(head(features), rois)["loss_cls"]
-    assert loss == fixed.losses(fixed(features), rois)["loss_cls"]
-    loss.backward()
-    assert head.log_background.grad.abs() > 0.01
-    torch.testing.assert_close(head.log_background.grad, head.fc_cls.bias.grad[-1:])
-    with torch.no_grad():
-        head.log_background += math.log(3)
-    rois.indicator = torch.tensor([0.7, 0.2, 0.05, 0.003, 0.03])
-    raised = fixed.losses(fixed(features), rois)["loss_cls"]
-    rois.indicator = scores
-    torch.testing.assert_close(head.losses(head(features), rois)["loss_cls"], raised)
-    assert torch.equal(head.scores(head(features)), fixed.scores(fixed(features)))  # inference has no margin
 
 
 def test_without_an_indicator_it_says_so(make_stats):

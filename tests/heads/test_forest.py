@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 import torch
 
+from loce.config import ForestOptions, HeadConfig
 from loce.heads.forest import ForestHead
-from loce.method_options import ForestOptions, HeadConfig
 from loce.utils.classes import IGNORED
 from loce.utils.errors import UserError
 from tests.heads.cases import random_case, rois_of

@@ -5,8 +5,8 @@ import math
 import pytest
 import torch
 
+from loce.config import HeadConfig, LDAMOptions
 from loce.heads import HEADS
-from loce.method_options import HeadConfig, LDAMOptions
 from loce.utils.classes import IGNORED
 from tests.heads.cases import random_case, rois_of
 

@@ -5,8 +5,8 @@ import math
 import pytest
 import torch
 
+from loce.config import HeadConfig, NorCalOptions
 from loce.heads import HEADS, RoIs, SoftmaxHead
-from loce.method_options import HeadConfig, NorCalOptions
 
 
 def head_of(stats, **options):

@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 import torch
 
+from loce.config import HeadConfig, ReweightedOptions
 from loce.heads import SoftmaxHead
 from loce.heads.reweighted import ReweightedHead, class_weights
-from loce.method_options import HeadConfig, ReweightedOptions
 from loce.utils.classes import IGNORED
 from tests.heads.cases import random_case, rois_of
 

@@ -5,8 +5,8 @@ import math
 import pytest
 import torch
 
+from loce.config import HeadConfig, SeesawOptions
 from loce.heads.seesaw import SeesawHead
-from loce.method_options import HeadConfig, SeesawOptions
 from loce.utils.classes import IGNORED
 from tests.heads.cases import random_case, rois_of
 

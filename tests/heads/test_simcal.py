@@ -5,9 +5,8 @@ import math
 import pytest
 import torch
 
-from loce.config import HeadConfig
+from loce.config import HeadConfig, SimCalOptions
 from loce.heads.simcal import SimCalHead
-from loce.method_options import SimCalOptions
 from loce.utils.classes import IGNORED, META
 from tests.heads.cases import random_case, rois_of
 

@@ -9,8 +9,8 @@ from pathlib import Path
 import torch
 from torch import distributed as dist
 
+from loce.config import HeadConfig, SeesawOptions
 from loce.heads import HEADS
-from loce.method_options import HeadConfig, SeesawOptions
 from loce.utils import distributed
 from loce.utils.classes import IGNORED, META
 from tests.conftest import stats_of

@@ -34,17 +34,6 @@ def test_boxes_labels_and_targets_of_the_chosen_rows():
     torch.testing.assert_close(targets, encode(torch.cat(boxes), sources, ROI_STDS))
 
 
-def test_one_set_of_random_numbers_an_image():
-    """`eta: image`: boxes of one size move alike within an image, as they never do with numbers of their own."""
-    truths = [torch.tensor([[20.0, 20, 40, 50], [50.0, 20, 70, 50]])] * 2
-    known = (truths, [torch.zeros(2, dtype=torch.long)] * 2, [torch.arange(2)] * 2, SIZES)
-    for eta in ("box", "image"):
-        (first, second), _, _ = make(eta=eta).boxes(*known)
-        moved = first.reshape(2, 16, 4) - truths[0][:, None]
-        assert torch.allclose(moved[0], moved[1], atol=1e-4) == (eta == "image")
-        assert not torch.allclose(first, second)
-
-
 def test_boxes_thinner_than_a_pixel_are_left_out(monkeypatch):
     """The instance of 2 x 1 px: half of its boxes shrink below a pixel; they keep their place, unlabelled."""
     half = lambda boxes, size, **_: dense_boxes(boxes, size, torch.full((len(boxes), 16, 4), 0.5))  # noqa: E731

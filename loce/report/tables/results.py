@@ -53,9 +53,17 @@ def page(tables: list[Table], options: RunOptions) -> str:
     for table in tables:
         lines += ["", f"## Table {table.number}: {table.title}", ""]
         lines += whole_table(table, tables[0].records("baseline"), tables[0].records("s, EBL + MFS"))
+        lines += closed(table)
         lines += beside_the_paper(table) if table.number in (1, PEERS) else []
     every = {record["command"]: record for table in tables for row in table.rows for record in row.records}
     return "\n".join([*lines, "", *origin(list(every.values()))]) + "\n"
+
+
+def closed(table: Table) -> list[str]:
+    """Which rows are not trained any more, because an option of theirs went."""
+    rows = [row.text for row in table.rows if row.text.last]
+    named = ", ".join(f"{row.name} (`{' '.join(row.words)}`, last in commit {row.last})" for row in rows)
+    return ["", f"As recorded, and not trained any more, since an option of theirs went: {named}."] if rows else []
 
 
 def whole_table(table: Table, softmax: Records, loce: Records) -> list[str]:

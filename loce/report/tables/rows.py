@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from loce.config import (
+    GONE,
     MAY_CHANGE,
     Config,
     UserError,
@@ -46,6 +47,7 @@ class RowText:
     name: str
     recipe: str  # one of `recipes`, or a file in the folder of the methods
     words: tuple[str, ...] = ()
+    last: str = ""  # commit of the last version that has all options of `words`: the row is as recorded, never trained
     post_hoc: tuple[str, ...] = ()  # the run of `recipe`, evaluated anew with these words
     start: str = ""  # the row above whose run it starts from, instead of the recipe's stage 1
     processes: Natural = 0  # of its training; 0: as many as GPUs
@@ -96,6 +98,7 @@ class RowRun(Run):
     processes: int
     evaluation: Path
     record: Path
+    trainable: bool = True  # False: it needs options that went; its record stands
 
     @property
     def done(self) -> bool:
@@ -114,7 +117,8 @@ class RowRun(Run):
     def facts(self) -> dict[str, Any]:
         """The record of a run that is done. UserError where it is one of other options."""
         found: dict[str, Any] = json.loads(self.record.read_text(encoding="utf-8"))
-        if keys := [key for key in differing(found["options"], self.options) if key not in MAY_CHANGE]:
+        keys = [key for key in differing(found["options"], self.options) if key not in MAY_CHANGE]
+        if keys and self.trainable:
             raise UserError(f"{self.record}: is of a run with another {', '.join(keys)}; delete it")
         return found
 
@@ -192,7 +196,9 @@ def make_run(options: RunOptions, recipes: Recipes, text: RowText, seed: int, st
         if plain.train.init in stages and not start:
             words.append(f"train.init={stage_run(options, stages[plain.train.init], seed).config.output}")
     words += [f"train.init={start.folder}"] if start else []
-    config = load_config(words)
+    # Where a closed row started and what it trained; without the memory, whose options may not be allowed any more.
+    still = [word for word in words if word.partition("=")[0] not in GONE]
+    config = load_config([*still, "memory.enabled=false"] if text.last else words)
     processes = text.processes or options.gpus
     images_per_rank(config.train, max(processes, 1))
     # Folders and the record are named by what changes the recipe.
@@ -205,7 +211,7 @@ def make_run(options: RunOptions, recipes: Recipes, text: RowText, seed: int, st
     evaluation = inside(folder, "+".join(["eval", *text.post_hoc]))
     record = "+".join([Path(recipe).stem, *changes, *text.post_hoc]) + ".json"
     record_file = inside(Path(options.records, options.data, f"seed{seed}"), record)
-    return RowRun(words, replace(config, output=folder), processes, evaluation, record_file)
+    return RowRun(words, replace(config, output=folder), processes, evaluation, record_file, not text.last)
 
 
 def seed_folder(options: RunOptions, seed: int) -> Path:
