@@ -71,6 +71,7 @@ class DataConfig:
     group_by_aspect: bool = True
     workers: Natural = 4
     exif: Literal["ignore", "apply"] = "ignore"  # orientation an image file asks for; COCO's and LVIS's boxes ignore it
+    scale_16bit: Literal["high_byte", "range"] = "high_byte"  # 16-bit files; range: an image's lowest to highest value
     allow_missing: bool = False  # go on without images that are not there; results are marked as partial
     keep_empty: bool = False  # train on images without objects, too: all of them is background
     without_mask: Literal["drop", "box"] = "drop"  # annotations whose mask cannot be used; box: the filled box

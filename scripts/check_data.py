@@ -56,7 +56,9 @@ def main() -> None:
     bounds = (config.data.rare_max, config.data.common_max)
     for path, images in pairs:
         printed = len(report.lines)
-        annotations = check_set(path, images, report, sample, options.workers, bounds, config.data.exif)
+        annotations = check_set(
+            path, images, report, sample, options.workers, bounds, config.data.exif, config.data.scale_16bit
+        )
         if annotations is not None and not found:  # the training set
             report.lines += long_tail_lines(annotations, config.data, config.sampler, config.memory)
         found.append(annotations)

@@ -59,7 +59,12 @@ def _common(paths: list[tuple[str, ...]]) -> list[str]:
     return shared
 
 
-def detections(model: Any, files: list[Path], bad: list[str]) -> Iterator[tuple[Path, Any, dict[str, Any]]]:
+def detections(
+    model: Any,
+    files: list[Path],
+    scale_16bit: str,
+    bad: list[str],
+) -> Iterator[tuple[Path, Any, dict[str, Any]]]:
     """(file, image, what was found) of every image that can be read; messages on the others go into `bad`."""
     import torch
 
@@ -68,7 +73,7 @@ def detections(model: Any, files: list[Path], bad: list[str]) -> Iterator[tuple[
 
     for file in progress(files, len(files), "predicting", "images"):
         try:
-            image = read_image(file, None)
+            image = read_image(file, None, scale_16bit=scale_16bit)
         except ImageError as error:
             bad.append(str(error))
             continue
@@ -99,16 +104,17 @@ def main() -> None:
         raise UserError(USAGE)
     files = image_files(names[1:])
 
-    from loce.checkpoint.load import load_model
+    from loce.checkpoint.load import Checkpoint
     from loce.engine.pictures import draw_detections, write_picture
     from loce.utils import distributed
     from loce.utils.files import write_text
 
-    model = load_model(names[0], distributed.setup(options.device))
+    checkpoint = Checkpoint.open(names[0])
+    model = checkpoint.detector().to(distributed.setup(options.device)).eval()
     targets = pictures(files, Path(options.output))
     all_records: list[dict[str, Any]] = []
     bad: list[str] = []
-    for file, image, found in detections(model, files, bad):
+    for file, image, found in detections(model, files, checkpoint.config.data.scale_16bit, bad):
         limits = (options.threshold, options.most, options.overlap)
         picture, drawn = draw_detections(image, found, model.stats, *limits)
         write_picture(targets[file], picture)

@@ -16,7 +16,7 @@ import numpy as np
 from loce.data.annotations.image_files import Listings
 from loce.data.annotations.lvis import LVISAnnotations
 from loce.data.lvis_files import ANNOTATIONS, IMAGES
-from loce.data.transforms import ImageError, read_image
+from loce.data.transforms import ImageError, read_levels
 from loce.utils.classes import GROUPS
 from loce.utils.errors import UserError
 from loce.utils.progress import progress
@@ -46,11 +46,12 @@ def check_set(
     workers: int = 4,
     bounds: tuple[int, int] = (10, 100),
     exif: str = "ignore",
+    scale_16bit: str = "high_byte",
 ) -> LVISAnnotations | None:
     """Check an annotation file and its images; gives the annotations, None where they cannot be read.
 
     images: folder, "" to leave images out. sample: how many images are decoded, evenly over the file. bounds: of the
-    groups r and c in images, where the file has no `frequency`; exif: as `data.exif`.
+    groups r and c in images, where the file has no `frequency`; exif, scale_16bit: as in `data`.
     """
     report.lines.append(path)
     try:
@@ -66,7 +67,7 @@ def check_set(
     _check_left_out(annotations, report)
     if images:
         present = _check_missing(annotations, images, report)
-        _check_files(annotations, images, present[_evenly(len(present), sample)], workers, exif, report)
+        _check_files(annotations, images, present[_evenly(len(present), sample)], workers, (exif, scale_16bit), report)
     return annotations
 
 
@@ -219,23 +220,29 @@ def _check_files(
     images: str,
     indices: Sequence[int] | np.ndarray,
     workers: int,
-    exif: str,
+    how: tuple[str, str],
     report: Report,
 ) -> None:
-    """Decode images: damaged ones, and those of another size than the file says."""
+    """Decode images: damaged ones, those of another size than the file says, and those nearly black in 8 bits.
 
-    def complaint(index: int) -> str:
+    how: `data.exif`, `data.scale_16bit`.
+    """
+
+    def complaint(index: int) -> tuple[str, str]:
+        size = tuple(annotations.image_sizes[index].tolist())
         try:
-            read_image(annotations.image_path(index, images), tuple(annotations.image_sizes[index].tolist()), exif)
+            _, few_levels = read_levels(annotations.image_path(index, images), size, *how)
         except ImageError as error:
-            return f"image {annotations.image_ids[index]}: {error}"
-        return ""
+            return f"image {annotations.image_ids[index]}: {error}", ""
+        return "", few_levels
 
     with ThreadPoolExecutor(max(1, workers)) as pool:
         looked = pool.map(complaint, [int(index) for index in indices])
         found = list(progress(looked, len(indices), "decoding", "images")) if len(indices) else []
-    wrong = [text for text in found if text]
+    wrong, few = ([text for text in texts if text] for texts in zip(*found, strict=True)) if found else ([], [])
     report.add("decoded", f"{len(indices)} of {len(annotations)} images, {len(wrong)} cannot be used")
+    if few:
+        report.add("16 bits", f"{len(few)} of them use few of 256 levels; the first: {few[0]}")
     if wrong:
         report.problems.append(
             f"{annotations.path}: {len(wrong)} of the {len(indices)} images decoded cannot be used. Fetch damaged ones "

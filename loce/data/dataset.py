@@ -3,7 +3,8 @@
 A training image that cannot be read is replaced by another one, chosen at random but repeatably, and the sample says
 so ("replaced": list of messages). An evaluation image that cannot be read is shown black: its objects count as missed.
 Of an image with more instances than `data.max_instances` some are used, rare classes first, so that it cannot exhaust
-the memory; the others' regions are neither objects nor background.
+the memory; the others' regions are neither objects nor background. Of a 16-bit image that is nearly black in 8 bits
+the sample says so ("few_levels": a message).
 """
 
 from pathlib import Path
@@ -15,7 +16,15 @@ import torch
 from loce.config import DataConfig
 from loce.data.annotations.lvis import LVISAnnotations
 from loce.data.masks import CroppedMasks, cut_runs, nearest_source, resize_crop
-from loce.data.transforms import Geometry, ImageError, image_generator, random_geometry, read_image, resized, sample_key
+from loce.data.transforms import (
+    Geometry,
+    ImageError,
+    image_generator,
+    random_geometry,
+    read_levels,
+    resized,
+    sample_key,
+)
 
 Sample = dict[str, Any]
 _TRIES = 20  # images tried in place of one that cannot be read
@@ -55,7 +64,8 @@ class TrainDataset:
         height, width = (int(side) for side in annotations.image_sizes[index])
         generator = image_generator(self.seed, epoch, int(annotations.image_ids[index]), draw)
         geometry = random_geometry((height, width), config.short_edges, config.long_edge, config.flip, generator)
-        image = read_image(annotations.image_path(index, self.folder), (height, width), config.exif)
+        path = annotations.image_path(index, self.folder)
+        image, few_levels = read_levels(path, (height, width), config.exif, config.scale_16bit)
         every = annotations.rows(index)
         rarity = annotations.stats.image_counts[annotations.labels[every]]
         rows = limit_instances(every, rarity, config.max_instances, generator)
@@ -71,6 +81,8 @@ class TrainDataset:
             "size": (height, width),
             "scale": geometry.scale,
         }
+        if few_levels:
+            sample["few_levels"] = few_levels
         if len(rows) < len(every):
             sample["limited"] = (
                 f"image {annotations.image_ids[index]}: {len(rows)} of its {len(every)} instances are used at a time, "
@@ -129,10 +141,13 @@ class EvalDataset:
             "scale": geometry.scale,
         }
         try:
-            image = read_image(self.annotations.image_path(index, self.folder), (height, width), self.config.exif)
+            path = self.annotations.image_path(index, self.folder)
+            image, few_levels = read_levels(path, (height, width), self.config.exif, self.config.scale_16bit)
         except ImageError as error:
             message = f"image {sample['image_id']}: {error}"
             return {**sample, "image": torch.zeros((3, *new), dtype=torch.uint8), "replaced": [message]}
+        if few_levels:
+            sample["few_levels"] = few_levels
         return {**sample, "image": _to_tensor(geometry.image(image))}
 
 

@@ -37,8 +37,9 @@ class Batches:
     """Micro-batches (lists of samples) with a length; may be gone through once.
 
     What samples report ("replaced": images that cannot be used; "limited": those with too many instances) is told once
-    each. UserError, with a list, when more than 0.1 % of the data set cannot be used (but one image at least is
-    forgiven): on all ranks at the same micro-batch, so `together` says whether all ranks go through equally many.
+    each, "few_levels" (16-bit images that are nearly black in 8 bits) of the first such image. UserError, with a list,
+    when more than 0.1 % of the data set cannot be used (but one image at least is forgiven): on all ranks at the same
+    micro-batch, so `together` says whether all ranks go through equally many.
     """
 
     def __init__(
@@ -47,7 +48,7 @@ class Batches:
         self.length, self.images = length, len(dataset)
         self.allowed = max(1, int(BAD_SHARE * self.images))
         self.together = together
-        self.told: dict[str, bool] = {}  # message -> is the image bad?
+        self.told: dict[str, bool] = {}  # message, or a word for all of its kind -> is the image bad?
         if workers:
             allow_open_files()
         self.loader: DataLoader[Sample] = DataLoader(
@@ -72,11 +73,15 @@ class Batches:
 
     def __iter__(self) -> Iterator[list[Sample]]:
         every = AGREE_EVERY if self.together and distributed.world_size() > 1 else 1
-        waiting: list[tuple[str, bool]] = []
+        waiting: list[tuple[str, str, bool]] = []
         try:
             for number, samples in enumerate(self.loader, 1):
-                waiting += [(message, True) for sample in samples for message in sample.get("replaced", ())]
-                waiting += [(sample["limited"], False) for sample in samples if "limited" in sample]
+                for sample in samples:
+                    waiting += [(message, message, True) for message in sample.get("replaced", ())]
+                    if "limited" in sample:
+                        waiting.append((sample["limited"], sample["limited"], False))
+                    if "few_levels" in sample:
+                        waiting.append(("few levels", sample["few_levels"], False))
                 if number % every == 0 or number == self.length:
                     own = json.dumps(waiting)
                     self._tell(distributed.gather_texts(own) if self.together else [own])
@@ -86,10 +91,10 @@ class Batches:
             raise RuntimeError("a data worker was killed, perhaps by the system for lack of host memory") from error
 
     def _tell(self, parts: list[str]) -> None:
-        """Take up what the ranks found: a JSON list of (message, is the image bad?) from each."""
-        for message, is_bad in chain.from_iterable(map(json.loads, parts)):
-            if message not in self.told:
-                self.told[message] = is_bad
+        """Take up what the ranks found: a JSON list of (what is told once, message, is the image bad?) from each."""
+        for once, message, is_bad in chain.from_iterable(map(json.loads, parts)):
+            if once not in self.told:
+                self.told[once] = is_bad
                 if distributed.is_main() or not self.together:
                     used = "; another image (in evaluation: a black one) is used instead" if is_bad else ""
                     say(f"warning: {message}{used}")

@@ -7,6 +7,8 @@ shown it) and nothing else, so that workers and ranks do not change them.
 
 import contextlib
 import io
+import re
+import threading
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,26 +19,45 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from loce.utils.errors import UserError
 
 _JPEG_START, _JPEG_END = b"\xff\xd8", b"\xff\xd9"
+_JPEG_MARKER = re.compile(rb"\xff[^\x00\xd0-\xd7\xff]")  # what follows 0xff in compressed data is none of these
+FEW_LEVELS = 64  # of 256; a 16-bit file that has no more was made by a camera of 14 bits or fewer
 _ORIENTATION = 0x0112  # the tag in EXIF data
 _STREAM = 0x10CE  # keeps these random numbers apart from those of the samplers
 _KEY_STREAM = 0x3E4  # and these from both
+_pillow = threading.Lock()  # its limit is a global variable
 
 
 class ImageError(UserError):
     """An image file that cannot be used; the message names it."""
 
 
-def read_image(path: Path, size: tuple[int, int] | None, exif: str = "ignore") -> np.ndarray:
+def read_image(
+    path: Path,
+    size: tuple[int, int] | None,
+    exif: str = "ignore",
+    scale_16bit: str = "high_byte",
+) -> np.ndarray:
     """(H, W, 3) uint8 RGB of a file of any kind (grey, palette, with alpha, 16 bits, CMYK); PNG's alpha is left out.
 
     exif: "ignore" leaves the pixels as they are stored, on which COCO and LVIS are annotated; "apply" turns them as the
     file's EXIF orientation asks. size: (height, width) that the annotation file gives; ImageError where the file has
     another, or cannot be read. None: a picture without annotations, turned upright by its EXIF orientation.
+    scale_16bit: what becomes of 16 bits; "high_byte" the upper eight, "range" the image's lowest to highest value.
     """
+    return read_levels(path, size, exif, scale_16bit)[0]
+
+
+def read_levels(
+    path: Path,
+    size: tuple[int, int] | None,
+    exif: str = "ignore",
+    scale_16bit: str = "high_byte",
+) -> tuple[np.ndarray, str]:
+    """`read_image`, and a sentence where little is left of a 16-bit file, so that it looks black; else ""."""
     try:
         content = path.read_bytes()
-    except OSError as error:
-        raise ImageError(f"{path}: cannot be read ({error.strerror})") from None
+    except (OSError, ValueError) as error:  # ValueError: a name that no file can have here
+        raise ImageError(f"{path}: cannot be read ({getattr(error, 'strerror', None) or error})") from None
     image = _decode(path, content, upright=size is None or exif == "apply")
     if size is not None and image.shape[:2] != tuple(size):
         orientation = _orientation(content)
@@ -48,23 +69,41 @@ def read_image(path: Path, size: tuple[int, int] | None, exif: str = "ignore") -
             f"{path}: is {image.shape[1]} x {image.shape[0]} pixels (width x height), "
             f"but its annotation file says {size[1]} x {size[0]}{turned}"
         )
-    return image
+    return (image, "") if image.dtype == np.uint8 else _to_8_bits(path, image, scale_16bit)
+
+
+def _to_8_bits(path: Path, image: np.ndarray, scale_16bit: str) -> tuple[np.ndarray, str]:
+    """From uint16, with a sentence where few levels are left."""
+    low, high = int(image.min()), int(image.max())
+    if scale_16bit == "range" and low < high:
+        return ((image - np.uint16(low)) * np.float32(255 / (high - low)) + np.float32(0.5)).astype(np.uint8), ""
+    levels = (high >> 8) - (low >> 8) + 1
+    few = (
+        f"{path}: has 16 bits, but its values {low} to {high} become {levels} of 256 levels: the camera had fewer "
+        "bits, or the image is dark; data.scale_16bit=range spreads each 16-bit image over all levels"
+    )
+    return (image >> 8).astype(np.uint8), few if levels <= FEW_LEVELS else ""
 
 
 def _decode(path: Path, content: bytes, upright: bool) -> np.ndarray:
-    """OpenCV decodes; Pillow looks at what it cannot, and at JPEGs cut short, which OpenCV 4 fills up with grey."""
+    """(H, W, 3) RGB, uint8 or uint16. OpenCV decodes, Pillow what it cannot; JPEGs cut short are refused.
+
+    OpenCV 4 fills those up with grey.
+    """
     image = None
+    data = np.frombuffer(content, np.uint8)
     flags = cv2.IMREAD_COLOR | (0 if upright else cv2.IMREAD_IGNORE_ORIENTATION)
     with contextlib.suppress(cv2.error):  # an empty file, for example
-        image = cv2.imdecode(np.frombuffer(content, np.uint8), flags)
-    whole = not content.startswith(_JPEG_START) or content.endswith(_JPEG_END)
-    if image is not None and whole:
+        image = cv2.imdecode(data, flags | cv2.IMREAD_ANYDEPTH)
+        if image is not None and image.dtype not in (np.uint8, np.uint16):  # light in floating point
+            image = cv2.imdecode(data, flags)
+    if image is not None and is_whole(content):
         return cv2.cvtColor(image, cv2.COLOR_BGR2RGB)
     try:
-        with Image.open(io.BytesIO(content)) as picture:
+        if image is not None:
+            raise ValueError("it is cut short")
+        with _opened(content) as picture:
             picture.load()
-            if image is not None:
-                return cv2.cvtColor(image, cv2.COLOR_BGR2RGB)
             if picture.mode[0] in "IF":
                 raise ValueError(f"more than 8 bits a channel (mode {picture.mode})")
             return np.asarray((ImageOps.exif_transpose(picture) if upright else picture).convert("RGB"))
@@ -73,10 +112,33 @@ def _decode(path: Path, content: bytes, upright: bool) -> np.ndarray:
         raise ImageError(f"{path}: damaged or not an image, {len(content)} bytes ({reason})") from None
 
 
+def is_whole(content: bytes) -> bool:
+    """False for a JPEG file that lacks its end; phones write further data behind that."""
+    if not content.startswith(_JPEG_START) or content.endswith(_JPEG_END):
+        return True
+    place = len(_JPEG_START)
+    while marker := _JPEG_MARKER.search(content, place):
+        if marker[0] == _JPEG_END:
+            return True
+        # A segment begins with its length, which is not of compressed data but of all that may look like markers.
+        place = marker.end() + int.from_bytes(content[marker.end() : marker.end() + 2], "big")
+    return False
+
+
+def _opened(content: bytes) -> Image.Image:
+    """Pillow's view of a file of any number of pixels: its limit is against strangers' files, these are the user's."""
+    with _pillow:
+        limit, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, None
+        try:
+            return Image.open(io.BytesIO(content))
+        finally:
+            Image.MAX_IMAGE_PIXELS = limit
+
+
 def _orientation(content: bytes) -> int:
     """The EXIF orientation of a file, 1 to 8; 1 where it says nothing sensible."""
     try:
-        with Image.open(io.BytesIO(content)) as picture:
+        with _opened(content) as picture:
             found = picture.getexif().get(_ORIENTATION, 1)
     except Exception:  # a damaged header may raise anything; the pixels were read already
         return 1

@@ -161,6 +161,7 @@ def _inputs(config: Config, annotations: LVISAnnotations) -> str:
             else ""
         )
         + (", turned as EXIF asks" if data.exif == "apply" else "")
+        + (", 16 bits by range" if data.scale_16bit == "range" else "")
     )
 
 

@@ -6,6 +6,7 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
+import cv2
 import numpy as np
 import pytest
 import torch
@@ -13,7 +14,8 @@ from PIL import Image, ImageOps
 
 from loce.config import DataConfig, SamplerConfig
 from loce.data.annotations.lvis import LVISAnnotations
-from loce.data.dataset import limit_instances
+from loce.data.check import Report, check_set
+from loce.data.dataset import EvalDataset, limit_instances
 from loce.data.loader import TrainDataset, eval_batches, fill_batches, train_batches, training_plan
 from loce.data.samplers import image_labels, repeat_factors
 from loce.data.transforms import ImageError, read_image
@@ -203,6 +205,27 @@ def test_the_exif_orientation_is_applied_by_option(orientation, tmp_path):
             read_image(tmp_path / "a.png", (30, 20))
         with pytest.raises(ImageError, match=f"its EXIF orientation is {orientation}, data.exif=ignore turns it"):
             read_image(tmp_path / "a.png", (20, 30), "apply")
+
+
+@pytest.mark.parametrize("how", ["high_byte", "range"])
+def test_images_of_12_bits_are_told_once_by_training_evaluation_and_check_data(how, write, images, capsys):
+    dataset = opened(write, images, content(images=4), dataclasses.replace(CONFIG, scale_16bit=how))
+    rng = np.random.default_rng(0)
+    for index, (height, width) in enumerate(dataset.annotations.image_sizes.tolist()):
+        path = dataset.annotations.image_path(index, dataset.folder)
+        cv2.imwrite(str(path.with_suffix(".png")), rng.integers(0, 4096, (height, width)).astype(np.uint16))
+        path.with_suffix(".png").rename(path)
+    plan = training_plan(dataset, SamplerConfig(), dataset.config, 2, seed=0)
+    evaluation = EvalDataset(dataset.annotations, dataset.folder, dataset.config)
+    for batches in (train_batches(dataset, plan, epochs=1), eval_batches(evaluation, 2)):
+        brightest = max(int(sample["image"].max()) for samples in batches for sample in samples)
+        assert (brightest < 16) == (how == "high_byte")
+        assert capsys.readouterr().out.count("become 16 of 256 levels") == (how == "high_byte")
+    report = Report()
+    check_set(dataset.annotations.path, str(dataset.folder), report, 100, scale_16bit=how)
+    told = [line for line in report.lines if line.startswith("  16 bits")]
+    assert len(told) == (how == "high_byte") and not report.problems
+    assert all(f"{len(dataset.annotations)} of them use few of 256 levels; the first: " in line for line in told)
 
 
 def test_no_image_can_be_read_at_all(write, images, capsys):

@@ -7,7 +7,16 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from loce.data.transforms import Geometry, ImageError, image_generator, random_geometry, read_image, resized
+from loce.data.transforms import (
+    Geometry,
+    ImageError,
+    image_generator,
+    is_whole,
+    random_geometry,
+    read_image,
+    read_levels,
+    resized,
+)
 
 HEIGHT, WIDTH = 33, 47
 
@@ -166,3 +175,71 @@ def test_jitter_draws_every_short_edge_and_half_are_flipped():
         assert abs((shorts == edge).mean() - 1 / 3) < 0.04
     assert abs(np.mean([geometry.flip for geometry in made]) - 0.5) < 0.04
     assert not any(random_geometry((480, 640), edges, 1333, 0.0, generator).flip for _ in range(50))
+
+
+def test_what_phones_write_behind_a_jpeg_does_no_harm(tmp_path, monkeypatch):
+    """Also in a photo that is larger than what Pillow takes from strangers."""
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)
+    buffer = io.BytesIO()
+    thumbnail = io.BytesIO()
+    Image.fromarray(picture()[:8, :8]).save(thumbnail, "jpeg")
+    exif = b"Exif\0\0" + thumbnail.getvalue()  # a picture of its own, with an end of its own
+    for options in ({}, {"progressive": True}, {"restart_marker_blocks": 1}, {"exif": exif}):
+        buffer = io.BytesIO()
+        Image.fromarray(picture()).save(buffer, "jpeg", quality=90, **options)
+        whole = buffer.getvalue()
+        path = tmp_path / "a.jpg"
+        path.write_bytes(whole)
+        expected = read_image(path, (HEIGHT, WIDTH))
+        for tail in (b"SEFT", b"\0" * 999, thumbnail.getvalue() + b"x"):
+            path.write_bytes(whole + tail)
+            np.testing.assert_array_equal(read_image(path, (HEIGHT, WIDTH)), expected)
+            cut = whole[:-60] + b"\0\0" + tail.replace(b"\xff", b"\0")
+            assert not is_whole(cut) and is_whole(whole + tail)
+            path.write_bytes(cut)
+            with pytest.raises(ImageError, match="damaged or not an image"):
+                read_image(path, (HEIGHT, WIDTH))
+
+
+def test_pillow_has_no_limit_for_what_opencv_does_not_read(tmp_path, monkeypatch):
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)
+    monkeypatch.setattr(cv2, "imdecode", lambda *_: None)
+    np.testing.assert_array_equal(save(tmp_path / "a.png", Image.fromarray(picture())), picture())
+    assert Image.MAX_IMAGE_PIXELS == 100
+
+
+@pytest.mark.parametrize("kind", ["png", "tif", "pgm"])
+@pytest.mark.parametrize("bits", [10, 12, 14, 16])
+def test_16_bit_files_by_plain_loops(kind, bits, tmp_path):
+    rng = np.random.default_rng(bits)
+    values = rng.integers(0, 1 << bits, (HEIGHT, WIDTH)).astype(np.uint16)
+    path = tmp_path / f"a.{kind}"
+    cv2.imwrite(str(path), values)
+    low, high = int(values.min()), int(values.max())
+    for how, expected in (
+        ("high_byte", [[value // 256 for value in row] for row in values.tolist()]),
+        ("range", [[int((value - low) * 255 / (high - low) + 0.5) for value in row] for row in values.tolist()]),
+    ):
+        image, told = read_levels(path, (HEIGHT, WIDTH), scale_16bit=how)
+        assert image.dtype == np.uint8
+        assert np.abs(image.astype(int) - np.array(expected)[:, :, None]).max() <= (how == "range")
+        assert bool(told) == (how == "high_byte" and bits < 16)
+        if told:
+            assert f"{path}: has 16 bits, but its values {low} to {high} become" in told
+            assert f" {len(np.unique(image))} of 256 levels" in told and "data.scale_16bit=range" in told
+    assert (image.min(), image.max()) == (0, 255)  # of the range
+
+
+def test_16_bit_colours_keep_their_ratio_and_one_value_is_no_range(tmp_path):
+    values = np.stack([np.full((HEIGHT, WIDTH), 300), np.full((HEIGHT, WIDTH), 200), np.full((HEIGHT, WIDTH), 100)], 2)
+    values[0, 0] = 0, 0, 0
+    cv2.imwrite(str(tmp_path / "a.png"), values.astype(np.uint16))
+    assert read_image(tmp_path / "a.png", None, scale_16bit="range")[5, 5].tolist() == [85, 170, 255]
+    cv2.imwrite(str(tmp_path / "b.png"), np.full((HEIGHT, WIDTH), 5000, np.uint16))
+    assert np.unique(read_image(tmp_path / "b.png", None, scale_16bit="range")).tolist() == [5000 >> 8]
+
+
+def test_light_in_floating_point_is_read_as_before(tmp_path):
+    cv2.imwrite(str(tmp_path / "a.hdr"), picture().astype(np.float32) / 255)
+    expected = cv2.imread(str(tmp_path / "a.hdr"))[:, :, ::-1]
+    np.testing.assert_array_equal(read_image(tmp_path / "a.hdr", (HEIGHT, WIDTH)), expected)
