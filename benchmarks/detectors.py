@@ -203,7 +203,7 @@ def our_samples(scenes: list[Scene]) -> list[dict[str, Any]]:
             crops.append(cut_runs(np.append(runs, 0), scene.size[0]))
         masks = CroppedMasks.pack(crops, scene.size)
         truth = {"boxes": scene.boxes, "labels": scene.labels, "masks": masks}
-        samples.append({"image": scene.image, **truth, "key": 1000 + number, "place": number})
+        samples.append({"image": scene.image, **truth, "seed": 1000 + number, "batch_index": number})
     return samples
 
 

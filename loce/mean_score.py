@@ -41,21 +41,21 @@ class MeanScoreTracker(nn.Module):
         self.scores[-1:].fill_(self.background_score)
 
     @torch.no_grad()
-    def update(self, labels: Tensor, probabilities: Tensor, drawn: tuple[Tensor, Tensor] | None = None) -> None:
+    def update(self, labels: Tensor, probabilities: Tensor, memory: tuple[Tensor, Tensor] | None = None) -> None:
         """Apply Eq. 2 once for each entry, the entries of all ranks together.
 
-        labels: (E,) long; probabilities: (E,) float, the predicted probability of that label; drawn: the same for rows
-        from the memory, (K,) each: those of one class, of all ranks, make one entry with their mean. What has a
+        labels: (E,) long; probabilities: (E,) float, the predicted probability of that label; memory: the same for rows
+        drawn from it, (K,) each: those of one class, of all ranks, make one entry with their mean. What has a
         negative label (padding) or label C (background) counts for nothing. The q entries of a class are applied in
         closed form with their mean, s <- alpha^q s + (1 - alpha^q) mean, so that neither their order nor the number of
         ranks matters. E and K may differ between ranks; every rank must call. Nothing here waits for the device.
 
         `scores` becomes a new tensor: what a loss was computed with stays as it was until its backward pass.
         """
-        drawn_2L = torch.zeros_like(self.scores).expand(2, -1) if drawn is None else self._sums(*drawn)
-        entries_2L, drawn_2L = all_reduce_sum(torch.stack([self._sums(labels, probabilities), drawn_2L]))
-        sum_L = entries_2L[0] + drawn_2L[0] / drawn_2L[1].clamp(min=1)
-        count_L = entries_2L[1] + (drawn_2L[1] > 0)
+        memory_2L = torch.zeros_like(self.scores).expand(2, -1) if memory is None else self._sums(*memory)
+        entries_2L, memory_2L = all_reduce_sum(torch.stack([self._sums(labels, probabilities), memory_2L]))
+        sum_L = entries_2L[0] + memory_2L[0] / memory_2L[1].clamp(min=1)
+        count_L = entries_2L[1] + (memory_2L[1] > 0)
         kept_L = self.momentum**count_L
         scores_L = kept_L * self.scores + (1 - kept_L) * sum_L / count_L.clamp(min=1)
         scores_L[-1:].fill_(self.background_score)

@@ -53,7 +53,7 @@ def batch(step: int) -> tuple[torch.Tensor, RoIs]:
         indicator=torch.linspace(0.5, 0.01, CLASSES + 1, dtype=torch.float64),
         progress=step / STEPS,
         features_ND=features,
-        drawn_N=drawn,
+        sampled_class_N=drawn,
     )
     return features, rois
 

@@ -20,7 +20,7 @@ from loce.memory_bank import FeatureMemoryBank
 from loce.models.boxes import ROI_STDS, RPN_STDS, decode, encode
 from loce.models.mask_head import mask_targets
 from loce.models.mask_rcnn import build_roi_heads
-from loce.models.memory_sampling import MemorySampling
+from loce.models.memory_sampling import ImageSeed, MemorySampling
 from loce.models.roi_heads import Targets, pyramid_level
 from loce.models.rpn import RPN
 from loce.utils.classes import IGNORED
@@ -154,7 +154,9 @@ def test_no_head_waits(device, make_stats, name):
     none_N = torch.full_like(labels_N, -1)
     x_ND = torch.randn(rows, width, device=device)
     indicator = torch.full((classes + 1,), 0.5, device=device)
-    rois = RoIs(labels_N, none_N, none_N >= 0, indicator, features_ND=x_ND, drawn_N=labels_N.clamp(-1, classes - 1))
+    rois = RoIs(
+        labels_N, none_N, none_N >= 0, indicator, features_ND=x_ND, sampled_class_N=labels_N.clamp(-1, classes - 1)
+    )
     with no_waiting(device):
         logits_NL = head(x_ND)
         sum(head.losses(logits_NL, rois).values()).backward()
@@ -209,7 +211,7 @@ def test_sampling_of_regions_and_mask_targets_never_wait(device, truths, make_st
         targets = mask_targets(truths[0].masks, instances, truths[0].boxes)
         labels_N, own_N = (torch.cat([getattr(f, name) for f in found]) for name in ("labels", "instances"))
         rois = RoIs(labels_N, own_N, own_N < -1)
-        roi_heads._track(torch.zeros(len(labels_N), 4, device=device), rois, 2, 2 * 4)
+        roi_heads._update_mean_score(torch.zeros(len(labels_N), 4, device=device), rois, 2, 2 * 4)
     seen = torch.zeros(3, dtype=torch.bool, device=device).index_fill(0, truths[0].labels, True)
     # Each entry is the softmax of four equal logits, and each class has one instance (Eq. 2).
     wanted = torch.where(seen, 0.9 * 0.01 + 0.1 * 0.25, 0.01)
@@ -221,11 +223,12 @@ def test_memory_sampling_never_waits(device, truths):
     sampling = MemorySampling(3, (8,), MemoryConfig(enabled=True)).to(device)
     indicator = torch.full((4,), 0.5, device=device)
     features_BD = torch.randn(32, 8, device=device)
-    rows = [t.memory_rows for t in truths]
+    rows = [t.store_rows for t in truths]
     with no_waiting(device):
         boxes, labels_B, targets_B4 = sampling.boxes(
             [t.boxes for t in truths], [t.labels for t in truths], rows, [SIZE] * 2
         )
-        _, labels_K, _ = sampling.exchange(features_BD, labels_B, targets_B4, indicator, [(7, 0), (None, 1)])
+        sampling.store(features_BD, labels_B, targets_B4)
+        labels_K = sampling.draw(indicator, [ImageSeed(7, 0), ImageSeed(None, 1)]).labels
     assert [len(b) for b in boxes] == [32, 0] and (labels_K >= 0).all()
     assert sampling.bank.counts[:2].all()

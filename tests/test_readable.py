@@ -102,7 +102,8 @@ STEP = {
         "match",
     ),
     *("encode", "decode", "clip", "finite", "constants", "box_iou", "choose_random", "sample", "select", "pool"),
-    *("pyramid_level", "sheets", "mask_targets", "mask_loss", "boxes", "exchange", "dense_boxes", "valid", "enqueue"),
+    *("pyramid_level", "sheets", "mask_targets", "mask_loss", "boxes", "store", "draw", "rows_to_store"),
+    *("dense_boxes", "valid", "enqueue"),
     *("update", "instance_scores", "sampling_probability", "equilibrium_loss", "scores", "features"),
 }
 

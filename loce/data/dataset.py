@@ -8,7 +8,7 @@ the sample says so ("few_levels": a message).
 """
 
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -23,11 +23,21 @@ from loce.data.transforms import (
     random_geometry,
     read_levels,
     resized,
-    sample_key,
+    sample_seed,
 )
 
 Sample = dict[str, Any]
 _TRIES = 20  # images tried in place of one that cannot be read
+
+
+class ShownImage(NamedTuple):
+    """What a training sample is asked for by: the image at a position of a batch."""
+
+    image: int  # index into the annotation file's list of images
+    epoch: int
+    repeat: int = 0  # how often this epoch has shown the image before
+    sampled_class: int = -1  # what the image was drawn for, see `TrainingPlan.epoch`
+    batch_index: int = 0  # position in the batch over all ranks
 
 
 class TrainDataset:
@@ -36,10 +46,9 @@ class TrainDataset:
     A sample: "image" uint8 (3, H, W) RGB (stored row by row with the channels last); "boxes" float32 (N, 4) xyxy in its
     pixels; "labels" int64 (N,); "masks" CroppedMasks; "ignored" float32 (M, 4) boxes of regions that are neither
     objects nor background; "rows" int64 (N,) indices of the annotations; "image_id" int; "size" the file's (height,
-    width); "scale" (x, y) resized / file; "drawn" int, what the image was drawn for (`TrainingPlan.epoch`); "key" int,
-    see `sample_key`; "place" int, the image's position in the batch over all ranks. Instances are the annotations
-    `annotations.rows(index)`, in that order, or some of them, and then "limited" is a message that says so; N may be 0
-    only with `data.keep_empty`.
+    width); "scale" (x, y) resized / file; "sampled_class" and "batch_index" as in `ShownImage`; "seed" int, see
+    `sample_seed`. Instances are the annotations `annotations.rows(index)`, in that order, or some of them, and then
+    "limited" is a message that says so; N may be 0 only with `data.keep_empty`.
     """
 
     def __init__(self, annotations: LVISAnnotations, folder: str | Path, config: DataConfig, seed: int) -> None:
@@ -49,20 +58,20 @@ class TrainDataset:
         return len(self.annotations.train_images)
 
     def __getitem__(self, shown: tuple[int, ...]) -> Sample:
-        """The sample of (image index, epoch[, how often this epoch has shown it before[, drawn[, place]]])."""
-        index, epoch, draw, drawn, place = (*shown, *(0, -1, 0)[len(shown) - 2 :])
-        key = sample_key(self.seed, epoch, int(self.annotations.image_ids[index]), draw)
+        """The sample of a `ShownImage`, or of a tuple of its first fields."""
+        index, epoch, repeat, sampled_class, batch_index = ShownImage(*shown)
+        seed = sample_seed(self.seed, epoch, int(self.annotations.image_ids[index]), repeat)
         try:
-            sample = self.sample(index, epoch, draw)
+            sample = self.sample(index, epoch, repeat)
         except ImageError as error:
-            sample = self._substitute(index, epoch, draw, self._bad(index, error))
-        return {**sample, "drawn": drawn, "key": key, "place": place}
+            sample = self._substitute(index, epoch, repeat, self._bad(index, error))
+        return {**sample, "sampled_class": sampled_class, "seed": seed, "batch_index": batch_index}
 
-    def sample(self, index: int, epoch: int, draw: int = 0) -> Sample:
-        """One sample; ImageError where the image cannot be used. Depends on (seed, epoch, image id, draw) only."""
+    def sample(self, index: int, epoch: int, repeat: int = 0) -> Sample:
+        """One sample; ImageError where the image cannot be used. Depends on (seed, epoch, image id, repeat) only."""
         annotations, config = self.annotations, self.config
         height, width = (int(side) for side in annotations.image_sizes[index])
-        generator = image_generator(self.seed, epoch, int(annotations.image_ids[index]), draw)
+        generator = image_generator(self.seed, epoch, int(annotations.image_ids[index]), repeat)
         geometry = random_geometry((height, width), config.short_edges, config.long_edge, config.flip, generator)
         path = annotations.image_path(index, self.folder)
         image, few_levels = read_levels(path, (height, width), config.exif, config.scale_16bit)
@@ -90,12 +99,12 @@ class TrainDataset:
             )
         return sample
 
-    def _substitute(self, index: int, epoch: int, draw: int, message: str) -> Sample:
+    def _substitute(self, index: int, epoch: int, repeat: int, message: str) -> Sample:
         messages = [message]
-        generator = image_generator(self.seed, epoch, int(self.annotations.image_ids[index]), draw)
+        generator = image_generator(self.seed, epoch, int(self.annotations.image_ids[index]), repeat)
         for other in generator.choice(self.annotations.train_images, _TRIES):
             try:
-                return {**self.sample(int(other), epoch, draw), "replaced": messages}
+                return {**self.sample(int(other), epoch, repeat), "replaced": messages}
             except ImageError as error:
                 messages.append(self._bad(int(other), error))
         return {**self._black(index), "replaced": messages}  # no rank stops alone: the loader ends all of them

@@ -18,7 +18,7 @@ from torch.utils.data import DataLoader
 
 from loce.config import DataConfig, SamplerConfig
 from loce.data.annotations.lvis import LVISAnnotations
-from loce.data.dataset import EvalDataset, Sample, TrainDataset
+from loce.data.dataset import EvalDataset, Sample, ShownImage, TrainDataset
 from loce.data.samplers import TrainingPlan, image_labels, memory_fill_images, rank_slice
 from loce.data.worker_limits import PREFETCH, allow_open_files
 from loce.utils import distributed
@@ -152,22 +152,22 @@ def train_batches(
 
 
 class _TrainingKeys:
-    """Lists of what `TrainDataset` is asked for, one per micro-batch; may be iterated again, from the start."""
+    """Lists of `ShownImage`, one per micro-batch; may be iterated again, from the start."""
 
     def __init__(self, plan: TrainingPlan, lengths: list[int], start: int, place: tuple[int, int, int]) -> None:
         self.plan, self.lengths, self.start, self.place = plan, lengths, start, place
 
-    def __iter__(self) -> Iterator[list[tuple[int, ...]]]:
+    def __iter__(self) -> Iterator[list[ShownImage]]:
         skip = self.start
-        # Images of the meta batch have the place of the training image beside them.
-        places = rank_slice(np.arange(self.plan.rows) // (1 + self.plan.meta), *self.place)
+        # Images of the meta batch have the index of the training image beside them.
+        positions = rank_slice(np.arange(self.plan.rows) // (1 + self.plan.meta), *self.place)
         for epoch, length in enumerate(self.lengths):
             if skip < length:
                 for batch in self.plan.epoch(epoch)[skip:]:
-                    for images, own in zip(rank_slice(batch, *self.place), places.tolist(), strict=True):
+                    for images, own in zip(rank_slice(batch, *self.place), positions.tolist(), strict=True):
                         yield [
-                            (index, epoch, draw, drawn, place)
-                            for (index, draw, drawn), place in zip(images.tolist(), own, strict=True)
+                            ShownImage(index, epoch, repeat, sampled_class, batch_index)
+                            for (index, repeat, sampled_class), batch_index in zip(images.tolist(), own, strict=True)
                         ]
             skip = max(0, skip - length)
 
@@ -202,7 +202,7 @@ def fill_batches(
     rank: int | None = None,
     world: int | None = None,
 ) -> Batches:
-    """Samples that fill the feature memory before stage 2, each with "memory_rows" (n,) long: the instances to store.
+    """Samples that fill the feature memory before stage 2, each with "store_rows" (n,) long: the instances to store.
 
     images: on a rank at once. shared: one choice of images, shared out batch by batch as in training; else every rank
     makes its own. All ranks get the same number of batches, and all of them are full: what lacks are images that are
@@ -226,7 +226,7 @@ def _fills(annotations: LVISAnnotations, per_class: int, seed: int, stream: int)
 
 
 class _FillDataset:
-    """Training samples, augmented as in an epoch of their own, with "memory_rows"."""
+    """Training samples, augmented as in an epoch of their own, with "store_rows"."""
 
     def __init__(self, dataset: TrainDataset, fills: list[Fill], together: int) -> None:
         self.dataset, self.fills, self.together = dataset, fills, together
@@ -236,9 +236,9 @@ class _FillDataset:
 
     def __getitem__(self, number: int) -> Sample:
         index, rows = self.fills[number]
-        sample = self.dataset[index, FILL_EPOCH, 0, -1, number % self.together]
+        sample = self.dataset[ShownImage(index, FILL_EPOCH, batch_index=number % self.together)]
         stored = np.isin(sample["rows"].numpy(), rows)  # none of another image, shown in place of a bad one
-        return {**sample, "memory_rows": torch.from_numpy(np.flatnonzero(stored))}
+        return {**sample, "store_rows": torch.from_numpy(np.flatnonzero(stored))}
 
 
 def _place(rank: int | None, world: int | None) -> tuple[int, int]:

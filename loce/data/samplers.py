@@ -1,4 +1,4 @@
-"""Which images an epoch shows, and in which batches: uniform, repeat-factor, class-balanced and bi-level sampling.
+"""Image samplers: uniform, repeat-factor, class-balanced and bi-level sampling, and the batches of an epoch.
 
 Repeat-factor sampling: Gupta et al., LVIS (arXiv 1908.03195). Class-balanced sampling: Kang et al., Decoupling (arXiv
 1910.09217), Sec. 3. Bi-level sampling, its first level: Wang et al., SimCal (arXiv 2007.11978), Sec. 4. The meta batch:
@@ -200,22 +200,21 @@ class TrainingPlan:
         return self.batch_size * (1 + self.meta)
 
     def epoch(self, epoch: int) -> np.ndarray:
-        """(iterations, rows, 3) int64: image index, how often this epoch has shown it before (0, 1, ...), drawn.
+        """(iterations, rows, 3) int64: image, how often this epoch has shown it before (0, 1, ...), sampled class.
 
-        drawn: the class that the image was drawn for by bi-level sampling, META for an image of the meta batch, else
-        -1. With a meta batch the rows are training image, meta image, training image, ...: any share has as many of
-        both.
+        sampled class: that the image was drawn for by bi-level sampling, META for an image of the meta batch, else -1.
+        With a meta batch the rows are training image, meta image, training image, ...: any share has as many of both.
         """
         generator = np.random.default_rng([_STREAM, self.seed, epoch])
-        images, drawn = epoch_images(self.labels, self.sampler, generator, self.seed, epoch)
+        images, classes = epoch_images(self.labels, self.sampler, generator, self.seed, epoch)
         batches = plan_batches(images, self.wide[images], self.batch_size, generator)
-        shown, drawn = images[batches], drawn[batches]
+        shown, classes = images[batches], classes[batches]
         if self.meta:
             images = meta_images(self.labels, shown.size, generator)
             batches = plan_batches(images, self.wide[images], self.batch_size, generator)[: len(shown)]
             shown = np.stack([shown, images[batches]], axis=2).reshape(len(shown), self.rows)
-            drawn = np.stack([drawn, np.full_like(drawn, META)], axis=2).reshape(shown.shape)
-        return np.stack([shown, _occurrence(shown.ravel()).reshape(shown.shape), drawn], axis=2)
+            classes = np.stack([classes, np.full_like(classes, META)], axis=2).reshape(shown.shape)
+        return np.stack([shown, _occurrence(shown.ravel()).reshape(shown.shape), classes], axis=2)
 
     def iterations(self, epochs: int) -> list[int]:
         """The number of iterations of each epoch; they differ with repeat-factor sampling."""

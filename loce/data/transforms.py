@@ -23,7 +23,7 @@ _JPEG_MARKER = re.compile(rb"\xff[^\x00\xd0-\xd7\xff]")  # what follows 0xff in 
 FEW_LEVELS = 64  # of 256; a 16-bit file that has no more was made by a camera of 14 bits or fewer
 _ORIENTATION = 0x0112  # the tag in EXIF data
 _STREAM = 0x10CE  # keeps these random numbers apart from those of the samplers
-_KEY_STREAM = 0x3E4  # and these from both
+_SEED_STREAM = 0x3E4  # and these from both
 _pillow = threading.Lock()  # its limit is a global variable
 
 
@@ -188,9 +188,9 @@ def random_geometry(
     return Geometry(size, resized(size, short_edge, long_edge), bool(generator.random() < flip))
 
 
-def sample_key(seed: int, epoch: int, image_id: int, draw: int) -> int:
+def sample_seed(seed: int, epoch: int, image_id: int, draw: int) -> int:
     """63 bits: what the model's random choices for one showing of an image depend on."""
-    entropy = np.random.SeedSequence([_KEY_STREAM, seed, epoch, image_id % (1 << 62), draw])
+    entropy = np.random.SeedSequence([_SEED_STREAM, seed, epoch, image_id % (1 << 62), draw])
     return int(entropy.generate_state(1, np.uint64)[0] >> 1)
 
 

@@ -98,8 +98,8 @@ def class_features(model: MaskRCNN, config: Config, annotations: LVISAnnotations
     counts_C = sums_CF.new_zeros(len(sums_CF))
     for samples in progress(batches, len(batches), "features of classes"):
         batch, _, _ = model.batch_images([sample["image"] for sample in samples])
-        boxes = [sample["boxes"][sample["memory_rows"]].to(device) for sample in samples]
-        labels_N = torch.cat([sample["labels"][sample["memory_rows"]] for sample in samples]).to(device)
+        boxes = [sample["boxes"][sample["store_rows"]].to(device) for sample in samples]
+        labels_N = torch.cat([sample["labels"][sample["store_rows"]] for sample in samples]).to(device)
         x_NF = roi.box_head(roi.pool(model.features(batch), boxes, BOX_SIDE))
         sums_CF.index_add_(0, labels_N, x_NF.double())
         counts_C.index_add_(0, labels_N, torch.ones_like(labels_N, dtype=torch.float64))

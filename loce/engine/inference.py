@@ -221,7 +221,7 @@ def infer(
             for image_id, size, found in zip(
                 image_ids, sizes, model.detect(images, scales, sizes, allowed, objects), strict=True
             ):
-                clues = found.get("clues")
+                clues = found.get("near_misses")
                 if clues is not None:
                     clues = {kind: (b, s, category_ids[labels]) for kind, (b, s, labels) in clues.items()}
                 ids = category_ids[found["labels"]]

@@ -64,8 +64,8 @@ def random_samples(images: int, size: tuple[int, int], instances: int, classes: 
                 "boxes": torch.cat([corner, corner + side], dim=1).float(),
                 "labels": torch.randint(classes, (instances,), generator=generator),
                 "masks": CroppedMasks.pack(crops, size),
-                "key": number,
-                "place": number,
+                "seed": number,
+                "batch_index": number,
             }
         )
     return samples

@@ -68,7 +68,8 @@ class BALMSHead(Head):
     def losses(self, logits_NL: Tensor, rois: RoIs) -> dict[str, Tensor]:
         """`loss_cls`: the weighted loss of the training rows, after the weights have learned from the meta rows."""
         labels_N, z_NC = rois.labels_N, at_least_fp32(logits_NL)
-        meta_N = torch.zeros_like(labels_N, dtype=torch.bool) if rois.drawn_N is None else rois.drawn_N == META
+        classes_N = rois.sampled_class_N
+        meta_N = torch.zeros_like(labels_N, dtype=torch.bool) if classes_N is None else classes_N == META
         training = dataclasses.replace(rois, labels_N=torch.where(meta_N, IGNORED, labels_N))
         own_NC = one_hot(training.labels_N, self.num_classes)
         shifted_NC = z_NC + own_NC.any(dim=1, keepdim=True) * self.shift_C

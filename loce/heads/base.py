@@ -33,8 +33,8 @@ class RoIs:
         training instance counts (supplement, Sec. 1); None when nothing keeps track of one.
     progress: share of the training that is done, in [0, 1].
     features_ND: what the logits were computed from, without gradient (BALMS); None where nobody kept it.
-    drawn_N: long, the class that the row's image was drawn for by bi-level sampling (SimCal); META for an image of the
-        meta batch (BALMS); -1 otherwise, for rows from the memory too. None: -1 throughout.
+    sampled_class_N: long, the class that the row's image was drawn for by bi-level sampling (SimCal); META for an image
+        of the meta batch (BALMS); -1 otherwise, for rows from the memory too. None: -1 throughout.
     generator: of the logits' device, for a head that chooses at random: the same batch gives the same choice, and so
         can be repeated. None: the global one.
     """
@@ -45,7 +45,7 @@ class RoIs:
     indicator: Tensor | None = None
     progress: float = 0.0
     features_ND: Tensor | None = None  # noqa: N815
-    drawn_N: Tensor | None = None  # noqa: N815
+    sampled_class_N: Tensor | None = None  # noqa: N815
     generator: torch.Generator | None = None
 
     @cached_property
@@ -67,7 +67,7 @@ class Head(nn.Module, abc.ABC):
         region, flattened (0). The model passes `in_features` to match, and to heads of depth 0, which have FCs of their
         own, also `width`, that of the shared FCs.
     needs_indicator: its loss reads `rois.indicator`, which must be positive for every class.
-    meta_batch: half of the images in training are a meta batch, drawn anew, with META in `rois.drawn_N`.
+    meta_batch: half of the images in training are a meta batch, drawn anew, with META in `rois.sampled_class_N`.
     of_rank: names of the buffers that differ between processes: a checkpoint holds those of each.
     """
 

@@ -17,7 +17,7 @@ State: none that training changes; `tail`, classes that take the calibrated scor
 Differences from the paper / the released code:
 - A row goes with the class its own image was drawn for; in the released code so only at 16 images a batch.
 - Rows from a feature memory, which SimCal has not, are kept as positives.
-- SampledRoIs are sampled as in all of our training (512 an image, 128 positives) before level 2 chooses of them.
+- RoIs are sampled as in all of our training (512 an image, 128 positives) before level 2 chooses of them.
 """
 
 import torch
@@ -110,13 +110,15 @@ class SimCalHead(Head):
     def second_level(self, rois: RoIs) -> Tensor:
         """(N,) bool: rows of the class that their image was drawn for, and as many of the background, at random."""
         labels_N = rois.labels_N
-        own_N = rois.from_memory_N if rois.drawn_N is None else rois.from_memory_N | (rois.drawn_N == labels_N)
+        own_N = rois.from_memory_N
+        if rois.sampled_class_N is not None:
+            own_N = own_N | (rois.sampled_class_N == labels_N)
         positive_N = own_N & (labels_N >= 0) & (labels_N < self.num_classes)
         background_N = labels_N == self.num_classes
-        keys_N = torch.rand(labels_N.shape, generator=rois.generator, device=labels_N.device)
-        keys_N = keys_N.masked_fill(~background_N, -1.0)
-        place_N = keys_N.argsort(descending=True).argsort()  # background rows first, in random order
-        return positive_N | (background_N & (place_N < positive_N.sum()))
+        random_N = torch.rand(labels_N.shape, generator=rois.generator, device=labels_N.device)
+        random_N = random_N.masked_fill(~background_N, -1.0)
+        rank_N = random_N.argsort(descending=True).argsort()  # background rows first, in random order
+        return positive_N | (background_N & (rank_N < positive_N.sum()))
 
     def scores(self, logits_NL: Tensor) -> Tensor:
         """Logits (N, 2C+2) -> scores (N, C), fp32: calibrated for the tail, else original."""

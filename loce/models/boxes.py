@@ -6,7 +6,7 @@ so that nothing waits for the device.
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -81,8 +81,6 @@ COVERED = 0.5  # of its area; a background box of which an ignored region covers
 
 ANCHORS, REGIONS, JITTER, INSTANCES, DRAWS, HEAD = range(6)  # what an image's random numbers are for
 
-Choose = Callable[[Tensor, "Tensor | int", int, "torch.Generator | None"], tuple[Tensor, Tensor]]
-
 
 def match_boxes(
     boxes_N4: Tensor, truths_G4: Tensor, positive: float, negative: float, low_quality: float, pairs: int = PAIRS
@@ -123,13 +121,13 @@ def match(iou_NG: Tensor, positive: float, negative: float, low_quality: float, 
     return torch.where(last_N >= 0, last_N, matched_N)
 
 
-def keyed(key: int | None, purpose: int, device: torch.device) -> torch.Generator | None:
-    """The random numbers of one image for one purpose, on `device`; None, the global generator, without a key.
+def generator_for(seed: int | None, purpose: int, device: torch.device) -> torch.Generator | None:
+    """The random numbers of one image for one purpose, on `device`; None, the global generator, without a seed.
 
-    They depend on nothing but the image's key: not on the rank that has it, nor on what was drawn before. The host
+    They depend on nothing but the image's seed: not on the rank that has it, nor on what was drawn before. The host
     alone seeds a generator, so nothing waits for the device.
     """
-    return None if key is None else torch.Generator(device).manual_seed(key + purpose)
+    return None if seed is None else torch.Generator(device).manual_seed(seed + purpose)
 
 
 def choose_random(
@@ -139,20 +137,24 @@ def choose_random(
 
     K = min(slots, N); `limit` may live on the device and be smaller than `slots`.
     """
-    keys_N = torch.rand(candidates_N.shape, generator=generator, device=candidates_N.device)
-    keys_N = keys_N.masked_fill(~candidates_N, -1.0)
-    keys_K, indices_K = keys_N.topk(min(slots, len(keys_N)))
-    return indices_K, (keys_K >= 0) & (torch.arange(len(keys_K), device=keys_K.device) < limit)
+    random_N = torch.rand(candidates_N.shape, generator=generator, device=candidates_N.device)
+    random_N = random_N.masked_fill(~candidates_N, -1.0)
+    best_K, indices_K = random_N.topk(min(slots, len(random_N)))
+    return indices_K, (best_K >= 0) & (torch.arange(len(best_K), device=best_K.device) < limit)
 
 
 def sample(
-    matched_N: Tensor, total: int, positive_fraction: float, choose: Choose, generator: torch.Generator | None = None
-) -> tuple[Tensor, ...]:
-    """Positives up to a share of `total`, filled up with negatives.
+    matched_N: Tensor,
+    total: int,
+    positive_fraction: float,
+    generator: torch.Generator | None = None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Positives up to a share of `total`, filled up with negatives, both at random.
 
     Returns (positives (P,), valid (P,), negatives (K,), valid (K,)): indices into the N boxes in slots of fixed number.
     """
     positives = int(total * positive_fraction)
-    positives_P, positive_valid_P = choose(matched_N >= 0, positives, positives, generator)
-    negatives_K, negative_valid_K = choose(matched_N == NEGATIVE, total - positive_valid_P.sum(), total, generator)
+    positives_P, positive_valid_P = choose_random(matched_N >= 0, positives, positives, generator)
+    left = total - positive_valid_P.sum()
+    negatives_K, negative_valid_K = choose_random(matched_N == NEGATIVE, left, total, generator)
     return positives_P, positive_valid_P, negatives_K, negative_valid_K

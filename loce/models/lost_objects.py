@@ -1,5 +1,4 @@
-"""What the detector saw near the objects of an image and did not give out: why an object was lost (TIDE, arXiv
-2008.08115, asks the same of detections alone).
+"""Near misses of lost objects: what the detector found at an object and did not output (after TIDE, arXiv 2008.08115).
 
 Shapes: G objects, L of them without a right detection, N proposals, C classes, M detections, K candidates (proposal,
 class) of the classes of lost objects; X of any. All boxes x1, y1, x2, y2 in px of the original image.
@@ -16,7 +15,7 @@ HALF = 0.5  # IoU from which on a box is at an object
 Found = tuple[Tensor, Tensor, Tensor]  # boxes (X, 4), scores (X,), labels (X,)
 
 
-def find_clues(
+def find_near_misses(
     objects: tuple[Tensor, Tensor],
     proposals_N4: Tensor,
     boxes_NC4: Tensor,
@@ -25,7 +24,7 @@ def find_clues(
     allowed_C: Tensor | None,
     config: EvalConfig,
 ) -> dict[str, Found]:
-    """At most one clue of each kind for an object (evaluation/clues.py says what the kinds are), on the device.
+    """At most one near miss of each kind (see evaluation/near_misses.py) for an object, on the device.
 
     objects: boxes (G, 4), labels (G,); found: the detections, before those that are not `allowed_C` were left out.
     """
@@ -34,13 +33,13 @@ def find_clues(
     near_GM = box_iou(boxes_G4, boxes_M4) >= HALF
     same_GM = labels_G[:, None] == labels_M
     lost_G = ~(near_GM & same_GM).any(dim=1)
-    clues = _dropped(boxes_G4[lost_G], labels_G[lost_G], boxes_NC4, scores_NC, config)
+    misses = _dropped(boxes_G4[lost_G], labels_G[lost_G], boxes_NC4, scores_NC, config)
     if allowed_C is not None:
-        clues["classified_as"] = _best(near_GM & ~same_GM & ~allowed_C[labels_M], found)[0]
+        misses["classified_as"] = _best(near_GM & ~same_GM & ~allowed_C[labels_M], found)[0]
     if len(proposals_N4):
         nearest_G = box_iou(boxes_G4, proposals_N4).argmax(dim=1)
-        clues["proposed"] = (proposals_N4[nearest_G], scores_NC[nearest_G, labels_G], labels_G)
-    return clues
+        misses["proposed"] = (proposals_N4[nearest_G], scores_NC[nearest_G, labels_G], labels_G)
+    return misses
 
 
 def _dropped(

@@ -17,9 +17,9 @@ from loce.data.transforms import Geometry, resized
 from loce.heads import HEADS
 from loce.mean_score import MeanScoreTracker
 from loce.models.backbone import build_backbone
-from loce.models.boxes import INSTANCES, ROI_STDS, decode, keyed
+from loce.models.boxes import INSTANCES, ROI_STDS, decode, generator_for
 from loce.models.detection import detect
-from loce.models.lost_objects import find_clues
+from loce.models.lost_objects import find_near_misses
 from loce.models.mask_head import MaskHead
 from loce.models.memory_sampling import MemorySampling
 from loce.models.paste import paste_and_encode
@@ -126,20 +126,25 @@ class MaskRCNN(nn.Module):
         """P2..P6 of normalised images (B, 3, H, W)."""
         return list(self.backbone(batch).values())
 
-    def truth(self, sample: dict[str, Any], place: int = 0) -> Targets:
+    def targets_of(self, sample: dict[str, Any], batch_index: int = 0) -> Targets:
         """Ground truth on the model's device; the instances to store are chosen while labels are on the host."""
-        device, key = self.pixel_mean.device, sample.get("key")
-        rows = sample.get("memory_rows")
-        if rows is None:
-            memory = self.roi_heads.memory
-            generator = keyed(key, INSTANCES, torch.device("cpu"))
-            none = torch.empty(0, dtype=torch.long)
-            rows = memory.choose(sample["labels"], generator) if memory is not None else none
+        device, seed, memory = self.pixel_mean.device, sample.get("seed"), self.roi_heads.memory
+        rows = sample.get("store_rows", torch.empty(0, dtype=torch.long))
+        if "store_rows" not in sample and memory is not None:
+            rows = memory.choose_rows(sample["labels"], generator_for(seed, INSTANCES, torch.device("cpu")))
         ignored = sample.get("ignored", torch.empty((0, 4)))
         tensors = (x.to(device, non_blocking=True) for x in (sample["boxes"], sample["labels"], rows, ignored))
         boxes, labels, rows, ignored = tensors
-        masks = sample["masks"].to(device, non_blocking=True)
-        return Targets(boxes, labels, masks, rows, sample.get("drawn", -1), key, sample.get("place", place), ignored)
+        return Targets(
+            boxes=boxes,
+            labels=labels,
+            masks=sample["masks"].to(device, non_blocking=True),
+            store_rows=rows,
+            sampled_class=sample.get("sampled_class", -1),
+            seed=seed,
+            batch_index=sample.get("batch_index", batch_index),
+            ignored=ignored,
+        )
 
     def forward(self, samples: list[Any]) -> Any:
         """Training: samples -> their losses, scalars by name. Evaluation: images (3, h, w) -> list of {boxes, labels,
@@ -147,28 +152,28 @@ class MaskRCNN(nn.Module):
         if not self.training:
             return self.predict(samples)
         batch, sizes, padded = self.batch_images([s["image"] for s in samples])
-        truths = [self.truth(s, i) for i, s in enumerate(samples)]
+        targets = [self.targets_of(s, i) for i, s in enumerate(samples)]
         features = self.features(batch)
         with torch.no_grad():  # proposals have no gradient, and the RPN's losses need few anchors
             logits, deltas = self.rpn(features)
         anchors = self.rpn.anchors(features)
         losses = {}
         if not self.roi_heads.only_classifier:
-            boxes, keys, ignored = [t.boxes for t in truths], [t.key for t in truths], [t.ignored for t in truths]
-            losses = self.rpn.losses(features, anchors, padded, boxes, keys, ignored)
-        proposals = self.rpn.proposals(logits, deltas, anchors, sizes, [(t.boxes, t.labels) for t in truths])
-        return losses | self.roi_heads.losses(features, proposals, truths, sizes)
+            boxes, seeds, ignored = [t.boxes for t in targets], [t.seed for t in targets], [t.ignored for t in targets]
+            losses = self.rpn.losses(features, anchors, padded, boxes, seeds, ignored)
+        proposals = self.rpn.proposals(logits, deltas, anchors, sizes, [(t.boxes, t.labels) for t in targets])
+        return losses | self.roi_heads.losses(features, proposals, targets, sizes)
 
     @torch.no_grad()
     def fill_memory(self, samples: list[dict[str, Any]]) -> None:
-        """Store the features of the samples' `memory_rows` and update the mean score; nothing is learned."""
+        """Store the features of the samples' `store_rows` and update the mean score; nothing is learned."""
         batch, sizes, _ = self.batch_images([s["image"] for s in samples])
-        truths, features = [self.truth(s, i) for i, s in enumerate(samples)], self.features(batch)
+        targets, features = [self.targets_of(s, i) for i, s in enumerate(samples)], self.features(batch)
         logits, deltas = self.rpn(features)
-        known = [(t.boxes, t.labels) for t in truths]
+        known = [(t.boxes, t.labels) for t in targets]
         proposals = self.rpn.proposals(logits, deltas, self.rpn.anchors(features), sizes, known)
-        regions = [self.roi_heads.select(p, t) for p, t in zip(proposals, truths, strict=True)]
-        self.roi_heads.forward_rows(features, regions, truths, sizes)
+        sampled = [self.roi_heads.select(p, t) for p, t in zip(proposals, targets, strict=True)]
+        self.roi_heads.forward_rows(features, sampled, targets, sizes)
 
     @torch.no_grad()
     def detect(
@@ -184,7 +189,7 @@ class MaskRCNN(nn.Module):
         scales: (x, y) resized / original; originals: (height, width); allowed: per image a bool mask (C,) of the
         classes that evaluation can use there: others count towards the cap of detections, but are then left out
         before masks are made; objects: per image the boxes (G, 4) and labels (G,) that are to be found; the result
-        then has "clues" on them, see `find_clues`.
+        then has "near_misses" of them, see `find_near_misses`.
         """
         batch, sizes, _ = self.batch_images(images)
         features = self.features(batch)
@@ -216,25 +221,25 @@ class MaskRCNN(nn.Module):
         boxes_NC4 = decode(proposals_N4[:, None], deltas_NC4, ROI_STDS, size) / scale_4
         found = boxes_M4, scores_M, labels_M = detect(boxes_NC4, scores_NC, self.evaluation)
         allowed_C = None if allowed_C is None else allowed_C.to(labels_M.device)
-        clues: dict[str, Any] = {}
+        misses: dict[str, Any] = {}
         if objects is not None:
-            targets = objects[0].to(scale_4), objects[1].to(labels_M)
+            wanted = objects[0].to(scale_4), objects[1].to(labels_M)
             every = (boxes_NC4, scores_NC, found, allowed_C, self.evaluation)
-            parts = find_clues(targets, proposals_N4 / scale_4, *every)
-            clues = {"clues": {kind: tuple(x.cpu() for x in part) for kind, part in parts.items()}}
+            parts = find_near_misses(wanted, proposals_N4 / scale_4, *every)
+            misses = {"near_misses": {kind: tuple(x.cpu() for x in part) for kind, part in parts.items()}}
         if allowed_C is not None:
             kept = allowed_C[labels_M]
             boxes_M4, scores_M, labels_M = boxes_M4[kept], scores_M[kept], labels_M[kept]
         masks = roi.mask_head(roi.pool(features, [boxes_M4 * scale_4], MASK_SIDE), labels_M).float().sigmoid()
         rles = paste_and_encode(masks, boxes_M4, original)
-        return {"boxes": boxes_M4.cpu(), "scores": scores_M.cpu(), "labels": labels_M.cpu(), "rles": rles, **clues}
+        return {"boxes": boxes_M4.cpu(), "scores": scores_M.cpu(), "labels": labels_M.cpu(), "rles": rles, **misses}
 
     @torch.no_grad()
     def class_scores(self, samples: list[dict[str, Any]]) -> tuple[Tensor, Tensor, Tensor]:
         """Of ground-truth boxes, for the paper's Figures 1 and 4: (labels (G,), own score (G,), correct (G,))."""
         batch, _, _ = self.batch_images([s["image"] for s in samples])
-        truths = [self.truth(s) for s in samples]
-        boxes, labels_G = [t.boxes for t in truths], torch.cat([t.labels for t in truths])
+        targets = [self.targets_of(s) for s in samples]
+        boxes, labels_G = [t.boxes for t in targets], torch.cat([t.labels for t in targets])
         roi = self.roi_heads
         x_GD = roi.features_of(roi.pool(self.features(batch), boxes, BOX_SIDE))
         scores_GC = roi.classifier.scores(roi.classifier(x_GD))

@@ -1,9 +1,10 @@
-"""Memory-augmented Feature Sampling (Sec. 3.3): generator -> feature memory -> probabilistic sampler, in one place.
+"""Memory-augmented feature sampling (LOCE, Sec. 3.3): box generator, feature memory and probabilistic sampler together.
 
-Shapes: B boxes made from ground truth, K = k m drawn rows, D feature shape, C classes.
+Shapes: B boxes made from ground truth, K = k m rows drawn from the memory, D feature shape, C classes.
 """
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -13,9 +14,25 @@ from torch.profiler import record_function
 from loce.box_generator import SIGN_PATTERNS, choose_instances, dense_boxes, valid
 from loce.config import MemoryConfig
 from loce.memory_bank import FeatureMemoryBank
-from loce.models.boxes import DRAWS, JITTER, ROI_STDS, encode, keyed
+from loce.models.boxes import DRAWS, JITTER, ROI_STDS, encode, generator_for
 from loce.utils.classes import IGNORED
 from loce.utils.distributed import all_gather_rows
+
+
+class MemoryRows(NamedTuple):
+    """Rows drawn from the memory: features (K, D), labels (K,) and box targets (K, 4)."""
+
+    features: Tensor
+    labels: Tensor
+    box_targets: Tensor
+
+
+class ImageSeed(NamedTuple):
+    """Where the random numbers of an image come from: its seed, None for the global generator, and its position in the
+    whole batch, over all ranks."""
+
+    seed: int | None
+    batch_index: int
 
 
 class MemorySampling(nn.Module):
@@ -27,67 +44,65 @@ class MemorySampling(nn.Module):
         dtype = getattr(torch, config.dtype)
         self.bank = FeatureMemoryBank(num_classes, feature_shape, config.capacity, dtype)
 
-    def choose(self, labels_N: Tensor, generator: torch.Generator | None = None) -> Tensor:
-        """Rows of one image's labels (N,), still on the host, whose boxes will be stored: a few of each class."""
+    def choose_rows(self, labels_N: Tensor, generator: torch.Generator | None = None) -> Tensor:
+        """Which of an image's instances are stored, a few of each class: indices into its labels (N,), on the host."""
         return choose_instances(labels_N, self.config.instances_per_class, generator)
 
     @record_function("memory: jittered boxes")
     @torch.no_grad()
     def boxes(
         self,
-        truths: list[Tensor],
+        boxes: list[Tensor],
         labels: list[Tensor],
-        rows: list[Tensor],
+        store_rows: list[Tensor],
         sizes: list[tuple[int, int]],
-        keys: Sequence[int | None] = (),
+        seeds: Sequence[int | None] = (),
     ) -> tuple[list[Tensor], Tensor, Tensor]:
-        """Eq. 5 for the chosen rows of each image: (boxes (16 n_i, 4) per image, labels (B,), box targets (B, 4)).
+        """Eq. 5 for the instances to store: (boxes (16 n_i, 4) of each image, labels (B,), box targets (B, 4)).
 
-        A box under one pixel a side keeps its place with the label IGNORED. keys: of each image's random numbers.
+        boxes, labels: ground truth of each image; store_rows: (n_i,) indices into it; sizes: (height, width); seeds: of
+        each image's random numbers. A box under one pixel a side is not left out, but has the label IGNORED.
         """
-        boxes, all_labels, targets = [], [], []
-        keys = keys or [None] * len(truths)
-        for truths_N4, labels_N, rows_n, size, key in zip(truths, labels, rows, sizes, keys, strict=True):
-            random = keyed(key, JITTER, truths_N4.device)
-            dense_n164 = dense_boxes(truths_N4[rows_n], size, generator=random)
-            source = truths_N4[rows_n, None].expand_as(dense_n164).reshape(-1, 4)
-            dense = dense_n164.reshape(-1, 4)
+        jittered, jittered_labels, targets = [], [], []
+        seeds = seeds or [None] * len(boxes)
+        for boxes_N4, labels_N, rows_n, size, seed in zip(boxes, labels, store_rows, sizes, seeds, strict=True):
+            generator = generator_for(seed, JITTER, boxes_N4.device)
+            own_n4 = boxes_N4[rows_n]
+            dense_n164 = dense_boxes(own_n4, size, generator=generator)
+            dense = dense_n164.flatten(0, 1)
             fits = valid(dense)
-            boxes.append(dense)
-            repeated = labels_N[rows_n].repeat_interleave(SIGN_PATTERNS)
-            all_labels.append(torch.where(fits, repeated, IGNORED))
-            targets.append(torch.where(fits[:, None], encode(dense, source, ROI_STDS), 0))
-        return boxes, torch.cat(all_labels), torch.cat(targets)
+            target = encode(dense, own_n4.repeat_interleave(SIGN_PATTERNS, dim=0), ROI_STDS)
+            jittered.append(dense)
+            jittered_labels.append(torch.where(fits, labels_N[rows_n].repeat_interleave(SIGN_PATTERNS), IGNORED))
+            targets.append(torch.where(fits[:, None], target, 0))
+        return jittered, torch.cat(jittered_labels), torch.cat(targets)
 
-    @record_function("memory: store and draw")
+    @record_function("memory: store")
     @torch.no_grad()
-    def exchange(
-        self,
-        features: Tensor,
-        labels_B: Tensor,
-        targets_B4: Tensor,
-        indicator: Tensor,
-        shown: Sequence[tuple[int | None, int]],
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """Enqueue this batch's rows (Eq. 6), then draw (Eq. 7-8): (features (K, D), labels (K,), targets (K, 4)).
+    def store(self, features: Tensor, labels_B: Tensor, box_targets_B4: Tensor) -> None:
+        """Enqueue rows of this batch (Eq. 6): features (B, D); with `memory.shared` those of all ranks."""
+        if self.config.shared:
+            features, labels_B, box_targets_B4 = _of_all_ranks(features, labels_B, box_targets_B4)
+        self.bank.enqueue(features, labels_B, box_targets_B4)
+
+    @record_function("memory: draw")
+    @torch.no_grad()
+    def draw(self, indicator: Tensor, images: Sequence[ImageSeed]) -> MemoryRows:
+        """Draw classes that are weak by the indicator (C+1,), and stored rows of them (Eq. 7-8).
 
         k classes are drawn per 2 images of the batch over all ranks, by each image its part with random numbers of its
-        own, so that the method does not depend on how images are spread over ranks. shown: of each image the key of
-        its random numbers, and its position in the whole batch.
+        own, so that the method does not depend on how images are spread over ranks.
         """
-        if self.config.shared:
-            features, labels_B, targets_B4 = _of_all_ranks(features, labels_B, targets_B4)
-        parts = [self._uniform(key, place, features.device) for key, place in shown]
-        u_K1, u_KF = torch.cat(parts).split([1, self.config.features_per_class], dim=1)
-        self.bank.enqueue(features, labels_B, targets_B4)
-        drawn, labels_K, targets_K4 = self.bank.draw(indicator, 1 - u_K1[:, 0], u_KF)
-        return drawn.to(features.dtype), labels_K, targets_K4
+        uniforms = torch.cat([self._uniform(image, indicator.device) for image in images])
+        u_K1, u_KF = uniforms.split([1, self.config.features_per_class], dim=1)
+        return MemoryRows(*self.bank.draw(indicator, 1 - u_K1[:, 0], u_KF))
 
-    def _uniform(self, key: int | None, place: int, device: torch.device) -> Tensor:
-        """(K, 1 + m) what the image at this position of the batch draws with: K classes so that 2 images draw k."""
+    def _uniform(self, image: ImageSeed, device: torch.device) -> Tensor:
+        """(K, 1 + m) uniform numbers that an image draws with: K classes, so that 2 images draw k."""
         k, m = self.config.classes_per_draw, self.config.features_per_class
-        classes = (k * (place + 1) + 1) // 2 - (k * place + 1) // 2
-        return torch.rand((classes, 1 + m), generator=keyed(key, DRAWS, device), dtype=torch.float64, device=device)
+        classes = (k * (image.batch_index + 1) + 1) // 2 - (k * image.batch_index + 1) // 2
+        generator = generator_for(image.seed, DRAWS, device)
+        return torch.rand((classes, 1 + m), generator=generator, dtype=torch.float64, device=device)
 
 
 def _of_all_ranks(features: Tensor, labels_B: Tensor, targets_B4: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -1,7 +1,7 @@
-"""Second stage: sample regions, pool, classify, refine boxes and predict masks; the seam between detector and method.
+"""RoI heads: sampled RoIs and rows from the feature memory, through one classifier, box regressor and mask head.
 
-Shapes: B images, N regions over the batch (memory rows last), D features, C classes, L logits of the head,
-P positives, G ground-truth instances over the batch.
+Shapes: B images, R sampled RoIs over the batch, K rows from the memory, N = R + K rows in this order, D features, C
+classes, L logits of the classifier, P positives, G ground-truth instances over the batch.
 """
 
 from dataclasses import dataclass
@@ -20,16 +20,15 @@ from loce.models.boxes import (
     HEAD,
     REGIONS,
     ROI_STDS,
-    choose_random,
     encode,
     finite,
-    keyed,
+    generator_for,
     leave_out,
     match_boxes,
     sample,
 )
 from loce.models.mask_head import MaskHead, mask_loss, mask_targets
-from loce.models.memory_sampling import MemorySampling
+from loce.models.memory_sampling import ImageSeed, MemoryRows, MemorySampling
 from loce.utils.classes import IGNORED, META
 from loce.utils.distributed import mean_count
 
@@ -40,21 +39,21 @@ TORCHVISION_SAMPLES = 2  # a bin and axis
 
 @dataclass
 class Targets:
-    """Ground truth of one image on the model's device; `memory_rows` are the instances whose features are stored."""
+    """Ground truth of one image, on the model's device, and where its random numbers come from."""
 
     boxes: Tensor  # (G, 4)
     labels: Tensor  # (G,)
     masks: CroppedMasks
-    memory_rows: Tensor  # (n,)
-    drawn: int = -1  # as RoIs.drawn_N
-    key: int | None = None  # of the image's random numbers
-    place: int = 0  # position in the batch over all ranks
-    ignored: Tensor | None = None  # (M, 4) regions that are neither objects nor background
+    store_rows: Tensor  # (n,) instances whose features the memory stores
+    sampled_class: int = -1  # as RoIs.sampled_class_N
+    seed: int | None = None  # of the image's random numbers
+    batch_index: int = 0  # position in the batch over all ranks
+    ignored: Tensor | None = None  # (M, 4) boxes of regions that are neither objects nor background
 
 
 @dataclass
 class SampledRoIs:
-    """SampledRoIs of one image: boxes (R, 4), labels (R,) with IGNORED in unused slots, instance (R,) or -1."""
+    """RoIs of one image: boxes (R, 4), labels (R,) with IGNORED in unused slots, instance (R,) or -1."""
 
     boxes: Tensor
     labels: Tensor
@@ -97,7 +96,7 @@ class RoIHeads(nn.Module):
     ) -> None:
         """prior: (C+1,) instance counts that take the mean score's place (supplement, Sec. 1); None: mean score."""
         super().__init__()
-        self.config, self.choose, self.progress = config, choose_random, 0.0
+        self.config, self.progress = config, 0.0
         self.only_classifier = False  # the rest of the detector is frozen and has no losses
         self.num_classes = tracker.scores.numel() - 1
         self.box_head, self.classifier, self.mask_head = box_head, classifier, mask_head
@@ -114,43 +113,94 @@ class RoIHeads(nn.Module):
         return self.prior if self.use_prior else self.tracker.scores
 
     def losses(
-        self, features: list[Tensor], proposals: list[Tensor], truths: list[Targets], sizes: list[tuple[int, int]]
+        self,
+        features: list[Tensor],
+        proposals: list[Tensor],
+        targets: list[Targets],
+        sizes: list[tuple[int, int]],
     ) -> dict[str, Tensor]:
         """Losses of one batch. sizes: (height, width) of each image's content."""
-        regions = [self.select(p, t) for p, t in zip(proposals, truths, strict=True)]
-        x_ND, targets_N4, logits_NL, rois = self.forward_rows(features, regions, truths, sizes)
+        sampled = [self.select(p, t) for p, t in zip(proposals, targets, strict=True)]
+        x_ND, box_targets_N4, logits_NL, rois = self.forward_rows(features, sampled, targets, sizes)
         counted, positive = rois.labels_N != IGNORED, rois.instances_N >= 0
         rois.count, positives = mean_count(torch.stack([counted.sum(), positive.sum()]))
         with record_function("classification loss"):
             losses = self.classifier.losses(logits_NL, rois)
         if self.only_classifier:
             return losses
-        losses["loss_box"] = self._box_loss(self.deltas(x_ND), rois, targets_N4)
-        losses["loss_mask"] = self._mask_loss(features, regions, truths, positives)
+        losses["loss_box"] = self._box_loss(self.deltas(x_ND), rois, box_targets_N4)
+        losses["loss_mask"] = self._mask_loss(features, sampled, targets, positives)
         return losses
 
     def forward_rows(
-        self, features: list[Tensor], regions: list[SampledRoIs], truths: list[Targets], sizes: list[tuple[int, int]]
+        self,
+        features: list[Tensor],
+        sampled: list[SampledRoIs],
+        targets: list[Targets],
+        sizes: list[tuple[int, int]],
     ) -> tuple[Tensor, Tensor, Tensor, RoIs]:
-        """Store and draw memory rows, classify all rows and update the mean score: everything but the losses."""
-        x_ND, labels_N, targets_N4, from_memory_N = self._rows(features, regions, truths, sizes)
-        instances_R = self._batch_instances(regions, truths)
-        rois = RoIs(
-            labels_N=labels_N,
-            instances_N=F.pad(instances_R, (0, len(labels_N) - len(instances_R)), value=-1),
-            from_memory_N=from_memory_N,
-            progress=self.progress,
-            features_ND=x_ND.detach(),
-            drawn_N=self._drawn(regions, truths, len(labels_N)),
-            generator=keyed(truths[0].key, HEAD, x_ND.device),
-        )
+        """Everything but the losses: what is classified, the memory's part of it, logits, and the new mean score.
+
+        Returns what the classifier read (N, D), box targets (N, 4), logits (N, L), and the RoIs that its loss gets.
+        """
+        pooled = self.pool(features, [r.boxes for r in sampled], BOX_SIDE)
+        labels_N = torch.cat([r.labels for r in sampled])
+        box_targets_N4 = torch.cat([_box_targets(r, t) for r, t in zip(sampled, targets, strict=True)])
+        instances_N, sampled_class_N = _batch_instances(sampled, targets), _sampled_classes(sampled, targets)
+
+        # MFS (Sec. 3.3): what is around this batch's objects goes into the memory, then weak classes are drawn from it.
+        memory, drawn = None, 0
+        if self.memory is not None:
+            self.memory.store(*self.rows_to_store(features, targets, sizes))
+            images = [ImageSeed(t.seed, t.batch_index) for t in targets if t.sampled_class != META]
+            memory = self.memory.draw(self.indicator, images)
+            drawn = len(memory.labels)
+            labels_N = torch.cat([labels_N, memory.labels])
+            box_targets_N4 = torch.cat([box_targets_N4, memory.box_targets])
+            instances_N, sampled_class_N = (F.pad(x, (0, drawn), value=-1) for x in (instances_N, sampled_class_N))
+        x_ND = self._classifier_input(pooled, memory)
         with record_function("classifier"):
             logits_NL = self.classifier(x_ND)
-        positives = len(truths) * int(self.config.batch_per_image * self.config.positive_fraction)
-        most = positives + len(labels_N) - len(instances_R)
-        self._track(logits_NL, rois, sum(len(t.labels) for t in truths), most)
+
+        rois = RoIs(
+            labels_N=labels_N,
+            instances_N=instances_N,
+            from_memory_N=torch.arange(len(labels_N), device=labels_N.device) >= len(labels_N) - drawn,
+            progress=self.progress,
+            features_ND=x_ND.detach(),
+            sampled_class_N=sampled_class_N,
+            generator=generator_for(targets[0].seed, HEAD, x_ND.device),
+        )
+        # The mean score (Sec. 3.1) takes this step's probabilities in before the loss, whose margins are of after that.
+        positives = len(targets) * int(self.config.batch_per_image * self.config.positive_fraction)
+        self._update_mean_score(logits_NL, rois, sum(len(t.labels) for t in targets), positives + drawn)
         rois.indicator = self.indicator.clone()
-        return x_ND, targets_N4, logits_NL, rois
+        return x_ND, box_targets_N4, logits_NL, rois
+
+    @torch.no_grad()
+    def rows_to_store(
+        self, features: list[Tensor], targets: list[Targets], sizes: list[tuple[int, int]]
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Of jittered boxes around the instances to store: features (B, D), labels (B,) and box targets (B, 4).
+
+        Features are pooled ones (`memory.level=roi`) or what the classifier reads (fc).
+        """
+        assert self.memory is not None
+        boxes, labels = [t.boxes for t in targets], [t.labels for t in targets]
+        rows, seeds = [t.store_rows for t in targets], [t.seed for t in targets]
+        jittered, labels_B, box_targets_B4 = self.memory.boxes(boxes, labels, rows, sizes, seeds)
+        pooled = self.pool(features, jittered, BOX_SIDE)
+        stored = self.features_of(pooled) if self.memory.config.level == "fc" else pooled
+        return stored, labels_B, box_targets_B4
+
+    def _classifier_input(self, pooled: Tensor, memory: MemoryRows | None) -> Tensor:
+        """(N, D) what the classifier reads of pooled features (R, D, 7, 7) and, after them, of rows from the memory."""
+        if self.memory is None or memory is None:
+            return self.features_of(pooled)
+        drawn = memory.features.to(pooled.dtype)
+        if self.memory.config.level == "fc":
+            return torch.cat([self.features_of(pooled), drawn])
+        return self.features_of(torch.cat([pooled, drawn]))
 
     def pool(self, features: list[Tensor], boxes: list[Tensor], side: int) -> Tensor:
         """(N, D, S, S) features of boxes, as `config` says; see the function `pool`."""
@@ -167,114 +217,93 @@ class RoIHeads(nn.Module):
         return self.fc_reg(self.box_head(x_ND, first=self.classifier.depth))
 
     @record_function("sampling of regions")
-    def select(self, proposals_N4: Tensor, truth: Targets) -> SampledRoIs:
-        """Match and sample: ground-truth boxes stand in front of the proposals as positives of their own."""
-        own_G = torch.arange(len(truth.boxes), device=proposals_N4.device)
+    def select(self, proposals_N4: Tensor, target: Targets) -> SampledRoIs:
+        """Match and sample the proposals of an image; its ground-truth boxes stand in front, each its own positive."""
+        own_G = torch.arange(len(target.boxes), device=proposals_N4.device)
         low = self.config.positive_iou
-        matched_N = match_boxes(proposals_N4, truth.boxes, low, low, low)
-        matched_N = leave_out(matched_N, proposals_N4, truth.ignored)
-        boxes, matched = torch.cat([truth.boxes, proposals_N4]), torch.cat([own_G, matched_N])
-        generator = keyed(truth.key, REGIONS, proposals_N4.device)
+        matched_N = match_boxes(proposals_N4, target.boxes, low, low, low)
+        matched_N = leave_out(matched_N, proposals_N4, target.ignored)
+        boxes, matched = torch.cat([target.boxes, proposals_N4]), torch.cat([own_G, matched_N])
+
+        # Positives up to their share, then negatives; each kind in slots of fixed number, some of them unused.
+        generator = generator_for(target.seed, REGIONS, proposals_N4.device)
         positives, positive_valid, negatives, negative_valid = sample(
-            matched, self.config.batch_per_image, self.config.positive_fraction, self.choose, generator
+            matched, self.config.batch_per_image, self.config.positive_fraction, generator
         )
         instances = torch.where(positive_valid, matched[positives], -1)
-        labels = torch.where(positive_valid, truth.labels[instances] if len(own_G) else 0, IGNORED)
+        labels = torch.where(positive_valid, target.labels[instances] if len(own_G) else 0, IGNORED)
         negative_labels = torch.where(negative_valid, self.num_classes, IGNORED)
         picked = torch.cat([positives, negatives])
         labels = torch.cat([labels, negative_labels])
         instances = torch.cat([instances, torch.full_like(negatives, -1)])
+
         # Used slots to the front, in order; never more than `batch_per_image` of them are used.
         slots = (labels == IGNORED).to(torch.uint8).sort(stable=True).indices[: self.config.batch_per_image]
         return SampledRoIs(boxes[picked[slots]], labels[slots], instances[slots])
 
-    def _rows(
-        self, features: list[Tensor], regions: list[SampledRoIs], truths: list[Targets], sizes: list[tuple[int, int]]
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Features, labels, box targets and memory flags of all rows: sampled regions, then rows from the memory."""
-        boxes = [r.boxes for r in regions]
-        labels_R = torch.cat([r.labels for r in regions])
-        targets_R4 = torch.cat([_box_targets(r, t) for r, t in zip(regions, truths, strict=True)])
-        pooled = self.pool(features, boxes, BOX_SIDE)
-        if self.memory is None:
-            return self.features_of(pooled), labels_R, targets_R4, torch.zeros_like(labels_R, dtype=torch.bool)
-        boxes_N4, labels_N = [t.boxes for t in truths], [t.labels for t in truths]
-        rows, keys = [t.memory_rows for t in truths], [t.key for t in truths]
-        dense, dense_labels, dense_targets = self.memory.boxes(boxes_N4, labels_N, rows, sizes, keys)
-        stored = self._stored_features(features, dense)
-        shown = [(t.key, t.place) for t in truths if t.drawn != META]
-        drawn, labels_K, targets_K4 = self.memory.exchange(stored, dense_labels, dense_targets, self.indicator, shown)
-        if self.memory.config.level == "fc":
-            x_ND = torch.cat([self.features_of(pooled), drawn.to(pooled.dtype)])
-        else:
-            x_ND = self.features_of(torch.cat([pooled, drawn]))
-        from_memory = torch.cat([torch.zeros_like(labels_R), torch.ones_like(labels_K)]).bool()
-        return x_ND, torch.cat([labels_R, labels_K]), torch.cat([targets_R4, targets_K4]), from_memory
-
-    @torch.no_grad()
-    def _stored_features(self, features: list[Tensor], boxes: list[Tensor]) -> Tensor:
-        """What the memory stores of each box: pooled features (level roi) or what the classifier reads (fc)."""
-        assert self.memory is not None
-        pooled = self.pool(features, boxes, BOX_SIDE)
-        return self.features_of(pooled) if self.memory.config.level == "fc" else pooled
-
     @record_function("mean score")
     @torch.no_grad()
-    def _track(self, logits_NL: Tensor, rois: RoIs, instances: int, most: int) -> None:
-        """Eq. 2, before the loss of the same step, with scores that carry no margin.
+    def _update_mean_score(self, logits_NL: Tensor, rois: RoIs, instances: int, most: int) -> None:
+        """Eq. 2 with the classifier's scores, which carry no margin.
 
-        most: positives and memory rows there can be; only so many rows are scored, a quarter of all as a rule.
+        instances: G; most: positives and memory rows there can be: only so many rows are scored, a quarter as a rule.
         """
         counts_N = (rois.instances_N >= 0) | rois.from_memory_N
         rows = (~counts_N).to(torch.uint8).sort(stable=True).indices[:most]
         labels_M, own_M = rois.labels_N[rows], rois.instances_N[rows]
         own_M1 = labels_M.clamp(0, self.num_classes - 1)[:, None]
         probabilities_M = self.classifier.scores(logits_NL.detach()[rows]).gather(1, own_M1)[:, 0]
-        drawn = (torch.where(rois.from_memory_N[rows], labels_M, IGNORED), probabilities_M)
-        self.tracker.update(*instance_scores(probabilities_M, labels_M, own_M, instances), drawn)
-
-    def _drawn(self, regions: list[SampledRoIs], truths: list[Targets], rows: int) -> Tensor:
-        """(N,) what each row's image was drawn for; -1 for rows from the memory."""
-        drawn_R = torch.cat([torch.full_like(r.labels, t.drawn) for r, t in zip(regions, truths, strict=True)])
-        return F.pad(drawn_R, (0, rows - len(drawn_R)), value=-1)
-
-    def _batch_instances(self, regions: list[SampledRoIs], truths: list[Targets]) -> Tensor:
-        """(R,) instance index over the whole batch, -1 where a region has none."""
-        parts, offset = [], 0
-        for r, t in zip(regions, truths, strict=True):
-            parts.append(torch.where(r.instances >= 0, r.instances + offset, -1))
-            offset += len(t.labels)
-        return torch.cat(parts)
+        memory = (torch.where(rois.from_memory_N[rows], labels_M, IGNORED), probabilities_M)
+        self.tracker.update(*instance_scores(probabilities_M, labels_M, own_M, instances), memory)
 
     @record_function("box loss")
-    def _box_loss(self, deltas_NC4: Tensor, rois: RoIs, targets_N4: Tensor) -> Tensor:
+    def _box_loss(self, deltas_NC4: Tensor, rois: RoIs, box_targets_N4: Tensor) -> Tensor:
         """L1 of the own class's deltas over positives, divided by the number of rows that count."""
         positive_N = (rois.labels_N >= 0) & (rois.labels_N < self.num_classes)
         own_N = torch.where(positive_N, rois.labels_N, 0)
         deltas_N4 = deltas_NC4.reshape(-1, self.num_classes, 4)[torch.arange(len(own_N), device=own_N.device), own_N]
-        errors_N4 = torch.where(positive_N[:, None], deltas_N4.float() - targets_N4, 0)
+        errors_N4 = torch.where(positive_N[:, None], deltas_N4.float() - box_targets_N4, 0)
         return errors_N4.abs().sum() / rois.count
 
     @record_function("mask targets and loss")
     def _mask_loss(
-        self, features: list[Tensor], regions: list[SampledRoIs], truths: list[Targets], positives: Tensor
+        self,
+        features: list[Tensor],
+        sampled: list[SampledRoIs],
+        targets: list[Targets],
+        positives: Tensor,
     ) -> Tensor:
-        rows = [(r.instances >= 0).nonzero()[:, 0] for r in regions]  # sync: masks are predicted for positives only
-        boxes = [r.boxes[p] for r, p in zip(regions, rows, strict=True)]
-        labels_P = torch.cat([r.labels[p] for r, p in zip(regions, rows, strict=True)])
-        targets = [
-            mask_targets(t.masks, r.instances[p], r.boxes[p]) for r, t, p in zip(regions, truths, rows, strict=True)
+        """Binary cross-entropy of the own class's mask over positives."""
+        rows = [(r.instances >= 0).nonzero()[:, 0] for r in sampled]  # sync: masks are predicted for positives only
+        boxes = [r.boxes[p] for r, p in zip(sampled, rows, strict=True)]
+        labels_P = torch.cat([r.labels[p] for r, p in zip(sampled, rows, strict=True)])
+        wanted = [
+            mask_targets(t.masks, r.instances[p], r.boxes[p]) for r, t, p in zip(sampled, targets, rows, strict=True)
         ]
         logits = self.mask_head(self.pool(features, boxes, MASK_SIDE), labels_P)
-        return mask_loss(logits, torch.cat(targets), positives)
+        return mask_loss(logits, torch.cat(wanted), positives)
 
 
-def _box_targets(regions: SampledRoIs, truth: Targets) -> Tensor:
-    """(R, 4) deltas from each positive region to its ground truth, 0 elsewhere."""
-    if len(truth.boxes) == 0:
-        return torch.zeros_like(regions.boxes)
-    targets = encode(regions.boxes, truth.boxes[regions.instances.clamp(min=0)], ROI_STDS)
-    return torch.where((regions.instances >= 0)[:, None], targets, 0)
+def _box_targets(sampled: SampledRoIs, target: Targets) -> Tensor:
+    """(R, 4) deltas from each positive RoI to its ground truth, 0 elsewhere."""
+    if len(target.boxes) == 0:
+        return torch.zeros_like(sampled.boxes)
+    deltas = encode(sampled.boxes, target.boxes[sampled.instances.clamp(min=0)], ROI_STDS)
+    return torch.where((sampled.instances >= 0)[:, None], deltas, 0)
+
+
+def _batch_instances(sampled: list[SampledRoIs], targets: list[Targets]) -> Tensor:
+    """(R,) instance index over the whole batch, -1 where a RoI has none."""
+    parts, offset = [], 0
+    for r, t in zip(sampled, targets, strict=True):
+        parts.append(torch.where(r.instances >= 0, r.instances + offset, -1))
+        offset += len(t.labels)
+    return torch.cat(parts)
+
+
+def _sampled_classes(sampled: list[SampledRoIs], targets: list[Targets]) -> Tensor:
+    """(R,) the class that each RoI's image was drawn for."""
+    return torch.cat([torch.full_like(r.labels, t.sampled_class) for r, t in zip(sampled, targets, strict=True)])
 
 
 def pyramid_level(boxes_N4: Tensor, finest_scale: float) -> Tensor:
@@ -284,7 +313,13 @@ def pyramid_level(boxes_N4: Tensor, finest_scale: float) -> Tensor:
 
 
 @record_function("RoIAlign")
-def pool(features: list[Tensor], boxes: list[Tensor], side: int, finest_scale: float, aligned: bool = True) -> Tensor:
+def pool(
+    features: list[Tensor],
+    boxes: list[Tensor],
+    side: int,
+    finest_scale: float,
+    aligned: bool = True,
+) -> Tensor:
     """(N, D, S, S) features of the boxes (n_i, 4) of each image, in their order. A box without area gives zeros.
 
     So does one with nan, as a diverged model makes them: there is a row for every box, and the loss shows the nan.

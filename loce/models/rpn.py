@@ -17,11 +17,10 @@ from loce.models.boxes import (
     ANCHORS,
     BETWEEN,
     RPN_STDS,
-    choose_random,
     constants,
     decode,
     encode,
-    keyed,
+    generator_for,
     leave_out,
     match_boxes,
     sample,
@@ -65,7 +64,6 @@ class RPN(nn.Module):
         super().__init__()
         self.config = config
         self.head = RPNHead(channels, len(RATIOS), conv_depth=1)
-        self.choose = choose_random
         self.resampling: NMSResampling | None = None  # set by whoever builds the model
 
     @record_function("RPN head, everywhere, no gradient")
@@ -135,12 +133,12 @@ class RPN(nn.Module):
         anchors: list[Tensor],
         padded_sizes: list[tuple[int, int]],
         truths: list[Tensor],
-        keys: Sequence[int | None] = (),
+        seeds: Sequence[int | None] = (),
         ignored: Sequence[Tensor | None] = (),
     ) -> dict[str, Tensor]:
         """Objectness BCE and box L1, both summed and divided by the number of sampled anchors of the batch.
 
-        truths: ground-truth boxes (G, 4) per image; keys: of each image's random numbers; ignored: per image the
+        truths: ground-truth boxes (G, 4) per image; seeds: of each image's random numbers; ignored: per image the
         regions (M, 4) that are no background either, or nothing. With several ranks the number of anchors is its mean
         over ranks. Only sampled anchors have a gradient, so the head is evaluated at them alone, see `at`.
         """
@@ -150,9 +148,9 @@ class RPN(nn.Module):
             matched_A = self.match(anchors_A4, truths_G4)
             matched_A = leave_out(matched_A, anchors_A4, ignored[i] if ignored else None)
             matched_A = matched_A.masked_fill(~_validity(shapes, padded_sizes[i], anchors_A4.device), BETWEEN)
-            generator = keyed(keys[i] if keys else None, ANCHORS, anchors_A4.device)
+            generator = generator_for(seeds[i] if seeds else None, ANCHORS, anchors_A4.device)
             positives, positive_valid, negatives, negative_valid = sample(
-                matched_A, self.config.batch_per_image, self.config.positive_fraction, self.choose, generator
+                matched_A, self.config.batch_per_image, self.config.positive_fraction, generator
             )
             logits_K, deltas_K4 = self.at([x[i] for x in features], torch.cat([positives, negatives]))
             picked_valid = torch.cat([positive_valid, negative_valid])

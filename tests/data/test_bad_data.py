@@ -74,8 +74,8 @@ def test_a_crowded_image_is_limited_the_rest_is_ignored_and_that_is_said_once(wr
     assert capsys.readouterr().out.count("warning: image") == 1 and batches.bad == []
     for samples in fill_batches(dataset, 5, True, seed=0, images=2):
         for each in samples:
-            assert len(each["memory_rows"]) <= len(each["rows"])
-            assert each["labels"][each["memory_rows"]].numel() == len(each["memory_rows"])
+            assert len(each["store_rows"]) <= len(each["rows"])
+            assert each["labels"][each["store_rows"]].numel() == len(each["store_rows"])
 
 
 def test_crowds_are_ignored_regions(write, images):

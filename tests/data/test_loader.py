@@ -30,7 +30,7 @@ def fingerprint(batches):
         [
             (
                 *(s["image_id"], int(s["image"].sum()), s["boxes"].tolist(), int(s["masks"].bits.sum())),
-                *(s["drawn"], s["key"], s["place"]),
+                *(s["sampled_class"], s["seed"], s["batch_index"]),
             )
             for s in samples
         ]
@@ -73,7 +73,7 @@ def test_showings_of_an_image_differ_between_epochs_and_within_one(dataset):
     keys = [(0, epoch, draw) for epoch in range(6) for draw in range(6)]
     assert len({(*dataset[key]["image"].shape, int(dataset[key]["image"][0, 0, 0])) for key in keys}) > 3
     assert fingerprint([[dataset[0, 2]]]) == fingerprint([[dataset[0, 2, 0]]])
-    found = {dataset[key]["key"] for key in keys} | {dataset[1, 0]["key"]}
+    found = {dataset[key]["seed"] for key in keys} | {dataset[1, 0]["seed"]}
     assert len(found) == len(keys) + 1 and all(0 <= key < 1 << 63 for key in found)
 
 
@@ -106,12 +106,12 @@ def test_workers_ranks_and_restarts_do_not_change_the_stream(name, meta, dataset
 def test_samples_say_what_they_were_drawn_for(dataset):
     plan = training_plan(dataset, SamplerConfig(name="bilevel"), CONFIG, 4, seed=3)
     for sample in chain(*train_batches(dataset, plan, epochs=2)):
-        assert sample["drawn"] in sample["labels"]
+        assert sample["sampled_class"] in sample["labels"]
     plan = training_plan(dataset, SamplerConfig(), CONFIG, 4, seed=3, meta=True)
     for rank in range(2):
         for samples in train_batches(dataset, plan, epochs=1, accumulate=2, rank=rank, world=2):
-            assert [sample["drawn"] for sample in samples] == [-1, META]
-    assert dataset[0, 0]["drawn"] == dataset[0, 0, 1]["drawn"] == -1
+            assert [sample["sampled_class"] for sample in samples] == [-1, META]
+    assert dataset[0, 0]["sampled_class"] == dataset[0, 0, 1]["sampled_class"] == -1
 
 
 def test_two_images_on_a_rank_have_the_same_shape(dataset):
@@ -161,8 +161,8 @@ def stored(dataset, batches):
     for samples in batches:
         for sample in samples:
             index = dataset.annotations.image_ids.tolist().index(sample["image_id"])
-            rows = dataset.annotations.rows(index)[sample["memory_rows"].numpy()]
-            assert sample["labels"][sample["memory_rows"]].tolist() == dataset.annotations.labels[rows].tolist()
+            rows = dataset.annotations.rows(index)[sample["store_rows"].numpy()]
+            assert sample["labels"][sample["store_rows"]].tolist() == dataset.annotations.labels[rows].tolist()
             found += [
                 (int(dataset.annotations.labels[row]), int(dataset.annotations.annotation_ids[row])) for row in rows
             ]
@@ -202,7 +202,7 @@ def test_one_bad_image_is_replaced_and_reported_once(dataset, capsys):
     for samples in fill_batches(dataset, 9, True, seed=0, images=2):
         for sample in samples:
             assert sample["image_id"] != bad_id
-            assert len(sample["memory_rows"]) == 0 or "replaced" not in sample
+            assert len(sample["store_rows"]) == 0 or "replaced" not in sample
 
 
 def test_a_bad_evaluation_image_is_shown_black_and_reported(dataset, capsys):

@@ -24,7 +24,7 @@ def test_parts_of_a_step(recipe, tmp_path):
         assert parts[name].forward > 0
         assert (parts[name].backward == 0) == frozen, name  # the trunk of stage 2 has no backward pass
     assert parts["mask head"].backward > 0 and parts["classifier"].backward > 0
-    assert ("memory: store and draw" in parts) == frozen
+    assert ("memory: draw" in parts) == frozen
     assert all(parts[name].backward == 0 for name in ("sampling of regions", "proposals and their NMS", "mean score"))
     assert parts["RPN head, everywhere, no gradient"].backward == 0 < parts["RPN matching, sampling, losses"].backward
     table = profiling.table(parts).splitlines()

@@ -31,7 +31,7 @@ def case(rows, classes, seed, meta=True):
     labels[3::7] = IGNORED
     labels[:2] = 0
     drawn = torch.where(torch.arange(rows) % 2 == 1, META if meta else -1, -1)
-    return x, rois_of(labels, features_ND=x, drawn_N=drawn)
+    return x, rois_of(labels, features_ND=x, sampled_class_N=drawn)
 
 
 def shifted(z, y, stats):
@@ -60,7 +60,7 @@ def meta_gradient_slow(head, stats, x, rois):
     classes, weight, bias = len(stats), head.fc_cls.weight.detach().clone(), head.fc_cls.bias.detach().clone()
     a, weight, bias = head.reweighter.a.clone().requires_grad_(), weight.requires_grad_(), bias.requires_grad_()
     takes_part = rois.labels_N != IGNORED
-    training, meta = takes_part & (rois.drawn_N != META), takes_part & (rois.drawn_N == META)
+    training, meta = takes_part & (rois.sampled_class_N != META), takes_part & (rois.sampled_class_N == META)
     f = torch.tensor(stats.image_counts).clamp(1, stats.image_total - 1).double() / stats.image_total
 
     targets = torch.nn.functional.one_hot(rois.labels_N.clamp(min=0), classes + 1)[:, :classes].double()
@@ -98,7 +98,7 @@ def test_several_steps_equal_autograd_and_torchs_adam(make_stats, classes, inner
         state = adam.state[a]  # the moments show the size of the gradient, which a does not
         for name, value in (("a", a.detach()), ("first", state["exp_avg"]), ("second", state["exp_avg_sq"])):
             torch.testing.assert_close(getattr(head.reweighter, name), value, rtol=1e-6, atol=1e-14)
-        training = rois.drawn_N != META
+        training = rois.sampled_class_N != META
         want = loss_slow(
             logits[training].tolist(), rois.labels_N[training].tolist(), a.detach().sigmoid().tolist(), stats
         )
@@ -114,7 +114,7 @@ def test_weights_move_to_what_helps_the_meta_batch(make_stats):
     """Classes 0 and 1 want opposite things of the same feature, and the meta batch shows class 1 only."""
     head = head_of(make_stats(2))
     x = torch.ones(4, FEATURES, dtype=torch.float64)
-    rois = rois_of(torch.tensor([0, 1, 1, 1]), features_ND=x, drawn_N=torch.tensor([-1, -1, META, META]))
+    rois = rois_of(torch.tensor([0, 1, 1, 1]), features_ND=x, sampled_class_N=torch.tensor([-1, -1, META, META]))
     for _ in range(20):
         head.losses(head(x), rois)
     assert head.reweighter.a[1] > 0.1 > -0.1 > head.reweighter.a[0]
@@ -127,7 +127,7 @@ def test_without_meta_rows_only_the_loss_is_left(make_stats):
     before = {name: value.clone() for name, value in head.reweighter.named_buffers()}
     assert before["steps"] == 1
     x, rois = case(30, 5, 1, meta=False)
-    for batch in (rois, dataclasses.replace(rois, drawn_N=None)):
+    for batch in (rois, dataclasses.replace(rois, sampled_class_N=None)):
         loss = head.losses(head(x), batch)["loss_cls"].item()
         want = loss_slow(head(x).tolist(), rois.labels_N.tolist(), before["a"].sigmoid().tolist(), stats)
         assert loss == pytest.approx(want, rel=1e-6)
@@ -139,14 +139,16 @@ def test_edges_are_finite(make_stats, which):
     head = head_of(make_stats(5))
     x, rois = case(30, 5, 0)
     if which == "no training rows":
-        rois.drawn_N[:] = META
+        rois.sampled_class_N[:] = META
     elif which == "no foreground":
         rois.labels_N[:] = 5
     elif which == "all ignored":
         rois.labels_N[:] = IGNORED
     else:
         x, rois = case(30, 5, 0)
-        empty = {name: getattr(rois, name)[:0] for name in ("labels_N", "instances_N", "from_memory_N", "drawn_N")}
+        empty = {
+            name: getattr(rois, name)[:0] for name in ("labels_N", "instances_N", "from_memory_N", "sampled_class_N")
+        }
         x = x[:0]
         rois = dataclasses.replace(rois, features_ND=x, **empty)
     loss = head.losses(head(x), rois)["loss_cls"]
@@ -226,7 +228,7 @@ def test_without_a_learning_rate_of_the_weights_it_is_the_plain_shifted_loss(mak
     head = head_of(stats, meta_lr=0.0)
     assert not head.meta_batch and head_of(stats).meta_batch
     x, rois = case(40, 5, 0, meta=False)
-    for batch in (dataclasses.replace(rois, features_ND=None), dataclasses.replace(rois, drawn_N=None)):
+    for batch in (dataclasses.replace(rois, features_ND=None), dataclasses.replace(rois, sampled_class_N=None)):
         loss = head.losses(head(x), batch)["loss_cls"].item()
         assert loss == pytest.approx(loss_slow(head(x).tolist(), rois.labels_N.tolist(), [1.0] * 5, stats), rel=1e-6)
     assert not any(value.any() for value in head.reweighter.buffers())

@@ -28,7 +28,7 @@ def batch(rows, device, seed=0, classes=CLASSES):
         from_memory_N=from_memory.to(device),
         indicator=torch.linspace(0.5, 0.01, classes + 1).to(device),
         progress=0.5,
-        drawn_N=torch.where((labels >= 0) & (labels < classes) & ~from_memory, labels, -1).to(device),
+        sampled_class_N=torch.where((labels >= 0) & (labels < classes) & ~from_memory, labels, -1).to(device),
     )
     rois.features_ND = torch.randn(rows, FEATURES, generator=generator).to(device)
     return rois.features_ND, rois
@@ -111,7 +111,7 @@ def test_ignored_rows_change_nothing(head, device):
     features, rois = batch(30, device)
     keep = rois.labels_N != IGNORED
     assert 0 < keep.sum() < 30
-    names = ("labels_N", "instances_N", "from_memory_N", "features_ND", "drawn_N")
+    names = ("labels_N", "instances_N", "from_memory_N", "features_ND", "sampled_class_N")
     rows = {name: getattr(rois, name)[keep] for name in names}
     some = dataclasses.replace(rois, **rows)
     for name, loss in head.losses(head(features), rois).items():

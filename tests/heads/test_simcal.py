@@ -40,7 +40,7 @@ def test_rows_of_the_drawn_class_and_as_many_of_the_background_at_random(make_st
         labels[::2] = CLASSES
         drawn = drawn_for(labels, 0)
         torch.manual_seed(seed)
-        rois = rois_of(labels.to(device), drawn_N=drawn.to(device))
+        rois = rois_of(labels.to(device), sampled_class_N=drawn.to(device))
         rois.from_memory_N[-5:] = True
         kept = head.second_level(rois).tolist()
         positives = background = 0
@@ -69,7 +69,7 @@ def test_loss_equals_the_equation(make_stats, device, share):
         logits, labels = random_case(40, CLASSES, 2 * (CLASSES + 1), seed)
         generator = torch.Generator().manual_seed(seed)
         labels[torch.rand(40, generator=generator) < share] = CLASSES
-        rois = rois_of(labels.to(device), drawn_N=labels.to(device))
+        rois = rois_of(labels.to(device), sampled_class_N=labels.to(device))
         torch.manual_seed(seed)
         kept = head.second_level(rois).tolist()
         terms = [
@@ -88,7 +88,7 @@ def test_gradient(make_stats):
     head = make_head(make_stats)
     logits, labels = random_case(12, CLASSES, 2 * (CLASSES + 1), 3)
     labels[:3] = torch.tensor([0, 1, CLASSES])
-    rois = rois_of(labels, drawn_N=labels)
+    rois = rois_of(labels, sampled_class_N=labels)
     torch.manual_seed(0)
     assert head.second_level(rois)[:2].all()
 
@@ -146,7 +146,9 @@ def test_only_the_calibrated_classifier_ever_trains(make_stats, layers):
         head.requires_grad_(False)
         head.requires_grad_(True)
     labels = torch.arange(CLASSES + 1)
-    head.losses(head(torch.randn(CLASSES + 1, FEATURES)), rois_of(labels, drawn_N=labels))["loss_cls"].backward()
+    head.losses(head(torch.randn(CLASSES + 1, FEATURES)), rois_of(labels, sampled_class_N=labels))[
+        "loss_cls"
+    ].backward()
     for name, parameter in head.named_parameters():
         assert (parameter.grad is not None and parameter.grad.any()) == name.startswith("calibrated"), name
 

@@ -33,7 +33,7 @@ def train(name: str, config: HeadConfig) -> dict[str, list]:
         labels[:6:2] = IGNORED  # more of the training rows in the first half than in the second
         own = slice(distributed.rank() * 28 // world, (distributed.rank() + 1) * 28 // world)
         meta = torch.where(torch.arange(28) % 2 == 1, META, -1)  # every other row
-        rois = rois_of(labels[own], features_ND=features[own], drawn_N=meta[own])
+        rois = rois_of(labels[own], features_ND=features[own], sampled_class_N=meta[own])
         rois.count = distributed.mean_count(rois.count)  # as the model does
         loss = sum(head.losses(head(features[own]), rois).values())
         optimiser.zero_grad()

@@ -106,15 +106,15 @@ def first(
     return chosen, torch.arange(slots) < len(indices)
 
 
-def truth_of(sample: dict[str, Any], place: int = 0) -> Targets:
+def truth_of(sample: dict[str, Any], batch_index: int = 0) -> Targets:
     """Ground truth as the second stage gets it, all of it to be stored."""
     rows = torch.arange(len(sample["labels"]))
-    return Targets(sample["boxes"], sample["labels"], sample["masks"], rows, place=place)
+    return Targets(sample["boxes"], sample["labels"], sample["masks"], rows, batch_index=batch_index)
 
 
 @pytest.fixture
 def truths(batch: list[dict[str, Any]]) -> list[Targets]:
-    return [truth_of(sample, place) for place, sample in enumerate(batch)]
+    return [truth_of(sample, index) for index, sample in enumerate(batch)]
 
 
 @pytest.fixture

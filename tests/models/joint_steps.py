@@ -60,8 +60,8 @@ def image(step: int, place: int, objects: int) -> dict[str, Any]:
         "boxes": boxes,
         "labels": torch.randint(0, 3, (objects,), generator=generator),
         "masks": CroppedMasks.pack(bitmaps, SIZE),
-        "key": 1000 * step + 10 * place,
-        "place": place,
+        "seed": 1000 * step + 10 * place,
+        "batch_index": place,
     }
 
 

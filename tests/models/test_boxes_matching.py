@@ -112,7 +112,7 @@ def test_choose_obeys_a_limit_below_its_slots():
 def test_how_many_are_sampled(positives, negatives, between, expected):
     matched = torch.tensor([3] * positives + [NEGATIVE] * negatives + [BETWEEN] * between)
     matched = matched[torch.randperm(len(matched))]
-    chosen, chosen_valid, others, others_valid = sample(matched, 16, 0.25, choose_random)
+    chosen, chosen_valid, others, others_valid = sample(matched, 16, 0.25)
     assert (int(chosen_valid.sum()), int(others_valid.sum())) == expected
     assert (matched[chosen[chosen_valid]] == 3).all() and (matched[others[others_valid]] == NEGATIVE).all()
     used = torch.cat([chosen[chosen_valid], others[others_valid]])
@@ -121,7 +121,7 @@ def test_how_many_are_sampled(positives, negatives, between, expected):
 
 def test_the_share_of_positives_is_rounded_down():
     matched = torch.tensor([0] * 50 + [NEGATIVE] * 50)
-    _, valid, _, _ = sample(matched, 7, 0.5, choose_random)
+    _, valid, _, _ = sample(matched, 7, 0.5)
     assert int(valid.sum()) == 3
 
 

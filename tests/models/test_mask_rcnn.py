@@ -70,7 +70,7 @@ def test_a_step_of_each_row_of_table_1(model_of, batch, row):
 def test_the_rows_of_table_1_differ_where_they_should(model_of, batch):
     """Same weights, same random numbers: RPN and mask losses agree; classification losses all differ."""
     for sample in batch:
-        sample["memory_rows"] = torch.arange(len(sample["labels"]))
+        sample["store_rows"] = torch.arange(len(sample["labels"]))
     found = {}
     for row in TABLE_1:
         model = model_of(row)
@@ -186,9 +186,9 @@ def test_images_are_normalised_then_padded_with_zeros(make_model):
 
 
 def test_rows_to_store_are_those_given(model_of, batch):
-    """`memory_rows` of a sample says which instances are stored; 16 boxes each."""
+    """`store_rows` of a sample says which instances are stored; 16 boxes each."""
     model = model_of("MFS")
-    batch[0]["memory_rows"], batch[1]["memory_rows"] = torch.tensor([2]), torch.tensor([1])
+    batch[0]["store_rows"], batch[1]["store_rows"] = torch.tensor([2]), torch.tensor([1])
     model(batch)
     assert model.roi_heads.memory.bank.counts.tolist() == [0, 0, 0, 0, 16, 16]  # labels 5 and 4
 
@@ -204,7 +204,7 @@ def test_rows_to_store_are_chosen_where_none_are_given(make_model, make_sample):
 def test_filling_stores_and_warms_up_but_learns_nothing(model_of, batch):
     model = model_of("EBL + MFS")
     before = {name: value.clone() for name, value in model.state_dict().items()}
-    batch[0]["memory_rows"], batch[1]["memory_rows"] = torch.tensor([0, 2]), torch.zeros(0, dtype=torch.long)
+    batch[0]["store_rows"], batch[1]["store_rows"] = torch.tensor([0, 2]), torch.zeros(0, dtype=torch.long)
     model.fill_memory(batch)
     assert model.roi_heads.memory.bank.counts.tolist() == [16, 0, 0, 0, 0, 16]
     assert (model.roi_heads.tracker.scores[[0, 3, 4, 5]] != 0.01).all()
@@ -326,12 +326,12 @@ def test_a_crowd_is_neither_object_nor_background(model_of, batch):
     everywhere = [{**s, "ignored": torch.tensor([[0.0, 0.0, s["size"][1], s["size"][0]]])} for s in batch]
     losses = seeded(model, everywhere)
     assert all(torch.isfinite(loss) for loss in losses) and [loss.item() for loss in losses] != plain
-    truth = model.truth(everywhere[0])
+    truth = model.targets_of(everywhere[0])
     proposals = torch.rand(200, 4) * 40
     proposals[:, 2:] += proposals[:, :2] + 1
     regions = model.roi_heads.select(proposals, truth)
     assert not (regions.labels == model.roi_heads.num_classes).any() and (regions.labels >= 0).sum() >= 3
-    usual = model.roi_heads.select(proposals, model.truth(batch[0]))
+    usual = model.roi_heads.select(proposals, model.targets_of(batch[0]))
     assert (usual.labels == model.roi_heads.num_classes).any()
 
 

@@ -7,17 +7,22 @@ from loce.box_generator import dense_boxes
 from loce.config import MemoryConfig
 from loce.models import memory_sampling
 from loce.models.boxes import ROI_STDS, encode
-from loce.models.memory_sampling import MemorySampling
+from loce.models.memory_sampling import ImageSeed, MemoryRows, MemorySampling
 from loce.utils.classes import IGNORED
 
 TRUTHS = [torch.tensor([[10.0, 10, 50, 40], [60, 5, 90, 60], [20, 20, 22, 21]]), torch.tensor([[5.0, 5, 35, 35]])]
 LABELS = [torch.tensor([2, 0, 1]), torch.tensor([3])]
 SIZES = [(64, 96), (64, 80)]
-TWO = [(None, 0), (None, 1)]  # images without a key
+TWO = [ImageSeed(None, 0), ImageSeed(None, 1)]  # images without a seed of their own
 
 
 def make(**options) -> MemorySampling:
     return MemorySampling(4, (3,), MemoryConfig(enabled=True, **options))
+
+
+def store_and_draw(sampling, features, labels, targets, indicator, images) -> MemoryRows:
+    sampling.store(features, labels, targets)
+    return sampling.draw(indicator, images)
 
 
 def test_boxes_labels_and_targets_of_the_chosen_rows():
@@ -53,7 +58,7 @@ def test_degenerate_boxes_at_the_border_never_reach_the_memory():
     boxes, labels, targets = make().boxes(truth, [torch.tensor([1])], [torch.tensor([0])], [(64, 96)])
     assert (labels == IGNORED).all() and torch.isfinite(targets).all() and len(boxes[0]) == 16
     sampling = make()
-    sampling.exchange(torch.ones(16, 3), labels, targets, torch.ones(5), TWO)
+    store_and_draw(sampling, torch.ones(16, 3), labels, targets, torch.ones(5), TWO)
     assert int(sampling.bank.counts.sum()) == 0
 
 
@@ -67,7 +72,7 @@ def test_at_most_a_few_instances_of_a_class_and_image():
     sampling, labels = make(instances_per_class=2), torch.tensor([0, 1, 0, 0, 1, 0])
     chosen = torch.zeros(6)
     for _ in range(2000):
-        rows = sampling.choose(labels)
+        rows = sampling.choose_rows(labels)
         assert [int((labels[rows] == c).sum()) for c in (0, 1)] == [2, 2] and (rows.diff() > 0).all()
         chosen[rows] += 1
     assert (chosen[labels == 1] == 2000).all()  # two of two
@@ -78,7 +83,7 @@ def test_a_batch_can_be_drawn_from_right_after_it_was_stored():
     sampling = make(classes_per_draw=8, features_per_class=4)
     features = torch.arange(6.0)[:, None].expand(6, 3)
     labels, targets = torch.tensor([2, 2, IGNORED, 1, 4, 2]), torch.arange(24.0).reshape(6, 4)
-    drawn, drawn_labels, drawn_targets = sampling.exchange(features, labels, targets, torch.ones(5), TWO)
+    drawn, drawn_labels, drawn_targets = store_and_draw(sampling, features, labels, targets, torch.ones(5), TWO)
     assert drawn.shape == (32, 3) and sampling.bank.counts.tolist() == [0, 1, 3, 0]
     source = drawn[:, 0].long()
     assert set(source.tolist()) <= {0, 1, 3, 5}  # neither the ignored row nor the background's
@@ -88,19 +93,22 @@ def test_a_batch_can_be_drawn_from_right_after_it_was_stored():
 @pytest.mark.parametrize(("images", "draws"), [(1, 4), (2, 8), (4, 16), (8, 32)])
 def test_draws_grow_with_the_images(images, draws):
     sampling = make(classes_per_draw=8, features_per_class=4)
-    _, labels, _ = sampling.exchange(
+    _, labels, _ = store_and_draw(
+        sampling,
         torch.ones(1, 3),
         torch.tensor([0]),
         torch.zeros(1, 4),
         torch.ones(5),
-        [(None, place) for place in range(images)],
+        [ImageSeed(None, index) for index in range(images)],
     )
     assert len(labels) == draws * 4
 
 
 def test_at_least_one_class_is_drawn():
     sampling = make(classes_per_draw=1, features_per_class=2)
-    _, labels, _ = sampling.exchange(torch.ones(1, 3), torch.tensor([0]), torch.zeros(1, 4), torch.ones(5), [(None, 0)])
+    _, labels, _ = store_and_draw(
+        sampling, torch.ones(1, 3), torch.tensor([0]), torch.zeros(1, 4), torch.ones(5), TWO[:1]
+    )
     assert len(labels) == 2
 
 
@@ -108,7 +116,7 @@ def test_weak_classes_are_drawn_more_often():
     """Eq. 7-8: classes with scores 0.1 and 0.4 are drawn four to one; an empty class never."""
     sampling = make(classes_per_draw=4000, features_per_class=1)
     labels, score = torch.tensor([1, 3]), torch.tensor([0.01, 0.1, 0.01, 0.4, 0.01])
-    _, drawn, _ = sampling.exchange(torch.ones(2, 3), labels, torch.zeros(2, 4), score, TWO)
+    _, drawn, _ = store_and_draw(sampling, torch.ones(2, 3), labels, torch.zeros(2, 4), score, TWO)
     counts = torch.bincount(drawn, minlength=4)
     assert counts[0] == counts[2] == 0
     assert abs(int(counts[1]) - 3200) < 5 * 25.3  # sqrt(4000 * 0.8 * 0.2) = 25.3
@@ -116,17 +124,17 @@ def test_weak_classes_are_drawn_more_often():
 
 def test_an_empty_memory_gives_ignored_rows():
     none = torch.zeros(0, dtype=torch.long)
-    drawn, labels, targets = make().exchange(torch.zeros(0, 3), none, torch.zeros(0, 4), torch.ones(5), TWO)
+    drawn, labels, targets = store_and_draw(make(), torch.zeros(0, 3), none, torch.zeros(0, 4), torch.ones(5), TWO)
     assert (labels == IGNORED).all() and (drawn == 0).all() and (targets == 0).all() and len(labels) == 32
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
-def test_rows_come_back_in_the_precision_of_the_head(dtype):
+def test_rows_come_back_in_the_precision_of_the_bank(dtype):
     sampling = make(dtype=dtype)
     features = torch.randn(2, 3)
-    drawn, _, _ = sampling.exchange(features, torch.tensor([0, 0]), torch.zeros(2, 4), torch.ones(5), TWO)
-    assert sampling.bank.features.dtype == getattr(torch, dtype) and drawn.dtype == torch.float32
-    stored = features.to(getattr(torch, dtype)).float()
+    drawn, _, _ = store_and_draw(sampling, features, torch.tensor([0, 0]), torch.zeros(2, 4), torch.ones(5), TWO)
+    assert sampling.bank.features.dtype == drawn.dtype == getattr(torch, dtype)
+    stored = features.to(getattr(torch, dtype))
     assert all(any(torch.equal(row, kept) for kept in stored) for row in drawn)
 
 
@@ -135,5 +143,7 @@ def test_a_shared_memory_is_the_own_one_with_a_single_process():
     for shared in (False, True):
         sampling = make(shared=shared)
         torch.manual_seed(3)
-        results.append(sampling.exchange(torch.eye(3), torch.tensor([0, 1, 1]), torch.zeros(3, 4), torch.ones(5), TWO))
+        results.append(
+            store_and_draw(sampling, torch.eye(3), torch.tensor([0, 1, 1]), torch.zeros(3, 4), torch.ones(5), TWO)
+        )
     assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))

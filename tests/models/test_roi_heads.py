@@ -132,7 +132,8 @@ def test_memory_rows_give_one_entry_per_class(make_model, features, truths):
     bank.enqueue(torch.randn(3, 24), torch.tensor([1, 1, 4]), torch.zeros(3, 4))
     none = torch.zeros(0, dtype=torch.long)
     empty = [
-        Targets(torch.zeros(0, 4), none, CroppedMasks.pack([], size), none, place=i) for i, size in enumerate(SIZES)
+        Targets(torch.zeros(0, 4), none, CroppedMasks.pack([], size), none, batch_index=i)
+        for i, size in enumerate(SIZES)
     ]
     _, _, _, _, logits, rois = run(roi_heads, features, [torch.rand(30, 4).cumsum(1) * 20] * 2, empty)
     drawn = rois.labels_N[rois.from_memory_N]
@@ -165,10 +166,10 @@ def test_drawing_uses_the_mean_score_of_before_its_update(make_model, features, 
     assert torch.equal(seen[0], before) and not torch.equal(roi_heads.tracker.scores, before)
 
 
-def test_an_ignored_row_counts_for_nothing(make_model, features, truths):
+def test_an_ignored_row_counts_for_nothing(make_model, features, truths, monkeypatch):
     """An image with few boxes beside one with many: slots that are not used change no loss."""
     roi_heads = make_model().roi_heads
-    roi_heads.choose = first
+    monkeypatch.setattr("loce.models.boxes.choose_random", first)
     few = [torch.tensor([[0.0, 0, 4, 4]]), torch.rand(40, 4).cumsum(1) * 15]
     losses, regions, x, targets, logits, rois = run(roi_heads, features, few, truths)
     used = rois.labels_N != IGNORED

@@ -11,10 +11,9 @@ CLASSES = 6
 
 
 @pytest.fixture
-def roi_heads(make_model):
-    made = make_model().roi_heads
-    made.choose = first
-    return made
+def roi_heads(make_model, monkeypatch):
+    monkeypatch.setattr("loce.models.boxes.choose_random", first)
+    return make_model().roi_heads
 
 
 def test_ground_truth_stands_in_front_as_its_own_positive(roi_heads, truths):

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from loce.config import RPNConfig
-from loce.models.boxes import BETWEEN, NEGATIVE, RPN_STDS, decode, encode
+from loce.models.boxes import BETWEEN, NEGATIVE, RPN_STDS, choose_random, decode, encode
 from loce.models.rpn import RPN, STRIDES, level_anchors, level_validity
 
 CPU = torch.device("cpu")
@@ -187,18 +187,19 @@ def slow_losses(logits, deltas, anchors, truths, chosen):
 TRUTHS = [torch.tensor([[4.0, 6, 40, 50], [30, 20, 90, 60]]), torch.tensor([[10.0, 10, 60, 50]])]
 
 
-def run_losses(rpn, maps, truths, padded, choose):
+def run_losses(rpn, maps, truths, padded):
     """The losses, and per image what was chosen: (positives, matched, negatives)."""
     features, _, _, anchors = maps
     calls = []
 
     def spy(candidates, limit, slots, generator):
-        indices, valid = choose(candidates, limit, slots, generator)
+        indices, valid = choose_random(candidates, limit, slots, generator)
         calls.append(indices[valid].tolist())
         return indices, valid
 
-    rpn.choose = spy
-    losses = rpn.losses(features, anchors, padded, truths)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("loce.models.boxes.choose_random", spy)
+        losses = rpn.losses(features, anchors, padded, truths)
     every = torch.cat(anchors)
     chosen = []
     for image, boxes in enumerate(truths):
@@ -208,7 +209,7 @@ def run_losses(rpn, maps, truths, padded, choose):
 
 def test_losses_against_loops(rpn, maps):
     _, logits, deltas, anchors = maps
-    losses, chosen = run_losses(rpn, maps, TRUTHS, [(64, 96), (64, 96)], rpn.choose)
+    losses, chosen = run_losses(rpn, maps, TRUTHS, [(64, 96), (64, 96)])
     assert all(positives and negatives for positives, _, negatives in chosen)
     bce, l1 = slow_losses(torch.cat(logits, 1), torch.cat(deltas, 1), torch.cat(anchors), TRUTHS, chosen)
     assert losses["loss_rpn_cls"].item() == pytest.approx(bce, rel=1e-5)
@@ -218,7 +219,7 @@ def test_losses_against_loops(rpn, maps):
 def test_padding_of_the_batch_is_never_sampled(rpn, maps):
     features, _, _, anchors = maps
     padded = [(64, 96), (32, 64)]
-    _, chosen = run_losses(rpn, maps, TRUTHS, padded, rpn.choose)
+    _, chosen = run_losses(rpn, maps, TRUTHS, padded)
     shapes = [tuple(x.shape[2:]) for x in features]
     valid = torch.cat([level_validity(h, w, s, padded[1], CPU) for (h, w), s in zip(shapes, STRIDES, strict=True)])
     assert valid[chosen[1][0]].all() and valid[chosen[1][2]].all()
@@ -229,7 +230,7 @@ def test_an_image_without_objects_counts_at_least_one_positive(rpn, maps):
     """All 32 of its anchors are negatives, and its part of the divisor is 1 + 32."""
     _, logits, deltas, anchors = maps
     truths = [TRUTHS[0], torch.zeros(0, 4)]
-    losses, chosen = run_losses(rpn, maps, truths, [(64, 96)] * 2, rpn.choose)
+    losses, chosen = run_losses(rpn, maps, truths, [(64, 96)] * 2)
     assert chosen[1][0] == [] and len(chosen[1][2]) == 32
     bce, l1 = slow_losses(torch.cat(logits, 1), torch.cat(deltas, 1), torch.cat(anchors), truths, chosen)
     assert losses["loss_rpn_cls"].item() == pytest.approx(bce, rel=1e-5)
@@ -237,7 +238,7 @@ def test_an_image_without_objects_counts_at_least_one_positive(rpn, maps):
 
 
 def test_a_batch_without_objects_still_gives_every_parameter_a_gradient(rpn, maps):
-    losses, _ = run_losses(rpn, maps, [torch.zeros(0, 4)] * 2, [(64, 96)] * 2, rpn.choose)
+    losses, _ = run_losses(rpn, maps, [torch.zeros(0, 4)] * 2, [(64, 96)] * 2)
     assert losses["loss_rpn_box"].item() == 0 and losses["loss_rpn_cls"].item() > 0
     sum(losses.values()).backward()
     assert all(parameter.grad is not None for parameter in rpn.parameters())

@@ -10,7 +10,6 @@ from loce.config import MemoryConfig
 from loce.models.memory_sampling import MemorySampling
 
 CLASSES, WIDTH, STEPS = 5, 3, 4
-TWO = [(None, 0), (None, 1)]  # images without a key
 
 
 def rows(rank: int, step: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -26,7 +25,7 @@ def share(rank: int, port: int, folder: str) -> None:
     torch.manual_seed(rank)
     sampling = MemorySampling(CLASSES, (WIDTH,), MemoryConfig(enabled=True, shared=True, capacity=7))
     for step in range(STEPS):
-        sampling.exchange(*rows(rank, step), torch.full((CLASSES + 1,), 0.1), TWO)
+        sampling.store(*rows(rank, step))
     torch.save(sampling.state_dict(), f"{folder}/rank{rank}.pt")
     dist.destroy_process_group()
 

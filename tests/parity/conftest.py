@@ -1,5 +1,7 @@
 """The models that the parity tests share, and the table of deviations after the tests' own summary."""
 
+from collections.abc import Iterator
+
 import pytest
 import torch
 
@@ -11,6 +13,14 @@ from tests.parity.deviations import TABLE, Deviations
 @pytest.fixture(scope="session")
 def deviations() -> Deviations:
     return TABLE
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _strided() -> Iterator[None]:
+    """RoIs and anchors are chosen evenly strided, as where the official numbers were made."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("loce.models.boxes.choose_random", official.strided)
+        yield
 
 
 @pytest.fixture(scope="session")

@@ -19,6 +19,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from loce.box_generator import dense_boxes
 from loce.config import MemoryConfig
+from loce.models import boxes as box_rules
 from loce.models import memory_sampling
 from loce.models.boxes import box_iou
 from tests.parity import official, rule
@@ -65,7 +66,7 @@ def iteration(features: list[Tensor], make_boxes: Callable, level: str = "roi", 
     roi.tracker.scores = torch.from_numpy(official.arrays("loce")["mean_score_init"].copy())
     if not own_draw:
         bank.draw = official.OfficialDraw(bank, 0)
-    memory_sampling.dense_boxes = make_boxes
+    memory_sampling.dense_boxes, box_rules.choose_random = make_boxes, official.strided
     losses = roi.losses(features, official.proposals(), official.truths(), CONTENT)
     return Result(losses["loss_cls"].item(), losses["loss_box"].item(), roi.tracker.scores)
 

@@ -97,8 +97,8 @@ MUTANTS = (
     Mutant(
         "ground truth behind the proposals",
         "models/roi_heads.py",
-        "torch.cat([truth.boxes, proposals_N4]), torch.cat([own_G, matched_N])",
-        "torch.cat([proposals_N4, truth.boxes]), torch.cat([matched_N, own_G])",
+        "torch.cat([target.boxes, proposals_N4]), torch.cat([own_G, matched_N])",
+        "torch.cat([proposals_N4, target.boxes]), torch.cat([matched_N, own_G])",
     ),
     Mutant(
         "box loss divided by positives",
@@ -115,17 +115,17 @@ MUTANTS = (
     Mutant(
         "loss with the mean score of before",
         "models/roi_heads.py",
-        "        self._track(logits_NL, rois, sum(len(t.labels) for t in truths), most)\n"
+        "        self._update_mean_score(logits_NL, rois, sum(len(t.labels) for t in targets), positives + drawn)\n"
         "        rois.indicator = self.indicator.clone()\n",
         "        rois.indicator = self.indicator.clone()\n"
-        "        self._track(logits_NL, rois, sum(len(t.labels) for t in truths), most)\n",
+        "        self._update_mean_score(logits_NL, rois, sum(len(t.labels) for t in targets), positives + drawn)\n",
     ),
     Mutant("one decay per class", "mean_score.py", "self.momentum**count_L", "self.momentum ** count_L.clamp(max=1)"),
     Mutant(
         "memory rows not in the mean score",
         "mean_score.py",
-        "drawn_2L = torch.zeros_like(self.scores).expand(2, -1) if drawn is None else self._sums(*drawn)",
-        "drawn_2L = torch.zeros_like(self.scores).expand(2, -1)",
+        "memory_2L = torch.zeros_like(self.scores).expand(2, -1) if memory is None else self._sums(*memory)",
+        "memory_2L = torch.zeros_like(self.scores).expand(2, -1)",
     ),
     Mutant("margins upside down", "equilibrium_loss.py", "logits + _log_score(", "logits - _log_score("),
     Mutant(
@@ -133,11 +133,13 @@ MUTANTS = (
     ),
     Mutant(
         "drawn before stored",
-        "models/memory_sampling.py",
-        "        self.bank.enqueue(features, labels_B, targets_B4)\n"
-        "        drawn, labels_K, targets_K4 = self.bank.draw(indicator, 1 - u_K1[:, 0], u_KF)\n",
-        "        drawn, labels_K, targets_K4 = self.bank.draw(indicator, 1 - u_K1[:, 0], u_KF)\n"
-        "        self.bank.enqueue(features, labels_B, targets_B4)\n",
+        "models/roi_heads.py",
+        "            self.memory.store(*self.rows_to_store(features, targets, sizes))\n"
+        "            images = [ImageSeed(t.seed, t.batch_index) for t in targets if t.sampled_class != META]\n"
+        "            memory = self.memory.draw(self.indicator, images)\n",
+        "            images = [ImageSeed(t.seed, t.batch_index) for t in targets if t.sampled_class != META]\n"
+        "            memory = self.memory.draw(self.indicator, images)\n"
+        "            self.memory.store(*self.rows_to_store(features, targets, sizes))\n",
     ),
     Mutant("jitter of a fifth", "box_generator.py", "[:, None] / 6", "[:, None] / 5"),
     Mutant(

@@ -61,7 +61,7 @@ def weights(backbone: str = "ResNet-50", classes: int = 20) -> dict[str, Tensor]
 def model(
     head: str = "softmax", memory: MemoryConfig | None = None, backbone: str = "ResNet-50", classes: int = 20
 ) -> MaskRCNN:
-    """The paper's model with the rule's weights; samplers that take evenly strided candidates."""
+    """The paper's model with the rule's weights. What compares its losses puts `strided` in place of random choice."""
     options = ModelConfig(weights="none", backbone="resnet50" if backbone == "ResNet-50" else "resnet101")
     roi_heads = build_roi_heads(
         options, HeadConfig(name=head), IndicatorConfig(), memory or MemoryConfig(), stats(classes)
@@ -70,7 +70,6 @@ def model(
     result = detector.load_state_dict(weights(backbone, classes), strict=False)
     assert not result.unexpected_keys
     assert all(key.startswith(("roi_heads.tracker.", "roi_heads.memory.")) for key in result.missing_keys)
-    detector.rpn.choose = detector.roi_heads.choose = strided
     return detector
 
 

@@ -66,7 +66,7 @@ def test_anchors_sampled_by_the_rpn(model, features, truths, wanted, deviations)
         maps = zip(features, (4, 8, 16, 32, 64), strict=True)
         valid = torch.cat([level_validity(*x.shape[2:4], stride, PADDED[index], x.device) for x, stride in maps])
         matched = model.rpn.match(anchors, truth.boxes).masked_fill(~valid, BETWEEN)
-        positives, positive_valid, negatives, negative_valid = sample(matched, 256, 0.5, official.strided)
+        positives, positive_valid, negatives, negative_valid = sample(matched, 256, 0.5)
         place = valid.cumsum(0) - 1  # the official indices count an image's valid anchors
         positives = positives[positive_valid]
         stored = [wanted[f"rpn_{name}{index}"] for name in ("pos_inds", "neg_inds", "pos_gt", "pos_targets")]
