@@ -6,9 +6,19 @@ python scripts/check_data.py annotations=A.json images=DIR [key=value ...]     #
 
 import sys
 from dataclasses import dataclass, fields
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
-from loce.config import Config, Count, Natural, UserError, load_config, raise_problems, read_options, run_script
+from loce.config import (
+    Config,
+    Count,
+    DataConfig,
+    Natural,
+    UserError,
+    load_config,
+    raise_problems,
+    read_options,
+    run_script,
+)
 
 if TYPE_CHECKING:
     from loce.data.annotations.lvis import LVISAnnotations
@@ -23,6 +33,7 @@ class Options:
     decode: Literal["sample", "all", "none"] = "sample"  # images that are decoded: damaged ones, sizes
     sample: Count = 1000  # images of each file, with decode=sample
     workers: Natural = 4  # threads that decode
+    allow_misplaced: bool = False  # as data.allow_misplaced of a CONFIG
 
 
 def read_words(words: list[str]) -> tuple[Options, list[tuple[str, str]], Config]:
@@ -37,7 +48,8 @@ def read_words(words: list[str]) -> tuple[Options, list[tuple[str, str]], Config
     if options.annotations:
         if rest:
             raise UserError(f"command line: {' '.join(rest)}: does not go with annotations={options.annotations}")
-        return options, [(options.annotations, options.images)], Config()
+        config = Config(data=DataConfig(allow_misplaced=options.allow_misplaced))
+        return options, [(options.annotations, options.images)], config
     if options.images:
         raise UserError("command line: images=: needs annotations=; with a CONFIG: data.train_images, data.val_images")
     config = load_config(rest if rest and "=" not in rest[0] else ["stage1.yaml", *rest])
@@ -53,12 +65,10 @@ def main() -> None:
     sample = {"sample": options.sample, "all": sys.maxsize, "none": 0}[options.decode]
     report = Report()
     found: list[LVISAnnotations | None] = []
-    bounds = (config.data.rare_max, config.data.common_max)
-    for path, images in pairs:
+    uses: tuple[Any, ...] = ("training", "evaluation") if len(pairs) == 2 else ("",)
+    for (path, images), use in zip(pairs, uses, strict=True):
         printed = len(report.lines)
-        annotations = check_set(
-            path, images, report, sample, options.workers, bounds, config.data.exif, config.data.scale_16bit
-        )
+        annotations = check_set(path, images, report, sample, options.workers, config, use)
         if annotations is not None and not found:  # the training set
             report.lines += long_tail_lines(annotations, config.data, config.sampler, config.memory)
         found.append(annotations)

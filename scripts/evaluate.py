@@ -36,6 +36,7 @@ class Options:
     max_detections: Natural = 0  # per image (lvis), per image and category (coco); 0: the protocol's own
     resamples: Natural = 1000  # of the bootstrap for the intervals; 0: none
     errors: bool = True  # what became of lost objects: errors.csv, errors.png
+    allow_misplaced: bool = False  # results on annotations of which many masks lie elsewhere than their boxes
     save_json: bool = False  # also write the detections as results.json, in the official format
 
 
@@ -54,6 +55,7 @@ def evaluate_results(options: Options) -> None:
         output,
         protocol=options.protocol,
         errors=options.errors,
+        allow_misplaced=options.allow_misplaced,
         **report_options(options),
     )
     print(f"{WRITTEN} {output}")
@@ -79,6 +81,7 @@ def evaluate_a_checkpoint(options: Options, words: Sequence[str]) -> None:
     names = {"data.val_annotations": options.annotations, "data.val_images": options.images}
     names |= {"eval.protocol": options.protocol if options.protocol != "auto" else ""}
     names |= {"eval.detections": str(options.detections or ""), "eval.errors": "" if options.errors else "false"}
+    names |= {"data.allow_misplaced": "true" if options.allow_misplaced else ""}
     words = [f"{key}={value}" for key, value in names.items() if value] + list(words)
     output = Path(options.output) if options.output else None
     output = evaluate_checkpoint(path, output, words, options.device, **report_options(options))

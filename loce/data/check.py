@@ -10,20 +10,24 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 
+from loce.config import Config
 from loce.data.annotations.image_files import Listings
 from loce.data.annotations.lvis import LVISAnnotations
+from loce.data.annotations.plausible import beyond_border
+from loce.data.annotations.requirements import compared_types, evaluation_problems, training_problems
 from loce.data.lvis_files import ANNOTATIONS, IMAGES
 from loce.data.transforms import ImageError, read_levels
 from loce.utils.classes import GROUPS
-from loce.utils.errors import UserError
+from loce.utils.errors import UserError, first_few
 from loce.utils.progress import progress
 
 FEW = 5  # instances; a class with fewer is named
-NAMED = 5  # examples of each kind
-MANY_OUTSIDE = 0.1  # of the boxes beyond the border: the file's boxes mean something else
+BREAK = "\n    "
+DEFAULTS = Config()
 
 
 @dataclass
@@ -44,31 +48,50 @@ def check_set(
     report: Report,
     sample: int,
     workers: int = 4,
-    bounds: tuple[int, int] = (10, 100),
-    exif: str = "ignore",
-    scale_16bit: str = "high_byte",
+    config: Config = DEFAULTS,
+    use: Literal["", "training", "evaluation"] = "",
 ) -> LVISAnnotations | None:
     """Check an annotation file and its images; gives the annotations, None where they cannot be read.
 
-    images: folder, "" to leave images out. sample: how many images are decoded, evenly over the file. bounds: of the
-    groups r and c in images, where the file has no `frequency`; exif, scale_16bit: as in `data`.
+    images: folder, "" to leave images out. sample: how many images are decoded, evenly over the file. config: options
+    of the run that the file is for. use: what that run does with it; "": not known, so that what only an evaluation
+    refuses is told and is no problem.
     """
     report.lines.append(path)
+    data = config.data
     try:
-        annotations = LVISAnnotations.open(path, *bounds)
+        annotations = LVISAnnotations.open(
+            path, data.rare_max, data.common_max, data.keep_empty and use == "training", data.without_mask == "box"
+        )
     except UserError as error:
         version = next((v for v, archives in ANNOTATIONS.items() for a in archives if a.content == Path(path).name), "")
         fix = f". `make data VERSION={version} ARGS=only=annotations` fetches it into data/" if version else ""
         report.problems.append(f"{error}{fix}")
         report.add("unreadable", "see below")
         return None
-    _check_counts(annotations, report)
+    _check_counts(annotations, report, use)
     _check_boxes(annotations, report)
     _check_left_out(annotations, report)
+    _check_refused(annotations, config, use, report)
     if images:
-        present = _check_missing(annotations, images, report)
-        _check_files(annotations, images, present[_evenly(len(present), sample)], workers, (exif, scale_16bit), report)
+        present = _check_missing(annotations, images, data.allow_missing, report)
+        _check_files(annotations, images, present[_evenly(len(present), sample)], workers, (data.exif, data.scale_16bit), report)
     return annotations
+
+
+def _check_refused(annotations: LVISAnnotations, config: Config, use: str, report: Report) -> None:
+    """What a training or an evaluation with these options would refuse."""
+    data = config.data
+    if annotations.suspicion:
+        report.problems.append(f"{annotations.path}: {annotations.suspicion}")
+    masks = "segm" in compared_types(annotations, data.without_mask)
+    evaluation = evaluation_problems(annotations, masks, config.eval.protocol, data.allow_misplaced)
+    training = training_problems(annotations, data.allow_misplaced)
+    report.problems += evaluation if use == "evaluation" else training
+    if not use:
+        for problem in evaluation:
+            if problem not in training:
+                report.add("evaluation", f"would refuse this file: {problem.removeprefix(f'{annotations.path}: ')}")
 
 
 def check_pair(
@@ -87,7 +110,7 @@ def check_pair(
         for label, mask in (("no AP", untested), ("never seen", unseen)):
             if mask.any():
                 names = [name for name, holds in zip(train.stats.names, mask, strict=True) if holds]
-                report.add(label, ", ".join(names[:NAMED]) + (", ..." if len(names) > NAMED else ""))
+                report.add(label, first_few(names))
     if Path(train.path).resolve() == Path(val.path).resolve():
         report.add("images", "the same file for both")
         return
@@ -112,7 +135,7 @@ def _paths(annotations: LVISAnnotations, images: str) -> set[str]:
     return {str(annotations.image_path(index, folder, holds)) for index in range(len(annotations))}
 
 
-def _check_counts(annotations: LVISAnnotations, report: Report) -> None:
+def _check_counts(annotations: LVISAnnotations, report: Report, use: str) -> None:
     stats = annotations.stats
     counts = stats.instance_counts
     total, used = len(annotations), len(annotations.train_images)
@@ -123,35 +146,23 @@ def _check_counts(annotations: LVISAnnotations, report: Report) -> None:
         f"{len(stats)} classes",
         "; ".join(f"{g}: {mask.sum()} with {counts[mask].sum()} instances" for g, mask in groups),
     )
-    few = [int(label) for label in np.argsort(counts, kind="stable") if counts[label] < FEW]
-    named = ", ".join(f"{stats.names[label]} ({counts[label]})" for label in few[:NAMED])
-    more = ", ..." if len(few) > NAMED else ""
-    report.add(
-        f"under {FEW}", f"{len(few)} classes, {(counts == 0).sum()} with none" + (f": {named}" if few else "") + more
-    )
+    few = [f"{stats.names[i]} ({counts[i]})" for i in np.argsort(counts, kind="stable") if counts[i] < FEW]
+    named = f": {first_few(few)}" if few else ""
+    report.add(f"under {FEW}", f"{len(few)} classes, {(counts == 0).sum()} with none{named}")
     names = Counter(annotations.name(index) for index in range(total))
     twice = [name for name, number in names.items() if number > 1]
     if twice:
         report.problems.append(
-            f"{annotations.path}: {len(twice)} image files are listed more than once ({', '.join(twice[:NAMED])}"
-            f"{', ...' if len(twice) > NAMED else ''}): merge their entries, else one lacks the other's annotations"
+            f"{annotations.path}: {len(twice)} image files are listed more than once ({first_few(twice)}): merge their "
+            "entries, else one lacks the other's annotations"
         )
-    if not used:
+    if not used and use != "evaluation":
         report.problems.append(f"{annotations.path}: training could use none of its images; see the reasons above")
 
 
 def _check_boxes(annotations: LVISAnnotations, report: Report) -> None:
-    sizes = annotations.image_sizes[annotations.image_of][:, ::-1].astype(np.float32)
-    boxes = annotations.boxes
-    with np.errstate(invalid="ignore"):
-        beyond = np.maximum(-boxes[:, :2], boxes[:, 2:] - sizes).max(axis=1, initial=0) > 1  # NaN: not beyond
+    beyond = beyond_border(annotations.xywh, annotations.image_sizes[annotations.image_of])
     report.add("boxes", f"{beyond.sum()} reach more than 1 pixel over their image's border (they are cut there)")
-    if beyond.sum() > MANY_OUTSIDE * len(boxes):
-        first = annotations.annotation_ids[np.flatnonzero(beyond)[0]]
-        report.problems.append(
-            f"{annotations.path}: {beyond.sum()} of {len(boxes)} boxes reach over their image's border (the first: "
-            f"annotation {first}). `bbox` must be x, y, width, height in pixels; are these corners (x1, y1, x2, y2)?"
-        )
 
 
 def _check_left_out(annotations: LVISAnnotations, report: Report) -> None:
@@ -159,14 +170,12 @@ def _check_left_out(annotations: LVISAnnotations, report: Report) -> None:
     for reason, number in annotations.dropped.items():
         report.add("left out", f"{number} {reason} (first: {', '.join(map(str, annotations.first_ids(reason)))})")
     for note in annotations.notes:
-        report.add("changed", note)
-    cells = np.column_stack([annotations.image_of, annotations.labels, annotations.boxes.round(2)])
+        report.add("note", note)
+    cells = np.column_stack([annotations.image_of, annotations.labels, annotations.xywh.round(2)])
     _, first, counts = np.unique(cells, axis=0, return_index=True, return_counts=True)
     if (counts > 1).any():
-        ids = annotations.annotation_ids[np.sort(first[counts > 1])[:NAMED]]
-        report.add(
-            "twice", f"{(counts - 1).sum()} annotations repeat another's image, class and box (of {ids.tolist()})"
-        )
+        ids = first_few(annotations.annotation_ids[np.sort(first[counts > 1])])
+        report.add("twice", f"{(counts - 1).sum()} annotations repeat another's image, class and box (of {ids})")
     fields = {"neg_category_ids": annotations.negatives, "not_exhaustive_category_ids": annotations.not_exhaustive}
     lacking = [name for name, lists in fields.items() if lists is None]
     if lacking:
@@ -175,14 +184,14 @@ def _check_left_out(annotations: LVISAnnotations, report: Report) -> None:
         report.add("no field", "frequency: rare, common and frequent are counted here (data.rare_max, data.common_max)")
 
 
-def _check_missing(annotations: LVISAnnotations, images: str, report: Report) -> np.ndarray:
+def _check_missing(annotations: LVISAnnotations, images: str, allowed: bool, report: Report) -> np.ndarray:
     """Counts per folder; gives the indices of the images that are there."""
     missing = annotations.missing_images(images)
     total = Counter(os.path.dirname(annotations.name(index)) for index in range(len(annotations)))
     lacking = Counter(os.path.dirname(annotations.name(index)) for index in missing)
     for split, number in sorted(total.items()):
         report.add("folder", f"{_folder(images, split)}: {number} images, {lacking[split]} missing")
-    for split, number in sorted(lacking.items()):
+    for split, number in sorted(lacking.items()) if not allowed else ():
         lost = [i for i in missing if os.path.dirname(annotations.name(i)) == split]
         advice = annotations.there_instead(lost, images) or _where_from(_folder(images, split))
         report.problems.append(
@@ -247,6 +256,5 @@ def _check_files(
         report.problems.append(
             f"{annotations.path}: {len(wrong)} of the {len(indices)} images decoded cannot be used. Fetch damaged ones "
             "again; where sizes differ, correct the file's `height` and `width` or take the images it was made for:"
-            + "".join(f"\n    {text}" for text in wrong[:NAMED])
-            + ("\n    ..." if len(wrong) > NAMED else "")
+            f"\n    {first_few(wrong, between=BREAK)}"
         )

@@ -16,7 +16,7 @@ import torch
 from loce.checkpoint.load import HEAD_PREFIX, METHOD_STATE, OLD_HEAD_PREFIX, Checkpoint
 from loce.config import Config, HeadConfig, UserError, diff, raise_problems
 from loce.data.annotations.lvis import LVISAnnotations
-from loce.data.annotations.segmentations import BAD_MASKS
+from loce.data.annotations.requirements import compared_types, evaluation_problems
 from loce.data.build import val_annotations, val_dataset
 from loce.data.loader import Batches, TrainDataset, eval_batches
 from loce.engine.ranks import session
@@ -48,8 +48,10 @@ def evaluate_checkpoint(path: Path, output: Path | None, words: Sequence[str], d
         config = checkpoint.config_with(words)
         changes = diff(checkpoint.config, config)
         output = output or (path if path.is_dir() else path.with_suffix("")) / folder_name(changes)
-        annotations = val_annotations(config)
-        check_evaluation(config, annotations, checkpoint.classes, str(checkpoint.path))
+        # A file of test images has no annotations: results for a server can be written all the same.
+        annotations = val_annotations(config, annotated=not report.get("save_json"))
+        owner = str(checkpoint.path)
+        check_evaluation(config, annotations, checkpoint.classes, owner, report.get("iou_types", ()))
         model = checkpoint.detector(config).to(chosen)
         heads = [f"{key}={show(value)}" for key, value in changes.items() if key.startswith("head.")]
         source = f"{checkpoint.path} with {' '.join(heads)}" if heads else str(checkpoint.path)
@@ -66,22 +68,13 @@ def folder_name(changes: Mapping[str, Any]) -> str:
     return "_".join(["eval", *(re.sub(r"[^\w.=+-]+", "-", part) for part in parts)])
 
 
-def check_evaluation(config: Config, annotations: LVISAnnotations, stats: ClassStats, owner: str) -> None:
+def check_evaluation(
+    config: Config, annotations: LVISAnnotations, stats: ClassStats, owner: str, iou_types: Sequence[str] = ()
+) -> None:
     """UserError, before any work, where the validation data or the protocol cannot be evaluated."""
     annotations.require_same_classes(stats, owner)
-    load_annotations(annotations.path, masks=False)  # finds boxes and areas that are no numbers
-    unreadable = [
-        f"{annotations.path}: {annotations.dropped[reason]} {reason} (annotations {annotations.first_ids(reason)}): "
-        "evaluation compares with every mask, so mend or remove them"
-        for reason in BAD_MASKS
-        if reason in annotations.dropped
-    ]
-    raise_problems(unreadable)
-    if config.eval.protocol in ("lvis", "fixed") and annotations.negatives is None:
-        raise UserError(
-            f"{annotations.path}: has no neg_category_ids, which protocol {config.eval.protocol} needs; "
-            "set eval.protocol=coco (or auto)"
-        )
+    masks = "segm" in compared_types(annotations, config.data.without_mask, iou_types)
+    raise_problems(evaluation_problems(annotations, masks, config.eval.protocol, config.data.allow_misplaced))
     if config.eval.protocol == "fixed" and config.eval.detections <= LVIS_CAP:
         raise UserError(
             f"eval.detections = {config.eval.detections}: protocol fixed knows no cap per image, so keep more than "
@@ -103,7 +96,9 @@ def evaluate_model(
     `evaluate_and_report`. Inference that was killed goes on where it stopped, finished inference is used as it is;
     detections of other weights, data or options are replaced.
     """
-    truth = load_annotations(annotations.path, masks=distributed.is_main())  # rank 0 evaluates in the end
+    kinds = compared_types(annotations, config.data.without_mask, report.get("iou_types", ()))
+    masks = "segm" in kinds and distributed.is_main()  # rank 0 evaluates in the end
+    truth = load_annotations(annotations, masks, config.data.allow_misplaced)
     if len(annotations.absent):
         present = np.delete(annotations.image_ids, annotations.absent)
         truth = only_images(truth, present, _why(config))
@@ -124,7 +119,7 @@ def evaluate_model(
             write_text(output / "mean_scores.csv", scores)
         options = {"protocol": config.eval.protocol, "errors": config.eval.errors, "origin": f"{source}, {origin}"}
         truth = with_training_groups(truth, model.stats)
-        evaluate_and_report(truth, output / "detections", output, **{**options, **report})
+        evaluate_and_report(truth, output / "detections", output, **{**options, **report, "iou_types": kinds})
     distributed.barrier()
 
 

@@ -65,7 +65,8 @@ def results(model: MaskRCNN, config: Config, output: Path, annotations: LVISAnno
 
 def note_best(run: Path, output: Path, epoch: int, iteration: int) -> None:
     """Make this epoch's checkpoint the best one, where it is. Rank 0 only."""
-    score = float(json.loads((output / "metrics.json").read_text(encoding="utf-8"))["segm"]["AP"])
+    metrics = json.loads((output / "metrics.json").read_text(encoding="utf-8"))
+    score = float(metrics.get("segm", metrics["bbox"])["AP"])  # of boxes where masks cannot be compared
     known = read_best(run)
     if not known or known["epoch"] == epoch or score > known["mask AP"]:
         found = {"checkpoint": f"checkpoints/{iteration:09d}", "epoch": epoch, "mask AP": score}

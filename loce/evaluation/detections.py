@@ -1,20 +1,28 @@
 """Detections as columns: a few arrays instead of millions of dicts; the official results format, read and written."""
 
 import json
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from array import array
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
-from pycocotools import mask as mask_utils
 
+from loce.data.annotations.json_file import open_json
+from loce.data.annotations.plausible import suspicious_boxes
+from loce.data.annotations.reader import LONGEST, Mistakes, short
+from loce.data.annotations.run_lengths import fill_images
+from loce.data.annotations.segmentations import pack_code
+from loce.data.annotations.values import as_list, is_number, is_whole
 from loce.evaluation.annotations import GroundTruth, positions
-from loce.evaluation.reading import block_count, iterate_json_list, offenders
-from loce.utils.errors import UserError, raise_problems
+from loce.utils.errors import FEW, UserError, first_few, raise_problems
 from loce.utils.files import atomic_write
 from loce.utils.progress import watched
 
+T = TypeVar("T")
+ENCODE = "write what pycocotools.mask.encode gives, its counts decoded as ASCII"
 _MEND = "leave these rows out, or mend what made them: a diverged model, most often"
 _PART = 10_000  # result dicts that are made or read at a time
 
@@ -141,102 +149,148 @@ def concatenate(parts: Sequence[Detections]) -> Detections:
 def read_results(results: str | Path | list[dict[str, Any]]) -> Detections:
     """Detections from a JSON file in the official results format or from a list of such dicts (left as they are).
 
-    Raises UserError with the first offenders when entries are malformed.
+    UserError with the first five offenders of each kind of mistake, and how many there are, where rows are malformed.
     """
-    blocks: Iterable[list[Any]]
+    mistakes, parts, row = Mistakes(), [], 0
     if isinstance(results, (str, Path)):
-        source, blocks, total = str(results), iterate_json_list(results), block_count(results)
+        source = str(results)
+        with open_json(source, "results file") as (stream, work):
+            if stream.peek() != "[":
+                kind = type(stream.value()).__name__
+                stream.end()
+                raise UserError(f"{source}: holds a {kind}, not a list of results")
+            for part in stream.elements():
+                parts.append(_columns(part, row, mistakes))
+                row, work.done = row + len(part), stream.offset >> 20
+            stream.end()
     elif isinstance(results, list):
-        source, blocks, total = "results", [results], 1
+        source = "results"
+        for row in range(0, len(results), _PART):
+            parts.append(_columns(results[row : row + _PART], row, mistakes))
     else:
         raise UserError(f"results must be a path, a list of result dicts or Detections, not {type(results).__name__}")
-    parts = []
-    for block in watched(blocks, total, f"reading {source}", "blocks"):
-        for start in range(0, len(block), _PART):
-            problems, part = _columns(block[start : start + _PART])
-            raise_problems([f"{source}: {problem}" for problem in problems])
-            parts.append(part)
+    mistakes.raise_all(source)
     return concatenate(parts)
 
 
-def _columns(entries: Sequence[Any]) -> tuple[list[str], Detections]:
-    """One part of a results list as columns, and what is wrong with it."""
-    empty = Detections(image_ids=np.zeros(0, int), category_ids=np.zeros(0, int), scores=np.zeros(0))
-    needed = ("image_id", "category_id", "score")
-    bad = [e for e in entries if not isinstance(e, Mapping) or not all(key in e for key in needed)]
-    if bad:
-        return [f"results without image_id, category_id and score: {offenders(bad)}"], empty
-    problems = []
-    column = {key: np.array([e[key] for e in entries]) for key in needed}
-    for key, kinds, name in (
-        ("image_id", "i", "an integer"),
-        ("category_id", "i", "an integer"),
-        ("score", "fi", "a number"),
-    ):
-        if column[key].dtype.kind not in kinds:
-            bad = [e[key] for e in entries if np.array(e[key]).dtype.kind not in kinds]
-            problems.append(f"{key} must be {name}: {offenders(map(repr, bad))}")
-    boxes, masks = None, None
-    if any("bbox" in e for e in entries):
-        boxes, problem = _boxes(entries)
-        problems += problem
-    if any("segmentation" in e for e in entries):
-        masks, problem = _masks(entries)
-        problems += problem
-    if boxes is None and masks is None:
-        problems.append("results have neither bbox nor segmentation")
-    if problems:
-        return problems, empty
-    scores = column["score"].astype(np.float64)
-    ids = column["image_id"].astype(np.int64), column["category_id"].astype(np.int64)
-    return [], Detections(image_ids=ids[0], category_ids=ids[1], scores=scores, boxes=boxes, masks=masks)
+def _columns(entries: Sequence[Any], first: int, mistakes: Mistakes) -> Detections:
+    """One part of a results list as columns; rows are counted from `first`. What is wrong is added to `mistakes`."""
+    none = np.zeros(0, dtype=np.int64)
+    empty = Detections(image_ids=none, category_ids=none, scores=np.zeros(0))
+    before = mistakes.counts.total()
+    if set(map(type, entries)) != {dict}:
+        for row, entry in enumerate(entries, first):
+            if not isinstance(entry, Mapping):
+                mistakes.add("results that are no objects", f"row {row}: {short(entry)}")
+        if not len(entries) or mistakes.counts.total() > before:
+            return empty
+
+    def column(key: str, pack: Callable[[list[Any]], T], plain: Callable[[Any], Any], what: str) -> T | None:
+        """`pack` of the values of a key; where it does not take them as they are, of their `plain` forms."""
+        values = [entry.get(key) for entry in entries]
+        try:
+            return pack(values)
+        except (TypeError, ValueError, OverflowError, KeyError):
+            values = [plain(value) for value in values]
+        bad = [row for row, value in enumerate(values) if value is None]
+        for row in bad:
+            entry = entries[row]
+            told = f"row {first + row} (image {short(entry.get('image_id'))}): {short(entry.get(key))}"
+            mistakes.add(f"results whose {key} is not {what}", told)
+        return None if bad else pack(values)
+
+    image_ids = column("image_id", _pack_whole, lambda v: int(v) if is_whole(v) else None, "a whole number of 64 bits")
+    category_ids = column(
+        "category_id", _pack_whole, lambda v: int(v) if is_whole(v) else None, "a whole number of 64 bits"
+    )
+    scores = column("score", _pack_floats, _plain_float, "a number")
+    boxes = masks = None
+    if any("bbox" in entry for entry in entries):
+        boxes = column("bbox", _pack_boxes, _plain_box, "[x, y, width, height], four numbers")
+    if any("segmentation" in entry for entry in entries):
+        what = f"a run-length code with size and counts that fill it (not polygons); {ENCODE}"
+        masks = column("segmentation", _pack_masks, _plain_mask, what)
+    if not any("bbox" in entry or "segmentation" in entry for entry in entries):
+        mistakes.add("results that have neither bbox nor segmentation", f"row {first}")
+    if mistakes.counts.total() > before or image_ids is None or category_ids is None or scores is None:
+        return empty
+    return Detections(image_ids=image_ids, category_ids=category_ids, scores=scores, boxes=boxes, masks=masks)
 
 
-def _boxes(entries: Sequence[Mapping[str, Any]]) -> tuple[np.ndarray | None, list[str]]:
-    try:
-        boxes = np.array([e["bbox"] for e in entries], dtype=np.float64)
-        if boxes.shape == (len(entries), 4):
-            return boxes, []
-    except (KeyError, TypeError, ValueError):
-        pass
-    bad = [e.get("bbox") for e in entries if np.shape(e.get("bbox", ())) != (4,)]
-    return None, [f"bbox must be [x, y, width, height], four numbers in every result: {offenders(bad or ['?'])}"]
+# What is packed at once must have JSON's own types; NumPy's go through their plain forms.
 
 
-def _masks(entries: Sequence[Mapping[str, Any]]) -> tuple[Masks | None, list[str]]:
-    counts, sizes, bad = [], [], []
-    for entry in entries:
-        rle = entry.get("segmentation")
-        if not isinstance(rle, Mapping) or np.shape(rle.get("size", ())) != (2,) or "counts" not in rle:
-            bad.append(f"image {entry['image_id']}: {str(rle)[:60]}")
-            continue
-        value = rle["counts"]
-        if isinstance(value, list):  # not compressed
-            value = mask_utils.frPyObjects({"size": list(rle["size"]), "counts": value}, *rle["size"])["counts"]
-        counts.append(value.encode("ascii", "replace") if isinstance(value, str) else bytes(value))
-        sizes.append(rle["size"])
-    if bad:
-        return None, [
-            f"segmentation must be an RLE dict with size and counts in every result (not polygons): {offenders(bad)}"
-        ]
-    return Masks.from_counts(counts, np.array(sizes)), []
+def _pack_whole(values: list[Any]) -> np.ndarray:
+    _require_types(values, int)
+    return np.frombuffer(array("q", values), np.int64)
 
 
-def check_detections(detections: Detections, truth: GroundTruth, source: str) -> None:
-    """UserError naming the first five offenders of each kind: ids that `truth` does not have, bad numbers and masks."""
+def _pack_floats(values: list[Any]) -> np.ndarray:
+    _require_types(values, float)
+    return np.frombuffer(array("d", values), np.float64)
+
+
+def _pack_boxes(values: list[Any]) -> np.ndarray:
+    _require_types(values, list)
+    if set(map(len, values)) != {4}:
+        raise ValueError("not four numbers")
+    return np.frombuffer(array("d", chain.from_iterable(values)), np.float64).reshape(-1, 4)
+
+
+def _pack_masks(values: list[Any]) -> Masks:
+    _require_types(values, dict)
+    counts, sizes = [value["counts"] for value in values], [value["size"] for value in values]
+    _require_types(counts, str)
+    _require_types(sizes, list)
+    text = "".join(counts)
+    if set(map(len, sizes)) != {2} or not text.isascii():
+        raise ValueError("not a compressed code")
+    sides = np.frombuffer(array("q", chain.from_iterable(sizes)), np.int64).reshape(-1, 2)
+    if sides.min() < 1 or sides.max() > LONGEST:
+        raise ValueError("no size of an image")
+    lengths = np.fromiter(map(len, counts), dtype=np.int64, count=len(counts))
+    flat = np.frombuffer(text.encode(), dtype=np.uint8)
+    return Masks(counts=flat, offsets=offsets_of(lengths), sizes=sides.astype(np.int32))
+
+
+def _require_types(values: list[Any], kind: type) -> None:
+    if set(map(type, values)) != {kind}:
+        raise TypeError(f"not all are {kind.__name__}")
+
+
+def _plain_float(value: Any) -> float | None:
+    return float(value) if isinstance(value, (float, np.floating)) or is_number(value) else None
+
+
+def _plain_box(value: Any) -> list[float] | None:
+    sides = as_list(value)
+    sides = [_plain_float(side) for side in sides] if isinstance(sides, list) and len(sides) == 4 else [None]
+    return None if None in sides else sides
+
+
+def _plain_mask(value: Any) -> dict[str, Any] | None:
+    packed = pack_code(value)
+    return None if packed is None else {"counts": packed[0].decode(), "size": list(packed[1])}
+
+
+def check_detections(detections: Detections, truth: GroundTruth, source: str, codes: bool = True) -> None:
+    """UserError naming the first five offenders of each kind: ids that `truth` does not have, bad numbers and masks.
+
+    codes: look into the run-length codes, too; those that our own inference has written need no look.
+    """
     row, known = positions(truth.image_ids, detections.image_ids)
     problems = []
     unknown = np.unique(detections.image_ids[~known])
     if len(unknown):
         total = len(np.unique(detections.image_ids))
         problems.append(
-            f"{len(unknown)} of the {total} image ids are not in {truth.source}: {offenders(unknown)}; "
+            f"{len(unknown)} of the {total} image ids are not in {truth.source}: {first_few(unknown)}; "
             "use the annotation file of the split that the results were made for"
         )
     unknown = np.unique(detections.category_ids[~positions(truth.category_ids, detections.category_ids)[1]])
     if len(unknown):
         problems.append(
-            f"category ids that are not in {truth.source}: {offenders(unknown)}; "
+            f"category ids that are not in {truth.source}: {first_few(unknown)}; "
             "write the file's category ids, not class indices"
         )
     problems += _bad_rows(
@@ -248,17 +302,30 @@ def check_detections(detections: Detections, truth: GroundTruth, source: str) ->
         negative = finite & (detections.boxes[:, 2:] < 0).any(axis=1)
         what = "boxes with negative width or height (bbox is [x, y, width, height], not corners)"
         problems += _bad_rows(detections, negative, what, detections.boxes, "write x2 - x1 and y2 - y1")
-    if detections.masks is not None:
-        wrong = known & (detections.masks.sizes != truth.sizes[row]).any(axis=1)
+    if (masks := detections.masks) is not None:
+        wrong = known & (masks.sizes != truth.sizes[row]).any(axis=1)
         what = "masks whose RLE size is not the [height, width] of their image"
         mend = "paste masks into an image of the annotated size before they are encoded"
-        problems += _bad_rows(detections, wrong, what, detections.masks.sizes, mend)
+        problems += _bad_rows(detections, wrong, what, masks.sizes, mend)
+        if codes:
+            broken = ~fill_images(masks.counts, masks.offsets, masks.sizes)
+            what = "masks whose run-length code is broken or does not fill its image"
+            problems += _bad_rows(detections, broken, what, masks.sizes, ENCODE)
     raise_problems([f"{source}: {problem}" for problem in problems])
+
+
+def suspicions(detections: Detections, truth: GroundTruth, source: str) -> list[str]:
+    """Warnings about boxes that are valid but hardly x, y, width, height in pixels."""
+    if detections.boxes is None or not len(detections):
+        return []
+    sizes = truth.sizes[positions(truth.image_ids, detections.image_ids)[0]]
+    told = suspicious_boxes(detections.boxes, sizes, "row")
+    return [f"WARNING: {source}: {told}"] if told else []
 
 
 def _bad_rows(detections: Detections, bad: np.ndarray, what: str, values: np.ndarray, mend: str) -> list[str]:
     rows = np.flatnonzero(bad)
     if not len(rows):
         return []
-    shown = [f"row {r} (image {detections.image_ids[r]}): {values[r].tolist()}" for r in rows[:5]]
-    return [f"{what}: {offenders(shown, len(rows))}; {mend}"]
+    shown = [f"row {r} (image {detections.image_ids[r]}): {values[r].tolist()}" for r in rows[:FEW]]
+    return [f"{what}: {first_few(shown, len(rows))}; {mend}"]

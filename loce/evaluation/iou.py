@@ -1,14 +1,12 @@
 """Areas and overlaps of boxes and masks, for pairs that lie in the same image and category."""
 
 from itertools import pairwise
-from typing import Any
 
 import numpy as np
 from pycocotools import mask as mask_utils
 
 from loce.evaluation.annotations import GroundTruth
 from loce.evaluation.detections import Masks
-from loce.utils.errors import UserError
 from loce.utils.progress import watched
 
 _AREA_BATCH = 255  # pycocotools' area() overflows on longer lists with numpy 2
@@ -27,27 +25,7 @@ def mask_areas(masks: Masks, rows: np.ndarray) -> np.ndarray:
     for start in watched(batches, len(batches), "areas of masks", "batches"):
         rles = masks.rles(rows[start : start + _AREA_BATCH])
         areas[start : start + len(rles)] = mask_utils.area(rles)
-    pixels = masks.sizes[rows].astype(np.int64).prod(axis=1)
-    if (bad := rows[areas > pixels]).size:
-        raise UserError(f"masks whose RLE covers more pixels than their image has: rows {bad[:5].tolist()}")
     return areas
-
-
-def ground_rle(truth: GroundTruth, row: int) -> dict[str, Any]:
-    """The mask of one annotation as compressed RLE, from polygons or RLE; UserError names an annotation without one."""
-    assert truth.segmentations is not None
-    shape = truth.segmentations[row]
-    height, width = truth.sizes[truth.image[row]].tolist()
-    try:
-        if not isinstance(shape, dict):
-            return mask_utils.merge(mask_utils.frPyObjects(list(shape), height, width))
-        if list(shape["size"]) != [height, width]:
-            raise ValueError(f"its RLE is {shape['size']}, its image {[height, width]}")
-        if isinstance(shape["counts"], list):
-            return mask_utils.frPyObjects(shape, height, width)
-        return shape
-    except Exception as error:
-        raise UserError(f"{truth.source}: annotation {truth.ids[row]}: the mask cannot be read ({error})") from None
 
 
 def overlaps(boxes: np.ndarray, others: np.ndarray) -> np.ndarray:
@@ -102,7 +80,7 @@ def mask_pairs(
         pairwise(borders.tolist()), len(borders), "overlaps of masks", "cells (image, category)"
     ):
         start, count = int(starts[first]), int(counts[first])
-        grounds = [ground_rle(truth, row) for row in range(start, start + count)]
+        grounds = truth.rles(range(start, start + count))
         iou = mask_utils.iou(masks.rles(rows[first:last]), grounds, truth.crowd[start : start + count].tolist())
         box, ground = np.nonzero(iou >= low)
         pieces.append((first + box, start + ground, iou[box, ground]))

@@ -22,7 +22,7 @@ from pycocotools import mask as mask_utils
 
 from loce.evaluation.annotations import positions
 from loce.evaluation.detections import Detections, offsets_of
-from loce.evaluation.iou import ground_rle, overlaps
+from loce.evaluation.iou import overlaps
 from loce.evaluation.lvis_ap import RECALLS, Evaluation, counts
 from loce.evaluation.matching import within_cap
 from loce.evaluation.near_misses import KINDS, Clues, none
@@ -170,8 +170,7 @@ def _overlap(evaluation: Evaluation, detections: Detections, rows: np.ndarray, o
         assert detections.boxes is not None
         return overlaps(detections.boxes[rows], evaluation.truth.boxes[objects])
     assert detections.masks is not None
-    grounds = [ground_rle(evaluation.truth, int(row)) for row in objects]
-    return mask_utils.iou(detections.masks.rles(rows), grounds, [0] * len(objects))
+    return mask_utils.iou(detections.masks.rles(rows), evaluation.truth.rles(objects), [0] * len(objects))
 
 
 def average_precision(true: np.ndarray, false: np.ndarray, objects: int) -> float:

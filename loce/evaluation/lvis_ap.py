@@ -8,6 +8,7 @@ annotation with id 0 is an annotation like any other, and no results at all give
 Legend: T = 10 IoU thresholds, R = 101 recalls, K categories, A = 4 areas, m overlapping detections of one category.
 """
 
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,12 +16,13 @@ from typing import Any
 
 import numpy as np
 
+from loce.data.annotations.lvis import LVISAnnotations
 from loce.evaluation.annotations import GroundTruth, load_annotations
-from loce.evaluation.detections import Detections, check_detections, read_results
+from loce.evaluation.detections import Detections, check_detections, read_results, suspicions
 from loce.evaluation.matching import AREA_NAMES, PROTOCOLS, THRESHOLDS, Matches, Protocol, match
 from loce.evaluation.stream import read_detections
 from loce.utils.errors import UserError
-from loce.utils.progress import phase, watched
+from loce.utils.progress import phase, say, watched
 
 RECALLS = np.linspace(0.0, 1.0, 101)
 FEW = (1, 10)  # detections of an image and category, for COCO's AR@1 and AR@10
@@ -60,11 +62,12 @@ class Evaluation:
 
 @phase("evaluation")
 def evaluate_lvis(
-    annotations: str | Path | Mapping[str, Any] | GroundTruth,
+    annotations: str | Path | Mapping[str, Any] | LVISAnnotations | GroundTruth,
     results: str | Path | list[dict[str, Any]] | Detections,
     iou_type: str = "bbox",
     max_detections: int | None = None,
     protocol: str = "lvis",
+    allow_misplaced: bool = False,
 ) -> Evaluation:
     """Evaluate detections on LVIS- or COCO-style ground truth; nothing that is passed in is changed.
 
@@ -73,13 +76,18 @@ def evaluate_lvis(
     max_detections: cap per image for "lvis", per image and category for "coco"; None is the protocol's own, 300 and
     100, since a number for both would be wrong for one. "fixed" keeps the best 10,000 detections of a category whatever
     their images, so a cap beside it is refused.
-    Raises UserError for everything that is wrong with the input, with the first five offenders of each kind.
+    allow_misplaced: masks of annotations may lie elsewhere than their boxes. NumPy's numbers and arrays are read as
+    JSON's are. Raises UserError for everything that is wrong with the input, with the first five offenders of each
+    kind; what only looks wrong is a line on standard error.
     """
     rules = choose_protocol(protocol, max_detections)
     if iou_type not in ("bbox", "segm"):
         raise UserError(f'iou_type: {iou_type!r} is not known; choose "bbox" or "segm"')
-    truth = load_annotations(annotations, masks=iou_type == "segm")
-    detections = load_results(results, truth)
+    truth = load_annotations(annotations, iou_type == "segm", allow_misplaced)
+    source = str(results) if isinstance(results, (str, Path)) else "results"
+    detections = load_results(results, truth, source)
+    for warning in [note for note in truth.notes if note.startswith("WARNING")] + suspicions(detections, truth, source):
+        say(warning, sys.stderr)
     return evaluate_loaded(truth, detections, iou_type, rules)
 
 
@@ -101,14 +109,14 @@ def choose_protocol(name: str, max_detections: int | None = None) -> Protocol:
 
 
 def load_results(
-    results: str | Path | list[dict[str, Any]] | Detections, truth: GroundTruth, source: str = "results"
+    results: str | Path | list[dict[str, Any]] | Detections, truth: GroundTruth, source: str
 ) -> Detections:
     """Detections of any accepted form, checked against the ground truth; source: what a message calls them."""
-    source = str(results) if isinstance(results, (str, Path)) else source
-    if isinstance(results, (str, Path)) and Path(results).is_dir():
-        results = read_detections(results, truth.image_ids)
+    own = isinstance(results, (str, Path)) and Path(results).is_dir()
+    if own:
+        results = read_detections(str(results), truth.image_ids)
     detections = results if isinstance(results, Detections) else read_results(results)
-    check_detections(detections, truth, source)
+    check_detections(detections, truth, source, codes=not own)
     return detections
 
 
@@ -116,7 +124,7 @@ def evaluate_loaded(truth: GroundTruth, detections: Detections, iou_type: str, r
     """`evaluate_lvis` for input that is loaded and checked (`load_results`)."""
     if iou_type not in detections.iou_types:
         raise UserError(f"iou_type={iou_type}: the results have no {'bbox' if iou_type == 'bbox' else 'segmentation'}")
-    if iou_type == "segm" and truth.segmentations is None:
+    if iou_type == "segm" and truth.masks is None:
         raise ValueError("the ground truth was loaded without masks")
     if rules.federated and not truth.federated:
         raise UserError(

@@ -117,15 +117,8 @@ def _under_rules(truth: GroundTruth, protocol: Protocol) -> GroundTruth:
     """LVIS: what has no area does not exist, no crowds. COCO: crowds are ignored, the key `ignore` means nothing."""
     if not protocol.federated:
         return replace(truth, ignore=truth.crowd)
-    real = np.flatnonzero(truth.areas > 0)
-    columns = {name: getattr(truth, name)[real] for name in ("ids", "image", "category", "boxes", "areas", "ignore")}
-    shapes = truth.segmentations
-    return replace(
-        truth,
-        **columns,
-        crowd=np.zeros(len(real), dtype=bool),
-        segmentations=None if shapes is None else [shapes[row] for row in real],
-    )
+    real = truth.some(np.flatnonzero(truth.areas > 0))
+    return replace(real, crowd=np.zeros(len(real), dtype=bool))
 
 
 def _small(values: np.ndarray, limit: int) -> np.ndarray:

@@ -10,9 +10,10 @@ from typing import Any
 
 import numpy as np
 
+from loce.data.annotations.lvis import LVISAnnotations
 from loce.evaluation.annotations import GroundTruth, load_annotations
 from loce.evaluation.bootstrap import intervals, tally
-from loce.evaluation.detections import Detections, read_results
+from loce.evaluation.detections import Detections, read_results, suspicions
 from loce.evaluation.lost_objects import explain
 from loce.evaluation.lost_objects_report import write_errors
 from loce.evaluation.lvis_ap import Evaluation, choose_protocol, evaluate_loaded, load_results
@@ -29,7 +30,7 @@ _SIZES = {"s": "small (< 32^2 px)", "m": "medium", "l": "large (> 96^2 px)"}
 
 @phase("evaluation")
 def evaluate_and_report(
-    annotations: str | Path | Mapping[str, Any] | GroundTruth,
+    annotations: str | Path | Mapping[str, Any] | LVISAnnotations | GroundTruth,
     results: str | Path | list[dict[str, Any]] | Detections,
     output: str | Path,
     iou_types: Sequence[str] = (),
@@ -39,6 +40,7 @@ def evaluate_and_report(
     origin: str = "",
     errors: bool = True,
     save_json: bool = False,
+    allow_misplaced: bool = False,
 ) -> dict[str, Evaluation]:
     """Evaluate, print the tables and write the folder `output`; the result per IoU type, "bbox" first.
 
@@ -58,12 +60,13 @@ def evaluate_and_report(
         clues = read_clues(results) if errors and Path(results).is_dir() else None
         results = results if Path(results).is_dir() else read_results(results)
     wanted = tuple(iou_types) or (results.iou_types if isinstance(results, Detections) else ("bbox", "segm"))
-    truth = load_annotations(annotations, masks="segm" in wanted)
+    truth = load_annotations(annotations, "segm" in wanted, allow_misplaced)
     detections = load_results(results, truth, source)
     rules = choose_protocol(("lvis" if truth.federated else "coco") if protocol == "auto" else protocol, max_detections)
     wanted = tuple(iou_types) or detections.iou_types
     evaluations = {kind: evaluate_loaded(truth, detections, kind, rules) for kind in sorted(wanted)}
     facts = _facts(truth, detections, rules, evaluations, origin)
+    facts["notes"] += suspicions(detections, truth, source)
     print("\n".join(header(facts)))
     write_folder(Path(output), evaluations, facts)  # before all that may still take a minute
     for kind, evaluation in evaluations.items():
@@ -72,7 +75,7 @@ def evaluate_and_report(
         facts["intervals"][kind] = spread
         tallies.save(Path(output) / f"tallies_{kind}.npz")
         print("\n" + table(evaluation, spread))
-    if errors:
+    if errors and len(truth):
         main = evaluations[max(evaluations)]  # "segm" where there is one
         fates = explain(main, detections, clues)
         print("\n" + "\n".join(write_errors(output, main, fates, detections, origin)))
@@ -102,7 +105,7 @@ def _facts(
         "detections": len(detections),
         "detections_that_count": {kind: len(e.matches.row) for kind, e in evaluations.items()},
         "intervals": {},
-        "notes": truth.notes,
+        "notes": list(truth.notes),
     }
 
 
@@ -120,7 +123,9 @@ def header(facts: Mapping[str, Any]) -> list[str]:
         f"{sum(skipped.values()):,} categories have no objects here and are in no mean ({by_group})",
         *(f"note: {note}" for note in facts["notes"]),
     ]
-    if not facts["detections"]:
+    if not facts["objects"]:
+        lines.append("warning: there are no objects to find, so there are no numbers")
+    elif not facts["detections"]:
         lines.append("warning: there are no detections at all, so every number is 0")
     elif facts["images_with_detections"] < 0.5 * facts["images"]:
         lines.append("warning: most images have no detections; are these the results of a part of the data set only?")

@@ -8,8 +8,7 @@ import numpy as np
 
 from loce.evaluation.detections import Detections, Masks, concatenate, offsets_of
 from loce.evaluation.near_misses import Clues, Found, clues_of_image, join
-from loce.evaluation.reading import offenders
-from loce.utils.errors import UserError
+from loce.utils.errors import UserError, first_few
 from loce.utils.files import atomic_write
 from loce.utils.progress import watched
 
@@ -142,12 +141,12 @@ def read_detections(folder: str | Path, expected_image_ids: Iterable[int]) -> De
                 images[image] = part
     expected = {int(image) for image in expected_image_ids}
     if repeated:
-        raise ValueError(f"{folder}: images that were predicted more than once: {offenders(repeated)}")
+        raise ValueError(f"{folder}: images that were predicted more than once: {first_few(repeated)}")
     if unexpected := sorted(images.keys() - expected):
-        raise ValueError(f"{folder}: images that are not in the data set: {offenders(unexpected)}")
+        raise ValueError(f"{folder}: images that are not in the data set: {first_few(unexpected)}")
     if missing := sorted(expected - images.keys()):
         raise UserError(
-            f"{folder}: {len(missing)} of {len(expected)} images have no predictions yet: {offenders(missing)}; "
+            f"{folder}: {len(missing)} of {len(expected)} images have no predictions yet: {first_few(missing)}; "
             "run the same command again, it goes on where it stopped"
         )
     return concatenate([images[image] for image in sorted(images)])

@@ -3,7 +3,9 @@
 import os
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+
+FEW = 5  # examples of anything that a message names
 
 
 class UserError(Exception):
@@ -31,6 +33,16 @@ def raise_problems(problems: Sequence[str]) -> None:
         raise UserError(problems[0])
     if problems:
         raise UserError(f"{len(problems)} problems:\n" + "\n".join(f"  {problem}" for problem in problems))
+
+
+def first_few(values: Iterable[object], total: int | None = None, between: str = ", ") -> str:
+    """The first five of `values` as text and, where there are more, how many: "1, 2, 3, 4, 5, ... (9 in all)".
+
+    total: of the whole, where `values` are only the first ones.
+    """
+    texts = [str(value) for value in values]
+    total = len(texts) if total is None else total
+    return between.join(texts[:FEW]) + (f"{between}... ({total} in all)" if total > FEW else "")
 
 
 def run_script(main: Callable[[], None]) -> None:

@@ -34,7 +34,7 @@ def test_the_second_time_nothing_is_parsed(path, tmp_path, monkeypatch):
     found = open_annotations(path, folder=tmp_path, large=0)
     found = dataclasses.replace(found, dropped=type(expected.dropped)(found.dropped), absent=tuple(found.absent))
     assert_same(found, expected)
-    assert isinstance(found.boxes.base, np.memmap) and not found.boxes.flags.writeable
+    assert isinstance(found.xywh.base, np.memmap) and not found.xywh.flags.writeable
     assert found.segmentations.runs(found.rows(0), *found.image_sizes[0])[0].sum() == found.image_sizes[0].prod()
 
 
@@ -50,7 +50,7 @@ def test_options_content_and_damage_are_noticed(path, tmp_path):
     copy.write_text(json.dumps(content))
     assert len(open_annotations(copy, folder=folder, large=0).labels) == len(first.labels) - 1
     for place in folder.iterdir():
-        (place / "file.boxes.npy").write_bytes(b"broken")
+        (place / "file.xywh.npy").write_bytes(b"broken")
         (place / "file.labels.npy").unlink()
     assert len(open_annotations(copy, folder=folder, large=0).labels) == len(first.labels) - 1
     for place in folder.iterdir():

@@ -30,7 +30,7 @@ def test_every_format_is_read_as_plain_python_reads_it(kind, write):
         assert annotations.annotation_ids[mine].tolist() == [row["id"] for row in rows]
         assert annotations.labels[mine].tolist() == [CATEGORY_IDS.index(row["category_id"]) for row in rows]
         xyxy = [(x, y, x + w, y + h) for x, y, w, h in (row["bbox"] for row in rows)]
-        np.testing.assert_array_equal(annotations.boxes[mine], np.array(xyxy, dtype=np.float32))
+        np.testing.assert_array_equal(annotations.corners(mine), np.array(xyxy, dtype=np.float32))
         assert annotations.areas[mine].tolist() == [50.0] * len(rows)
         assert annotations.image_sizes[index].tolist() == [image["height"], image["width"]]
         height, width = image["height"], image["width"]
@@ -222,7 +222,7 @@ BROKEN = {
         {**content(), "annotations": [{"id": 3}]},
         "`annotations` without all of id, image_id",
     ),
-    "image without size": ({**content(), "images": [{"id": 3}]}, "elements of `images` without all of id, height"),
+    "image without size": ({**content(), "images": [{"id": 3}]}, "images without height and width in pixels"),
     "image without name": (changed("images", 2, coco_url=None), "neither file_name nor coco_url: image 994"),
     "image of size 0": (changed("images", 2, height=0), "a side is not 1 to 65535: (994, 0,"),
     "text as id": (changed("annotations", 2, id="a"), "1 annotations whose id, image_id or category_id is no whole"),

@@ -19,7 +19,6 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from loce.config import Config, UserError, dump, from_dict, to_dict
 from loce.engine.log import RunLog, check_run_folder, cut_metrics
 from loce.engine.trainer import snapshot_due
-from loce.evaluation.reading import read_json
 from loce.utils import progress as progress_module
 from loce.utils.files import PatientFile, atomic_write, write_text
 from loce.utils.progress import clock, eta, phase, progress, watched
@@ -328,23 +327,6 @@ def test_a_phase_speaks_whatever_it_does(capsys: pytest.CaptureFixture[str], mon
             if number == 2:
                 capsys.readouterr()
                 assert wait_for_line(capsys).startswith("matching: 2/3 rounds, eta 0:00:0")
-
-
-def test_reading_json_counts_its_objects(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-):
-    """The parser itself cannot be asked how far it is: the objects it hands over are counted."""
-    monkeypatch.setattr(progress_module, "SILENCE", 0.05)
-    (tmp_path / "a.json").write_text(json.dumps({"images": [{"id": number} for number in range(4)]}))
-    lines = []
-
-    def hook(value: dict) -> dict:
-        if value.get("id") == 2:
-            lines.append(wait_for_line(capsys))
-        return value
-
-    assert len(read_json(tmp_path / "a.json", hook)["images"]) == 4
-    assert "a.json: 3/5 objects, eta 0:00:0" in lines[0] and lines[0].endswith(" GiB\n")
 
 
 def test_short_phases_are_silent_and_other_ranks_too(

@@ -12,7 +12,6 @@ import pytest
 from pycocotools import mask as mask_utils
 
 from loce.evaluation import evaluate_lvis, load_annotations, matching
-from loce.evaluation.iou import ground_rle
 from loce.evaluation.lvis_ap import recall_within
 from tests.evaluation.cases import METRICS, official_coco, official_lvis, random_case, without
 
@@ -209,7 +208,7 @@ def test_the_last_of_two_equal_overlaps_is_taken(small: dict[str, Any], iou_type
 
 def test_area_of_a_mask_is_the_masks(small: dict[str, Any]) -> None:
     """The official code takes a box's area when a mask result carries one; APs, APm and APl move with it."""
-    rle = ground_rle(load_annotations(small), 0)
+    rle = load_annotations(small).rles([0])[0]
     result = {"image_id": 7, "category_id": 2, "score": 0.5, "segmentation": rle}
     far = {**result, "segmentation": {**rle, "counts": rle["counts"]}, "image_id": 3, "category_id": 2}
     huge = [{**d, "bbox": [0.0, 0.0, 1e4, 1e4]} for d in (result, far)]
@@ -277,9 +276,8 @@ def test_equal_on_real_ground_truth() -> None:
     results = []
     for n in np.repeat(np.arange(len(ground)), rng.integers(1, 5, len(ground))):
         category = ground.category[n] if rng.random() < 0.8 else rng.integers(len(ground.category_ids))
-        rle = ground_rle(
-            ground, int(rng.choice(np.flatnonzero(ground.image == ground.image[n]))) if rng.random() < 0.3 else n
-        )
+        other = int(rng.choice(np.flatnonzero(ground.image == ground.image[n]))) if rng.random() < 0.3 else int(n)
+        rle = ground.rles([other])[0]
         results.append(
             {
                 "image_id": int(ground.image_ids[ground.image[n]]),

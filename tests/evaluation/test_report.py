@@ -120,7 +120,7 @@ def test_results_of_a_part_are_warned_about(
     ("words", "message"),
     [
         (["results=r"], "annotations must be given"),
-        (["annotations=a.json", "results=nowhere.json"], "nowhere.json: no such file"),
+        (["annotations=a.json", "results=nowhere.json"], "nowhere.json: there is no such results file"),
         (["annotations=a.json", "results=r.json", "protocol=voc"], "protocol = voc"),
         (["annotations=a.json", "results=r.json", "iou_type=bbox"], "did you mean iou_types?"),
         (["annotations=a.json", "results=boxes.json", "iou_types=segm"], "the results have no segmentation"),

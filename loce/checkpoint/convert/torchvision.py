@@ -22,7 +22,7 @@ from loce.checkpoint.convert.source import (
     new_model,
 )
 from loce.config import Config, UserError, diff, from_dict
-from loce.data.annotations.reader import read_annotation_file
+from loce.data.annotations.lvis import LVISAnnotations
 from loce.models.torchvision_classes import coco_rows
 from loce.utils.classes import ClassStats
 from loce.utils.yaml_text import show
@@ -144,14 +144,14 @@ def _output_names(found: Source, source_classes: str) -> list[str | None]:
     if not source_classes:
         known = coco_rows()
         return known if len(known) == outputs else [None] + [f"class {row}" for row in range(1, outputs)]
-    _, categories = read_annotation_file(source_classes)
-    by_id = {category["id"]: str(category["name"]) for category in categories}
+    stats = LVISAnnotations.open(source_classes, masks=False, named=False, annotated=False).stats
+    by_id = dict(zip(stats.category_ids.tolist(), stats.names, strict=True))
     if max(by_id) < outputs and min(by_id) > 0:  # torchvision's own recipe: the output is the category id
         return [by_id.get(row) for row in range(outputs)]
-    if len(categories) == outputs - 1:  # numbered in the order of the file, after the background
-        return [None, *(str(category["name"]) for category in categories)]
+    if len(stats) == outputs - 1:  # numbered in the order of the file, after the background
+        return [None, *stats.names]
     raise UserError(
-        f"{found.path} has {outputs} outputs; {source_classes} has {len(categories)} categories with ids up to "
+        f"{found.path} has {outputs} outputs; {source_classes} has {len(stats)} categories with ids up to "
         f"{max(by_id)}: neither the ids nor the order of the categories can number the outputs"
     )
 

@@ -42,6 +42,7 @@ def open_annotations(
     keep_empty: bool = False,
     box_masks: bool = False,
     *,
+    annotated: bool = True,
     folder: Path | None = None,
     large: int = LARGE,
 ) -> LVISAnnotations:
@@ -51,7 +52,7 @@ def open_annotations(
     """
     path, options = Path(path), (rare_max, common_max, keep_empty, box_masks)
     if not path.is_file() or path.stat().st_size < large:
-        return LVISAnnotations.open(path, *options)
+        return LVISAnnotations.open(path, *options, annotated=annotated)
     place = (folder or default_folder()) / _key(path, options)
     try:
         return _load(place, str(path))
@@ -59,7 +60,7 @@ def open_annotations(
         pass
     except (OSError, ValueError, KeyError, TypeError) as error:
         say(f"warning: {place} is damaged ({error}); {path} is read again")
-    annotations = LVISAnnotations.open(path, *options)
+    annotations = LVISAnnotations.open(path, *options, annotated=annotated)
     try:
         _store(annotations, place)
     except OSError as error:

@@ -1,7 +1,8 @@
 """A JSON file of any size read member by member and element by element, with a small part of it in memory.
 
-For files that are one object whose large members are arrays, as annotation files are. Python's own parser reads every
-single value; where one does not end within what is held, more is read and it is tried again.
+For files that are one object whose large members are arrays, as annotation files are, or one array, as results are.
+Python's own parser reads whole pieces of an array; where a value does not end within what is held, more is read and it
+is tried again.
 """
 
 import codecs
@@ -16,21 +17,22 @@ _LITERAL = 16  # characters; more than the parser looks at before it calls a lit
 
 
 class JsonStream:
-    """The object in `file`. What is wrong is a json.JSONDecodeError or a UnicodeDecodeError: `place` says where.
+    """The value in `file`. What is wrong is a json.JSONDecodeError or a UnicodeDecodeError: `place` says where.
 
     offset: bytes read.
     """
 
-    def __init__(self, file: BinaryIO, decoder: json.JSONDecoder, block: int = BLOCK) -> None:
+    def __init__(self, file: BinaryIO, block: int = BLOCK) -> None:
         self.offset = 0
-        self._file, self._decoder, self._block = file, decoder, block
+        self._file, self._decoder, self._block = file, json.JSONDecoder(), block
         self._utf8 = codecs.getincrementaldecoder("utf-8-sig")()
         self._text, self._at = "", 0  # what is held, and how much of it is done
         self._characters, self._lines = 0, 0  # of what was held before
+        self._single = 0  # up to this character of the file elements are read one by one
         self._ended = False
 
     def members(self) -> Iterator[tuple[str, Any]]:
-        """(key, value) in file order; of an array an iterator, which has to be used up before the next member."""
+        """(key, value) in file order; of an array `elements`, which have to be used up before the next member."""
         self._pass("{", "Expecting value")
         if self.peek() == "}":
             self._at += 1
@@ -41,8 +43,24 @@ class JsonStream:
                     raise self._error("Expecting property name enclosed in double quotes")
                 key = self.value()
                 self._pass(":", "Expecting ':' delimiter")
-                yield key, self._elements() if self.peek() == "[" else self.value()
+                yield key, self.elements() if self.peek() == "[" else self.value()
                 following = self._pass(",}", "Expecting ',' delimiter")
+        self.end()
+
+    def elements(self) -> Iterator[list[Any]]:
+        """The elements of the array that begins here, in order, as many at a time as are held."""
+        self._pass("[", "Expecting value")
+        if self.peek() == "]":
+            self._at += 1
+            return
+        following = ","
+        while following == ",":
+            self.peek()
+            yield self._held_objects() or [self.value()]
+            following = self._pass(",]", "Expecting ',' delimiter")
+
+    def end(self) -> None:
+        """Raises where something follows."""
         if self.peek():
             raise self._error("Extra data")
 
@@ -59,7 +77,7 @@ class JsonStream:
             self._read_on()
 
     def value(self) -> Any:
-        """The next value, whole. Objects in one that does not fit into a block may be shown to the hook twice."""
+        """The next value, whole."""
         self.peek()
         while True:
             try:
@@ -87,15 +105,31 @@ class JsonStream:
                 total = self._characters + len(self._text.rstrip())
         return line, character, max(0, total - character)
 
-    def _elements(self) -> Iterator[Any]:
-        self._at += 1
-        if self.peek() == "]":
-            self._at += 1
-            return
-        following = ","
-        while following == ",":
-            yield self.value()
-            following = self._pass(",]", "Expecting ',' delimiter")
+    def _held_objects(self) -> list[Any]:
+        """All elements but the last one, or the whole rest of the array, that are held; [] where that cannot be told.
+
+        The text up to the last "}, {" is closed by a bracket and parsed at once:  {"a": 1}, {"a": 2}, {"a"...
+        becomes [{"a": 1}, {"a": 2}]. Where the array ends earlier, its own bracket ends the parsing.
+        """
+        cut = self._last_border()
+        if self._characters + cut <= max(self._single, self._characters + self._at):
+            return []
+        try:
+            found, end = self._decoder.raw_decode(f"[{self._text[self._at : cut]}]")
+        except json.JSONDecodeError:  # cut inside an element, or something is wrong: `value` finds its place
+            self._single = self._characters + cut
+            return []
+        self._at += end - 2  # of the two brackets one is put before, the other is still to be passed
+        return list(found)
+
+    def _last_border(self) -> int:
+        """Where the text before the last "}, {" ends, 0 where there is none."""
+        start = len(self._text)
+        while (start := self._text.rfind("{", self._at + 1, start)) > 0:
+            before = self._text[max(self._at, start - 64) : start].rstrip()
+            if before.endswith(",") and before[:-1].rstrip().endswith("}"):
+                return self._text.rindex(",", self._at, start)
+        return 0
 
     def _pass(self, wanted: str, message: str) -> str:
         """Go past the next character, which must be one of `wanted`."""

@@ -1,33 +1,37 @@
-"""Annotations of LVIS v1, LVIS v0.5 and COCO files in flat arrays, and which of them training uses.
+"""Annotations of LVIS v1, LVIS v0.5 and COCO files in flat arrays, read once for training, evaluation and checks.
 
 Labels are positions in the file's list of categories; image and annotation indices are positions in the file.
 """
 
 import os
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from pycocotools import mask as coco_mask
 
 from loce.data.annotations.image_files import Listings, bare_name, other_places, shared_names, there_instead
 from loce.data.annotations.lookups import (
     LabelLists,
     category_ids,
     check_unique,
+    equal_names,
+    file_counts,
     file_groups,
     label_lists,
     look_up,
     tell_apart,
 )
-from loce.data.annotations.reader import NAMED, read_annotation_file
+from loce.data.annotations.plausible import likely_cause, misplaced_masks, outlines, suspicious_boxes
+from loce.data.annotations.reader import Columns, read_annotation_file
 from loce.data.annotations.segmentations import Segmentations
-from loce.data.annotations.training_rows import clip, training_rows
+from loce.data.annotations.training_rows import clip, sensible_boxes, training_rows
 from loce.utils.classes import ClassStats, frequency_groups
-from loce.utils.errors import UserError
+from loce.utils.errors import UserError, first_few
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,14 +39,18 @@ class LVISAnnotations:
     """I images, A annotations, C classes.
 
     image_ids: (I,) int64. image_sizes: (I, 2) int32, height and width. names: I "split/file" strings, see `name`.
-    annotation_ids: (A,) int64. labels: (A,) int32. image_of: (A,) int32, image index. boxes: (A, 4) float32 xyxy in
-    pixels, as in the file (not clipped). areas: (A,) float32. crowd, ignore: (A,) bool. negatives, not_exhaustive:
+    annotation_ids: (A,) int64. labels: (A,) int32. image_of: (A,) int32, image index. xywh: (A, 4) float64 boxes x, y,
+    width, height in pixels, as in the file; NaN where they are not four numbers. areas: (A,) float64, of the mask or
+    the box where the file gives none, NaN where it is no number. crowd, ignore: (A,) bool. negatives, not_exhaustive:
     per image the labels that are known to be absent, or not annotated everywhere (None where the file does not say).
+    file_counts: (C,) int64 images of each class by the file's own word, or None.
     train_rows: (R,) int64, the annotations training uses, image by image; first_row: (I+1,) int64 into train_rows;
     train_images: (T,) int64, the images training uses. ignored_rows: (Q,) int64 ascending by image, annotations whose
-    region is neither object nor background (crowds). has_mask: (A,) bool. dropped: how much of the file training leaves
-    out, by reason; examples: the first indices of each. own_groups: the file says what is rare. notes: what else was
-    done to the file's content. absent: images that are not on disk, which the user allows.
+    region is neither object nor background (crowds). has_mask: (A,) bool. empty_masks, misplaced: annotations whose
+    mask has no pixel, or lies elsewhere than its box; masks_compared: of how many; mask_cause: what probably happened.
+    dropped: how much of the file training leaves out, by reason; examples: the first indices of each. own_groups: the
+    file says what is rare. suspicion: what the boxes may be, or "". notes: what else is to be known of the content.
+    absent: images that are not on disk, which the user allows.
     """
 
     path: str
@@ -54,40 +62,55 @@ class LVISAnnotations:
     annotation_ids: np.ndarray
     labels: np.ndarray
     image_of: np.ndarray
-    boxes: np.ndarray
+    xywh: np.ndarray
     areas: np.ndarray
     crowd: np.ndarray
     ignore: np.ndarray
     segmentations: Segmentations
     negatives: LabelLists | None
     not_exhaustive: LabelLists | None
+    file_counts: np.ndarray | None
     train_rows: np.ndarray
     first_row: np.ndarray
     train_images: np.ndarray
     ignored_rows: np.ndarray
     has_mask: np.ndarray
+    empty_masks: np.ndarray
+    misplaced: np.ndarray
+    masks_compared: int
+    mask_cause: str
     dropped: dict[str, int]
     examples: dict[str, list[int]]
     own_groups: bool
+    suspicion: str
     notes: list[str]
     absent: Sequence[int] = ()
 
     @classmethod
     def open(
         cls,
-        path: str | Path,
+        source: str | Path | Mapping[str, Any],
         rare_max: int = 10,
         common_max: int = 100,
         keep_empty: bool = False,
         box_masks: bool = False,
+        *,
+        masks: bool = True,
+        named: bool = True,
+        annotated: bool = True,
     ) -> "LVISAnnotations":
-        """Read a file. rare_max, common_max: bounds in images of the groups r and c where the file has no `frequency`.
+        """Read a file, or a dict with its content, which is left as it is.
 
-        keep_empty: train on images without objects; box_masks: where a mask cannot be used, the box is the mask.
+        rare_max, common_max: bounds in images of the groups r and c where the file has no `frequency`; keep_empty:
+        train on images without objects; box_masks: where a mask cannot be used, the box is the mask. masks=False
+        leaves the segmentations out; named=False takes images without a file name, for what reads no images;
+        annotated=False takes a file without a list `annotations`, for predictions.
         UserError: file missing or not JSON, missing sections, unknown ids, image or category ids used twice, images
-        without name.
+        without name, flags and lists that are none.
         """
-        return _build(str(path), (rare_max, common_max), keep_empty, box_masks)
+        columns, categories = read_annotation_file(source, masks, annotated)
+        path = "annotations" if isinstance(source, Mapping) else str(source)
+        return _build(path, columns, categories, (rare_max, common_max), keep_empty, box_masks, named)
 
     def __len__(self) -> int:
         return len(self.image_ids)
@@ -110,9 +133,14 @@ class LVISAnnotations:
         ids = self.image_ids if reason.startswith("images") else self.annotation_ids
         return ids[self.examples[reason]].tolist()
 
+    def corners(self, rows: np.ndarray) -> np.ndarray:
+        """(n, 4) float32 xyxy boxes of annotations, as in the file (not cut)."""
+        xywh = self.xywh[rows]
+        return np.concatenate([xywh[:, :2], xywh[:, :2] + xywh[:, 2:]], axis=1).astype(np.float32)
+
     def clipped_boxes(self, rows: np.ndarray) -> np.ndarray:
         """(n, 4) float32 xyxy boxes of annotations, cut at their image's border."""
-        return clip(self.boxes[rows], self.image_sizes[self.image_of[rows]])
+        return clip(self.corners(rows), self.image_sizes[self.image_of[rows]])
 
     def image_path(self, index: int, folder: str | Path, exists: Callable[[str], bool] = os.path.exists) -> Path:
         """Where an image lies in `folder`: under its name or, where no file has that, at one of `other_places`."""
@@ -189,26 +217,39 @@ class LVISAnnotations:
             differences = f"{len(pairs[0])} categories here, {len(pairs[1])} there"
         else:
             places = [f"{mine} here, {theirs} there" for mine, theirs in zip(*pairs, strict=True) if mine != theirs]
-            differences = "; ".join(places[:NAMED]) + ("; ..." if len(places) > NAMED else "")
+            differences = first_few(places, between="; ")
         raise UserError(f"{self.path}: its categories are not those of {owner}, in the same order: {differences}")
 
 
-def _build(path: str, bounds: tuple[int, int], keep_empty: bool, box_masks: bool) -> LVISAnnotations:
-    columns, categories = read_annotation_file(path)
+def _build(
+    path: str,
+    columns: Columns,
+    categories: list[Any],
+    bounds: tuple[int, int],
+    keep_empty: bool,
+    box_masks: bool,
+    named: bool,
+) -> LVISAnnotations:
+    # Mistakes of one kind hide others, so they are told where a kind of check is done.
     mistakes = columns.mistakes
     own_ids = category_ids(categories, mistakes)
     image_ids = np.array(columns.image_ids, dtype=np.int64)
-    if not len(image_ids):
+    if not len(image_ids) and not mistakes.counts:
         mistakes.add("empty list", "images")
     mistakes.raise_all(path)
     check_unique("image", image_ids, mistakes)
     check_unique("category", own_ids, mistakes)
+    if named:
+        columns.nameless.raise_all(path)
     mistakes.raise_all(path)
     annotation_ids, notes = tell_apart(np.array(columns.annotation_ids, dtype=np.int64))
     image_of = look_up("image", image_ids, columns.annotation_images, annotation_ids, mistakes)
     labels = look_up("category", own_ids, columns.annotation_classes, annotation_ids, mistakes)
-    negatives = label_lists(columns.negatives, own_ids, image_ids, mistakes)
-    not_exhaustive = label_lists(columns.not_exhaustive, own_ids, image_ids, mistakes)
+    negatives = label_lists("neg_category_ids", columns.negatives, own_ids, image_ids, mistakes)
+    if negatives is not None:
+        for row in [row for row, ids in enumerate(columns.negatives) if ids is None]:
+            mistakes.add("images without neg_category_ids, which others have", f"image {image_ids[row]}")
+    not_exhaustive = label_lists("not_exhaustive_category_ids", columns.not_exhaustive, own_ids, image_ids, mistakes)
     groups = file_groups(categories, mistakes)
     mistakes.raise_all(path)
 
@@ -216,9 +257,21 @@ def _build(path: str, bounds: tuple[int, int], keep_empty: bool, box_masks: bool
     xywh = np.array(columns.boxes, dtype=np.float64).reshape(-1, 4)
     sizes = np.stack([columns.heights, columns.widths], axis=1).astype(np.int32)
     crowd, ignore = (np.frombuffer(bytes(flags), np.bool_) for flags in (columns.crowd, columns.ignore))
-    training = training_rows(columns, xywh, image_of, sizes, keep_empty, box_masks)
+    # Run-length codes are checked against their images here; then masks against boxes.
+    masks = columns.segmentations.finish(sizes[image_of])
+    has_mask = masks.usable()
+    areas = np.array(columns.areas, dtype=np.float64)
+    for row in columns.without_area:
+        size = sizes[image_of[row]].tolist()
+        areas[row] = coco_mask.area(masks.rles([row], *size)[0]) if has_mask[row] else xywh[row, 2] * xywh[row, 3]
+    training = training_rows(xywh, areas, image_of, sizes, crowd, ignore, has_mask, keep_empty, box_masks)
+    compared = has_mask & sensible_boxes(xywh, sizes[image_of]) & columns.masks
+    empty, misplaced = misplaced_masks(masks, xywh, sizes[image_of], compared)
+    odd = np.sort(np.concatenate([empty, misplaced]))
+    cause = likely_cause(outlines(masks, sizes[image_of])[odd], xywh[odd]) if len(odd) else ""
+    suspicion = suspicious_boxes(xywh, sizes[image_of], "annotation", annotation_ids)
     counted = ~(crowd | ignore)
-    return LVISAnnotations(
+    found = LVISAnnotations(
         path=path,
         stats=_stats(categories, own_ids, labels[counted], image_of[counted], groups, bounds),
         image_ids=image_ids,
@@ -228,27 +281,34 @@ def _build(path: str, bounds: tuple[int, int], keep_empty: bool, box_masks: bool
         annotation_ids=annotation_ids,
         labels=labels,
         image_of=image_of,
-        boxes=np.concatenate([xywh[:, :2], xywh[:, :2] + xywh[:, 2:]], axis=1).astype(np.float32),
-        areas=np.array(columns.areas, dtype=np.float32),
+        xywh=xywh,
+        areas=areas,
         crowd=crowd,
         ignore=ignore,
-        segmentations=columns.segmentations.finish(),
+        segmentations=masks,
         negatives=negatives,
         not_exhaustive=not_exhaustive,
+        file_counts=file_counts(categories),
         train_rows=training.rows,
         first_row=training.first,
         train_images=training.images,
         ignored_rows=training.ignored,
-        has_mask=training.has_mask,
-        dropped=training.dropped,
-        examples=training.examples,
+        has_mask=has_mask,
+        empty_masks=empty,
+        misplaced=misplaced,
+        masks_compared=int(compared.sum()),
+        mask_cause=cause,
+        dropped=training.dropped | columns.segmentations.dropped,
+        examples=training.examples | columns.segmentations.examples,
         own_groups=groups is not None,
-        notes=notes,
+        suspicion=suspicion,
+        notes=[*notes, *equal_names(categories), *([f"WARNING: {suspicion}"] if suspicion else [])],
     )
+    return replace(found, notes=[*found.notes, f"WARNING: {told}"]) if (told := misplaced_text(found)) else found
 
 
 def _stats(
-    categories: list[dict[str, Any]],
+    categories: list[Mapping[str, Any]],
     category_ids: np.ndarray,
     labels: np.ndarray,
     image_of: np.ndarray,
@@ -266,3 +326,17 @@ def _stats(
         groups=frequency_groups(image_counts, *bounds) if groups is None else groups,
         image_total=len(np.unique(image_of)),
     )
+
+
+def misplaced_text(annotations: LVISAnnotations) -> str:
+    """How many masks are empty or elsewhere than their boxes, which and why; "" where none is."""
+    parts = []
+    for rows, what in (
+        (annotations.empty_masks, "are empty"),
+        (annotations.misplaced, "lie elsewhere than their boxes"),
+    ):
+        if len(rows):
+            parts.append(f"{len(rows)} {what} (annotations {first_few(annotations.annotation_ids[rows])})")
+    if not parts:
+        return ""
+    return f"of {annotations.masks_compared} masks {' and '.join(parts)}; {annotations.mask_cause}"

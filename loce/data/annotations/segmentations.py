@@ -1,4 +1,4 @@
-"""Every segmentation of a data set in flat arrays, and the run lengths each stands for.
+"""Every segmentation of a data set in flat arrays, and the mask each stands for.
 
 Polygon corners are kept in fifths of a pixel, as integers: the COCO mask library rounds each corner to that grid before
 it fills the polygon, so nothing of the mask is lost and a corner costs 4 bytes. Run-length codes, compressed or not,
@@ -7,11 +7,15 @@ are kept as compressed bytes.
 
 from array import array
 from collections import Counter
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 from pycocotools import mask as coco_mask
+
+from loce.data.annotations.run_lengths import decode_runs, fill_images
+from loce.data.annotations.values import as_list, is_whole
 
 GRID = 5  # steps per pixel of the COCO rasteriser
 FARTHEST = 65536.0  # pixels; a corner beyond is a mistake in the file, and would cost the rasteriser gigabytes
@@ -38,16 +42,24 @@ class Segmentations:
     rle_bytes: np.ndarray
     first_byte: np.ndarray
 
-    def runs(self, rows: np.ndarray, height: int, width: int) -> list[np.ndarray]:
-        """Run lengths (int64: zeros first, column by column) of annotations `rows` on a canvas of the image's size."""
+    def usable(self) -> np.ndarray:
+        """(A,) bool: there is a polygon part or a run-length code."""
+        return (np.diff(self.first_part) > 0) | (np.diff(self.first_byte) > 0)
+
+    def rles(self, rows: Iterable[int], height: int, width: int) -> list[dict[str, Any]]:
+        """pycocotools' compressed codes of annotations `rows`, which are usable, on a canvas of the image's size."""
         parts: list[np.ndarray] = []
         owned = []
         for row in rows:
             mine = range(self.first_part[row], self.first_part[row + 1])
-            owned.append(slice(len(parts), len(parts) + len(mine)))
+            owned.append((row, slice(len(parts), len(parts) + len(mine))))
             parts.extend(self._polygon(part) for part in mine)
         codes = coco_mask.frPyObjects(parts, height, width) if parts else []
-        return [self._row_runs(row, codes[part]) for row, part in zip(rows, owned, strict=True)]
+        return [self._whole(row, codes[part], height, width) for row, part in owned]
+
+    def runs(self, rows: np.ndarray, height: int, width: int) -> list[np.ndarray]:
+        """Run lengths (int64: zeros first, column by column) of annotations `rows` on a canvas of the image's size."""
+        return [decode_runs(code["counts"]) for code in self.rles(rows, height, width)]
 
     def _polygon(self, part: int) -> np.ndarray:
         """Corners (float64, pixels) that the rasteriser rounds back to exactly the stored fifths.
@@ -57,33 +69,11 @@ class Segmentations:
         corners = self.corners[self.part_bounds[part] : self.part_bounds[part + 1]].astype(np.float64)
         return (corners - (corners < 0)) / GRID
 
-    def _row_runs(self, row: int, codes: list[dict[str, Any]]) -> np.ndarray:
+    def _whole(self, row: int, codes: list[dict[str, Any]], height: int, width: int) -> dict[str, Any]:
         if codes:
-            return decode_runs((codes[0] if len(codes) == 1 else coco_mask.merge(codes))["counts"])
-        return decode_runs(self.rle_bytes[self.first_byte[row] : self.first_byte[row + 1]].tobytes())
-
-
-def decode_runs(counts: bytes) -> np.ndarray:
-    """Run lengths (int64) of a compressed COCO code; ValueError where it is broken.
-
-    A number is written in characters of 5 bits, low bits first, from "0" on; bit 6 says that more follow, the highest
-    bit of the last one is the sign. From the fourth number on, the difference to the one two places before is written.
-    """
-    digits = np.frombuffer(counts, np.uint8).astype(np.int64) - 48
-    more = (digits & 32) > 0
-    if not len(digits) or digits.min() < 0 or digits.max() > 63 or more[-1]:
-        raise ValueError("not a compressed run-length code")
-    last = np.flatnonzero(~more)
-    first = np.concatenate([[0], last[:-1] + 1])
-    length = last - first + 1
-    if length.max() > 8:
-        raise ValueError("a run length of more than 8 characters")
-    place = np.arange(len(digits)) - np.repeat(first, length)
-    numbers = np.add.reduceat((digits & 31) << (5 * place), first)
-    numbers -= np.where(digits[last] & 16, np.int64(1) << (5 * length), 0)
-    numbers[1::2] = np.cumsum(numbers[1::2])
-    numbers[2::2] = np.cumsum(numbers[2::2])
-    return numbers
+            return codes[0] if len(codes) == 1 else coco_mask.merge(codes)
+        counts = self.rle_bytes[self.first_byte[row] : self.first_byte[row + 1]].tobytes()
+        return {"size": [height, width], "counts": counts}
 
 
 class SegmentationBuilder:
@@ -92,40 +82,40 @@ class SegmentationBuilder:
     def __init__(self) -> None:
         self.dropped: Counter[str] = Counter()
         self.examples: dict[str, list[int]] = {}  # reason -> the first rows
-        self.rle_sizes: list[tuple[int, int, int]] = []  # row, height, width: checked when the images are known
         self._corners = array("d")
         self._chunks: list[np.ndarray] = []
         self._values = 0
         self._part_bounds = array("q", [0])
         self._first_part = array("q", [0])
-        self._first_byte = array("q", [0])
-        self._rle_bytes = bytearray()
+        self._code_rows, self._code_sizes = array("q"), array("q")  # size: height, width, as the code says
+        self._code_bounds = array("q", [0])
+        self._codes = bytearray()
 
     def add(self, segmentation: Any) -> None:
         """The next annotation's segmentation; parts that cannot be used are counted in `dropped`."""
+        parts = as_list(segmentation)
         if isinstance(segmentation, dict):
             self._add_rle(segmentation)
-        elif isinstance(segmentation, list) and segmentation:
-            for part in segmentation:
-                self._add_part(part)
+        elif isinstance(parts, list) and parts:
+            for part in parts:
+                self._add_part(as_list(part))
         else:
-            self.drop(BAD_SHAPE, len(self._first_byte) - 1)
+            self._drop(BAD_SHAPE)
         self._first_part.append(len(self._part_bounds) - 1)
-        self._first_byte.append(len(self._rle_bytes))
 
-    def drop(self, reason: str, row: int) -> None:
-        """One more mask, or part of one, of annotation `row` that cannot be used."""
+    def add_none(self) -> None:
+        """The next annotation's, which nobody will ask for."""
+        self._first_part.append(len(self._part_bounds) - 1)
+
+    def _drop(self, reason: str, row: int | None = None) -> None:
+        """One more mask, or part of one, of an annotation (None: the next one) that cannot be used."""
         self.dropped[reason] += 1
         if self.dropped[reason] <= EXAMPLES:
-            self.examples.setdefault(reason, []).append(row)
-
-    def usable(self) -> np.ndarray:
-        """(A,) bool: there is a polygon part or a run-length code."""
-        return (np.diff(np.array(self._first_part)) > 0) | (np.diff(np.array(self._first_byte)) > 0)
+            self.examples.setdefault(reason, []).append(len(self._first_part) - 1 if row is None else row)
 
     def _add_part(self, part: Any) -> None:
         if not _is_polygon(part):
-            self.drop(BAD_PART, len(self._first_byte) - 1)
+            self._drop(BAD_PART)
             return
         self._corners.extend(part)
         self._values += len(part)
@@ -140,41 +130,63 @@ class SegmentationBuilder:
         self._corners = array("d")
 
     def _add_rle(self, code: dict[str, Any]) -> None:
-        try:
-            height, width = (int(side) for side in code["size"])
-            counts = code["counts"]
-            if isinstance(counts, list):
-                uncompressed = {"counts": [int(run) for run in counts], "size": [height, width]}
-                if min(uncompressed["counts"]) < 0 or sum(uncompressed["counts"]) != height * width:
-                    raise ValueError("runs do not fill the canvas")
-                counts = coco_mask.frPyObjects(uncompressed, height, width)["counts"]
-            else:
-                counts = counts.encode("ascii")
-                runs = decode_runs(counts)
-                if runs.min() < 0 or runs.sum() != height * width:
-                    raise ValueError("runs do not fill the canvas")
-        except (KeyError, TypeError, ValueError, AttributeError, OverflowError):
-            self.drop(BAD_RLE, len(self._first_byte) - 1)
+        packed = pack_code(code)
+        if packed is None:
+            self._drop(BAD_RLE)
             return
-        self.rle_sizes.append((len(self._first_byte) - 1, height, width))
-        self._rle_bytes += counts
+        counts, size = packed
+        self._codes += counts
+        self._code_rows.append(len(self._first_part) - 1)
+        self._code_bounds.append(len(self._codes))
+        self._code_sizes.extend(size)
 
-    def finish(self) -> Segmentations:
-        """All that was added, as arrays."""
+    def finish(self, sizes: np.ndarray | None = None) -> Segmentations:
+        """All that was added, as arrays. sizes: (A, 2) height and width of each annotation's image, if known.
+
+        Run-length codes that do not fill their image are dropped here, where images are known.
+        """
         self._round_corners()
+        rows, counts = np.array(self._code_rows, dtype=np.int64), np.frombuffer(bytes(self._codes), np.uint8)
+        bounds, said = np.array(self._code_bounds), np.array(self._code_sizes, dtype=np.int64).reshape(-1, 2)
+        good = fill_images(counts, bounds, said)
+        if sizes is not None:
+            good &= (said == sizes[rows]).all(axis=1)
+        for row in rows[~good].tolist():
+            self._drop(BAD_RLE, row)
+        lengths = np.zeros(len(self._first_part) - 1, dtype=np.int64)
+        lengths[rows] = np.diff(bounds) * good
         return Segmentations(
             corners=np.concatenate(self._chunks),
             part_bounds=np.array(self._part_bounds, dtype=np.int64),
             first_part=np.array(self._first_part, dtype=np.int64),
-            rle_bytes=np.frombuffer(bytes(self._rle_bytes), np.uint8),
-            first_byte=np.array(self._first_byte, dtype=np.int64),
+            rle_bytes=counts[np.repeat(good, np.diff(bounds))],
+            first_byte=np.append(0, np.cumsum(lengths)),
         )
+
+
+def pack_code(code: Any) -> tuple[bytes, tuple[int, int]] | None:
+    """Compressed counts and (height, width) of a run-length code of either kind; None where it cannot be one.
+
+    Compressed counts are not looked into: `fill_images` does that for many at a time.
+    """
+    size, counts = (as_list(code.get("size")), as_list(code.get("counts"))) if isinstance(code, dict) else (None, None)
+    if not isinstance(size, list) or len(size) != 2 or not all(is_whole(side) and 0 < side < FARTHEST for side in size):
+        return None
+    height, width = int(size[0]), int(size[1])
+    if isinstance(counts, list):
+        if not all(is_whole(run) and run >= 0 for run in counts) or sum(map(int, counts)) != height * width:
+            return None
+        packed = coco_mask.frPyObjects({"counts": list(map(int, counts)), "size": [height, width]}, height, width)
+        return packed["counts"], (height, width)
+    if not isinstance(counts, (str, bytes, bytearray)) or not counts.isascii():
+        return None
+    return counts.encode() if isinstance(counts, str) else bytes(counts), (height, width)
 
 
 def _is_polygon(part: Any) -> bool:
     if not isinstance(part, list) or len(part) < 6 or len(part) % 2:
         return False
     try:
-        return min(part) > -FARTHEST and max(part) < FARTHEST
-    except TypeError:  # something in it is not a number
+        return min(part) > -FARTHEST and max(part) < FARTHEST and abs(sum(part)) < FARTHEST * len(part)  # no NaN
+    except (TypeError, ValueError):  # something in it is not a number, or an array
         return False

@@ -8,78 +8,76 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from loce.data.annotations.reader import Columns
-from loce.data.annotations.segmentations import BAD_RLE, EXAMPLES
+from loce.utils.errors import FEW
 
 MIN_SIDE = 32  # pixels; smaller images are left out of training
+BAD_BOX = "boxes that are not four numbers"
 
 
 @dataclass(frozen=True)
 class TrainingRows:
     """rows: (R,) int64 annotations used, image by image; first: (I+1,) int64 into rows; images: (T,) int64 images used.
 
-    ignored: (Q,) int64 annotations whose region is neither object nor background, image by image. has_mask: (A,) bool.
-    dropped: reason -> number, of annotations, polygon parts or images; every annotation counts once. examples: reason
-    -> the first rows of annotations (or of images, where the reason is about images).
+    ignored: (Q,) int64 annotations whose region is neither object nor background, image by image. dropped: reason ->
+    number, of annotations or images. examples: reason -> the first rows of annotations (or of images, where the reason
+    is about images).
     """
 
     rows: np.ndarray
     first: np.ndarray
     images: np.ndarray
     ignored: np.ndarray
-    has_mask: np.ndarray
     dropped: dict[str, int]
     examples: dict[str, list[int]]
 
 
 def training_rows(
-    columns: Columns,
     xywh: np.ndarray,
+    areas: np.ndarray,
     image_of: np.ndarray,
     sizes: np.ndarray,
+    crowd: np.ndarray,
+    ignore: np.ndarray,
+    has_mask: np.ndarray,
     keep_empty: bool = False,
     box_masks: bool = False,
 ) -> TrainingRows:
     """Sort out what training uses.
 
-    xywh: (A, 4) float64 boxes; image_of: (A,) image of each annotation; sizes: (I, 2) image heights and widths;
-    keep_empty: images without objects are used, too; box_masks: an annotation without a mask is used with its box.
+    xywh: (A, 4) float64 boxes; areas: (A,); image_of: (A,) image of each annotation; sizes: (I, 2) image heights and
+    widths; crowd, ignore: (A,) bool, no single objects; has_mask: (A,) bool; keep_empty: images without objects are
+    used, too; box_masks: an annotation without a mask is used with its box.
     """
+    bad_boxes = _bad_boxes(xywh, sizes[image_of])
+    reasons = {"crowd regions": crowd, "annotations marked `ignore`": ignore} | bad_boxes
+    reasons["annotations whose area is not positive"] = ~(areas > 0)
+    if not box_masks:
+        reasons["annotations without a usable segmentation"] = ~has_mask
+    # Every annotation counts once, with the first reason that holds.
     found: dict[str, np.ndarray] = {}
     kept = np.ones(len(xywh), dtype=bool)
-    has_mask = _usable(columns, sizes[image_of])
-    bad_boxes = _bad_boxes(xywh, sizes[image_of])
-    crowds = _crowds(columns)
-    ignored = np.logical_or.reduce([*crowds.values()]) & ~np.logical_or.reduce([*bad_boxes.values()])
-    for reason, holds in (crowds | bad_boxes | _bad_masks(columns, has_mask, box_masks)).items():
+    for reason, holds in reasons.items():
         found[reason] = np.flatnonzero(kept & holds)
         kept &= ~holds
     if box_masks:
         found["masks that cannot be used: the box is the mask"] = np.flatnonzero(kept & ~has_mask)
+    # The regions of crowds are no background, as far as they have one.
+    ignored = (crowd | ignore) & ~np.logical_or.reduce([*bad_boxes.values()])
     rows, regions = (part[np.argsort(image_of[part], kind="stable")] for part in map(np.flatnonzero, (kept, ignored)))
+    # Images that are large enough and show something.
     counts = np.bincount(image_of[rows], minlength=len(sizes))
     small = sizes.min(axis=1) < MIN_SIDE
     empty = (counts == 0) & (not keep_empty)
     found[f"images with a side under {MIN_SIDE} pixels"] = np.flatnonzero(small)
     found["images without an annotation that training uses"] = np.flatnonzero(empty & ~small)
-    masks = columns.segmentations
     return TrainingRows(
         rows=rows,
         first=np.concatenate([[0], np.cumsum(counts)]).astype(np.int64),
         images=np.flatnonzero(~empty & ~small),
         ignored=regions,
-        has_mask=has_mask,
-        dropped={reason: len(rows) for reason, rows in found.items() if len(rows)} | masks.dropped,
-        examples={reason: rows[:EXAMPLES].tolist() for reason, rows in found.items()} | masks.examples,
+        dropped={reason: len(rows) for reason, rows in found.items() if len(rows)},
+        examples={reason: rows[:FEW].tolist() for reason, rows in found.items()},
     )
-
-
-def _crowds(columns: Columns) -> dict[str, np.ndarray]:
-    """Reason -> (A,) bool: annotations that are no single object."""
-    return {
-        "crowd regions": np.frombuffer(bytes(columns.crowd), np.bool_),
-        "annotations marked `ignore`": np.frombuffer(bytes(columns.ignore), np.bool_),
-    }
 
 
 def _bad_boxes(xywh: np.ndarray, sizes: np.ndarray) -> dict[str, np.ndarray]:
@@ -88,27 +86,16 @@ def _bad_boxes(xywh: np.ndarray, sizes: np.ndarray) -> dict[str, np.ndarray]:
     beyond = np.maximum(0, corner + sides - sizes[:, ::-1])
     inside = sides - np.maximum(0, -corner) - beyond  # exactly the width and height where the image holds the box
     return {
-        "boxes that are not four numbers": np.isnan(xywh).any(axis=1),
+        BAD_BOX: np.isnan(xywh).any(axis=1),
         "boxes under 1 pixel wide or high": ~(sides >= 1).all(axis=1),
         "boxes outside the image": ~(inside > 0).all(axis=1),
         "boxes under 1 pixel wide or high inside the image": ~(inside >= 1).all(axis=1),
     }
 
 
-def _bad_masks(columns: Columns, has_mask: np.ndarray, box_masks: bool) -> dict[str, np.ndarray]:
-    """Reason -> (A,) bool."""
-    reasons = {"annotations whose area is not positive": ~(np.array(columns.areas) > 0)}
-    return reasons if box_masks else reasons | {"annotations without a usable segmentation": ~has_mask}
-
-
-def _usable(columns: Columns, sizes: np.ndarray) -> np.ndarray:
-    """(A,) bool: there is a polygon, or a run-length code of the image's size."""
-    usable = columns.segmentations.usable()
-    for row, height, width in columns.segmentations.rle_sizes:
-        if (height, width) != tuple(sizes[row]):
-            usable[row] = False
-            columns.segmentations.drop(BAD_RLE, row)
-    return usable
+def sensible_boxes(xywh: np.ndarray, sizes: np.ndarray) -> np.ndarray:
+    """(A,) bool: boxes that nothing speaks against."""
+    return ~np.logical_or.reduce([*_bad_boxes(xywh, sizes).values()])
 
 
 def clip(boxes: np.ndarray, sizes: np.ndarray) -> np.ndarray:

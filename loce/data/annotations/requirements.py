@@ -1,0 +1,64 @@
+"""What a training and an evaluation refuse in an annotation file that could be read, in the words of both and of
+check-data."""
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from loce.data.annotations.lvis import LVISAnnotations, misplaced_text
+from loce.data.annotations.plausible import MANY_MISPLACED, SINGLE
+from loce.data.annotations.segmentations import BAD_MASKS
+from loce.data.annotations.training_rows import BAD_BOX
+from loce.utils.errors import first_few
+
+
+def compared_types(annotations: LVISAnnotations, without_mask: str, wanted: Sequence[str] = ()) -> tuple[str, ...]:
+    """ "bbox", "segm" or both: what is evaluated. wanted: by the user's word, else both, but boxes alone where
+    `data.without_mask` is box and some masks cannot be compared with."""
+    if wanted:
+        return tuple(wanted)
+    lacking = any(reason in annotations.dropped for reason in BAD_MASKS)
+    return ("bbox",) if without_mask == "box" and lacking else ("bbox", "segm")
+
+
+def training_problems(annotations: LVISAnnotations, allow_misplaced: bool = False) -> list[str]:
+    """What training refuses: masks that are not where their boxes are. Single bad annotations it leaves out."""
+    odd = len(annotations.empty_masks) + len(annotations.misplaced)
+    if allow_misplaced or odd <= max(SINGLE, MANY_MISPLACED * annotations.masks_compared):
+        return []
+    return [
+        f"{annotations.path}: {misplaced_text(annotations)}. Mend the masks; data.allow_misplaced=true "
+        "(allow_misplaced=true where there is no recipe) takes them as they are"
+    ]
+
+
+def evaluation_problems(
+    annotations: LVISAnnotations, masks: bool = True, protocol: str = "auto", allow_misplaced: bool = False
+) -> list[str]:
+    """What evaluation refuses, since it compares with every object. masks: masks are compared, too."""
+    ids, problems = annotations.annotation_ids, []
+
+    def refuse(number: int, what: str, named: str, fix: str = "") -> None:
+        told = f"{annotations.path}: {number} {what} (annotations {named})"
+        problems.append(f"{told}: evaluation compares with every object, so mend or remove them{fix}")
+
+    box = np.isnan(annotations.xywh).any(axis=1)
+    area = np.isnan(annotations.areas) & ~box
+    for rows, what in ((box, BAD_BOX), (area, "annotations whose area is not a number")):
+        if rows.any():
+            refuse(int(rows.sum()), what, first_few(ids[rows]))
+    for reason in BAD_MASKS if masks else ():
+        if number := annotations.dropped.get(reason, 0):
+            named = first_few(annotations.first_ids(reason), number)
+            refuse(
+                number,
+                reason,
+                named,
+                ", or evaluate boxes alone: iou_types=bbox of scripts/evaluate.py, data.without_mask=box of a training",
+            )
+    if protocol in ("lvis", "fixed") and annotations.negatives is None:
+        problems.append(
+            f"{annotations.path}: has no neg_category_ids, which protocol {protocol} needs; set eval.protocol=coco "
+            "(or auto)"
+        )
+    return problems + (training_problems(annotations, allow_misplaced) if masks else [])

@@ -1,0 +1,70 @@
+"""COCO's compressed run-length codes, many at a time: their run lengths, and whether a code fills its image.
+
+A number is written in characters of 5 bits, low bits first, from "0" on; bit 6 says that more follow, the highest bit
+of the last one is the sign. From the fourth number on, the difference to the one two places before is written. The
+runs are zeros first, column by column. pycocotools believes what it is given: a code that is cut or does not fill its
+image makes it read beyond its memory, or never end.
+
+Legend: N codes, B bytes of all codes, R runs of all codes.
+"""
+
+import numpy as np
+
+_LONGEST = 8  # characters of a number: 40 bits, more than any image has pixels
+_PIECE = 1 << 18  # bytes that are decoded at a time
+
+
+def decode_codes(counts: np.ndarray, bounds: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Run lengths (R,) int64, where each code's begin (N+1,), and which codes are sound (N,) bool.
+
+    counts: (B,) uint8; bounds: (N+1,) int64 into counts. Runs of a code that is not sound mean nothing.
+    """
+    codes = len(bounds) - 1
+    digits = counts - np.uint8(48)  # a character below "0" becomes a large number
+    wrong, more = digits > 63, (digits & 32) > 0
+    sound = bounds[1:] > bounds[:-1]
+    ends = bounds[1:][sound] - 1
+    wrong[ends] |= more[ends]  # a code stops inside a number
+    more[ends] = False
+    # Numbers from their characters.
+    last = np.flatnonzero(~more)
+    start = np.append(0, last + 1)[:-1]
+    length = last - start + 1
+    shift = 5 * np.minimum(np.arange(len(digits)) - np.repeat(start, length), _LONGEST)
+    numbers = np.add.reduceat((digits & 31).astype(np.int64) << shift, start) if len(start) else np.zeros(0, np.int64)
+    numbers -= ((digits[last] & 16) > 0) * (np.int64(1) << 5 * np.minimum(length, _LONGEST))
+    numbers[length > _LONGEST] = -1
+    # Runs from numbers: sums over every second one, which begin anew with each code.
+    first = np.searchsorted(last, bounds)
+    sizes = np.diff(first)
+    index = np.arange(len(numbers)) - np.repeat(first[:-1], sizes)
+    runs = np.where(index == 0, numbers, 0)
+    for summed in (index % 2 == 1, (index % 2 == 0) & (index > 0)):
+        sums = np.append(0, np.cumsum(np.where(summed, numbers, 0)))
+        runs[summed] = (sums[1:] - np.repeat(sums[first[:-1]], sizes))[summed]
+    code_of_run = np.repeat(np.arange(codes), sizes)
+    sound[code_of_run[(runs < 0) | (length > _LONGEST)]] = False
+    sound[np.searchsorted(bounds, np.flatnonzero(wrong), side="right") - 1] = False
+    return runs, first, sound
+
+
+def decode_runs(counts: bytes) -> np.ndarray:
+    """Run lengths (int64) of one code; ValueError where it is broken."""
+    runs, _, sound = decode_codes(np.frombuffer(counts, np.uint8), np.array([0, len(counts)]))
+    if not sound[0]:
+        raise ValueError("not a compressed run-length code")
+    return runs
+
+
+def fill_images(counts: np.ndarray, bounds: np.ndarray, sizes: np.ndarray) -> np.ndarray:
+    """(N,) bool: the code is sound and its runs add up to height x width; sizes: (N, 2)."""
+    pixels = sizes[:, 0].astype(np.int64) * sizes[:, 1]
+    filled = np.zeros(len(pixels), dtype=bool)
+    begin = 0
+    while begin < len(pixels):
+        end = max(begin + 1, int(np.searchsorted(bounds, bounds[begin] + _PIECE, side="right")) - 1)
+        runs, first, sound = decode_codes(counts[bounds[begin] : bounds[end]], bounds[begin : end + 1] - bounds[begin])
+        sums = np.append(0, np.cumsum(runs))
+        filled[begin:end] = sound & (np.diff(sums[first]) == pixels[begin:end])
+        begin = end
+    return filled
