@@ -4,7 +4,9 @@ import io
 import json
 import random
 from collections.abc import Iterator
+from itertools import chain
 
+import numpy as np
 import pytest
 
 from loce.data.annotations.json_stream import JsonStream
@@ -28,16 +30,25 @@ def random_value(rng: random.Random, depth: int = 0):
 def random_text(rng: random.Random) -> str:
     content = {f"member {i}": random_value(rng) for i in range(rng.randrange(5))}
     content["rows"] = [random_value(rng) for _ in range(rng.randrange(30))]
+    objects = [{"id": i, "inner": random_value(rng), "more": [{}, {"a": "}, {"}]} for i in range(rng.randrange(30))]
+    content["objects"] = objects
+    if rng.random() < 0.2:
+        return json.dumps(objects, ensure_ascii=False, indent=rng.choice([None, 1]))
     return json.dumps(content, ensure_ascii=rng.random() < 0.5, indent=rng.choice([None, 1])) + rng.choice(["", " \n"])
 
 
 def whole(stream: JsonStream):
-    return {k: list(value) if isinstance(value, Iterator) else value for k, value in stream.members()}
+    if stream.peek() == "[":
+        found = list(chain.from_iterable(stream.elements()))
+        stream.end()
+        return found
+    members = stream.members()
+    return {k: list(chain.from_iterable(v)) if isinstance(v, Iterator) else v for k, v in members}
 
 
 def found_by(text: str, block: int) -> tuple[object, Error | None]:
     """The value, or the mistake (message, line, character) that the stream finds in blocks of so many bytes."""
-    stream = JsonStream(io.BytesIO(text.encode()), json.JSONDecoder(), block)
+    stream = JsonStream(io.BytesIO(text.encode()), block)
     try:
         return whole(stream), None
     except json.JSONDecodeError as error:
@@ -74,15 +85,17 @@ def test_only_a_part_of_the_file_is_held(tmp_path):
     path = tmp_path / "rows.json"
     path.write_text(json.dumps({"rows": [{"a": i, "b": "x" * 50} for i in range(20_000)], "end": 1.5}))
     with path.open("rb") as file:
-        stream = JsonStream(file, json.JSONDecoder(), 4096)
-        most = max(len(stream._text) for _, rows in stream.members() if isinstance(rows, Iterator) for _ in rows)
+        stream = JsonStream(file, 4096)
+        parts = [(len(stream._text), len(p)) for _, rows in stream.members() if isinstance(rows, Iterator) for p in rows]
+    most, number = np.max(parts, axis=0)
     assert most < 3 * 4096 < path.stat().st_size / 50
+    assert sum(rows for _, rows in parts) == 20_000 and 20 < number < 200  # many are parsed at once
 
 
 def test_bytes_that_are_no_text_are_named_by_their_place():
     content = ('{"a": [' + "1, " * 500).encode() + b"\xff\xfe, 2]}"
     for block in (1, 10, 100_000):
-        stream = JsonStream(io.BytesIO(content), json.JSONDecoder(), block)
+        stream = JsonStream(io.BytesIO(content), block)
         with pytest.raises(UnicodeDecodeError) as error:
             whole(stream)
         assert error.value.start == content.index(b"\xff")

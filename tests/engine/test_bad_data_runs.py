@@ -107,7 +107,7 @@ def test_masks_that_evaluation_cannot_read_are_said_before_training(folder: Path
     made["annotations"][3]["segmentation"] = [[1, 2, 3, 4, 5]]
     (folder / "val.json").write_text(json.dumps(made))
     text = run(folder / "tiny.yaml", f"output={folder / 'run'}", code=2)
-    assert f"(annotations [{made['annotations'][3]['id']}]): evaluation compares with every mask" in text
+    assert f"(annotations {made['annotations'][3]['id']}): evaluation compares with every mask" in text
     assert "iter 1/" not in text
 
 

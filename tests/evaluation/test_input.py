@@ -154,7 +154,10 @@ def test_broken_codes_in_given_columns_are_refused(small: dict[str, Any]) -> Non
         (lambda d: d["annotations"][0].update(bbox=[1, [2], 3, 4]), r"not four numbers \(annotations 1\)"),
         (lambda d: d["annotations"][1].update(area=float("nan")), r"area is not a number \(annotations 2\)"),
         (lambda d: d["annotations"][1].update(bbox=[1, 1, float("inf"), 5]), r"not four numbers \(annotations 2\)"),
-        (lambda d: d["annotations"][1].update(iscrowd="0"), r"`iscrowd` is none of 0, 1, true, false: annotation 2 \(0"),
+        (
+            lambda d: d["annotations"][1].update(iscrowd="0"),
+            r"`iscrowd` is none of 0, 1, true, false: annotation 2 \(0",
+        ),
         (lambda d: d["annotations"][1].update(ignore=2), r"`ignore` is none of 0, 1, true, false: annotation 2 \(2\)"),
         (lambda d: d["images"][0].pop("neg_category_ids"), "neg_category_ids, which others have: image 7"),
         (lambda d: d["annotations"][0].update(segmentation=[[1.0, 2.0]]), r"polygon parts with .*\(annotations 1\)"),
@@ -190,7 +193,10 @@ def test_bad_annotations(small: dict[str, Any], change: Callable[[dict[str, Any]
         (b"version https://git-lfs.github.com/spec/v1\noid sha256:1", "is a git-lfs pointer"),
         (b"<!DOCTYPE html>", "is not JSON but a web page or XML"),
         (b'"\xff\xfe"', "is not a text file|is not UTF-8 text"),
-        ('{"a": "红色的苹果"}'.encode("gbk"), r"is not UTF-8 text \(byte 7 of 19\), perhaps GBK .* iconv -f GBK -t UTF-8"),
+        (
+            '{"a": "红色的苹果"}'.encode("gbk"),
+            r"is not UTF-8 text \(byte 7 of 19\), perhaps GBK .* iconv -f GBK -t UTF-8",
+        ),
         ('{"a": "café"}'.encode("latin-1"), "perhaps Latin-1"),
         ('{"images": []}'.encode("utf-16"), "is text in UTF-16; save it as UTF-8: iconv -f UTF-16"),
         ('{"images": []}'.encode("utf-16-be"), "is text in UTF-16BE; save it as UTF-8: iconv -f UTF-16BE"),

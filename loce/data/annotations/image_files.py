@@ -8,7 +8,7 @@ import os
 import re
 import unicodedata
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import cache
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -21,7 +21,7 @@ _COCO_2017 = re.compile(r"\d{12}\.\w+")
 _SUBFOLDERS = 100  # looked into for files that are not where they are looked for
 
 
-def image_name(image: dict[str, Any]) -> str:
+def image_name(image: Mapping[str, Any]) -> str:
     """The path "split/file" or "file" below the image folder; empty where the image has no name.
 
     COCO and LVIS v0.5 give `file_name`, LVIS v1 `coco_url`, whose last two parts are the split and the file; where both

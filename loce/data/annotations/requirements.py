@@ -38,24 +38,19 @@ def evaluation_problems(
     """What evaluation refuses, since it compares with every object. masks: masks are compared, too."""
     ids, problems = annotations.annotation_ids, []
 
-    def refuse(number: int, what: str, named: str, fix: str = "") -> None:
+    def refuse(number: int, what: str, named: str, compared: str, fix: str = "") -> None:
         told = f"{annotations.path}: {number} {what} (annotations {named})"
-        problems.append(f"{told}: evaluation compares with every object, so mend or remove them{fix}")
+        problems.append(f"{told}: evaluation compares with every {compared}, so mend or remove them{fix}")
 
     box = np.isnan(annotations.xywh).any(axis=1)
     area = np.isnan(annotations.areas) & ~box
     for rows, what in ((box, BAD_BOX), (area, "annotations whose area is not a number")):
         if rows.any():
-            refuse(int(rows.sum()), what, first_few(ids[rows]))
+            refuse(int(rows.sum()), what, first_few(ids[rows]), "object")
+    boxes_alone = ", or evaluate boxes alone: iou_types=bbox of scripts/evaluate.py, data.without_mask=box of a training"
     for reason in BAD_MASKS if masks else ():
         if number := annotations.dropped.get(reason, 0):
-            named = first_few(annotations.first_ids(reason), number)
-            refuse(
-                number,
-                reason,
-                named,
-                ", or evaluate boxes alone: iou_types=bbox of scripts/evaluate.py, data.without_mask=box of a training",
-            )
+            refuse(number, reason, first_few(annotations.first_ids(reason), number), "mask", boxes_alone)
     if protocol in ("lvis", "fixed") and annotations.negatives is None:
         problems.append(
             f"{annotations.path}: has no neg_category_ids, which protocol {protocol} needs; set eval.protocol=coco "
