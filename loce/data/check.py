@@ -75,7 +75,9 @@ def check_set(
     _check_refused(annotations, config, use, report)
     if images:
         present = _check_missing(annotations, images, data.allow_missing, report)
-        _check_files(annotations, images, present[_evenly(len(present), sample)], workers, (data.exif, data.scale_16bit), report)
+        _check_files(
+            annotations, images, present[_evenly(len(present), sample)], workers, (data.exif, data.scale_16bit), report
+        )
     return annotations
 
 

@@ -12,7 +12,7 @@ import pytest
 import torch
 from PIL import Image, ImageOps
 
-from loce.config import DataConfig, SamplerConfig
+from loce.config import Config, DataConfig, SamplerConfig
 from loce.data.annotations.lvis import LVISAnnotations
 from loce.data.check import Report, check_set
 from loce.data.dataset import EvalDataset, limit_instances
@@ -222,7 +222,8 @@ def test_images_of_12_bits_are_told_once_by_training_evaluation_and_check_data(h
         assert (brightest < 16) == (how == "high_byte")
         assert capsys.readouterr().out.count("become 16 of 256 levels") == (how == "high_byte")
     report = Report()
-    check_set(dataset.annotations.path, str(dataset.folder), report, 100, scale_16bit=how)
+    config = Config(data=DataConfig(scale_16bit=how))
+    check_set(dataset.annotations.path, str(dataset.folder), report, 100, config=config)
     told = [line for line in report.lines if line.startswith("  16 bits")]
     assert len(told) == (how == "high_byte") and not report.problems
     assert all(f"{len(dataset.annotations)} of them use few of 256 levels; the first: " in line for line in told)

@@ -86,7 +86,9 @@ def test_only_a_part_of_the_file_is_held(tmp_path):
     path.write_text(json.dumps({"rows": [{"a": i, "b": "x" * 50} for i in range(20_000)], "end": 1.5}))
     with path.open("rb") as file:
         stream = JsonStream(file, 4096)
-        parts = [(len(stream._text), len(p)) for _, rows in stream.members() if isinstance(rows, Iterator) for p in rows]
+        parts = [
+            (len(stream._text), len(p)) for _, rows in stream.members() if isinstance(rows, Iterator) for p in rows
+        ]
     most, number = np.max(parts, axis=0)
     assert most < 3 * 4096 < path.stat().st_size / 50
     assert sum(rows for _, rows in parts) == 20_000 and 20 < number < 200  # many are parsed at once

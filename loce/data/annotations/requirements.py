@@ -47,7 +47,9 @@ def evaluation_problems(
     for rows, what in ((box, BAD_BOX), (area, "annotations whose area is not a number")):
         if rows.any():
             refuse(int(rows.sum()), what, first_few(ids[rows]), "object")
-    boxes_alone = ", or evaluate boxes alone: iou_types=bbox of scripts/evaluate.py, data.without_mask=box of a training"
+    boxes_alone = (
+        ", or evaluate boxes alone: iou_types=bbox of scripts/evaluate.py, data.without_mask=box of a training"
+    )
     for reason in BAD_MASKS if masks else ():
         if number := annotations.dropped.get(reason, 0):
             refuse(number, reason, first_few(annotations.first_ids(reason), number), "mask", boxes_alone)
