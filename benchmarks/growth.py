@@ -20,11 +20,11 @@ from typing import Literal
 
 import torch
 from detectors import SIZES, Ours, make_scenes, our_samples
+from matplotlib.figure import Figure
 from sides import seconds
 
 from loce.config import read_options, run_script
-from loce.report.figures import _save as save_figure
-from loce.report.figures import plt
+from loce.report.figures import save_figure
 from loce.utils.distributed import setup
 from loce.utils.environment import environment
 from loce.utils.files import write_text
@@ -86,7 +86,8 @@ def steepest(values: tuple[int, ...], medians: list[float]) -> float:
 
 def draw(axis: str, values: tuple[int, ...], times: list[list[float]], title: str, path: Path) -> None:
     """Median step time with the range of the rounds, and what linear growth from the first value would be."""
-    figure, axes = plt.subplots(figsize=(4.6, 3.2))
+    figure = Figure((4.6, 3.2))
+    axes = figure.subplots()
     medians = [statistics.median(x) for x in times]
     spread = [
         [m - min(x) for m, x in zip(medians, times, strict=True)],

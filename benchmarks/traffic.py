@@ -20,11 +20,12 @@ from pathlib import Path
 
 import torch
 from detectors import Ours, make_scenes, our_samples
-from growth import SMALL, SMALL_REGIONS, save_figure
+from growth import SMALL, SMALL_REGIONS
+from matplotlib.figure import Figure
 from torch.nn.parallel import DistributedDataParallel
 
 from loce.config import read_options, run_script
-from loce.report.figures import plt
+from loce.report.figures import save_figure
 from loce.utils import distributed
 from loce.utils.environment import environment
 from loce.utils.files import write_text
@@ -87,7 +88,8 @@ def measure(world: int, shared: str) -> dict[str, float]:
 
 def draw(found: dict[str, list[dict[str, float]]], worlds: tuple[int, ...], path: Path) -> None:
     """Measured points, and what is predicted for up to PREDICTED processes."""
-    figure, axes = plt.subplots(figsize=(4.6, 3.2))
+    figure = Figure((4.6, 3.2))
+    axes = figure.subplots()
     steps = list(range(1, PREDICTED + 1))
     for shared, colour, label in (("true", "#d1495b", "shared memory"), ("false", "#30638e", "memories of their own")):
         one = found[shared][0]

@@ -1,18 +1,16 @@
-"""Figures of runs: the paper's Figures 1 and 4 (score, accuracy, AP of every class), score against AP."""
+"""Figures of runs by matplotlib: the paper's Figures 1 and 4 (score, accuracy, AP of every class), score against AP."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import matplotlib
 import numpy as np
+from matplotlib.figure import Figure
+from matplotlib.patches import Rectangle
+from matplotlib.patheffects import withStroke
 
 from loce.utils.classes import GROUP_NAMES, GROUP_RGB
 from loce.utils.files import atomic_write, read_csv
-
-matplotlib.use("Agg")
-from matplotlib import pyplot as plt
-from matplotlib.patheffects import withStroke
 
 GROUP_COLOURS = {group: tuple(part / 255 for part in rgb) for group, rgb in GROUP_RGB.items()}
 VALUES = {"score": "mean score of own class", "accuracy": "classification accuracy", "ap": "AP"}  # rows of a figure
@@ -26,7 +24,8 @@ def equilibrium_figure(runs: Mapping[str, Path], output: Path, rows: Sequence[st
     Classes without objects in the validation data are gaps, and in no mean. The suffix of `output` says PNG or PDF.
     """
     size = (4.6 * len(runs), 0.6 + 2.3 * len(rows))
-    figure, axes = plt.subplots(len(rows), len(runs), figsize=size, sharex="col", sharey="row", squeeze=False)
+    figure = Figure(size)
+    axes = figure.subplots(len(rows), len(runs), sharex="col", sharey="row", squeeze=False)
     # Rows share their axis, so each panel only raises the common limit.
     for column, (title, folder) in zip(axes.T, runs.items(), strict=True):
         values, groups, counts = class_values(folder)
@@ -36,10 +35,10 @@ def equilibrium_figure(runs: Mapping[str, Path], output: Path, rows: Sequence[st
         _class_axis(column[-1], counts)
     for axis, name in zip(axes[:, 0], rows, strict=True):
         axis.set_ylabel(VALUES[name])
-    handles = [plt.Rectangle((0, 0), 1, 1, color=GROUP_COLOURS[g]) for g in GROUP_COLOURS]
+    handles = [Rectangle((0, 0), 1, 1, color=GROUP_COLOURS[g]) for g in GROUP_COLOURS]
     figure.legend(handles, GROUP_NAMES.values(), loc="lower center", ncols=3, frameon=False)
     figure.tight_layout(rect=(0, 0.25 / size[1], 1, 1))
-    _save(figure, output)
+    save_figure(figure, output)
 
 
 def class_values(folder: Path) -> tuple[dict[str, np.ndarray], np.ndarray, np.ndarray | None]:
@@ -100,7 +99,8 @@ def score_figure(runs: Mapping[str, Mapping[str, Sequence[Any]]], output: Path) 
 
     runs: title -> "mean score", "AP" and "group" of every class; None where validation has no objects.
     """
-    figure, axes = plt.subplots(1, len(runs), figsize=(4.2 * len(runs), 4.2), sharex=True, sharey=True, squeeze=False)
+    figure = Figure((4.2 * len(runs), 4.2))
+    axes = figure.subplots(1, len(runs), sharex=True, sharey=True, squeeze=False)
     for axis, (title, classes) in zip(axes[0], runs.items(), strict=True):
         for group, colour in GROUP_COLOURS.items():
             points = zip(classes["mean score"], classes["AP"], classes["group"], strict=True)
@@ -112,10 +112,10 @@ def score_figure(runs: Mapping[str, Mapping[str, Sequence[Any]]], output: Path) 
     axes[0, 0].set_ylabel("mask AP")
     axes[0, 0].legend(frameon=False)
     figure.tight_layout()
-    _save(figure, output)
+    save_figure(figure, output)
 
 
-def _save(figure: Any, output: Path) -> None:
+def save_figure(figure: Figure, output: Path) -> None:
+    """A figure as a file, in the format of its suffix."""
     with atomic_write(output) as temporary:
         figure.savefig(temporary, dpi=110)
-    plt.close(figure)

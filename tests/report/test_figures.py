@@ -8,7 +8,6 @@ from pathlib import Path
 import cv2
 import numpy as np
 import pytest
-from matplotlib import pyplot as plt
 
 from loce.report import figures as plots
 from loce.report.figures import class_values, equilibrium_figure, group_means
@@ -50,19 +49,18 @@ def _no_warnings():
     with warnings.catch_warnings():
         warnings.simplefilter("error", RuntimeWarning)
         yield
-    plt.close("all")
 
 
 @pytest.fixture
 def figures(monkeypatch):
     """The figures that are drawn, still open after they were written."""
-    drawn, save = [], plots._save
+    drawn, save = [], plots.save_figure
 
     def keep(figure, output):
         drawn.append(figure)
         save(figure, output)
 
-    monkeypatch.setattr(plots, "_save", keep)
+    monkeypatch.setattr(plots, "save_figure", keep)
     return drawn
 
 

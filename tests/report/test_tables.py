@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from loce.data.glyphs.make import GlyphOptions, make_glyphs
-from tests.engine.test_training import CONFIG
+from tests.tiny_runs import CONFIG
 
 ROOT = Path(__file__).resolve().parents[2]
 STAGE1 = CONFIG.format("glyphs").replace("epochs: 2, drops: [1]", "epochs: 1, drops: []")
