@@ -5,7 +5,9 @@ with all detections.
 """
 
 import json
+import os
 import sys
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,7 +16,23 @@ from typing import Any, Literal
 from loce.config import UserError, raise_problems, read_options, run_script
 from loce.utils.options import Count, Fraction, Share
 
-SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".webp", ".gif", ".ppm", ".pgm", ".jp2", ".avif")
+RECORDS = "predictions.json"
+SUFFIXES = (
+    ".jpg",
+    ".jpeg",
+    ".jpe",
+    ".jfif",
+    ".png",
+    ".bmp",
+    ".tif",
+    ".tiff",
+    ".webp",
+    ".gif",
+    ".ppm",
+    ".pgm",
+    ".jp2",
+    ".avif",
+)
 USAGE = "usage: predict.py CHECKPOINT IMAGE_OR_FOLDER ... [key=value ...]"
 
 
@@ -29,34 +47,81 @@ class Options:
     device: Literal["auto", "cpu", "cuda"] = "auto"
 
 
-def image_files(names: list[str]) -> list[Path]:
-    """The images meant by files and folders (searched through). UserError with every name that means none."""
-    found, problems = [], []
+def image_files(names: list[str], output: Path) -> tuple[list[Path], list[str]]:
+    """The images meant by files and folders, each once, and lines on what in the folders is none.
+
+    Folders are searched through, linked ones, too; hidden files, and pictures that this script wrote, are left alone.
+    UserError with every name that means no image.
+    """
+    found, problems, others, own = [], [], [], 0
     for name in names:
         path = Path(name)
-        inside = sorted(p for p in path.rglob("*") if p.suffix.lower() in SUFFIXES) if path.is_dir() else [path]
         if not path.exists():
             problems.append(f"{name}: there is no such file or folder")
-        elif not inside:
-            problems.append(f"{name}: no image in this folder (looked for {', '.join(SUFFIXES)})")
-        found += inside
+        elif not path.is_dir():
+            found.append(path)
+        else:
+            there = list(files_below(path, output))
+            images = [file for file, mine in there if file.suffix.lower() in SUFFIXES and not mine]
+            own += sum(mine and file.name != RECORDS for file, mine in there)
+            others += [file for file, mine in there if file.suffix.lower() not in SUFFIXES and not mine]
+            if not images:
+                problems.append(f"{name}: no image in this folder (looked for {', '.join(SUFFIXES)})")
+            found += images
     raise_problems(problems)
-    return found
+
+    lines = [f"left out: {own} pictures of earlier predictions (give one by its name to predict on it)"] if own else []
+    if others:
+        suffixes = Counter(file.suffix.lower() or "no suffix" for file in others)
+        kinds = ", ".join(f"{count} {suffix}" for suffix, count in suffixes.most_common())
+        files = ", ".join(map(str, others[:5])) + (", ..." if len(others) > 5 else "")
+        lines.append(f"left out: {len(others)} files of other kinds ({kinds}): {files}")
+    once = {file.resolve(): file for file in reversed(found)}  # the first name of each
+    return [file for file in found if once[file.resolve()] is file], lines
+
+
+def files_below(folder: Path, output: Path) -> Iterator[tuple[Path, bool]]:
+    """(file, whether predict.py wrote it) of all that is below a folder and not hidden, in the order of names.
+
+    Written by predict.py: NAME.jpg.png and the like below any folder that has a predictions.json, or below an `output`
+    that lies in `folder`; and that file itself.
+    """
+    seen = {folder.resolve()}  # links may go round in circles
+    for place, folders, names in os.walk(folder, followlinks=True):
+        here = Path(place)
+        folders[:] = sorted(
+            name for name in folders if not name.startswith(".") and (here / name).resolve() not in seen
+        )
+        seen |= {(here / name).resolve() for name in folders}
+        roots = [here, *(above for above in here.parents if above.is_relative_to(folder))]
+        inside = any(root != folder and root.resolve() == output.resolve() for root in roots)
+        ours = inside or any((root / RECORDS).is_file() for root in roots)
+        for name in sorted(names):
+            file = here / name
+            picture = file.suffix == ".png" and Path(file.stem).suffix.lower() in SUFFIXES
+            if not name.startswith("."):
+                yield file, ours and (picture or name == RECORDS)
 
 
 def pictures(files: list[Path], output: Path) -> dict[Path, Path]:
-    """Where each image's picture goes: below `output`, by the path below the folder that holds them all."""
-    root = Path(*_common([file.resolve().parent.parts for file in files]))
-    return {file: (output / file.resolve().relative_to(root)).with_suffix(file.suffix + ".png") for file in files}
+    """Where each image's picture goes: below `output`, by the path below the folder that holds them all.
 
-
-def _common(paths: list[tuple[str, ...]]) -> list[str]:
-    shared = []
-    for parts in zip(*paths, strict=False):
-        if len(set(parts)) > 1:
-            break
-        shared.append(parts[0])
-    return shared
+    UserError where that is one of the images.
+    """
+    absolute = {file: Path(os.path.abspath(file)) for file in files}
+    root = Path(os.path.commonpath([path.parent for path in absolute.values()]))
+    targets = {
+        file: (output / path.relative_to(root)).with_suffix(path.suffix + ".png") for file, path in absolute.items()
+    }
+    images = {path.resolve() for path in absolute.values()}
+    raise_problems(
+        [
+            f"{file}: its picture would be {target}, which is an image itself: choose another output=FOLDER"
+            for file, target in targets.items()
+            if target.resolve() in images
+        ]
+    )
+    return targets
 
 
 def detections(
@@ -102,7 +167,9 @@ def main() -> None:
     options = read_options(Options, [word for word in sys.argv[1:] if word not in names])
     if len(names) < 2:
         raise UserError(USAGE)
-    files = image_files(names[1:])
+    output = Path(options.output)
+    files, left_out = image_files(names[1:], output)
+    targets = pictures(files, output)
 
     from loce.checkpoint.load import Checkpoint
     from loce.engine.pictures import draw_detections, write_picture
@@ -111,7 +178,7 @@ def main() -> None:
 
     checkpoint = Checkpoint.open(names[0])
     model = checkpoint.detector().to(distributed.setup(options.device)).eval()
-    targets = pictures(files, Path(options.output))
+    print("\n".join(left_out), end="\n" * bool(left_out))
     all_records: list[dict[str, Any]] = []
     bad: list[str] = []
     for file, image, found in detections(model, files, checkpoint.config.data.scale_16bit, bad):
@@ -119,11 +186,11 @@ def main() -> None:
         picture, drawn = draw_detections(image, found, model.stats, *limits)
         write_picture(targets[file], picture)
         all_records += records(file, image, found, model.stats, drawn.tolist())
-    write_text(Path(options.output, "predictions.json"), json.dumps(all_records))
+    write_text(output / RECORDS, json.dumps(all_records))
     shown = sum(record["drawn"] for record in all_records)
     count = f"{len(files) - len(bad)} pictures with {shown} objects (score >= {options.threshold:g})"
     print(f"wrote {count} to {options.output}/")
-    print(f"wrote {Path(options.output, 'predictions.json')}: all {len(all_records)} detections")
+    print(f"wrote {output / RECORDS}: all {len(all_records)} detections")
     if not shown and all_records:
         best = max(record["score"] for record in all_records)
         print(f"nothing scored {options.threshold:g}; the best is {best:.3f}: threshold={best / 2:.2g} draws more")

@@ -94,6 +94,46 @@ def test_nothing_above_the_threshold_says_what_would_draw_more(folder: Path) -> 
     assert "draws more" in predict(folder, "run", "images/colour.jpg", "output=none", "threshold=1")
 
 
+def test_what_lies_in_a_folder(folder: Path) -> None:
+    """Links are followed, also in circles; hidden files are skipped, other kinds named; no image is taken twice."""
+    noise = np.random.default_rng(1).integers(0, 256, (30, 40, 3), dtype=np.uint8)
+    trip, album = folder / "trip", folder / "album"
+    (trip / "day").mkdir(parents=True)
+    (trip / ".thumbnails").mkdir()
+    album.mkdir()
+    for file in (trip / "one.png", trip / ".thumbnails/one.png", album / "two.png"):
+        cv2.imwrite(str(file), noise)
+    for suffix in (".jfif", ".JPE"):
+        (trip / f"day/photo{suffix}").write_bytes(cv2.imencode(".jpg", noise)[1].tobytes())
+    (trip / "._one.png").write_bytes(b"\0\5\x16\7")
+    for number in range(7):
+        (trip / f"day/live{number}.heic").write_bytes(b"ftypheic")
+    (trip / "album").symlink_to(album)
+    (album / "back").symlink_to(trip)
+    expected = ["trip/album/two.png", "trip/day/photo.JPE", "trip/day/photo.jfif", "trip/one.png"]
+    text = predict(folder, "run", "trip", "trip/one.png", "album/two.png", "output=trip/found")
+    assert "wrote 4 pictures" in text and "left out: 7 files of other kinds (7 .heic): trip/day/live0.heic, " in text
+    assert "live4.heic, ..." in text and "live5" not in text
+    records = json.loads((trip / "found/predictions.json").read_text())
+    assert sorted({record["file"] for record in records}) == expected
+    assert (trip / "found/album/two.png.png").is_file() and (trip / "found/day/photo.JPE.png").is_file()
+    for output in ("trip/found", "trip/other", "trip"):  # the second and third run see the pictures of those before
+        text = predict(folder, "run", "trip", f"output={output}")
+        records = json.loads((folder / output / "predictions.json").read_text())
+        assert sorted({record["file"] for record in records}) == expected
+    assert "left out: 8 pictures of earlier predictions" in text
+    assert "wrote 4 pictures" in predict(folder, "run", "trip", "output=trip") and not list(trip.rglob("*.png.png.png"))
+
+
+def test_no_image_is_overwritten(folder: Path) -> None:
+    (folder / "pair").mkdir()
+    for name in ("a.jpg", "a.jpg.png"):
+        (folder / "pair" / name).write_bytes((folder / "images/colour.jpg").read_bytes())
+    text = predict(folder, "run", "pair", "output=pair", code=2)
+    assert "pair/a.jpg: its picture would be pair/a.jpg.png, which is an image itself" in text
+    assert (folder / "pair/a.jpg.png").read_bytes() == (folder / "images/colour.jpg").read_bytes()
+
+
 def test_a_bad_image_stops_none_of_the_others(folder: Path) -> None:
     (folder / "broken.jpg").write_bytes(b"\xff\xd8 no picture")
     text = predict(folder, "run", "broken.jpg", "images/colour.jpg", "output=some", code=2)
