@@ -198,7 +198,7 @@ class BAGSOptions:
 class BALMSOptions:
     """Balanced meta-softmax, sigmoid form with a learned re-weighting."""
 
-    meta_lr: Positive = 0.01  # Adam's, of the class weights
+    meta_lr: NotNegative = 0.01  # Adam's, of the class weights; 0: all weights 1, no meta batch
     inner_lr: Positive = 0.02  # of the trial step of the classifier; it follows neither batch size nor drops
 
 

@@ -10,7 +10,12 @@ from torch import Tensor
 from loce.utils.classes import IGNORED
 
 
-def equilibrium_loss(logits: Tensor, labels: Tensor, mean_score: Tensor, reduction: str = "mean") -> Tensor:
+def equilibrium_loss(
+    logits: Tensor,
+    labels: Tensor,
+    mean_score: Tensor,
+    reduction: str = "mean",
+) -> Tensor:
     """Cross-entropy with the margins of Eq. 4 between any two classes.
 
     Eq. 3 with delta_{yy'} = log(s_y' / s_y) is log sum_j exp(z_j + log s_j) - (z_y + log s_y), that is the plain

@@ -70,7 +70,10 @@ class MeanScoreTracker(nn.Module):
 
 @torch.no_grad()
 def instance_scores(
-    probabilities: Tensor, labels: Tensor, instances: Tensor, num_instances: int
+    probabilities: Tensor,
+    labels: Tensor,
+    instances: Tensor,
+    num_instances: int,
 ) -> tuple[Tensor, Tensor]:
     """The entries that the ground truth of one batch gives to `MeanScoreTracker.update`.
 

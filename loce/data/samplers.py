@@ -78,7 +78,11 @@ def _largest(labels: ImageLabels, values: np.ndarray, otherwise: float) -> np.nd
 
 
 def epoch_images(
-    labels: ImageLabels, sampler: SamplerConfig, generator: np.random.Generator, seed: int = 0, epoch: int = 0
+    labels: ImageLabels,
+    sampler: SamplerConfig,
+    generator: np.random.Generator,
+    seed: int = 0,
+    epoch: int = 0,
 ) -> tuple[np.ndarray, np.ndarray]:
     """(E,) image indices that one epoch shows, in no particular order, and (E,) the class each was drawn for or -1.
 
@@ -97,7 +101,12 @@ def epoch_images(
     return images, np.full(len(images), -1)
 
 
-def _repeated(labels: ImageLabels, threshold: float, rounding: str, generator: np.random.Generator) -> np.ndarray:
+def _repeated(
+    labels: ImageLabels,
+    threshold: float,
+    rounding: str,
+    generator: np.random.Generator,
+) -> np.ndarray:
     """Every image r_I times: rounded up, the same in all epochs (MMDetection's rule), or stochastic (detectron2's).
 
     Stochastic: the fraction is rounded up or down at random in each epoch, so that r_I is kept on average.
@@ -149,7 +158,12 @@ def meta_images(labels: ImageLabels, amount: int, generator: np.random.Generator
     return generator.choice(labels.images, amount, p=weights / weights.sum())
 
 
-def plan_batches(indices: np.ndarray, wide: np.ndarray, batch_size: int, generator: np.random.Generator) -> np.ndarray:
+def plan_batches(
+    indices: np.ndarray,
+    wide: np.ndarray,
+    batch_size: int,
+    generator: np.random.Generator,
+) -> np.ndarray:
     """(iterations, B) positions in `indices`, every one at least once, in random order.
 
     indices: (E,) images; wide: (E,) bool, wider than high. Neighbours 2 i and 2 i + 1 of a batch have the same shape
@@ -169,7 +183,12 @@ def plan_batches(indices: np.ndarray, wide: np.ndarray, batch_size: int, generat
     return np.concatenate([pairs, filling]).reshape(-1, batch_size)
 
 
-def rank_slice(batch: np.ndarray, rank: int, world: int, accumulate: int) -> np.ndarray:
+def rank_slice(
+    batch: np.ndarray,
+    rank: int,
+    world: int,
+    accumulate: int,
+) -> np.ndarray:
     """(accumulate, n, ...) what rank `rank` of `world` takes of a batch (B, ...) in each micro-step; n images at once.
 
     In micro-step a these are rows (a * world + rank) * n and the following, so the batch is the same for any `world`.

@@ -107,7 +107,14 @@ class MetaReweighter(nn.Module):
         self.register_buffer("steps", torch.zeros(()))
 
     @torch.no_grad()
-    def forward(self, z_NC: Tensor, shifted_NC: Tensor, x_ND: Tensor, training: RoIs, meta_labels_N: Tensor) -> Tensor:
+    def forward(
+        self,
+        z_NC: Tensor,
+        shifted_NC: Tensor,
+        x_ND: Tensor,
+        training: RoIs,
+        meta_labels_N: Tensor,
+    ) -> Tensor:
         """One meta step; then the weights (N,) of the rows, 0 where a row is not of the training batch.
 
         z_NC, shifted_NC: logits and z', without gradient; x_ND: features; training: labels IGNORED in meta rows;

@@ -77,7 +77,11 @@ class Head(nn.Module, abc.ABC):
     of_rank: tuple[str, ...] = ()
 
     def __init__(
-        self, in_features: int, stats: ClassStats, options: HeadConfig | None = None, width: int = 1024
+        self,
+        in_features: int,
+        stats: ClassStats,
+        options: HeadConfig | None = None,
+        width: int = 1024,
     ) -> None:
         super().__init__()
         self.in_features = in_features
@@ -131,7 +135,13 @@ class NormalisedLinear(nn.Module):
 
     eps = 1e-6
 
-    def __init__(self, in_features: int, logits: int, temperature: float, bias: bool = True) -> None:
+    def __init__(
+        self,
+        in_features: int,
+        logits: int,
+        temperature: float,
+        bias: bool = True,
+    ) -> None:
         super().__init__()
         self.temperature = temperature
         self.weight = nn.Parameter(torch.empty(logits, in_features))
@@ -161,7 +171,12 @@ def one_hot(labels_N: Tensor, columns: int) -> Tensor:
     return labels_N[:, None] == torch.arange(columns, device=labels_N.device)
 
 
-def cross_entropy(logits_NL: Tensor, labels_N: Tensor, count: Tensor, weight_L: Tensor | None = None) -> Tensor:
+def cross_entropy(
+    logits_NL: Tensor,
+    labels_N: Tensor,
+    count: Tensor,
+    weight_L: Tensor | None = None,
+) -> Tensor:
     """(): Eq. 1 in at least fp32, each row times its class's weight (L,), over `count`, as a rule `rois.count`.
 
     The divisor does not change with weights; torch's weighted mean would divide by the sum of the weights.

@@ -67,7 +67,11 @@ def _lloyd(points: np.ndarray, centres: np.ndarray) -> tuple[np.ndarray, float]:
 
 
 def write_trees(
-    path: Path, annotations: Path | str, names: Sequence[str], trees: Mapping[str, np.ndarray], made: Mapping[str, str]
+    path: Path,
+    annotations: Path | str,
+    names: Sequence[str],
+    trees: Mapping[str, np.ndarray],
+    made: Mapping[str, str],
 ) -> None:
     """Write trees, tree name -> (C,), of the classes `names` of an annotation file; made: how each was."""
     content = {
@@ -83,7 +87,10 @@ def write_trees(
 
 
 def read_trees(
-    path: Path, annotations: Path | str, names: Sequence[str], sizes: Mapping[str, int]
+    path: Path,
+    annotations: Path | str,
+    names: Sequence[str],
+    sizes: Mapping[str, int],
 ) -> dict[str, np.ndarray]:
     """The trees (C,) int64 named in `sizes`, which have so many parents each.
 

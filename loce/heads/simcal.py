@@ -38,7 +38,13 @@ class Layers(nn.Module):
     kind: as head.simcal.layers; 3fc_ft starts like a detector's layers, whose values are copied into it.
     """
 
-    def __init__(self, in_features: int, width: int, logits: int, kind: str = "3fc_ft") -> None:
+    def __init__(
+        self,
+        in_features: int,
+        width: int,
+        logits: int,
+        kind: str = "3fc_ft",
+    ) -> None:
         super().__init__()
         self.fc1 = nn.Linear(in_features, width)
         self.fc2 = None if kind == "2fc_rand" else nn.Linear(width, width)
@@ -65,7 +71,11 @@ class SimCalHead(Head):
     tail: Tensor
 
     def __init__(
-        self, in_features: int, stats: ClassStats, options: HeadConfig | None = None, width: int = 1024
+        self,
+        in_features: int,
+        stats: ClassStats,
+        options: HeadConfig | None = None,
+        width: int = 1024,
     ) -> None:
         super().__init__(in_features, stats, options, width)
         logits, simcal = self.num_classes + 1, self.options.simcal

@@ -53,7 +53,12 @@ def encode(references_N4: Tensor, boxes_N4: Tensor, stds: tuple[float, ...]) -> 
     return deltas_N4 / constants(stds, deltas_N4.device)
 
 
-def decode(references_N4: Tensor, deltas_N4: Tensor, stds: tuple[float, ...], image_size: tuple[int, int]) -> Tensor:
+def decode(
+    references_N4: Tensor,
+    deltas_N4: Tensor,
+    stds: tuple[float, ...],
+    image_size: tuple[int, int],
+) -> Tensor:
     """Boxes (..., 4) from references (..., 4) and deltas (..., 4), clipped to an image (height, width)."""
     deltas_N4 = deltas_N4.float() * constants(stds, deltas_N4.device)
     centre_N2, size_N2 = _centre_size(references_N4.float())
@@ -83,7 +88,12 @@ ANCHORS, REGIONS, JITTER, INSTANCES, DRAWS, HEAD = range(6)  # what an image's r
 
 
 def match_boxes(
-    boxes_N4: Tensor, truths_G4: Tensor, positive: float, negative: float, low_quality: float, pairs: int = PAIRS
+    boxes_N4: Tensor,
+    truths_G4: Tensor,
+    positive: float,
+    negative: float,
+    low_quality: float,
+    pairs: int = PAIRS,
 ) -> Tensor:
     """`match` of boxes with ground truths, `pairs` of them at a time: with many, their IoU is computed twice."""
     rows = max(1, pairs // max(1, len(truths_G4)))
@@ -94,7 +104,12 @@ def match_boxes(
     return torch.cat([match(box_iou(part, truths_G4), positive, negative, low_quality, best_G) for part in parts])
 
 
-def leave_out(matched_N: Tensor, boxes_N4: Tensor, ignored_M4: Tensor | None, pairs: int = PAIRS) -> Tensor:
+def leave_out(
+    matched_N: Tensor,
+    boxes_N4: Tensor,
+    ignored_M4: Tensor | None,
+    pairs: int = PAIRS,
+) -> Tensor:
     """`matched_N`, where background boxes that lie in ignored regions (crowds) by more than half become BETWEEN."""
     if ignored_M4 is None or len(ignored_M4) == 0:
         return matched_N
@@ -103,7 +118,13 @@ def leave_out(matched_N: Tensor, boxes_N4: Tensor, ignored_M4: Tensor | None, pa
     return matched_N.masked_fill(inside_N & (matched_N == NEGATIVE), BETWEEN)
 
 
-def match(iou_NG: Tensor, positive: float, negative: float, low_quality: float, best_G: Tensor | None = None) -> Tensor:
+def match(
+    iou_NG: Tensor,
+    positive: float,
+    negative: float,
+    low_quality: float,
+    best_G: Tensor | None = None,
+) -> Tensor:
     """(N,) long: the ground truth of each box, or NEGATIVE, or BETWEEN (`negative` <= best IoU < `positive`).
 
     A ground truth whose best IoU is at least `low_quality` also takes every box that reaches this best IoU, whatever
@@ -131,7 +152,10 @@ def generator_for(seed: int | None, purpose: int, device: torch.device) -> torch
 
 
 def choose_random(
-    candidates_N: Tensor, limit: Tensor | int, slots: int, generator: torch.Generator | None = None
+    candidates_N: Tensor,
+    limit: Tensor | int,
+    slots: int,
+    generator: torch.Generator | None = None,
 ) -> tuple[Tensor, Tensor]:
     """At most `limit` of the true entries of a mask, at random without replacement: (indices (K,), valid (K,)).
 

@@ -43,7 +43,11 @@ def find_near_misses(
 
 
 def _dropped(
-    boxes_L4: Tensor, labels_L: Tensor, boxes_NC4: Tensor, scores_NC: Tensor, config: EvalConfig
+    boxes_L4: Tensor,
+    labels_L: Tensor,
+    boxes_NC4: Tensor,
+    scores_NC: Tensor,
+    config: EvalConfig,
 ) -> dict[str, Found]:
     """The best candidates of lost objects: what NMS leaves was cut by the cap on detections, the rest NMS removed."""
     classes = labels_L.unique()

@@ -34,13 +34,19 @@ Size = tuple[int, int]
 
 
 def build_roi_heads(
-    model: ModelConfig, head: HeadConfig, indicator: IndicatorConfig, memory: MemoryConfig, stats: ClassStats
+    model: ModelConfig,
+    head: HeadConfig,
+    indicator: IndicatorConfig,
+    memory: MemoryConfig,
+    stats: ClassStats,
 ) -> RoIHeads:
-    """The second stage for the classes of `stats`."""
+    """The RoI heads for the classes of `stats`: boxes, masks, classifier, and LOCE's mean score and memory."""
     classes, width = len(stats), model.fpn_channels
     box_head = BoxHead(width, model.fc_features)
     normalised = model.mask_predictor == "normalised"
     mask_head = MaskHead(width, model.mask_channels, model.mask_convs, classes, normalised, model.mask_temperature)
+
+    # The indicator (Sec. 3.1): the mean score or, in its place, training instance counts.
     tracker = MeanScoreTracker(classes, indicator.momentum, indicator.initial_score, indicator.background_score)
     prior = None
     if indicator.kind == "prior":
@@ -52,6 +58,8 @@ def build_roi_heads(
                 "  Use indicator.kind=score, or remove these categories."
             )
         prior = torch.tensor([*stats.instance_counts, indicator.background_count], dtype=torch.float32)
+
+    # What the memory stores, and what the classifier reads: vectors after shared FCs, or pooled features.
     feature_shape = (model.fc_features,) if memory.level == "fc" else (width, BOX_SIDE, BOX_SIDE)
     sampling = MemorySampling(classes, feature_shape, memory) if memory.enabled else None
     method = HEADS[head.name]
@@ -70,7 +78,11 @@ class MaskRCNN(nn.Module):
     stats: ClassStats  # of the training set; set by whoever builds the model
 
     def __init__(
-        self, config: ModelConfig, roi_heads: RoIHeads, evaluation: EvalConfig, test_edges: tuple[int, int]
+        self,
+        config: ModelConfig,
+        roi_heads: RoIHeads,
+        evaluation: EvalConfig,
+        test_edges: tuple[int, int],
     ) -> None:
         """test_edges: (short, long) in pixels, what images are resized to in `predict`."""
         super().__init__()
@@ -213,6 +225,7 @@ class MaskRCNN(nn.Module):
         allowed_C: Tensor | None,
         objects: tuple[Tensor, Tensor] | None = None,
     ) -> dict[str, Any]:
+        # Scores and boxes (in pixels of the original image) of every proposal and class; the best are detections.
         roi = self.roi_heads
         x_ND = roi.features_of(roi.pool(features, [proposals_N4], BOX_SIDE))
         scores_NC = roi.classifier.scores(roi.classifier(x_ND))
@@ -220,6 +233,8 @@ class MaskRCNN(nn.Module):
         scale_4 = proposals_N4.new_tensor([*scale, *scale])
         boxes_NC4 = decode(proposals_N4[:, None], deltas_NC4, ROI_STDS, size) / scale_4
         found = boxes_M4, scores_M, labels_M = detect(boxes_NC4, scores_NC, self.evaluation)
+
+        # Near misses may be detections of classes that do not count here, which are left out after that.
         allowed_C = None if allowed_C is None else allowed_C.to(labels_M.device)
         misses: dict[str, Any] = {}
         if objects is not None:
@@ -230,6 +245,8 @@ class MaskRCNN(nn.Module):
         if allowed_C is not None:
             kept = allowed_C[labels_M]
             boxes_M4, scores_M, labels_M = boxes_M4[kept], scores_M[kept], labels_M[kept]
+
+        # Masks of what is left, pasted into the original image.
         masks = roi.mask_head(roi.pool(features, [boxes_M4 * scale_4], MASK_SIDE), labels_M).float().sigmoid()
         rles = paste_and_encode(masks, boxes_M4, original)
         return {"boxes": boxes_M4.cpu(), "scores": scores_M.cpu(), "labels": labels_M.cpu(), "rles": rles, **misses}

@@ -80,7 +80,13 @@ class NMSResampling(nn.Module):
         thresholds = torch.from_numpy(linear_thresholds(stats)).float()
         self.register_buffer("threshold_L", thresholds, persistent=False)
 
-    def forward(self, boxes_K4: Tensor, scores_K: Tensor, truths_G4: Tensor, labels_G: Tensor) -> Tensor:
+    def forward(
+        self,
+        boxes_K4: Tensor,
+        scores_K: Tensor,
+        truths_G4: Tensor,
+        labels_G: Tensor,
+    ) -> Tensor:
         """(n,) indices of the proposals that stay, best first. boxes: best first, with their scores."""
         iou_KG = F.pad(box_iou(boxes_K4, truths_G4), (0, 1))  # a last column for images without objects
         if self.kind == "linear":

@@ -243,7 +243,13 @@ class RoIHeads(nn.Module):
 
     @record_function("mean score")
     @torch.no_grad()
-    def _update_mean_score(self, logits_NL: Tensor, rois: RoIs, instances: int, most: int) -> None:
+    def _update_mean_score(
+        self,
+        logits_NL: Tensor,
+        rois: RoIs,
+        instances: int,
+        most: int,
+    ) -> None:
         """Eq. 2 with the classifier's scores, which carry no margin.
 
         instances: G; most: positives and memory rows there can be: only so many rows are scored, a quarter as a rule.

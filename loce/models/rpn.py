@@ -32,7 +32,13 @@ RATIOS = (0.5, 1.0, 2.0)  # height / width
 STRIDES = (4, 8, 16, 32, 64)
 
 
-def level_anchors(height: int, width: int, stride: int, scale: float, device: torch.device) -> Tensor:
+def level_anchors(
+    height: int,
+    width: int,
+    stride: int,
+    scale: float,
+    device: torch.device,
+) -> Tensor:
     """(height * width * 3, 4) float anchors of one level, centred on (x * stride, y * stride), side scale * stride."""
     ratio_R = constants(RATIOS, device)
     half_h_R = scale * stride * ratio_R.sqrt() / 2
@@ -45,7 +51,13 @@ def level_anchors(height: int, width: int, stride: int, scale: float, device: to
     return (centres + cell_R4).reshape(-1, 4)
 
 
-def level_validity(height: int, width: int, stride: int, padded_size: tuple[int, int], device: torch.device) -> Tensor:
+def level_validity(
+    height: int,
+    width: int,
+    stride: int,
+    padded_size: tuple[int, int],
+    device: torch.device,
+) -> Tensor:
     """(height * width * 3,) bool: anchors whose cell lies in the image's own padded area, not the batch's."""
     y = torch.arange(height, device=device) < -(-padded_size[0] // stride)
     x = torch.arange(width, device=device) < -(-padded_size[1] // stride)
@@ -145,13 +157,17 @@ class RPN(nn.Module):
         anchors_A4, shapes = torch.cat(anchors), [(x.shape[2], x.shape[3]) for x in features]
         objectness, box, count = [], [], []
         for i, truths_G4 in enumerate(truths):
+            # Candidates: no anchor in an ignored region, or in the padding that other images of the batch need.
             matched_A = self.match(anchors_A4, truths_G4)
             matched_A = leave_out(matched_A, anchors_A4, ignored[i] if ignored else None)
             matched_A = matched_A.masked_fill(~_validity(shapes, padded_sizes[i], anchors_A4.device), BETWEEN)
+
             generator = generator_for(seeds[i] if seeds else None, ANCHORS, anchors_A4.device)
             positives, positive_valid, negatives, negative_valid = sample(
                 matched_A, self.config.batch_per_image, self.config.positive_fraction, generator
             )
+
+            # Unused slots are evaluated with the others, so that shapes are fixed, and left out of the sums.
             logits_K, deltas_K4 = self.at([x[i] for x in features], torch.cat([positives, negatives]))
             picked_valid = torch.cat([positive_valid, negative_valid])
             targets = torch.cat([torch.ones_like(positives), torch.zeros_like(negatives)]).float()
@@ -169,20 +185,28 @@ class RPN(nn.Module):
         """Logits (K,) and deltas (K, 4) of `forward` at some anchors of one image, whose maps (D, h, w) are given.
 
         Up to rounding the same numbers and gradients; the work grows with K, not with the image. K: indices in anchor
-        order; they may repeat.
+        order; they may repeat. S: pixels of all maps in one line, each map with a border of zeros.
+
+        Example: one map, h = 2, w = 3, so that lines of S are w + 2 = 5 long. Anchor 16 is ratio 16 % 3 = 1 of cell
+        16 // 3 = 5, that is y = 1, x = 2. Its 3 x 3 neighbourhood begins, in the padded map, at y * 5 + x = 7:
+        pixels 7 8 9, 12 13 14, 17 18 19 of S, the inputs of the convolution there.
         """
         conv, device = self.head.conv[0][0], anchors_K.device
         stacked_DS = torch.cat([F.pad(x, (1, 1, 1, 1)).flatten(1) for x in features], dim=1)
-        corners, rows, first = [], [], 0  # of each cell's 3 x 3 neighbourhood in S: its upper left, the next line
+
+        # Of each cell's neighbourhood: its first pixel in S (7 in the example), and how far away the next line is (5).
+        corners, lines, first = [], [], 0
         for h, w in [(x.shape[1], x.shape[2]) for x in features]:
             y, x = torch.arange(h, device=device), torch.arange(w, device=device)
             corners.append((first + y[:, None] * (w + 2) + x).flatten())
-            rows.append(torch.full_like(corners[-1], w + 2))
+            lines.append(torch.full_like(corners[-1], w + 2))
             first += (h + 2) * (w + 2)
+
+        # The nine pixels of the cell of each anchor, through the head's layers as matrix products.
         cell_K, ratio_K = anchors_K // len(RATIOS), anchors_K % len(RATIOS)
         three = torch.arange(3, device=device)
-        row_K11 = torch.cat(rows)[cell_K, None, None]
-        index_K33 = torch.cat(corners)[cell_K, None, None] + three[:, None] * row_K11 + three
+        line_K11 = torch.cat(lines)[cell_K, None, None]
+        index_K33 = torch.cat(corners)[cell_K, None, None] + three[:, None] * line_K11 + three
         patch_DK9 = stacked_DS.index_select(1, index_K33.flatten()).reshape(len(stacked_DS), -1, 9)
         x_KD = F.relu(F.linear(patch_DK9.transpose(0, 1).flatten(1), conv.weight.flatten(1), conv.bias))
         score, box = self.head.cls_logits, self.head.bbox_pred
@@ -198,7 +222,11 @@ class RPN(nn.Module):
 
     @staticmethod
     def _box_loss(
-        deltas_P4: Tensor, anchors_P4: Tensor, truths_G4: Tensor, matched_P: Tensor, valid_P: Tensor
+        deltas_P4: Tensor,
+        anchors_P4: Tensor,
+        truths_G4: Tensor,
+        matched_P: Tensor,
+        valid_P: Tensor,
     ) -> Tensor:
         if len(truths_G4) == 0:
             return deltas_P4.sum() * 0

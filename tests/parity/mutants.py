@@ -37,8 +37,8 @@ class Mutant:
 
 
 MUTANTS = (
-    Mutant("RoIAlign not aligned", "models/roi_heads.py", "1 / stride, 0, True)", "1 / stride, 0, False)"),
-    Mutant("RoIAlign with 2 samples a bin", "models/roi_heads.py", "1 / stride, 0, True)", "1 / stride, 2, True)"),
+    Mutant("RoIAlign not aligned", "models/roi_heads.py", "samples, aligned))", "samples, False))"),
+    Mutant("RoIAlign with 2 samples a bin", "models/roi_heads.py", "samples, aligned))", "2, aligned))"),
     Mutant("level by rounding", "models/roi_heads.py", ".log2().floor()", ".log2().round()"),
     Mutant("anchors rounded to pixels", "models/rpn.py", "(centres + cell_R4)", "(centres + cell_R4.round())"),
     Mutant("anchors at cell centres", "models/rpn.py", "(centres + cell_R4)", "(centres + stride / 2 + cell_R4)"),
@@ -64,8 +64,8 @@ MUTANTS = (
     Mutant(
         "RPN box loss smooth",
         "models/rpn.py",
-        "torch.where(valid[:, None], errors, 0).abs().sum()",
-        "F.smooth_l1_loss(torch.where(valid[:, None], errors, 0), errors * 0, reduction='sum', beta=1 / 9)",
+        "torch.where(valid_P[:, None], deltas_P4.float() - targets_P4, 0).abs().sum()",
+        "F.smooth_l1_loss(deltas_P4[valid_P].float(), targets_P4[valid_P], reduction='sum', beta=1 / 9)",
     ),
     Mutant(
         "an image without positives counts none",
@@ -129,7 +129,10 @@ MUTANTS = (
     ),
     Mutant("margins upside down", "equilibrium_loss.py", "logits + _log_score(", "logits - _log_score("),
     Mutant(
-        "strong classes drawn", "memory_bank.py", "1 / (mean_score[: len(counts)] + 1e-7)", "mean_score[: len(counts)]"
+        "strong classes drawn",
+        "memory_bank.py",
+        "(mean_score[: len(counts)] + 1e-7).reciprocal()",
+        "mean_score[: len(counts)]",
     ),
     Mutant(
         "drawn before stored",
@@ -145,14 +148,14 @@ MUTANTS = (
     Mutant(
         "soft mask targets",
         "models/mask_head.py",
-        "sampling_ratio=0)[:, 0] >= 0.5)",
-        "sampling_ratio=0)[:, 0])",
+        "return share_PSS >= 0.5",
+        "return share_PSS",
     ),
     Mutant(
         "mask targets: half is outside",
         "models/mask_head.py",
-        "sampling_ratio=0)[:, 0] >= 0.5)",
-        "sampling_ratio=0)[:, 0] > 0.5)",
+        "return share_PSS >= 0.5",
+        "return share_PSS > 0.5",
     ),
     Mutant(
         "mask weights not normalised",
