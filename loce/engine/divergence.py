@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from loce.engine.loop import PRECISION, Step
 from loce.models.mask_rcnn import MaskRCNN
 from loce.utils import distributed
-from loce.utils.files import write_text
+from loce.utils.files import json_text, write_text
 
 FOLDER = "nan_report"
 MOST_NAMED = 5  # parameters with bad values
@@ -43,7 +43,7 @@ def report(run: Path, model: MaskRCNN, step: Step, precision: str, name_of: Call
     }
     summary = _summary(found, run)
     if distributed.is_main():
-        write_text(run / FOLDER / "report.json", json.dumps(_plain(found), indent=1, allow_nan=False) + "\n")
+        write_text(run / FOLDER / "report.json", json_text(found, as_text=True, indent=1) + "\n")
         write_text(run / FOLDER / "report.txt", "\n".join([summary, "", *_details(found)]) + "\n")
     return summary
 
@@ -183,12 +183,3 @@ def _bad(value: Any) -> int:
 
 def _finite(value: float) -> bool:
     return value == value and abs(value) != float("inf")
-
-
-def _plain(value: Any) -> Any:
-    """JSON has no infinity and no NaN: they become text."""
-    if isinstance(value, float) and not _finite(value):
-        return str(value)
-    if isinstance(value, dict):
-        return {key: _plain(item) for key, item in value.items()}
-    return [_plain(item) for item in value] if isinstance(value, list) else value

@@ -2,7 +2,6 @@
 what became of every class (equilibrium.jsonl)."""
 
 import json
-import math
 import os
 import time
 from bisect import bisect_left
@@ -22,9 +21,9 @@ from loce.engine.wandb_log import WandbLog
 from loce.utils import distributed
 from loce.utils.environment import environment
 from loce.utils.errors import UserError
-from loce.utils.files import PatientFile, write_text
+from loce.utils.files import PatientFile, json_text, write_text
 from loce.utils.progress import bar, clock, eta, peak_memory, say
-from loce.utils.yaml_text import dotted, load_yaml, show
+from loce.utils.yaml_text import differing, dotted, load_yaml, show
 
 
 class RunLog:
@@ -128,14 +127,13 @@ class RunLog:
         return epoch + 1, iteration - first, self.ends[epoch] - first
 
     def scalars(self, iteration: int, values: Mapping[str, Shown]) -> None:
-        """The numbers as a line of metrics.jsonl, and all as `show`. JSON has no infinity and no NaN: null."""
+        """The numbers as a line of metrics.jsonl, null where they are not finite, and all as `show`."""
         if not self.writing:
             return
         epoch, step, length = self.place(iteration)
         record: dict[str, Any] = {"iteration": iteration, "epoch": epoch - 1 + step / length}
-        numbers = {name: value for name, value in values.items() if isinstance(value, (int, float))}
-        record |= {name: value if math.isfinite(value) else None for name, value in numbers.items()}
-        self._warn("metrics.jsonl", self.metrics.write(json.dumps(record, allow_nan=False) + "\n"))
+        record |= {name: value for name, value in values.items() if isinstance(value, (int, float))}
+        self._warn("metrics.jsonl", self.metrics.write(json_text(record) + "\n"))
         self.show(iteration, values)
 
     def show(self, iteration: int, values: Mapping[str, Shown]) -> None:
@@ -147,8 +145,7 @@ class RunLog:
     def snapshot(self, iteration: int, values: dict[str, list[float]]) -> None:
         """One line of equilibrium.jsonl: lists with a number for each class; null where it is not finite."""
         if self.writing:
-            known = {name: [x if math.isfinite(x) else None for x in column] for name, column in values.items()}
-            line = json.dumps({"iteration": iteration, **known}, allow_nan=False, separators=(",", ":"))
+            line = json_text({"iteration": iteration, **values}, separators=(",", ":"))
             self._warn("equilibrium.jsonl", self.classes.write(line + "\n"))
 
     def _warn(self, what: str, problem: str) -> None:
@@ -217,8 +214,7 @@ def check_run_folder(folder: Path | str, config_text: str, defaults_text: str) -
     there = dotted(load_yaml(defaults_text, "defaults"))
     there |= dotted(load_yaml(config_file.read_text(encoding="utf-8"), str(config_file)))
     here = dotted(load_yaml(config_text, "config"))
-    keys = [key for key in {**here, **there} if key not in MAY_CHANGE and here.get(key) != there.get(key)]
-    if keys:
+    if keys := [key for key in differing(here, there) if key not in MAY_CHANGE]:
         lines = [f"  {key}: {show(there.get(key))} there, {show(here.get(key))} now" for key in keys]
         raise UserError(
             f"output = {folder}: holds another run, which is not overwritten. What differs:\n" + "\n".join(lines) + "\n"

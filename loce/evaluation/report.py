@@ -20,7 +20,7 @@ from loce.evaluation.lvis_ap import Evaluation, choose_protocol, evaluate_loaded
 from loce.evaluation.matching import Protocol
 from loce.evaluation.stream import read_clues
 from loce.utils.classes import GROUP_NAMES, GROUPS
-from loce.utils.files import atomic_write, write_text
+from loce.utils.files import atomic_write, json_text, write_text
 from loce.utils.progress import phase
 
 COLUMNS = ("id", "name", "frequency", "images", "instances", "AP", "AP50", "AR", "detections", "mean_score")
@@ -179,7 +179,7 @@ def write_folder(output: Path, evaluations: Mapping[str, Evaluation], facts: Map
 
 def write_facts(output: Path, facts: Mapping[str, Any]) -> None:
     """evaluation.json."""
-    write_text(output / "evaluation.json", json.dumps(_finite(facts), indent=2) + "\n")
+    write_text(output / "evaluation.json", json_text(facts, indent=2) + "\n")
 
 
 def category_table(evaluations: Mapping[str, Evaluation]) -> str:
@@ -201,12 +201,3 @@ def _cell(value: Any) -> Any:
     if isinstance(value, float):
         return "" if math.isnan(value) else f"{value:.6g}"
     return value
-
-
-def _finite(value: Any) -> Any:
-    """nan, which JSON does not have, as null."""
-    if isinstance(value, Mapping):
-        return {key: _finite(entry) for key, entry in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_finite(entry) for entry in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -2,10 +2,13 @@
 
 import csv
 import hashlib
+import json
+import math
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from loce.utils.errors import UserError
 
@@ -75,6 +78,24 @@ def write_text(path: Path | str, text: str) -> None:
     """`text` as the whole file, UTF-8, by `atomic_write`."""
     with atomic_write(path) as temporary:
         temporary.write_text(text, encoding="utf-8")
+
+
+def json_text(value: Any, as_text: bool = False, **style: Any) -> str:
+    """JSON of plain data. It has no infinity and no NaN: they become null, or "inf" and "nan" (`as_text`).
+
+    style: of `json.dumps`, such as indent=1.
+    """
+
+    def plain(value: Any) -> Any:
+        if isinstance(value, Mapping):
+            return {key: plain(item) for key, item in value.items()}
+        if isinstance(value, (list, tuple)):
+            return [plain(item) for item in value]
+        if isinstance(value, float) and not math.isfinite(value):
+            return str(value) if as_text else None
+        return value
+
+    return json.dumps(plain(value), allow_nan=False, **style)
 
 
 def read_csv(path: Path | str) -> list[dict[str, str]]:
