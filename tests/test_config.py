@@ -2,6 +2,7 @@
 
 import ast
 import dataclasses
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -494,6 +495,24 @@ def test_read_options():
     assert read_options(Drawing, words) == Drawing(out="x", classes=7, style="noisy", sizes=(1.0, 2.5))
 
 
+@pytest.mark.parametrize(("text", "place"), [("~", ""), ("~/runs/x", "/runs/x")])
+def test_a_tilde_is_the_home_directory(text, place, load, monkeypatch, tmp_path):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    home = f"{tmp_path}{place}"
+    assert read_options(Drawing, [f"out={text}"]).out == home
+    assert load("", f"output={text}").output == home
+    assert load(f"data: {{train_images: '{text}'}}\ntrain: {{init: {text}/y}}").data.train_images == home
+    assert from_dict({"output": text}).output == home
+    for other in ("a~", "./~/x", "~$lock.json"):
+        assert read_options(Drawing, [f"out={other}"]).out == other
+
+
+def test_a_tilde_where_nobody_is_at_home(monkeypatch):
+    monkeypatch.setattr("os.path.expanduser", lambda text: text)
+    text = message(read_options, Drawing, ["out=~/x"])
+    assert text == "command line: out = ~/x: there is no home directory here (HOME is not set); give the whole path"
+
+
 def test_read_options_says_everything():
     text = message(read_options, Drawing, ["clases=3", "style=loud", "sizes=[a]"])
     assert text == "\n".join(
@@ -592,3 +611,60 @@ def test_options_are_checked_before_anything_heavy_is_imported():
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
     assert done.returncode == 2
     assert done.stderr == "error: command line: train.lr = 0: must be a number > 0\n"
+
+
+def run_as_script(program: str, *words: str, read: int = -1, **variables: str) -> tuple[int, bytes, str]:
+    """(exit code, standard output, standard error); read: bytes after which nobody reads the output any more."""
+    with subprocess.Popen(
+        [sys.executable, "-c", program, *words],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        env={**os.environ, "PYTHONPATH": str(ROOT), **variables},
+    ) as process:
+        assert process.stdout and process.stderr
+        out = process.stdout.read(read)
+        process.stdout.close()
+        error = process.stderr.read().decode(errors="replace")
+    return process.returncode, out, error
+
+
+SCRIPT = """
+import sys
+from loce.config import UserError, run_script
+from loce.utils.options import print_help
+from loce.utils.progress import progress, say
+def main():
+    {}
+run_script(main)
+"""
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"PYTHONIOENCODING": "ascii"},
+        {"PYTHONIOENCODING": "latin-1"},
+        {"PYTHONIOENCODING": "utf-8"},
+        {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"},
+    ],
+)
+def test_a_terminal_without_the_letters_of_a_name(settings):
+    names = r"'\u81ea\u884c\u8f66 \xfc \udcff'"  # Chinese, German, and a file name that is no UTF-8
+    body = f"name = {names}; list(progress([1], 1, name)); say(name); print(name); raise UserError(name)"
+    code, out, error = run_as_script(SCRIPT.format(body), **settings)
+    assert code == 2 and "Traceback" not in error and error.startswith("error: ") and out.count(b"\n") == 4
+
+
+def test_nobody_reads_the_output():
+    code, out, error = run_as_script(SCRIPT.format("print_help('line\\n' * 100_000)"), "--help", read=10)
+    assert (code, len(out), error) == (141, 10, "")
+    code, _, error = run_as_script(SCRIPT.format("[print('line', flush=True) for _ in range(100_000)]"), read=10)
+    assert code == 141 and error.startswith("stopped: nobody reads standard output any more") and error.count("\n") == 1
+    code, _, error = run_as_script(SCRIPT.format("raise BrokenPipeError('of another pipe')"))
+    assert code == 1 and "of another pipe" in error
+
+
+def test_words_are_as_a_shell_would_give_them(monkeypatch, tmp_path):
+    program = SCRIPT.format("print(sys.argv[1:])")
+    _, out, _ = run_as_script(program, "~", "~/x", "a=~/x", "~x", HOME="/home/me")
+    assert out.decode().strip() == str(["/home/me", "/home/me/x", "a=~/x", "~x"])

@@ -102,6 +102,10 @@ def require_cache(config: ModelConfig) -> None:
     file = _cached(_RESNETS[config.backbone][1])
     if file.exists():
         return
+    if str(file).startswith("~"):
+        raise UserError(
+            "model.weights: imagenet: there is no home directory to keep them in; set TORCH_HOME to a folder"
+        )
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
         with TemporaryFile(dir=file.parent):

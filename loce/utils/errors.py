@@ -1,9 +1,13 @@
 """Why a script of ours ends before its work is done: an exception and an exit code for each reason."""
 
+import io
 import os
+import select
+import stat
 import sys
 import time
 from collections.abc import Callable, Iterable, Sequence
+from typing import TextIO
 
 FEW = 5  # examples of anything that a message names
 
@@ -46,7 +50,39 @@ def first_few(values: Iterable[object], total: int | None = None, between: str =
 
 
 def run_script(main: Callable[[], None]) -> None:
-    """Run a script's `main`; what is above is printed without traceback and ends the process with its exit code."""
+    """Run a script's `main`; what is above is printed without traceback and ends the process with its exit code.
+
+    Words `~` and `~/x` mean the home directory, as in a shell. Letters that the terminal lacks are written as escapes.
+    Where nobody reads the output any more (`| head`), the script ends with 141, as others do.
+    """
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
+    sys.argv[1:] = map(expand_home, sys.argv[1:])
+    try:
+        try:
+            _run(main)
+        finally:
+            sys.stdout.flush()
+    except BrokenPipeError:
+        if not _nobody_reads(sys.stdout):
+            raise
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for what Python writes when it ends
+        stopped = "stopped: nobody reads standard output any more; write it to a file instead"
+        _leave("" if {"-h", "--help"} & {*sys.argv} else stopped, 141)
+
+
+def expand_home(text: str) -> str:
+    """`~` and `~/x` as paths in the home directory; as they are where there is none."""
+    return os.path.expanduser(text) if text == "~" or text.startswith("~/") else text
+
+
+def _nobody_reads(stream: TextIO) -> bool:
+    """Whether a stream is a pipe whose other end is closed, which makes it "readable"."""
+    return stat.S_ISFIFO(os.fstat(stream.fileno()).st_mode) and bool(select.select([stream], [], [], 0)[0])
+
+
+def _run(main: Callable[[], None]) -> None:
     rank = os.environ.get("RANK", "0")
     try:
         main()

@@ -16,13 +16,17 @@ from functools import reduce
 from types import MappingProxyType
 from typing import Annotated, Any, Literal, NoReturn, TypeVar, get_args, get_origin, get_type_hints
 
-from loce.utils.errors import raise_problems
+from loce.utils.errors import expand_home, raise_problems
 from loce.utils.yaml_text import parse_value, show
 
 T = TypeVar("T")
 Conflict = tuple[tuple[str, ...], Callable[[Any], bool], str]  # dotted keys, "is it wrong?" of the whole, the reason
 Choice = tuple[str, "tuple[Any, ...] | Range"]  # dotted key, and its values with which an option does something
 Given = tuple[str, Any, str]  # dotted key, value, where it was written
+
+
+class NoHomeError(ValueError):
+    """`~` where nobody is at home."""
 
 
 @dataclass(frozen=True)
@@ -127,9 +131,10 @@ def build(
         wrong.discard(key)
         try:
             values[key] = _convert(types[key], value)
-        except (KeyError, ValueError, OverflowError):
+        except (KeyError, ValueError, OverflowError) as error:
             wrong.add(key)
-            found.append(f"{source}: {key} = {show(value)}: {_complaint(key, types)}")
+            reason = str(error) if isinstance(error, NoHomeError) else _complaint(key, types)
+            found.append(f"{source}: {key} = {show(value)}: {reason}")
     missing = [key for key in _required(cls) if key not in sources]
     found += [f"command line: {key} is missing: {_allowed(types[key])}" for key in missing]
     if not missing and wrong.isdisjoint(_required(cls)):
@@ -187,7 +192,10 @@ def _split(hint: Any) -> tuple[Any, tuple[Range, ...]]:
 
 
 def _convert(hint: Any, value: Any) -> Any:
-    """`value` as `hint` wants it; ValueError where it does not fit (a whole number fits a float, 1 is no bool)."""
+    """`value` as `hint` wants it; ValueError where it does not fit (a whole number fits a float, 1 is no bool).
+
+    `~` and `~/x` become paths in the home directory: texts are paths, and a shell leaves them alone after `key=`.
+    """
     base, limits = _split(hint)
     if get_origin(base) is tuple and isinstance(value, (list, tuple)):
         return tuple(_convert(get_args(base)[0], item) for item in value)
@@ -198,6 +206,10 @@ def _convert(hint: Any, value: Any) -> Any:
         fits = type(value) is base and not (base is float and not math.isfinite(value))
     if not fits or any(value not in limit for limit in limits):
         raise ValueError(value)
+    if base is str:
+        value = expand_home(value)
+        if value == "~" or value.startswith("~/"):
+            raise NoHomeError("there is no home directory here (HOME is not set); give the whole path")
     return value
 
 

@@ -2,6 +2,8 @@
 
 import dataclasses
 import json
+import os
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -66,3 +68,14 @@ def test_small_files_and_places_that_cannot_be_written(path, tmp_path, monkeypat
     (tmp_path / "home").write_text("a file where the folder should be")
     assert len(open_annotations(path, large=0))
     assert "cannot be written" in "".join(capfd.readouterr())
+
+
+def test_without_a_home_directory_nothing_is_kept_and_that_is_said(path, monkeypatch, capfd):
+    """As in containers that know no name for the user."""
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    monkeypatch.setattr(os.path, "expanduser", lambda text: text)
+    assert default_folder() is None
+    assert_same(open_annotations(path, large=0), LVISAnnotations.open(path))
+    assert "not kept for the next time: there is no home directory" in "".join(capfd.readouterr())
+    monkeypatch.setenv("XDG_CACHE_HOME", "/elsewhere")
+    assert default_folder() == Path("/elsewhere/loce/annotations")

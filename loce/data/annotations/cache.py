@@ -18,6 +18,7 @@ from loce.data.annotations.lookups import LabelLists
 from loce.data.annotations.lvis import LVISAnnotations
 from loce.data.annotations.segmentations import Segmentations
 from loce.utils.classes import ClassStats
+from loce.utils.errors import expand_home
 from loce.utils.files import atomic_write, file_hash, write_text
 from loce.utils.progress import say
 
@@ -30,9 +31,13 @@ PARTS: dict[str, Any] = {
 }
 
 
-def default_folder() -> Path:
-    """$XDG_CACHE_HOME/loce/annotations, by default ~/.cache/loce/annotations; may be deleted at any time."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "loce/annotations"
+def default_folder() -> Path | None:
+    """$XDG_CACHE_HOME/loce/annotations, by default ~/.cache/loce/annotations; may be deleted at any time.
+
+    None where the user has no home directory, as in containers that know no name for him.
+    """
+    cache = expand_home(os.environ.get("XDG_CACHE_HOME") or "~/.cache")
+    return None if cache.startswith("~/") else Path(cache, "loce/annotations")
 
 
 def open_annotations(
@@ -53,7 +58,11 @@ def open_annotations(
     path, options = Path(path), (rare_max, common_max, keep_empty, box_masks)
     if not path.is_file() or path.stat().st_size < large:
         return LVISAnnotations.open(path, *options, annotated=annotated)
-    place = (folder or default_folder()) / _key(path, options)
+    folder = folder or default_folder()
+    if folder is None:
+        say(f"{path}: not kept for the next time: there is no home directory; XDG_CACHE_HOME may name a folder")
+        return LVISAnnotations.open(path, *options, annotated=annotated)
+    place = folder / _key(path, options)
     try:
         return _load(place, str(path))
     except FileNotFoundError:
