@@ -62,7 +62,7 @@ def open_annotations(
     if folder is None:
         say(f"{path}: not kept for the next time: there is no home directory; XDG_CACHE_HOME may name a folder")
         return LVISAnnotations.open(path, *options, annotated=annotated)
-    place = folder / _key(path, options)
+    place = folder / _key(path, (*options, annotated))
     try:
         return _load(place, str(path))
     except FileNotFoundError:
