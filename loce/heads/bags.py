@@ -1,4 +1,4 @@
-"""Balanced Group Softmax (CVPR 2020): classes compete with classes of like frequency only, in one softmax a group.
+"""Balanced Group Softmax (CVPR 2020), Sec. 4: one softmax for each group of classes with like numbers of instances.
 
 Group 0: background, and "others", that is any object. Groups 1..K: classes by training instances, cut at
 head.bags.bounds (< 10, < 100, < 1000, the rest), each with its own "others": background and other groups' classes.

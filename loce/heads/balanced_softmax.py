@@ -1,4 +1,4 @@
-"""Balanced Meta-Softmax (NeurIPS 2020), Eq. 3-4: softmax that counts every class as often as it is in the data.
+"""Balanced Softmax (BALMS, NeurIPS 2020), Eq. 3-4: a softmax whose exponentials are weighted by class counts.
 
     loss_cls = -log( n_y e^{z_y} / sum_j n_j e^{z_j} ) = CE(z + log n, y)        sum over rows / their number
     scores   = softmax(z)[:C]                                                    no counts

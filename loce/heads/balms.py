@@ -1,12 +1,11 @@
-"""BALMS, Balanced Meta-Softmax (NeurIPS 2020, arXiv 2007.10740), detection: shifted sigmoids, learned class weights.
+"""BALMS for detection (NeurIPS 2020, arXiv 2007.10740): prior-shifted sigmoids and the Meta Re-weighter.
 
     z'_rc    = z_rc + log(f_c / (1 - f_c)) for foreground rows r, z_rc for background
     loss_cls = 1/R sum_r w_r sum_c BCE(z'_rc, [y_r = c])          R training rows, c over the C classes
     w_r      = v_{y_r} over its mean over the foreground training rows, v_c = sigmoid(a_c); background: 1
     scores   = sigmoid(z)                                         no shift
 
-The Meta Re-weighter learns a, which starts at 0, unless head.balms.meta_lr = 0: then all w_r = 1, and there is no meta
-batch. Half of the images are a meta batch, drawn with probability
+The Meta Re-weighter learns a, which starts at 0. Half of the images are a meta batch, drawn with probability
 ~ max_c 1/f_c: their rows count in the meta loss only. On every batch, before the loss:
 
     W'       = W - eta dloss_cls/dW                               one step of SGD, a function of a
@@ -19,7 +18,9 @@ The classifier is linear (W holds its bias), so with E = sigmoid(z') - t, rows x
 
 f_c: share of training images that show class c, between 1/images and 1 - 1/images. Initialisation: weights N(0, 0.01),
 bias -log(999). Second stage after a sigmoid detector: only the classifier trains. Rows from the memory are training
-rows; the memory stores objects of meta images too, and draws for them. All of the meta step is fp32.
+rows; the memory stores objects of meta images, too, and draws for the others only. All of the meta step is fp32.
+
+head.balms.meta_lr = 0 is the loss alone: all w_r are 1, and there is no meta batch.
 
 State: `a` and its Adam (first and second moment, number of steps) are buffers; the meta step is that of all ranks' rows
 together, so they are the same on every rank (four sums over ranks, two of them as large as the classifier).

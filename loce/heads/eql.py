@@ -1,4 +1,4 @@
-"""Equalization Loss (CVPR 2020), Eq. 3-4, sigmoid form: objects of other classes do not push a tail class down.
+"""Equalization Loss (CVPR 2020), Eq. 3-4: sigmoid classifier whose tail classes ignore objects of other classes.
 
 L = 1/R sum_r sum_c w_rc BCE(z_rc, [y_r = c])         R rows that take part, c over the C classes, no background logit
 w_rc = 1 - E(r) T(f_c) (1 - [y_r = c])

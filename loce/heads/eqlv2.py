@@ -1,4 +1,4 @@
-"""Equalization Loss v2 (CVPR 2021): each class's positives and negatives are weighted until their gradients balance.
+"""Equalization Loss v2 (CVPR 2021): sigmoid classifier, positives and negatives re-weighted by their gradients.
 
 L = 1/R sum_r sum_j (w+_j t_rj + w-_j (1 - t_rj)) BCE(z_rj, t_rj)       R rows that take part, j over C + 1 outputs
 t_rj = [y_r = j]; output C is a task of its own, "is it background?", with w+ = w- = 1

@@ -1,4 +1,4 @@
-"""LOCE (ICCV 2021), Sec. 3.2, Eq. 3-4: a softmax whose margins let weak classes win against strong ones.
+"""Equilibrium Loss (LOCE, ICCV 2021), Sec. 3.2, Eq. 3-4: cross-entropy with margins from the mean scores.
 
 Loss: -log( s_y e^z_y / sum_j s_j e^z_j ), j over the C classes and the background, whose s is 0.01: cross-entropy of
 z + log s. s is the mean score of each class (Eq. 2, loce/mean_score.py) or, with `indicator.kind=prior`, its number of

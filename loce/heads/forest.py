@@ -1,4 +1,4 @@
-"""Forest R-CNN (ACM MM 2020), Sec. 3: parent classes of several trees say which fine classes are likely.
+"""Forest R-CNN (ACM MM 2020), Sec. 3: fine classifier, weighted by the parent classifiers of several class trees.
 
 A tree t puts every class c under a parent t(c); the background is a parent of its own in each tree.
 z (N, C+1): fine logits; u_t (N, P_t+1): logits of tree t's parents, background last

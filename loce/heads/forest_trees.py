@@ -1,4 +1,4 @@
-"""Forest R-CNN (ACM MM 2020), Sec. 3.1: parent trees on disk, and the k-means that makes them. Imports no torch.
+"""Class trees of Forest R-CNN (ACM MM 2020), Sec. 3.1: their file, and the k-means that makes them. Imports no torch.
 
 A tree puts every class under one of P parents: (C,) int64 in 0..P-1, every parent with one class at least. The file
 (JSON) holds the trees of one data set, with its class names and the hash of its annotation file.

@@ -1,4 +1,4 @@
-"""LDAM-DRW (NeurIPS 2019, arXiv 1906.07413), Sec. 3, Alg. 1: wider margins for rarer classes, late class weights.
+"""LDAM-DRW (NeurIPS 2019, arXiv 1906.07413), Sec. 3, Alg. 1: margins by class counts, deferred re-weighting.
 
     z_c      = s cos(w_c, x)                                 no bias; background has a vector of its own
     loss_cls = sum over rows of v_y CE(z - s D_y [c = y], y) / their number

@@ -1,4 +1,4 @@
-"""Long-tail learning via logit adjustment (ICLR 2021), Eq. 10: the logit-adjusted softmax cross-entropy.
+"""Logit adjustment (ICLR 2021), Eq. 10: the logit-adjusted softmax cross-entropy.
 
     loss_cls = CE(z + tau log pi, y)        sum over rows / their number
     scores   = softmax(z)[:C]               the adjustment is of the loss; do not add the post-hoc one (Eq. 9) to it

@@ -1,4 +1,4 @@
-"""NorCal, On Model Calibration for Long-Tailed Detection (NeurIPS 2021, arXiv 2107.02170): scores over class counts.
+"""NorCal (NeurIPS 2021, arXiv 2107.02170): softmax scores, calibrated by class counts after training.
 
     loss_cls = CE(z, y)                                                          as the softmax head
     scores   = (e^{z_c} / n_c^gamma) / (e^{z_bg} + sum_j e^{z_j} / n_j^gamma)    foreground c, background untouched

@@ -1,4 +1,4 @@
-"""Class-Balanced Loss (CVPR 2019, arXiv 1901.05555): the softmax head with rows weighted by class.
+"""Class-Balanced Loss (CVPR 2019, arXiv 1901.05555): softmax cross-entropy, re-weighted by class.
 
 L = 1/R sum_r w_{y_r} (-log softmax(z_r)_{y_r})                                  R rows that take part
 w_c is proportional to 1 / n_c                       (head.reweighted.by = inverse_frequency)

@@ -1,4 +1,4 @@
-"""Seesaw Loss (CVPR 2021): objects push other classes down less if those are rarer, more if confused with them.
+"""Seesaw Loss (CVPR 2021): cross-entropy with mitigation and compensation factors, and an objectness branch.
 
 L_cls = 1/R sum over foreground rows of -log(e^{z_y} / (e^{z_y} + sum_{j != y} S_yj e^{z_j})),   S_ij = M_ij C_ij
 M_ij = min(1, N_j / N_i)^p                         N: rows of each class so far, this step included, at least 1

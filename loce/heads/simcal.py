@@ -1,10 +1,10 @@
-"""SimCal (ECCV 2020), Sec. 4: a second, calibrated classifier for the tail, learned from balanced rows.
+"""SimCal (ECCV 2020), Sec. 4: two classifiers, the second calibrated on class-balanced proposals for the tail.
 
 Two classifiers read the pooled features, 256 x 7 x 7 numbers a region: the original, a frozen copy of the detector's
 shared FCs and last layer, and the calibrated one of the same layers. Logits (N, 2C + 2): original, then calibrated.
 
 Bi-level sampling, level 1: sampler.name=bilevel draws classes, and an image for each. Level 2, of the batch's rows:
-K+ = positives whose class is the one that their image was drawn for, and rows from the memory, drawn for theirs
+K+ = positives of the class that their image was drawn for, and all rows from the memory
 K- = background rows at random, as many as K+ has rows, or all where there are fewer
 L = mean over K+ and K- of -log softmax(z^cal_N)[y_N], over C + 1 classes; 0 where K+ is empty
 Inference: p_c = softmax(z^cal)[c] where class c has fewer than head.simcal.threshold training instances, else

@@ -1,4 +1,4 @@
-"""LOCE (ICCV 2021), Sec. 3.1, Eq. 1: the plain softmax head, the baseline and the head of stage 1.
+"""Softmax classifier (LOCE, ICCV 2021, Sec. 3.1, Eq. 1): the baseline, and the head of stage 1.
 
 One linear layer to C + 1 logits, background last; weights N(0, 0.01), biases 0.
 Loss: -log softmax(z_N)[y_N], summed over the rows that take part and divided by their number. Score: softmax(z)[c].

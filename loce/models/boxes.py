@@ -1,4 +1,4 @@
-"""Boxes with MMDetection's numerics: IoU, delta coding, and which box learns from which ground truth.
+"""Box arithmetic with MMDetection's numerics: IoU, delta coding, matching with ground truth, random sampling.
 
 Shapes: N, M boxes, G ground-truth boxes, K slots; 4 = x1, y1, x2, y2 in pixels, or dx, dy, dw, dh. A box of width w
 covers [x1, x1 + w]: no "+1". Slots are of fixed number with a validity mask instead of index lists of varying length,

@@ -1,4 +1,4 @@
-"""Forest R-CNN (ACM MM 2020), Sec. 3.4: NMS resampling keeps more training proposals near objects of rarer classes.
+"""NMS resampling (Forest R-CNN, ACM MM 2020, Sec. 3.4): looser NMS for training proposals near rarer classes.
 
 Of the proposals of a level, before the cut to post_nms; an image's ground truth says what a proposal is near to:
 discrete: NMS runs with 0.9, 0.8 and 0.7. Kept are, of the first run, proposals near a rare object, of the second, near

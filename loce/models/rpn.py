@@ -1,4 +1,4 @@
-"""Region proposal network with MMDetection's numerics (float anchors, its matcher, L1 loss, 1000 proposals in all).
+"""Region proposal network with MMDetection's numerics: float anchors, its matcher, L1 loss, 1000 proposals in all.
 
 Shapes: L pyramid levels, A anchors of one image over all levels (order: level, y, x, ratio), B images.
 """
