@@ -26,6 +26,7 @@ def table(minutes: dict[str, float]) -> str:
 
 
 def main() -> None:
+    # Data, stage 1, then LOCE and its control; what is finished is not done again.
     started = time.monotonic()
     run("make_glyphs.py", f"out={DATA}")
     minutes = {"stage1": step(RUNS / "stage1", "train.py", "glyphs/stage1.yaml")}
@@ -36,6 +37,7 @@ def main() -> None:
     from loce.engine.pictures import comparison_sheet, write_picture
     from loce.report.figures import equilibrium_figure
 
+    # Two figures and the table.
     config = load_config(["glyphs/loce.yaml"])
     folders = {"stage 1": RUNS / "stage1"} | {title: RUNS / name for name, title in ROWS.items()}
     equilibrium_figure({title: folder / "eval" for title, folder in folders.items()}, RUNS / "equilibrium.png")

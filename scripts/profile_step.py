@@ -24,6 +24,7 @@ class Options:
 
 
 def main() -> None:
+    # Options of the profile, then those of the recipe.
     own = {field.name for field in fields(Options)}
     words = sys.argv[1:]
     options = read_options(Options, [w for w in words if w.partition("=")[0] in (*own, "-h", "--help")])
@@ -37,6 +38,7 @@ def main() -> None:
     from loce.utils.environment import environment
     from loce.utils.files import write_text
 
+    # A model and images of noise, some steps, the table and the trace.
     device = setup(config.device)
     torch.set_num_threads(options.threads)
     model = profiling.made_up_model(config, options.classes, device)

@@ -104,7 +104,12 @@ def examples(dataset: TrainDataset, stats: ClassStats, most: int) -> list[int]:
     return chosen
 
 
-def comparison_sheet(annotations: LVISAnnotations, images: str, folders: Mapping[str, Path], count: int) -> np.ndarray:
+def comparison_sheet(
+    annotations: LVISAnnotations,
+    images: str,
+    folders: Mapping[str, Path],
+    count: int,
+) -> np.ndarray:
     """(H, W, 3) uint8 RGB: `comparisons` of runs, an image a line. folders: title -> folder of stored detections."""
     stats = annotations.stats
     classes = dict(zip(stats.category_ids.tolist(), zip(stats.names, stats.groups, strict=True), strict=True))
@@ -127,7 +132,12 @@ def comparisons(
     detections; classes: category id -> name and group, by the training data. `RULE` says what is drawn.
     """
 
-    def draw(corners: np.ndarray, codes: Sequence[Any], category_ids: np.ndarray, scores: np.ndarray) -> np.ndarray:
+    def draw(
+        corners: np.ndarray,
+        codes: Sequence[Any],
+        category_ids: np.ndarray,
+        scores: np.ndarray,
+    ) -> np.ndarray:
         known = [(number, *classes.get(number, ("?", "r"))) for number in category_ids.tolist()]
         names = [class_text(name, number) for number, name, _ in known]
         texts = [f"{name} {score:.2f}" for name, score in zip(names, scores, strict=True)] if len(scores) else names
@@ -157,7 +167,12 @@ def comparisons(
         yield annotations.name(index), drawn
 
 
-def sheet(pictures: Sequence[np.ndarray], captions: Sequence[str], title: str, columns: int = 4) -> np.ndarray:
+def sheet(
+    pictures: Sequence[np.ndarray],
+    captions: Sequence[str],
+    title: str,
+    columns: int = 4,
+) -> np.ndarray:
     """(H, W, 3) uint8 RGB: pictures of any size in rows, a line below each, title and colours on top."""
     columns = min(columns, max(1, len(pictures)))
     fitted = [_fitted(picture, CELL / max(picture.shape[:2])) for picture in pictures]
@@ -242,7 +257,11 @@ def draw_detections(
 
 
 def worth_drawing(
-    boxes_N4: np.ndarray, scores_N: np.ndarray, threshold: float, most: int, overlap: float
+    boxes_N4: np.ndarray,
+    scores_N: np.ndarray,
+    threshold: float,
+    most: int,
+    overlap: float,
 ) -> np.ndarray:
     """Rows to draw, best first: scores of at least `threshold`, one for each place (boxes of all classes together
     overlap at most `overlap`), and at most `most`.
@@ -304,7 +323,13 @@ def _fitted(picture: np.ndarray, scale: float) -> np.ndarray:
 # ---- letters ---------------------------------------------------------------------------------------------------------
 
 
-def write(pen: ImageDraw.ImageDraw, text: str, corner: tuple[int, int], colour: Colour, pixels: int) -> None:
+def write(
+    pen: ImageDraw.ImageDraw,
+    text: str,
+    corner: tuple[int, int],
+    colour: Colour,
+    pixels: int,
+) -> None:
     """Text of any script; letters that no font here has become `?`. corner: (x, y), where the baseline begins."""
     shown, font = _letters(text, pixels)
     pen.text(corner, shown, fill=colour, font=font, anchor="ls")

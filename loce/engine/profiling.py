@@ -47,11 +47,17 @@ def long_tail(classes: int) -> ClassStats:
     )
 
 
-def random_samples(images: int, size: tuple[int, int], instances: int, classes: int) -> list[dict[str, Any]]:
+def random_samples(
+    images: int,
+    size: tuple[int, int],
+    instances: int,
+    classes: int,
+) -> list[dict[str, Any]]:
     """Training samples of noise, with rectangles as objects: `instances` an image, sides of 4 to 40 % of its own."""
     generator = torch.Generator().manual_seed(0)
     samples = []
     for number in range(images):
+        # Rectangles inside the image; their sides are mostly short.
         limit = torch.tensor([size[1], size[0]])
         side = (limit * (0.04 + 0.36 * torch.rand(instances, 2, generator=generator) ** 2)).int().clamp(min=4)
         corner = (torch.rand(instances, 2, generator=generator) * (limit - side)).int()

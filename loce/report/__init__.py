@@ -1,5 +1,5 @@
-"""The equilibrium report: what became of every class in one or several runs, as one HTML file that needs nothing else.
+"""What people look at after a training: figures, the equilibrium report (one HTML file), tables/ of the paper.
 
-reading.py: the files of a run; states.py: numbers of every class over time (Eq. 2, 4, 7-8); samples.py: predictions
-drawn; page.py, panels.py: the page; script.js draws its charts, style.css says how all looks.
+reading.py: the files of a run; states.py: per-class curves (Eq. 2, 4, 7-8); panels.py: what the sections show; page.py
+fills page.html with it; script.js draws its charts, style.css says how all looks. figures.py: PNG and PDF.
 """

@@ -30,6 +30,7 @@ Pictures = dict[str, dict[str, str]]  # image -> caption -> data URI
 def page(runs: Sequence[Run], pictures: Mapping[str, Mapping[str, str]], notes: Sequence[str]) -> str:
     """The report as HTML. pictures: image -> caption -> data URI; notes: on what could not be drawn."""
     states = [over_time(run) for run in runs]
+    # Whatever is put into the template is escaped, but for what it calls safe: style, script and script_data.
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(HERE), autoescape=True, trim_blocks=True, undefined=jinja2.StrictUndefined
     )

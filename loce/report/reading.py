@@ -1,4 +1,4 @@
-"""The files of a run folder as the report needs them. Nothing but config.yaml and the list of classes must be there."""
+"""Run folders as the report reads them. Nothing but config.yaml and the list of classes must be there."""
 
 import json
 import math
@@ -79,6 +79,7 @@ def read_run(folder: Path) -> Run:
     if not (folder / "config.yaml").is_file():
         raise UserError(f"{folder}: is no folder of a run (it has no config.yaml)")
     config = load_yaml((folder / "config.yaml").read_text(encoding="utf-8"), str(folder / "config.yaml"))
+    # Classes and the training over time; where one of them is not written down, from the newest checkpoint.
     scored = _table(folder / "eval/mean_scores.csv")
     snapshots = [
         Snapshot(line["iteration"], line["mean_score"], line.get("memory"))
@@ -91,6 +92,7 @@ def read_run(folder: Path) -> Run:
         missing += [] if snapshots or last else ["a finished checkpoint: mean scores of the training"]
         snapshots = snapshots or last
     run = Run(folder, folder.resolve().name, config, classes, snapshots, missing=missing)
+    # The validation data may show only some of the classes.
     by_id = {int(row["id"]): row for row in scored if int(row["boxes"])}
     run.tested, run.accuracy = (
         [number(by_id.get(i, {}).get(column)) for i in classes.ids] for column in ("mean_score", "accuracy")
@@ -100,6 +102,7 @@ def read_run(folder: Path) -> Run:
     run.errors = _table(folder / "eval/errors.csv")
     run.texts = {name: _text(folder / name) for name in ("config.yaml", "env.txt", "log.txt")}
     run.evaluations = _evaluations(run)
+    # What is not there, so that nobody looks for it on the page.
     needed = {
         "eval/metrics.json": "AP of the whole",
         "eval/per_category.csv": "AP of the classes",

@@ -56,7 +56,10 @@ Placed = tuple[Shape, Window]
 
 
 def draw_image(
-    characters: str, size: int, sides: tuple[float, float], rng: np.random.Generator
+    characters: str,
+    size: int,
+    sides: tuple[float, float],
+    rng: np.random.Generator,
 ) -> tuple[np.ndarray, np.ndarray]:
     """An image that shows all of `characters` (repeats allowed), later ones in front.
 
@@ -108,7 +111,12 @@ def render_glyph(character: str, face: str, pixels: int) -> np.ndarray:
     return array[rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1]
 
 
-def _make_shape(character: str, side: float, size: int, rng: np.random.Generator) -> Shape:
+def _make_shape(
+    character: str,
+    side: float,
+    size: int,
+    rng: np.random.Generator,
+) -> Shape:
     """A glyph in a random face, turned and stretched; side: the mean of its width and height, in pixels."""
     faces = faces_with(character)
     glyph = render_glyph(character, faces[rng.integers(len(faces))], max(48, 3 * size // 4))
@@ -146,7 +154,12 @@ def _shrink_and_trim(fine: np.ndarray, outline: float) -> Shape:
 # ---- places ----------------------------------------------------------------------------------------------------------
 
 
-def _arrange(characters: str, size: int, sides: tuple[float, float], rng: np.random.Generator) -> list[Placed]:
+def _arrange(
+    characters: str,
+    size: int,
+    sides: tuple[float, float],
+    rng: np.random.Generator,
+) -> list[Placed]:
     """Places for all; when one finds none, everything starts again with objects a tenth smaller."""
     for shrinks in range(MOST_SHRINKS + 1):
         placed = _try_to_arrange(characters, size, np.log(size * np.array(sides)) + shrinks * np.log(SHRINK), rng)
@@ -157,7 +170,12 @@ def _arrange(characters: str, size: int, sides: tuple[float, float], rng: np.ran
     )
 
 
-def _try_to_arrange(characters: str, size: int, log_sides: np.ndarray, rng: np.random.Generator) -> list[Placed]:
+def _try_to_arrange(
+    characters: str,
+    size: int,
+    log_sides: np.ndarray,
+    rng: np.random.Generator,
+) -> list[Placed]:
     placed: list[Placed] = []
     owners = np.full((size, size), -1)
     least = np.zeros(len(characters))  # pixels of each object that must stay visible

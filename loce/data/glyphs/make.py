@@ -1,7 +1,4 @@
-"""Glyph-LVIS: a long-tailed instance segmentation set in LVIS v1's format, drawn on this machine.
-
-The files: characters (the classes), plan (which class in which image: the long tail), drawing (one image), records
-(masks and JSON), page (samples to look at), and here the folder as a whole:
+"""Folder of a Glyph-LVIS set:
 
     out/annotations/train.json, val.json    out/train2017/*.jpg, out/val2017/*.jpg    out/samples.png    out/glyphs.json
 
@@ -183,7 +180,12 @@ def _draw_set(options: GlyphOptions, folder: Path) -> None:
     )
 
 
-def _tasks(plan: Plan, split: str, first_id: int, options: GlyphOptions) -> list[Task]:
+def _tasks(
+    plan: Plan,
+    split: str,
+    first_id: int,
+    options: GlyphOptions,
+) -> list[Task]:
     """What to draw in each image of a split; which object lies in front is random."""
     tasks = []
     images = options.train_images if split == "train" else options.val_images
@@ -205,7 +207,12 @@ def _tasks(plan: Plan, split: str, first_id: int, options: GlyphOptions) -> list
     return tasks
 
 
-def _draw(settings: Settings, tasks: list[Task], workers: int, label: str) -> Iterator[list[Record]]:
+def _draw(
+    settings: Settings,
+    tasks: list[Task],
+    workers: int,
+    label: str,
+) -> Iterator[list[Record]]:
     """The annotations of each image, in order, drawn by as many processes."""
     draw = partial(draw_task, settings)
     if workers == 1:

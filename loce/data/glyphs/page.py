@@ -21,7 +21,12 @@ MOST_CLASSES, CLASSES_A_ROW = 100, 25
 CLASS_HEIGHT = 76
 
 
-def draw_samples(folder: Path, images: list[Record], annotations: list[Record], categories: list[Record]) -> None:
+def draw_samples(
+    folder: Path,
+    images: list[Record],
+    annotations: list[Record],
+    categories: list[Record],
+) -> None:
     """Write folder/samples.png. images, annotations: of the training split, whose image files are in `folder`."""
     by_image: dict[int, list[Record]] = {}
     for annotation in annotations:

@@ -139,7 +139,12 @@ def mean_instances(train_counts: np.ndarray) -> np.ndarray:
     return 1 + HERD * np.log10(train_counts)
 
 
-def _deal(image_counts: np.ndarray, images: int, most: int, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
+def _deal(
+    image_counts: np.ndarray,
+    images: int,
+    most: int,
+    rng: np.random.Generator,
+) -> tuple[np.ndarray, np.ndarray]:
     """(L,) image and (L,) class of every label, sorted by image; each pair at most once."""
     room = _room(int(image_counts.sum()), images, min(most, len(image_counts)), rng)
     usable = np.flatnonzero(room)
@@ -155,7 +160,12 @@ def _deal(image_counts: np.ndarray, images: int, most: int, rng: np.random.Gener
     return shown_on[order], labels[order]
 
 
-def _room(total: int, images: int, most: int, rng: np.random.Generator) -> np.ndarray:
+def _room(
+    total: int,
+    images: int,
+    most: int,
+    rng: np.random.Generator,
+) -> np.ndarray:
     """(N,) number of classes each image is to show: 1 + Poisson, 1% empty, at most `most`, `total` together."""
     filled = images - int(EMPTY_SHARE * images)
     room = np.minimum(1 + rng.poisson(max(0.0, total / filled - 1), filled), most)

@@ -91,7 +91,12 @@ def outline(mask: np.ndarray, left: int = 0, top: int = 0) -> list[list[int]] | 
     return polygons
 
 
-def image_record(task: Task, settings: Settings, negatives: float, rng: np.random.Generator) -> Record:
+def image_record(
+    task: Task,
+    settings: Settings,
+    negatives: float,
+    rng: np.random.Generator,
+) -> Record:
     """LVIS v1's record of an image: there is no `file_name`, the end of `coco_url` is the path.
 
     negatives: the share of the absent classes that is listed as verified absent.

@@ -1,1 +1,5 @@
-"""Rows of the paper's tables: the run of each, the record it leaves, statistics over seeds, claims."""
+"""Tables of the paper.
+
+rows.py: rows and their runs; steps.py, training.py: runs started and finished; records.py: what a run leaves;
+statistics.py: means and intervals; claims.py: verdicts; cells.py: Markdown; results.py: the page.
+"""

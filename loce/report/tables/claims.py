@@ -33,7 +33,12 @@ def claims(tables: list[Table]) -> list[str]:
     return markdown_table(["claim of the paper", "here", "verdict"], rows)
 
 
-def better(claim: str, ours: Records, others: Records, columns: Sequence[str]) -> tuple[str, str, str]:
+def better(
+    claim: str,
+    ours: Records,
+    others: Records,
+    columns: Sequence[str],
+) -> tuple[str, str, str]:
     """Confirmed where the intervals of all these differences are above 0, not confirmed where one is below."""
     found = {name: difference(ours, others, name) for name in columns}
     known = {name: value for name, value in found.items() if value is not None}

@@ -182,7 +182,13 @@ def read_table(options: RunOptions, number: int) -> Table:
     return table
 
 
-def make_run(options: RunOptions, recipes: Recipes, text: RowText, seed: int, start: Run | None = None) -> RowRun:
+def make_run(
+    options: RunOptions,
+    recipes: Recipes,
+    text: RowText,
+    seed: int,
+    start: Run | None = None,
+) -> RowRun:
     """The run of a row: in the recipe's own folder where nothing is changed, else below `options.runs`."""
     recipe = recipes.file(text.recipe)
     words = [recipe, *text.words, *options.words]

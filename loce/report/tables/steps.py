@@ -26,7 +26,13 @@ def run(name: str, *words: str, processes: int = 1) -> float:
     return (time.monotonic() - started) / 60
 
 
-def step(folder: Path, script: str, *words: str, init: Path | None = None, processes: int = 1) -> float:
+def step(
+    folder: Path,
+    script: str,
+    *words: str,
+    init: Path | None = None,
+    processes: int = 1,
+) -> float:
     """Train and evaluate into the run folder `folder`, unless that is done; minutes it took, now or then.
 
     init: the run folder it starts from. UserError where that was trained anew after `folder` was.
