@@ -7,7 +7,7 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-from loce.config import Config, Count, UserError, dump, read_options, run_script
+from loce.config import Count, UserError, read_options, run_script
 from loce.report.tables.records import write_record
 from loce.report.tables.rows import RunOptions, read_table
 from loce.report.tables.training import markdown, prepare, train_row
@@ -31,10 +31,10 @@ def main() -> None:
     if unknown := sorted(set(options.rows) - set(names)):
         raise UserError("\n".join(f"rows: there is no {name!r}; there are: {', '.join(names)}" for name in unknown))
     if started := [run for row in trainable for run in row.runs if run.folder.exists()]:
-        from loce.engine.log import check_run_folder  # imports torch, after the options are known to be right
+        from loce.engine.preflight import check_run_folder  # imports torch, after the options are known to be right
 
         for run in started:
-            check_run_folder(run.folder, dump(run.config), dump(Config()))
+            check_run_folder(run.folder, run.config)
     # What is missing, row by row; the table is written anew after each run.
     chosen = [row for row in trainable if not options.rows or row.text.name in options.rows]
     prepare(options, table, [run for row in chosen for run in row.runs])

@@ -3,6 +3,7 @@
 import ast
 import inspect
 import re
+import subprocess
 import sys
 from pathlib import Path
 
@@ -13,12 +14,14 @@ import torch
 import loce
 from loce.config import EvalConfig, HeadConfig, IndicatorConfig, MemoryConfig, ModelConfig, RPNConfig, TrainConfig
 from loce.data.masks import CroppedMasks
-from loce.engine import loop as engine
-from loce.engine.log import RunLog
+from loce.engine.loop import train_step
+from loce.engine.trainer import Trainer
 from loce.models.mask_rcnn import MaskRCNN, build_roi_heads
+from tests.conftest import stats_of
+from tests.tiny_runs import LOCE, ROOT, command, environment
 
 PACKAGE = Path(loce.__file__).parent
-MOST_FILES = 15
+MOST_FILES, MOST_FRAMES = 15, 8
 MODEL = ModelConfig(
     weights="none", fpn_channels=8, fc_features=8, mask_channels=4, rpn=RPNConfig(pre_nms_train=50, post_nms=20)
 )
@@ -33,47 +36,32 @@ def samples() -> list[dict]:
 
 
 @pytest.fixture(scope="module")
-def step_files(tmp_path_factory: pytest.TempPathFactory) -> set[str]:
+def step_files() -> set[str]:
     """Files of ours that run in one optimiser step of LOCE on the paper's architecture (ResNet-50), small in width."""
-    from tests.conftest import stats_of
-
     stats = stats_of(3)
     roi_heads = build_roi_heads(
         MODEL, HeadConfig(name="equilibrium"), IndicatorConfig(), MemoryConfig(enabled=True), stats
     )
-    model = MaskRCNN(MODEL, roi_heads, EvalConfig(), (64, 64))
+    model = MaskRCNN(MODEL, roi_heads, EvalConfig(), (64, 64)).train()
     model.freeze("trunk")
     optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.001)
-    train = TrainConfig(batch_size=2, log_every=100)
-    log = RunLog(tmp_path_factory.mktemp("run"), "seed: 0\n", epoch_lengths=[2], batch_size=2)
+    scaler = torch.amp.GradScaler("cpu", enabled=False)
     files: set[str] = set()
 
     def watch(frame, event, _):
         if event == "call" and frame.f_code.co_filename.startswith(str(PACKAGE)):
             files.add(str(Path(frame.f_code.co_filename).relative_to(PACKAGE)))
 
-    scaler = torch.amp.GradScaler("cpu", enabled=False)
-
-    def one_step(iteration: int, stop: bool) -> None:
-        assert not stop
-        if iteration == 1:
-            sys.setprofile(None)
-
-    def go(iterations: range) -> None:
-        batches = iter([samples()] * len(iterations))
-        engine.train_one_epoch(model, batches, optimizer, scaler, train, 0, iterations, log, one_step)
-
     sys.setprofile(watch)
     try:
-        go(range(2))
+        train_step(model, [samples()], optimizer, scaler, TrainConfig(), 0.001)
     finally:
         sys.setprofile(None)
-        log.close()
     return files
 
 
 def test_a_step_goes_through_few_files(step_files: set[str]) -> None:
-    assert {"engine.py", "models/roi_heads.py", "equilibrium_loss.py", "memory_bank.py"} <= step_files
+    assert {"engine/loop.py", "models/roi_heads.py", "equilibrium_loss.py", "memory_bank.py"} <= step_files
     assert len(step_files) <= MOST_FILES, sorted(step_files)
 
 
@@ -82,8 +70,48 @@ def test_the_design_page_shows_the_step(step_files: set[str]) -> None:
     assert [name for name in sorted(step_files) if name not in page] == []
 
 
+# Runs a script of ours until the loss of Eq. 3; prints the frames of ours that lead there, from `main` on.
+TO_THE_LOSS = """
+import runpy, sys
+root = sys.argv.pop(1)
+def watch(frame, event, _):
+    if event == "call" and frame.f_code.co_name == "equilibrium_loss":
+        sys.setprofile(None)
+        names = []
+        while frame.f_code.co_name != "main":
+            if frame.f_code.co_filename.startswith(root):
+                names.append(frame.f_code.co_name)
+            frame = frame.f_back
+        sys.exit(" ".join(["frames: main", *names[::-1]]))
+sys.argv = sys.argv[1:]
+sys.setprofile(watch)
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+
+
+def test_few_frames_lead_from_main_to_the_loss(config: Path, stage1: Path, tmp_path: Path) -> None:
+    """And they are those that a reader expects."""
+    script, *words = command("finetune.py", config, *LOCE, f"train.init={stage1}", f"output={tmp_path}/run")[1:]
+    line = [sys.executable, "-c", TO_THE_LOSS, str(ROOT), script, *words]
+    done = subprocess.run(line, capture_output=True, text=True, env=environment(), cwd=ROOT, timeout=300)
+    frames = done.stderr.rpartition("frames: ")[2].split()
+    assert frames[:5] == ["main", "train", "fit", "train_step", "forward"], done.stderr
+    assert frames[-1] == "equilibrium_loss" and len(frames) <= MOST_FRAMES, frames
+
+
+def test_training_imports_no_report_no_drawing_no_converter() -> None:
+    code = "import sys, loce.engine.train; print(*(name for name in sys.modules if name.startswith(('loce', 'matpl'))))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT)
+    loaded = set(done.stdout.split())
+    assert "loce.engine.trainer" in loaded
+    rooms = ("loce.report", "loce.data.glyphs", "loce.checkpoint.convert", "matplotlib")
+    others = {"loce.engine.pictures", "loce.engine.profiling", "loce.engine.forest_building"}
+    assert not [name for name in loaded if name.startswith(rooms) or name in others]
+
+
 def test_the_loop_fits_a_screen() -> None:
-    assert len(inspect.getsource(engine.train_one_epoch).splitlines()) <= 50
+    for function in (Trainer.fit, train_step):
+        assert len(inspect.getsource(function).splitlines()) <= 50
 
 
 WAITS = re.compile(

@@ -1,21 +1,27 @@
-"""TensorBoard pages of a run: curves in groups, spread of the classes, pictures, and what was run.
+"""TensorBoard and Weights & Biases logs: curves in groups, spread of the classes, pictures, and what was run.
 
 A value's type decides how it is shown: a number is a point of a curve, a tensor (N,) a histogram, an array (H, W, 3) a
-picture, a text Markdown.
+picture, a text Markdown. Rank 0 only.
 """
 
+import os
 from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
+from uuid import uuid4
 
 import numpy as np
 from torch import Tensor
 
+from loce.config import Config, to_dict
 from loce.utils.classes import GROUP_NAMES
+from loce.utils.errors import UserError
+from loce.utils.files import write_text
+from loce.utils.progress import say
 
 Shown = float | Tensor | np.ndarray | str
-PLACES = {
+TAGS = {
     "loss": "loss/all",
     "lr": "speed/learning_rate",
     "images_per_second": "speed/images_per_second",
@@ -23,6 +29,13 @@ PLACES = {
     "peak_memory_gib": "memory/peak_GiB",
 }
 GROUPED = ("mean_score", "memory_fill")  # a curve each for rare, common, frequent, and a chart with the three
+LIMITS = {"init_timeout": 30, "login_timeout": 30, "finish_timeout": 60}  # seconds that Weights & Biases may take
+
+
+def open_boards(folder: Path, first: int | None, config: Config) -> list["TensorBoardLog | WandbLog"]:
+    """The logs of a run folder, see `TensorBoardLog`; with `train.wandb` on Weights & Biases, too. Close them."""
+    boards: list[TensorBoardLog | WandbLog] = [TensorBoardLog(folder / "tensorboard", first)]
+    return [*boards, WandbLog(folder, to_dict(config))] if config.train.wandb else boards
 
 
 def tag(name: str) -> str:
@@ -30,17 +43,19 @@ def tag(name: str) -> str:
     page, _, rest = name.partition("/")
     if rest:
         return f"{page}/{GROUP_NAMES.get(rest, rest)}"
-    return PLACES.get(name, f"loss/{name.removeprefix('loss_')}")
+    return TAGS.get(name, f"loss/{name.removeprefix('loss_')}")
 
 
-class Board:
+class TensorBoardLog:
     """Writes into `folder`; points that are there already lose their place from iteration `first` on (None: none do).
 
     TensorBoard's writer does not survive a full disk: a new one shows again what has got lost.
     """
 
+    name = "tensorboard"
+
     def __init__(self, folder: Path, first: int | None) -> None:
-        self.folder, self.name = folder, "tensorboard"
+        self.folder = folder
         self.waiting: list[tuple[int, Mapping[str, Shown]]] = []
         self.writer: Any = self._open(first)
 
@@ -63,13 +78,23 @@ class Board:
                 self.writer = self._open(self.waiting[0][0])
             for at, some in self.waiting:
                 for name, value in some.items():
-                    _add(self.writer, tag(name), value, at)
+                    self._add(tag(name), value, at)
             self.writer.flush()
             self.waiting = []
         except OSError as error:
             self.writer = None
             return f"{self.folder}: {error.strerror}"
         return ""
+
+    def _add(self, title: str, value: Shown, at: int) -> None:
+        if isinstance(value, str):
+            self.writer.add_text(title, value, at)
+        elif isinstance(value, Tensor):
+            self.writer.add_histogram(title, value, at)
+        elif isinstance(value, np.ndarray):
+            self.writer.add_image(title, value, at, dataformats="HWC")
+        elif value >= 0 or not title.startswith("eval/"):  # -1: there is nothing to evaluate
+            self.writer.add_scalar(title, value, at)
 
     def close(self) -> None:
         """Everything was flushed before."""
@@ -78,12 +103,61 @@ class Board:
                 self.writer.close()
 
 
-def _add(writer: Any, title: str, value: Shown, at: int) -> None:
-    if isinstance(value, str):
-        writer.add_text(title, value, at)
-    elif isinstance(value, Tensor):
-        writer.add_histogram(title, value, at)
-    elif isinstance(value, np.ndarray):
-        writer.add_image(title, value, at, dataformats="HWC")
-    elif value >= 0 or not title.startswith("eval/"):  # -1: there is nothing to evaluate
-        writer.add_scalar(title, value, at)
+class WandbLog:
+    """Shows on Weights & Biases what `TensorBoardLog` shows. A run that goes on has the same page: its id is on disk.
+
+    No network never blocks a run for long, nor ends it: what could not be sent stays in RUN/wandb.
+    """
+
+    name = "wandb"
+
+    def __init__(self, folder: Path, config: Mapping[str, Any]) -> None:
+        self.wandb, file = require_wandb(), folder / "wandb_id.txt"
+        if not file.is_file():
+            write_text(file, uuid4().hex[:12] + "\n")
+        options: dict[str, Any] = {
+            "project": os.environ.get("WANDB_PROJECT", "loce"),
+            "id": file.read_text(encoding="utf-8").strip(),
+            "name": str(folder),
+            "dir": str(folder),
+            "config": dict(config),
+            "resume": "allow",
+            "settings": self.wandb.Settings(console="off", **LIMITS),
+        }
+        try:
+            self.run = self.wandb.init(**options)
+        except Exception as error:  # no network, no key: whatever it is, training does not depend on it
+            say(
+                f"WARNING: Weights & Biases: {error}. What is logged stays in {folder}/wandb: wandb sync sends it later"
+            )
+            self.run = self.wandb.init(**options, mode="offline")
+        self.run.define_metric("*", step_metric="iteration")
+
+    def show(self, iteration: int, values: Mapping[str, Shown]) -> str:
+        """As `TensorBoardLog.show`; texts are left out, since the page has the configuration."""
+        kinds = {Tensor: lambda x: self.wandb.Histogram(x.numpy()), np.ndarray: self.wandb.Image}
+        shown = {tag(name): kinds.get(type(x), float)(x) for name, x in values.items() if not isinstance(x, str)}
+        try:
+            self.run.log({"iteration": iteration, **shown})
+        except Exception as error:
+            return f"Weights & Biases: {error}"
+        return ""
+
+    def close(self) -> None:
+        """Send what is left, for a minute at most."""
+        try:
+            self.run.finish()
+        except Exception as error:
+            say(f"WARNING: Weights & Biases: {error}")
+
+
+def require_wandb() -> Any:
+    """The package; UserError where it is not installed."""
+    try:
+        import wandb
+    except ImportError as error:
+        raise UserError(
+            f"train.wandb = true: the package wandb cannot be imported ({error}); install it with "
+            "pip install 'loce[wandb]', or set train.wandb=false"
+        ) from None
+    return wandb

@@ -1,10 +1,11 @@
-"""When training diverges: what was in the step, and which layer made the first bad value (RUN/nan_report/).
+"""Report on a step that diverged: what was in it, and which layer made the first bad value (RUN/nan_report/).
 
 The batch is run again with hooks on every layer, with the weights from before the step, so that the steps that go well
 cost nothing. Only its memory rows may differ: the first run has stored its own already.
 """
 
 import json
+import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -13,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from loce.engine.loop import PRECISION, Step
+from loce.engine.loop import PRECISION, Losses, NotFiniteError
 from loce.models.mask_rcnn import MaskRCNN
 from loce.utils import distributed
 from loce.utils.files import json_text, write_text
@@ -22,24 +23,31 @@ FOLDER = "nan_report"
 MOST_NAMED = 5  # parameters with bad values
 
 
-def report(run: Path, model: MaskRCNN, step: Step, precision: str, name_of: Callable[[int], str]) -> str:
-    """Write report.json and report.txt; a summary for the screen. Every rank must call, with its own `step`.
+def report(
+    run: Path,
+    model: MaskRCNN,
+    error: NotFiniteError,
+    iteration: int,
+    lr: float,
+    precision: str,
+    name_of: Callable[[int], str],
+) -> str:
+    """Write report.json and report.txt; a summary for the screen. Every rank must call, with its own `error`.
 
-    name_of: the file name of an image id.
+    iteration: steps done, had this one been taken; name_of: the file name of an image id.
     """
     own = {
-        "losses": [{name: float(loss) for name, loss in losses.items()} for losses in step.losses],
-        "images": [[_image(sample, model, name_of) for sample in batch] for batch in step.batches],
-        **_again(model, step, precision),
+        "losses": _numbers(error.losses),
+        "images": [[_image(sample, model, name_of) for sample in batch] for batch in error.batches],
+        **_again(model, error, precision),
     }
-    ranks = [json.loads(text) for text in distributed.gather_texts(json.dumps(own))]
     found = {
-        "iteration": step.iteration,
-        "learning_rate": step.lr,
-        "gradient_norms": {part: float(norm) for part, norm in _norms(model).items()},
+        "iteration": iteration,
+        "learning_rate": lr,
+        "gradient_norms": _gradient_norms(model),
         "bad_parameters": [name for name, p in model.named_parameters() if not p.isfinite().all()],
         "bad_buffers": [name for name, b in model.state_dict().items() if not b.isfinite().all()],
-        "ranks": ranks,
+        "ranks": [json.loads(text) for text in distributed.gather_texts(json.dumps(own))],
     }
     summary = _summary(found, run)
     if distributed.is_main():
@@ -78,31 +86,32 @@ def watch(model: nn.Module) -> Iterator[tuple[list[str], list[str]]]:
             handle.remove()
 
 
-def _again(model: MaskRCNN, step: Step, precision: str) -> dict[str, Any]:
+def _again(model: MaskRCNN, error: NotFiniteError, precision: str) -> dict[str, Any]:
     """The step once more on this rank alone: its losses, first bad layer, and parameters with a bad gradient."""
     device = model.pixel_mean.device
-    losses: list[dict[str, Tensor]] = []
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
     with watch(model) as (forward, backward):
-        for batch in step.batches:
-            with torch.autocast(device.type, PRECISION.get(precision), precision != "fp32"):
-                losses.append(model(batch))
+        with torch.autocast(device.type, PRECISION.get(precision), precision != "fp32"):
+            losses = [model(batch) for batch in error.batches]
         total = torch.stack([loss.float() for each in losses for loss in each.values()]).sum()
         gradients = torch.autograd.grad(total, list(trained.values()), allow_unused=True)
     layer = forward[0] if forward else f"{backward[0]}: the gradient of its output is not finite" if backward else ""
     bad = [name for name, g in zip(trained, gradients, strict=True) if g is not None and not g.isfinite().all()]
-    again = [{name: float(loss.detach()) for name, loss in each.items()} for each in losses]
-    return {"first_bad_layer": layer, "losses_again": again, "bad_gradients": bad}
+    return {"first_bad_layer": layer, "losses_again": _numbers(losses), "bad_gradients": bad}
 
 
-def _norms(model: nn.Module) -> dict[str, Tensor]:
+def _numbers(losses: list[Losses]) -> list[dict[str, float]]:
+    return [{name: float(loss.detach()) for name, loss in each.items()} for each in losses]
+
+
+def _gradient_norms(model: nn.Module) -> dict[str, float]:
     """The norm of the gradients, averaged over the ranks, of each part of the model."""
     parts: dict[str, list[Tensor]] = {}
     for name, parameter in model.named_parameters():
         if parameter.grad is not None:
-            words = name.split(".")
-            parts.setdefault(".".join(words[: 2 if words[0] == "roi_heads" else 1]), []).append(parameter.grad)
-    return {part: nn.utils.get_total_norm(gradients) for part, gradients in parts.items()}
+            path = name.split(".")
+            parts.setdefault(".".join(path[: 2 if path[0] == "roi_heads" else 1]), []).append(parameter.grad)
+    return {part: float(nn.utils.get_total_norm(gradients)) for part, gradients in parts.items()}
 
 
 def _image(sample: dict[str, Any], model: MaskRCNN, name_of: Callable[[int], str]) -> dict[str, Any]:
@@ -119,20 +128,16 @@ def _image(sample: dict[str, Any], model: MaskRCNN, name_of: Callable[[int], str
 
 def _summary(found: dict[str, Any], run: Path) -> str:
     """A few lines for the screen: what was bad, where it came from, what can be done."""
+    ranks = list(enumerate(found["ranks"]))
     losses = [
-        f"{name} = {value} on rank {rank}"
-        for rank, own in enumerate(found["ranks"])
-        for each in own["losses"]
-        for name, value in each.items()
-        if not _finite(value)
+        (f"{n} = {x} on rank {rank}", x) for rank, own in ranks for each in own["losses"] for n, x in each.items()
     ]
-    gradients = [f"the gradient of {part}" for part, norm in found["gradient_norms"].items() if not _finite(norm)]
-    layers = [
-        f"rank {rank}: {own['first_bad_layer']}" for rank, own in enumerate(found["ranks"]) if own["first_bad_layer"]
-    ]
+    gradients = [(f"the gradient of {part}", norm) for part, norm in found["gradient_norms"].items()]
+    bad = [text for text, value in losses + gradients if not math.isfinite(value)]
+    layers = [f"rank {rank}: {own['first_bad_layer']}" for rank, own in ranks if own["first_bad_layer"]]
     return "\n".join(
         [
-            f"training diverged at iteration {found['iteration']}: not finite: {', '.join(losses + gradients)}",
+            f"training diverged at iteration {found['iteration']}: not finite: {', '.join(bad)}",
             f"  first bad layer: {'; '.join(layers) or 'none: run again, the batch gave finite values'}",
             "  nothing was learned from this step; the checkpoints before it are good",
             f"  images, boxes, losses and gradients: {run / FOLDER / 'report.txt'}",
@@ -179,7 +184,3 @@ def _tensors(value: Any) -> Iterator[Tensor]:
 
 def _bad(value: Any) -> int:
     return sum(int((~x.isfinite()).sum()) for x in _tensors(value))
-
-
-def _finite(value: float) -> bool:
-    return value == value and abs(value) != float("inf")

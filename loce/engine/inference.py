@@ -19,7 +19,7 @@ from loce.data.annotations.lvis import LVISAnnotations
 from loce.data.annotations.requirements import compared_types, evaluation_problems
 from loce.data.build import val_annotations, val_dataset
 from loce.data.loader import Batches, TrainDataset, eval_batches
-from loce.engine.ranks import session
+from loce.engine.ranks import process_group
 from loce.evaluation.annotations import FederatedFilter, GroundTruth, load_annotations, only_images
 from loce.evaluation.report import evaluate_and_report
 from loce.evaluation.stream import DetectionWriter
@@ -43,7 +43,7 @@ def evaluate_checkpoint(path: Path, output: Path | None, words: Sequence[str], d
     (RUN/eval_head.name=norcal); beside the file for a file; words: options that take the checkpoint's place,
     "section.key=value"; report: options of `evaluate_and_report`.
     """
-    with session(device) as chosen:
+    with process_group(device) as chosen:
         checkpoint = Checkpoint.open(path)
         config = checkpoint.config_with(words)
         changes = diff(checkpoint.config, config)

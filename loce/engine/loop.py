@@ -1,89 +1,74 @@
-"""The training loop: what happens in which order, and nothing else."""
+"""Training step, and what it needs: learning rate, gradient norm, agreement of the ranks; filling of the memory."""
 
-import time
-from collections.abc import Callable, Iterator
 from contextlib import nullcontext
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
 from loce.config import TrainConfig
-from loce.data.loader import TrainDataset, fill_batches
-from loce.engine.log import RunLog
+from loce.data.loader import Batches
 from loce.models.mask_rcnn import MaskRCNN
-from loce.utils import distributed
-from loce.utils import signals as stopping
-from loce.utils.errors import DivergedError, Stopped
+from loce.utils import distributed, signals
+from loce.utils.errors import DivergedError
 from loce.utils.progress import progress
 
-Batches = Iterator[list[dict[str, Any]]]
 PRECISION = {"bf16": torch.bfloat16, "fp16": torch.float16}
+Samples = list[dict[str, Any]]
+Losses = dict[str, Tensor]
 
 
-@dataclass
-class Step:
-    """One optimiser step, for a report on why it was not taken. Losses are scalars, one dictionary a micro-step."""
+class NotFiniteError(DivergedError):
+    """A loss or a gradient of a step is not finite; the optimiser has not used it. Raised on all ranks.
 
-    iteration: int  # steps done, had it been taken
-    batches: list[list[dict[str, Any]]]  # this rank's samples, a list for each micro-step
-    losses: list[dict[str, Tensor]]
-    lr: float
+    batches: this rank's samples of each micro-step; losses: scalars by name, of each micro-step.
+    """
 
-
-class BadStepError(DivergedError):
-    """A loss of this step, or a gradient, is not finite; the optimiser has not used it. Raised on all ranks."""
-
-    def __init__(self, step: Step) -> None:
-        super().__init__(f"training diverged: a loss or a gradient of iteration {step.iteration} is not finite")
-        self.step = step
+    def __init__(self, batches: list[Samples], losses: list[Losses]) -> None:
+        super().__init__("training diverged: a loss or a gradient is not finite")
+        self.batches, self.losses = batches, losses
 
 
-def train_one_epoch(
+def train_step(
     model: nn.Module,
-    batches: Batches,
+    batches: list[Samples],
     optimizer: torch.optim.Optimizer,
     scaler: torch.amp.GradScaler,
     config: TrainConfig,
-    epoch: int,
-    iterations: range,
-    log: RunLog,
-    after_step: Callable[[int, bool], None],
-) -> None:
-    """Run the optimiser steps `iterations` (counted over the whole training).
+    lr: float,
+) -> tuple[list[Losses], bool]:
+    """One step of the optimiser on this rank's micro-batches, usually one; the gradient is that of their mean loss.
 
-    `after_step` gets the steps done, and whether a rank was asked to stop (the same on all ranks).
+    model: a MaskRCNN in training mode, or DistributedDataParallel around it. Returns the losses of each micro-batch
+    (scalars without gradient) and whether a rank was asked to stop, the same on all ranks. NotFiniteError, on all
+    ranks, where one of them has a loss or a gradient that is not finite.
     """
-    model.train()
-    device = next(model.parameters()).device
-    for iteration in iterations:
-        step = Step(iteration + 1, [], [], learning_rate(config, iteration, epoch))
-        for group in optimizer.param_groups:
-            group["lr"] = step.lr
-        optimizer.zero_grad(set_to_none=True)
-        for micro_step in range(config.accumulate):
-            started = time.perf_counter()
-            step.batches.append(next(batches))
-            log.waited += time.perf_counter() - started
-            last = micro_step == config.accumulate - 1
-            with model.no_sync() if distributed.is_wrapped(model) and not last else nullcontext():  # type: ignore[operator]
-                with torch.autocast(device.type, PRECISION.get(config.precision), config.precision != "fp32"):
-                    losses = model(step.batches[-1])
-                scaler.scale(sum(losses.values()) / config.accumulate).backward()
-            step.losses.append({name: loss.detach() for name, loss in losses.items()})
-            log.bar.update(len(step.batches[-1]) * distributed.world_size())
-        scaler.unscale_(optimizer)
-        norm = gradient_norm(model)
-        stop = _agree(step, norm, scaler)
-        if config.clip_norm:
-            nn.utils.clip_grads_with_norm_(model.parameters(), config.clip_norm, norm)
-        scaler.step(optimizer)
-        scaler.update()
-        log.window += step.losses
-        if step.iteration % config.log_every == 0 or step.iteration == iterations.stop:
-            log.write(step.iteration, step.lr)
-        after_step(step.iteration, stop)
+    for group in optimizer.param_groups:
+        group["lr"] = lr
+    optimizer.zero_grad(set_to_none=True)
+
+    # Forward and backward; gradients of several micro-batches add up, and are averaged over ranks with the last one.
+    device, steps = next(model.parameters()).device, []
+    for number, batch in enumerate(batches, start=1):
+        adds_up = isinstance(model, DistributedDataParallel) and number < len(batches)
+        with model.no_sync() if adds_up else nullcontext():  # type: ignore[operator]
+            with torch.autocast(device.type, PRECISION.get(config.precision), config.precision != "fp32"):
+                losses = model(batch)
+            scaler.scale(sum(losses.values()) / len(batches)).backward()
+        steps.append({name: loss.detach() for name, loss in losses.items()})
+
+    # No rank takes the step where one has a bad value.
+    scaler.unscale_(optimizer)
+    norm = gradient_norm(model)
+    finite, stop = _agree(steps, norm, scaler)
+    if not finite:
+        raise NotFiniteError(batches, steps)
+    if config.clip_norm:
+        nn.utils.clip_grads_with_norm_(model.parameters(), config.clip_norm, norm)
+    scaler.step(optimizer)
+    scaler.update()
+    return steps, stop
 
 
 def gradient_norm(model: nn.Module) -> Tensor:
@@ -91,21 +76,19 @@ def gradient_norm(model: nn.Module) -> Tensor:
     return nn.utils.get_total_norm(p.grad for p in model.parameters() if p.grad is not None)
 
 
-def _agree(step: Step, norm: Tensor, scaler: torch.amp.GradScaler) -> bool:
-    """Whether a rank was asked to stop. BadStepError, on all ranks, where one has a value that is not finite.
+def _agree(steps: list[Losses], norm: Tensor, scaler: torch.amp.GradScaler) -> tuple[bool, bool]:
+    """Over all ranks: whether the step is good, and whether one was asked to stop.
 
     With fp16 an infinite gradient is normal: the scaler skips that step and scales less; below 1 it is no help.
     """
-    bad = ~torch.stack([loss for losses in step.losses for loss in losses.values()]).isfinite().all()
+    bad = ~torch.stack([loss for losses in steps for loss in losses.values()]).isfinite().all()
     if not scaler.is_enabled():
         bad = bad | ~norm.isfinite()
-    asked = torch.full_like(norm, bool(stopping.asked))
+    asked = torch.full_like(norm, bool(signals.asked))
     # sync: the optimiser must not use a bad value, and all ranks must stop at the same step. It waits for the backward
     # pass when the next batch is ready and little is left to launch.
     diverged, stop = distributed.all_reduce_sum(torch.stack([bad.to(norm.dtype), asked])).tolist()  # sync: see above
-    if diverged or (scaler.is_enabled() and scaler.get_scale() < 1):
-        raise BadStepError(step)
-    return stop > 0
+    return not diverged and not (scaler.is_enabled() and scaler.get_scale() < 1), stop > 0
 
 
 def scaled_lr(config: TrainConfig) -> float:
@@ -126,18 +109,15 @@ def learning_rate(config: TrainConfig, iteration: int, epoch: int) -> float:
 
 
 @torch.no_grad()
-def fill_memory(
-    model: MaskRCNN, dataset: TrainDataset, per_class: int, shared: bool, seed: int, images: int, workers: int
-) -> None:
-    """Before stage 2: store instances of every class and warm up the mean score (supplement, Sec. 1).
+def fill_memory(model: MaskRCNN, batches: Batches) -> None:
+    """Store instances of every class and warm up the mean score before stage 2 (supplement, Sec. 1).
 
-    Every rank fills its own bank from its own choice of images; a shared bank deals the work out. images: on a rank
-    at once. `Stopped` on all ranks where one is asked to stop: a run that goes on fills again, which gives the same.
+    batches: of `fill_batches`; every rank fills its own bank from its own images, a shared bank deals the work out.
+    `Stopped` on all ranks where one is asked to stop: a run that goes on fills again, which gives the same.
     """
     model.train()
-    batches = fill_batches(dataset, per_class, shared, seed, images, workers)
     for samples in progress(batches, len(batches), "filling the feature memory"):
         model.fill_memory(samples)
-        asked = torch.full((), float(bool(stopping.asked)), device=model.pixel_mean.device)
+        asked = torch.full((), float(bool(signals.asked)), device=model.pixel_mean.device)
         if distributed.all_reduce_sum(asked).item():  # sync: all ranks stop at the same batch; nothing trains here
-            raise Stopped(stopping.asked[0] if stopping.asked else "a signal to another rank")
+            raise signals.stopped()

@@ -1,102 +1,139 @@
-"""What can be wrong with a run is found before its first step, and all of it is told at once."""
+"""Checks before the first step: everything that can be wrong with a run, told at once; the lock of its run folder."""
 
+import errno
+import fcntl
 import json
-from collections.abc import Callable
+import os
+import socket
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from datetime import datetime
 from pathlib import Path
 from typing import TypeVar
 
-from loce.checkpoint import save as resume
 from loce.checkpoint.load import main_file
-from loce.config import Config, DataConfig, UserError, dump, images_per_rank, raise_problems
+from loce.checkpoint.save import newest
+from loce.config import MAY_CHANGE, Config, DataConfig, UserError, diff, from_dict, images_per_rank, raise_problems
 from loce.data.annotations.lvis import LVISAnnotations
 from loce.data.build import train_annotations, val_annotations
 from loce.data.check import images_in_both
 from loce.data.worker_limits import require_shared_memory
+from loce.engine.boards import require_wandb
 from loce.engine.inference import check_evaluation
-from loce.engine.log import check_run_folder
-from loce.engine.runlock import RunLock
-from loce.engine.wandb_log import require_wandb
 from loce.models.backbone import require_cache
 from loce.models.build import head_files
 from loce.utils import distributed
+from loce.utils.progress import say
+from loce.utils.yaml_text import load_yaml, show
 
 T = TypeVar("T")
+LOCK = "lock"  # in the run folder
+PARTS = ("checkpoints", "tensorboard", "eval")  # folders in a run folder that must be writable, too
 
 
 @dataclass(frozen=True)
-class Start:
-    """What the checks have opened. newest: the checkpoint that training goes on from; lock: on rank 0."""
+class Ready:
+    """What the checks have opened. checkpoint: the newest of the run folder, which training goes on from."""
 
     annotations: LVISAnnotations
-    newest: Path | None
-    lock: RunLock | None
-
-    def undo(self) -> None:
-        """Leave the run folder as it was found, for a run that does not begin after all."""
-        if self.lock is not None:
-            self.lock.undo()
+    checkpoint: Path | None
 
 
-class _Checks:
-    """Runs checks and keeps what they find wrong."""
+@contextmanager
+def preflight(config: Config) -> Iterator[Ready]:
+    """Check a run and lock its folder until the process ends; every rank must call.
 
-    def __init__(self) -> None:
-        self.problems: list[str] = []
+    UserError, on all ranks, with everything that any of them finds wrong. Nothing is written but the lock, and that is
+    undone where something is wrong, here or in the block.
+    """
+    problems: list[str] = []
 
-    def run(self, check: Callable[[], T]) -> T | None:
-        """What a check gives; None where it finds a mistake of the user."""
+    def attempt(check: Callable[[], T]) -> T | None:
         try:
             return check()
         except UserError as error:
-            self.problems.append(str(error))
+            problems.append(str(error))
             return None
 
+    folder, init, train, main = Path(config.output), config.train.init, config.train, distributed.is_main()
+    # The run folder: whose it is, and that nobody else writes into it.
+    attempt(lambda: check_run_folder(folder, config))
+    lock = attempt(lambda: RunLock(folder)) if main and not problems else None
+    # The machine: batch and shared memory.
+    images = attempt(lambda: images_per_rank(train, distributed.world_size()))
+    if images is not None:
+        attempt(lambda: require_shared_memory(config.data, images, distributed.local_world_size()))
+    # What training starts from.
+    found = attempt(lambda: newest(folder))
+    attempt(lambda: check_resume(train.resume, folder, found))
+    if found is None and init:
+        attempt(lambda: _check_init(init))
+    if found is None and not init and main:
+        attempt(lambda: require_cache(config.model))
+    if train.wandb and main:
+        attempt(require_wandb)
+    # Annotations and images, of training and of evaluation.
+    annotations = data = attempt(lambda: train_annotations(config))
+    if found is None and data is not None:
+        attempt(lambda: head_files(config, data))
+    if train.evaluate and (val := attempt(lambda: val_annotations(config))) is not None and data is not None:
+        attempt(lambda: check_evaluation(config, val, data.stats, "the training data"))
+        annotations = _with_overlap(config.data, data, val)
 
-def _initial(init: str) -> None:
+    # All ranks together: one list of everything.
+    try:
+        texts = distributed.gather_texts(json.dumps(problems))
+        raise_problems(list(dict.fromkeys(problem for text in texts for problem in json.loads(text))))
+        assert annotations is not None
+        yield Ready(annotations, found)
+    except UserError:
+        if lock is not None:
+            lock.undo()
+        raise
+
+
+def check_run_folder(folder: Path, config: Config) -> None:
+    """UserError where `folder` holds another run than `config` describes, or files that are no run of ours.
+
+    An option that is newer than the run there had its default when that run began.
+    """
+    file = folder / "config.yaml"
+    if not file.is_file():
+        taken = [name for name in ("env.txt", "metrics.jsonl", "log.txt", "checkpoints") if (folder / name).exists()]
+        if taken or (folder.exists() and not folder.is_dir()):
+            raise UserError(
+                f"output = {folder}: is no folder of a run (no config.yaml), but holds {', '.join(taken) or 'a file'}; "
+                "choose another with output=..."
+            )
+        return
+    there = from_dict(load_yaml(file.read_text(encoding="utf-8"), str(file)), str(file))
+    old, new = diff(config, there), diff(there, config)
+    lines = [f"  {key}: {show(old[key])} there, {show(new[key])} now" for key in new if key not in MAY_CHANGE]
+    if lines:
+        raise UserError(
+            f"output = {folder}: holds another run, which is not overwritten. What differs:\n" + "\n".join(lines) + "\n"
+            f"Go on with that run by giving its values, choose another folder with output=..., or delete {folder}."
+        )
+
+
+def check_resume(wish: str, folder: Path, found: Path | None) -> None:
+    """UserError where a run that must be new has a checkpoint, or one that must go on has none."""
+    if wish == "never" and found is not None:
+        raise UserError(
+            f"train.resume = never: {folder} holds {found.name} and is not overwritten; choose another folder with "
+            f"output=..., go on with train.resume=auto, or delete {folder}"
+        )
+    if wish == "must" and found is None:
+        raise UserError(f"train.resume = must: {folder} has no finished checkpoint to go on from; check output=...")
+
+
+def _check_init(init: str) -> None:
     """UserError where there is no checkpoint to start from."""
     try:
         main_file(Path(init))
     except UserError as error:
         raise UserError(f"train.init = {error}; stage 1 comes first: scripts/train.py stage1.yaml") from None
-
-
-def check(config: Config) -> Start:
-    """Every rank must call. UserError, on all ranks, with everything that any of them finds wrong.
-
-    Nothing is written but the lock in the run folder, and that is undone where something is wrong.
-    """
-    checks, folder, init = _Checks(), Path(config.output), config.train.init
-    checks.run(lambda: check_run_folder(folder, dump(config), dump(Config())))
-    lock = checks.run(lambda: RunLock(folder)) if distributed.is_main() and not checks.problems else None
-    images = checks.run(lambda: images_per_rank(config.train, distributed.world_size()))
-    if images is not None:
-        checks.run(lambda: require_shared_memory(config.data, images, distributed.local_world_size()))
-    newest = checks.run(lambda: resume.newest(folder))
-    checks.run(lambda: check_resume(config.train.resume, folder, newest))
-    if newest is None and init:
-        checks.run(lambda: _initial(init))
-    if newest is None and not init and distributed.is_main():
-        checks.run(lambda: require_cache(config.model))
-    if config.train.wandb and distributed.is_main():
-        checks.run(require_wandb)
-    annotations = checks.run(lambda: train_annotations(config))
-    train = annotations
-    if newest is None and train is not None:
-        checks.run(lambda: head_files(config, train))
-    if config.train.evaluate:
-        validation = checks.run(lambda: val_annotations(config))
-        if annotations is not None and validation is not None:
-            stats = annotations.stats
-            checks.run(lambda: check_evaluation(config, validation, stats, "the training data"))
-            annotations = _with_overlap(config.data, annotations, validation)
-    texts = distributed.gather_texts(json.dumps(checks.problems))
-    problems = list(dict.fromkeys(problem for text in texts for problem in json.loads(text)))
-    if problems and lock is not None:
-        lock.undo()
-    raise_problems(problems)
-    assert annotations is not None
-    return Start(annotations, newest, lock)
 
 
 def _with_overlap(data: DataConfig, train: LVISAnnotations, val: LVISAnnotations) -> LVISAnnotations:
@@ -108,12 +145,57 @@ def _with_overlap(data: DataConfig, train: LVISAnnotations, val: LVISAnnotations
     return replace(train, notes=[*train.notes, note])
 
 
-def check_resume(wish: str, folder: Path, newest: Path | None) -> None:
-    """UserError where a run that must be new has a checkpoint, or one that must go on has none."""
-    if wish == "never" and newest is not None:
-        raise UserError(
-            f"train.resume = never: {folder} holds {newest.name} and is not overwritten; choose another folder with "
-            f"output=..., go on with train.resume=auto, or delete {folder}"
-        )
-    if wish == "must" and newest is None:
-        raise UserError(f"train.resume = must: {folder} has no finished checkpoint to go on from; check output=...")
+class RunLock:
+    """The right to write into a run folder. UserError where it cannot be written, or another job writes into it.
+
+    A lock of `fcntl.lockf` belongs to the process alone, and the system ends it with the process: forked workers that
+    outlive a killed job do not hold it. The file system may not know locks (some network file systems): then there is
+    a warning and no protection.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.file = folder / LOCK
+        self.made = [path for path in (folder, *folder.parents) if not path.exists()]
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            parts = [folder / part for part in PARTS if (folder / part).exists()]
+            closed = [str(part) for part in parts if not os.access(part, os.W_OK | os.X_OK)]
+            if closed:
+                raise PermissionError(errno.EACCES, f"no right to write into {', '.join(closed)}")
+            self.descriptor = os.open(self.file, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+            self._take(folder)
+        except OSError as error:
+            self._remove_folders()
+            raise UserError(
+                f"output = {folder}: cannot be written ({error.strerror}); choose another with output=..."
+            ) from error
+
+    def _take(self, folder: Path) -> None:
+        try:
+            fcntl.lockf(self.descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            if error.errno in (errno.EACCES, errno.EAGAIN):
+                holder = os.pread(self.descriptor, 1000, 0).decode(errors="replace").strip()
+                os.close(self.descriptor)
+                raise UserError(
+                    f"output = {folder}: another job writes into it ({holder or 'which has not said who it is'}); "
+                    "wait for it, stop it, or choose another folder with output=..."
+                ) from error
+            say(f"WARNING: {self.file}: this file system has no locks ({error.strerror}): start no second job here")
+        started = datetime.now().astimezone().isoformat(timespec="seconds")
+        os.ftruncate(self.descriptor, 0)
+        os.pwrite(self.descriptor, f"process {os.getpid()} on {socket.gethostname()}, since {started}\n".encode(), 0)
+
+    def undo(self) -> None:
+        """Give it back as if the job had never begun; folders that were made for it go, if nothing else is in them."""
+        if self.made:
+            self.file.unlink(missing_ok=True)
+        os.close(self.descriptor)
+        self._remove_folders()
+
+    def _remove_folders(self) -> None:
+        for folder in self.made:
+            try:
+                folder.rmdir()
+            except OSError:
+                return  # somebody else's file is in there

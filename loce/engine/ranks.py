@@ -1,7 +1,7 @@
-"""A process of ours among its peers: joins them, tells them why it ends, and ends when one of them does.
+"""Process group and failure reporting: a rank that ends leaves the reason to the others, which end, too.
 
-The last words go through the store of torchrun, which outlives any rank. A rank that was killed leaves none; that its
-process is gone is seen by the ranks on the same machine.
+Reasons go through the store of torchrun, which outlives any rank. A rank that was killed leaves none; that its process
+is gone is seen by the ranks on the same machine.
 """
 
 import multiprocessing
@@ -17,8 +17,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from loce.utils import distributed
-from loce.utils import signals as stopping
+from loce.utils import distributed, signals
 from loce.utils.errors import DivergedError, RankLostError, Stopped
 
 PATIENCE = 10.0  # seconds that a rank which lost another one looks for the cause
@@ -26,21 +25,21 @@ LOST = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", 
 
 
 @contextmanager
-def session(device: str) -> Iterator[torch.device]:
+def process_group(device: str) -> Iterator[torch.device]:
     """The device of this process, in a group of all of them that ends with the block.
 
-    Signals are requests to stop (stopping.py). When the block raises, the other ranks learn why; a rank that fails only
+    Signals are requests to stop (signals.py). When the block raises, the other ranks learn why; a rank that fails only
     because another one did raises RankLostError with the cause, or Stopped where that one was asked to stop.
     """
-    stopping.listen()
+    signals.listen()
     if "TORCHELASTIC_RUN_ID" in os.environ:
-        stopping.die_with_parent(signal.SIGTERM)  # torchrun dies of signals that it does not know, such as SIGUSR1
+        signals.die_with_parent(signal.SIGTERM)  # torchrun dies of signals that it does not know, such as SIGUSR1
     chosen = distributed.setup(device)
     words = LastWords() if distributed.world_size() > 1 else None
     try:
         yield chosen
     except BaseException as error:
-        stopping.only_note()
+        signals.only_note()
         _end_workers()
         if words is not None and not isinstance(error, DivergedError):  # all ranks diverge together
             words.explain(error)

@@ -1,180 +1,264 @@
-"""What a training works with: built from the options, brought to where a checkpoint stands, and trained on."""
+"""Trainer state and epoch loop."""
 
+import time
 import warnings
-from collections.abc import Callable
-from dataclasses import dataclass, field
-from functools import partial
+from collections.abc import Iterator
+from dataclasses import replace
 from itertools import accumulate
 from pathlib import Path
 
+import numpy as np
 import torch
+from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from loce.checkpoint import save as resume
 from loce.checkpoint.files import megabytes
 from loce.checkpoint.load import Checkpoint, load_weights
-from loce.config import Config, UserError, diff, dump, images_per_rank
+from loce.checkpoint.save import restore, save
+from loce.config import Config, UserError, diff, images_per_rank
 from loce.data.annotations.lvis import LVISAnnotations
 from loce.data.build import train_dataset
-from loce.data.loader import TrainDataset, train_batches, training_plan
-from loce.data.samplers import TrainingPlan
-from loce.engine import pace
+from loce.data.loader import Batches, fill_batches, train_batches, training_plan
+from loce.engine import divergence, validation
 from loce.engine.boards import Shown
 from loce.engine.log import RunLog
-from loce.engine.loop import fill_memory, train_one_epoch
-from loce.engine.validation import best_checkpoint
+from loce.engine.loop import NotFiniteError, Samples, fill_memory, learning_rate, train_step
 from loce.models.build import build_model, build_optimizer, load_head_files
 from loce.models.mask_rcnn import MaskRCNN
-from loce.utils import distributed
+from loce.utils import distributed, signals
 from loce.utils.classes import GROUPS, ClassStats
-from loce.utils.environment import available_cores
 from loce.utils.errors import DivergedError
 from loce.utils.yaml_text import show
 
 # Options that give weights their meaning, and that no shape shows.
 UNSEEN = ("model.mask_predictor", "model.rpn.anchor_scale", "model.roi.finest_scale", "model.roi.aligned")
-
 SNAPSHOTS = 50  # lines of equilibrium.jsonl: half a megabyte on LVIS
+LAST_TRIES, LAST_WAIT = 20, 30.0  # of saving the last checkpoint; seconds between them
 
 
-@dataclass
-class Job:
-    """What a training works with."""
+class Trainer:
+    """State of one run (model, optimiser, data, how many iterations are done) and its only epoch loop, `fit`.
 
-    config: Config
-    device: torch.device
-    annotations: LVISAnnotations
-    dataset: TrainDataset
-    plan: TrainingPlan
-    lengths: list[int]  # iterations of each epoch
-    model: MaskRCNN
-    optimizer: torch.optim.SGD
-    scaler: torch.amp.GradScaler
-    report: list[str]  # lines on what was loaded
-    done: int = 0  # iterations
-    resumed: bool = False
-    window: dict[str, torch.Tensor] = field(default_factory=dict)  # losses of done iterations without their line
+    checkpoint: the folder that training goes on from; None: it begins, from the weights of `train.init` where given.
+    saves: write checkpoints on the way; a dry run and overfitting do not. UserError where the weights do not fit.
+    """
+
+    log: RunLog  # from `open_log` on
+
+    def __init__(
+        self,
+        config: Config,
+        device: torch.device,
+        annotations: LVISAnnotations,
+        checkpoint: Path | None = None,
+        saves: bool = True,
+    ) -> None:
+        self.config, self.device, self.saves, self.folder = config, device, saves, Path(config.output)
+
+        # Model and optimiser; `notes` says what was loaded.
+        torch.manual_seed(config.seed)
+        begins = checkpoint is None
+        self.model = build_model(config, annotations.stats, pretrained=begins and not config.train.init)
+        self.notes: list[str] = []
+        if begins:
+            load_head_files(config, annotations, self.model)
+        if begins and config.train.init:
+            self.notes = load_initial_weights(config, self.model, annotations.stats)
+        self.model.to(device)
+        self.optimizer = build_optimizer(self.model, config.train)
+        self.scaler = torch.amp.GradScaler(device.type, enabled=config.train.precision == "fp16")
+
+        # Data and position. The model's choices are keyed by image; a head's own random numbers differ between ranks.
+        self.set_data(annotations)
+        torch.manual_seed(config.seed * 1000003 + distributed.rank())
+        self.step, self.resumed = 0, not begins
+        self._pending: dict[str, torch.Tensor] = {}  # losses of iterations done without their line in the log
+        if checkpoint is not None:
+            self._resume(checkpoint)
+
+    def set_data(self, annotations: LVISAnnotations, steps: int = 0) -> None:
+        """What is trained on. steps: iterations of an epoch, in which the images are shown over and over; 0: once."""
+        config = self.config
+        self.annotations, self.dataset = annotations, train_dataset(config, annotations)
+        size, meta = config.train.batch_size, self.model.roi_heads.classifier.meta_batch
+        self.plan = training_plan(self.dataset, config.sampler, config.data, size, config.seed, meta)
+        if steps:
+            images = np.resize(annotations.train_images, steps * size)
+            self.plan = replace(self.plan, labels=replace(self.plan.labels, images=images))
+        self.ends = list(accumulate(self.plan.iterations(config.train.epochs)))  # iterations done after each epoch
+        self._loader: Batches | None = None  # and what goes through it, from the first step on
+        self._stream: Iterator[Samples] = iter(())
+
+    def _resume(self, folder: Path) -> None:
+        state, changes = restore(folder, self.config, self.model, self.device)
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.scaler.load_state_dict(state["scaler"])
+        self.step, self._pending = state["iteration"], state["window"]
+        self.notes = [f"going on from {folder}, {self.step} of {self.total} iterations are done", *changes]
+
+    @property
+    def total(self) -> int:
+        """Iterations of the whole training."""
+        return self.ends[-1]
 
     @property
     def stats(self) -> ClassStats:
-        """Of the training data."""
+        """Classes of the training data."""
         return self.annotations.stats
 
-    @property
-    def folder(self) -> Path:
-        """The run folder."""
-        return Path(self.config.output)
+    def open_log(self) -> None:
+        """Begin to write into the run folder; its log is cut to the iterations that are done."""
+        self.log = RunLog(self.config, self.ends, self.plan.rows, self.step, self._pending, self.device)
+
+    def fill_memory(self) -> None:
+        """Fill the feature memory of a second stage that begins, and save: on LVIS it takes long."""
+        config, memory = self.config, self.config.memory
+        if not memory.enabled or self.resumed:
+            return
+        images = images_per_rank(config.train, distributed.world_size())
+        options = (memory.fill_instances, memory.shared, config.seed, images, config.data.workers)
+        with signals.deferred(), self.log.paused():
+            fill_memory(self.model, fill_batches(self.dataset, *options))
+            self.log.line(memory_contents(self.model))
+            if self.saves:
+                self.save()
+
+    def fit(self, last: int | None = None) -> None:
+        """Train from where it stands to the end, or until `last` iterations are done; every rank must call.
+
+        Stopped, after a save, where a rank was asked to stop; DivergedError, after a report in RUN/nan_report, where a
+        step is not finite; UserError where the last checkpoint cannot be saved.
+        """
+        train, last = self.config.train, self.total if last is None else last
+        model = _wrapped(self.model)
+        with signals.deferred():
+            for epoch, end in enumerate(self.ends):
+                self.model.train()
+                for batches in self.log.waiting(self.batches(min(end, last))):
+                    # The optimiser step. A method may depend on the share of the training that is done.
+                    self.model.roi_heads.progress = self.step / self.total
+                    lr = learning_rate(train, self.step, epoch)
+                    try:
+                        losses, stop = train_step(model, batches, self.optimizer, self.scaler, train, lr)
+                    except NotFiniteError as error:
+                        raise self._diverged(error, lr) from None
+                    self.step += 1
+
+                    # Log, and checkpoint where one is due.
+                    self.log.step(losses)
+                    if self.step % train.log_every == 0 or self.step in (end, last):
+                        self.log.write(lr, equilibrium_scalars(self.model, self.stats))
+                    if snapshot_due(self.step, self.total):
+                        self.log.snapshot(self.step, equilibrium_of_classes(self.model))
+                    if self.saves and (stop or self.step == end or self.step % train.checkpoint_every == 0):
+                        self.save(last=self.step == self.total and not stop)
+                    if stop:
+                        raise signals.stopped()
+                if self.step == end and validation.due(train, epoch + 1):
+                    self._evaluate(epoch + 1)
+        self._end_loader()
+
+    def batches(self, last: int) -> Iterator[list[Samples]]:
+        """This rank's micro-batches of each step until `last` are done; one set of workers for all epochs."""
+        if self.step < last and self._loader is None:
+            train, workers = self.config.train, self.config.data.workers
+            options = {"epochs": train.epochs, "accumulate": train.accumulate, "workers": workers}
+            self._loader = train_batches(self.dataset, self.plan, start_iteration=self.step, **options)
+            self._stream = iter(self._loader)
+        for _ in range(self.step, last):
+            yield [next(self._stream) for _ in range(self.config.train.accumulate)]
+
+    def _end_loader(self) -> None:
+        """End the data workers, and note what they had to say."""
+        for message in self._loader.told if self._loader is not None else ():
+            self.log.line(f"data: {message}", shown=False)
+        self._loader, self._stream = None, iter(())
+
+    def _evaluate(self, epoch: int) -> None:
+        """Evaluate between two epochs; a signal ends it at once, since the checkpoint is there."""
+        self._end_loader()
+        with signals.at_once(), self.log.paused():
+            found = validation.evaluate_epoch(self.model, self.config, self.folder, epoch, self.step)
+            self.log.scalars(self.step, found)
+
+    def _diverged(self, error: NotFiniteError, lr: float) -> DivergedError:
+        """The end of a training whose next step is not finite; a report on disk says where the value came from."""
+        precision = self.config.train.precision
+        summary = divergence.report(self.folder, self.model, error, self.step + 1, lr, precision, self.image_name)
+        self.log.line(summary, shown=False)
+        return DivergedError(summary)
 
     def image_name(self, image_id: int) -> str:
         """The training file's name of an image."""
         return self.annotations.name(int((self.annotations.image_ids == image_id).argmax()))
 
+    def save(self, last: bool = False) -> bool:
+        """Write a checkpoint; False, with a warning, where the disk does not take it. Every rank must call.
 
-def prepare(config: Config, device: torch.device, annotations: LVISAnnotations, newest: Path | None) -> Job:
-    """Everything that trains, from the checkpoint `newest` or, where that is None, from the beginning."""
-    dataset = train_dataset(config, annotations)
-    torch.manual_seed(config.seed)
-    model = build_model(config, annotations.stats, pretrained=newest is None and not config.train.init)
-    meta = model.roi_heads.classifier.meta_batch
-    plan = training_plan(dataset, config.sampler, config.data, config.train.batch_size, config.seed, meta)
-    report = []
-    if newest is None:
-        load_head_files(config, annotations, model)
-    if config.train.init and newest is None:
-        report = _load(config, model, annotations.stats)
-    model.to(device)
-    optimizer = build_optimizer(model, config.train)
-    scaler = torch.amp.GradScaler(device.type, enabled=config.train.precision == "fp16")
-    lengths = plan.iterations(config.train.epochs)
-    job = Job(config, device, annotations, dataset, plan, lengths, model, optimizer, scaler, report)
-    # What the model chooses at random is keyed by image; a head's own random numbers differ between ranks.
-    torch.manual_seed(config.seed * 1000003 + distributed.rank())
-    if newest is not None:
-        _resume(job, newest)
-    return job
-
-
-def _resume(job: Job, folder: Path) -> None:
-    state, changes = resume.restore(folder, job.config, job.model, job.device)
-    job.optimizer.load_state_dict(state["optimizer"])
-    job.scaler.load_state_dict(state["scaler"])
-    set_done(job, state["iteration"])
-    job.resumed, job.window = True, state["window"]
-    line = f"going on from {folder}, {job.done} of {sum(job.lengths)} iterations are done"
-    job.report = [line, *changes]
-
-
-def open_log(job: Job, folder: Path) -> RunLog:
-    """The log of this training in `folder`, cut to what is done."""
-    return RunLog(
-        folder,
-        dump(job.config),
-        epoch_lengths=job.lengths,
-        batch_size=job.plan.rows,
-        start=job.done,
-        device=job.device,
-        extra=partial(equilibrium_scalars, job.model, job.stats),
-        window=job.window,
-        cure=pace.more_workers(job.config.data.workers, available_cores(), distributed.local_world_size()),
-        wandb=job.config.train.wandb,
-    )
+        last: nothing comes after it, so it is tried again for ten minutes, then UserError. DivergedError where a value
+        is not finite.
+        """
+        numbers = [x for x in self.model.state_dict().values() if x.is_floating_point()]
+        bad = ~torch.stack([x.isfinite().all() for x in numbers]).all()
+        if distributed.all_reduce_sum(bad.float()).item():  # sync: a save
+            raise DivergedError(
+                "training diverged: a weight or a buffer is not finite; the checkpoints before are good"
+            )
+        self.log.sync()
+        self.model.roi_heads.progress = self.step / self.total
+        state = {"iteration": self.step, "optimizer": self.optimizer.state_dict(), "scaler": self.scaler.state_dict()}
+        best, pending = validation.best_checkpoint(self.folder), self.log.unwritten()
+        for attempt in range(1 + LAST_TRIES if last else 1):
+            if attempt:
+                self.log.line(f"training is done, but not saved; the next try is in {LAST_WAIT:g} s")
+                time.sleep(LAST_WAIT)
+            saved = save(self.folder, self.config, self.stats, self.model, state, pending, best)
+            if not saved.problems:
+                self.log.line(f"checkpoint {saved.folder.name}: {megabytes(saved.bytes)} in {saved.seconds:.2f} s")
+                return True
+            self.log.line(
+                f"WARNING: no checkpoint of iteration {self.step}: {'; '.join(saved.problems)}. The checkpoints before "
+                "are untouched, training goes on; the next try is at the next checkpoint"
+            )
+        if last:
+            raise UserError(
+                f"{self.folder}: training is done, but its last checkpoint could not be saved. Make room on the disk "
+                "and give the same command again: it goes on from the checkpoint before"
+            )
+        return False
 
 
-def fill(job: Job) -> None:
-    """Fill the feature memory of a second stage that begins."""
-    config, memory = job.config, job.config.memory
-    images, workers = images_per_rank(config.train, distributed.world_size()), config.data.workers
-    fill_memory(job.model, job.dataset, memory.fill_instances, memory.shared, config.seed, images, workers)
+def _wrapped(model: MaskRCNN) -> nn.Module:
+    """The model, with gradients that are averaged over the ranks where there are several."""
+    if distributed.world_size() == 1:
+        return model
+    with warnings.catch_warnings():  # torch 2.15 renames the option; the new name would share rank 0's memory bank
+        warnings.simplefilter("ignore", FutureWarning)
+        return DistributedDataParallel(model, broadcast_buffers=False)
 
 
-def advance(job: Job, log: RunLog, last: int, after_step: Callable[[int, bool], None]) -> None:
-    """Train until `last` iterations are done; `after_step` as in `train_one_epoch`."""
-    train = job.config.train
-    wrapped: torch.nn.Module = job.model
-    if distributed.world_size() > 1:
-        with warnings.catch_warnings():  # torch 2.15 renames the option; the new name would share rank 0's memory bank
-            warnings.simplefilter("ignore", FutureWarning)
-            wrapped = DistributedDataParallel(job.model, broadcast_buffers=False)
-    batches = train_batches(
-        job.dataset,
-        job.plan,
-        epochs=train.epochs,
-        accumulate=train.accumulate,
-        start_iteration=job.done,
-        workers=job.config.data.workers,
-    )
-    stream = iter(batches)
-    for epoch, end in enumerate(accumulate(job.lengths)):
-        part = range(job.done, min(end, last))
-        if len(part):
-            train_one_epoch(wrapped, stream, job.optimizer, job.scaler, train, epoch, part, log, after_step)
-    for message in batches.told:
-        log.line(f"data: {message}", shown=False)
-
-
-def save(job: Job, log: RunLog) -> bool:
-    """Save; False, with a warning, where the disk does not take it. DivergedError where there is a value not finite."""
-    numbers = [x for x in job.model.state_dict().values() if x.is_floating_point()]
-    bad = ~torch.stack([x.isfinite().all() for x in numbers]).all()
-    if distributed.all_reduce_sum(bad.float()).item():  # sync: a save
-        raise DivergedError("training diverged: a weight or a buffer is not finite; the checkpoints before are good")
-    log.sync()
-    best = best_checkpoint(job.folder)
-    state = {"iteration": job.done, "optimizer": job.optimizer.state_dict(), "scaler": job.scaler.state_dict()}
-    saved = resume.save(job.folder, job.config, job.stats, job.model, state, log.unwritten(), best)
-    if saved.problems:
-        log.line(
-            f"WARNING: no checkpoint of iteration {job.done}: {'; '.join(saved.problems)}. The checkpoints before are "
-            f"untouched, training goes on; the next try is at the next checkpoint"
+def load_initial_weights(config: Config, model: MaskRCNN, stats: ClassStats) -> list[str]:
+    """Take over the weights of `train.init`; lines that say what was loaded. UserError where frozen parts lack."""
+    init = config.train.init
+    start = Checkpoint.open(init)
+    found = load_weights(start, model, stats, config.head.reset)
+    frozen = {name for name, p in model.named_parameters() if not p.requires_grad}
+    lacking = sorted(frozen & set(found["new"]))
+    if lacking:
+        raise UserError(
+            f"train.init = {init}: has no {', '.join(lacking[:5])}, which would stay random: they are frozen"
         )
-    else:
-        log.line(f"checkpoint {saved.folder.name}: {megabytes(saved.bytes)} in {saved.seconds:.2f} s")
-    return not saved.problems
-
-
-def set_done(job: Job, done: int) -> None:
-    """So many iterations are done."""
-    job.done, job.model.roi_heads.progress = done, done / sum(job.lengths)
+    counts = ", ".join(f"{len(names)} {what}" for what, names in found.items())
+    lines = [f"weights from {init}: {counts}; {len(frozen)} tensors are frozen"]
+    if start.unfinished:
+        lines.append(f"WARNING: {start.path} is of an unfinished run: {start.iterations} iterations were done")
+    lines += [f"weights: {what}: {name}" for what in ("new", "dropped") for name in found[what]]
+    options = [f"{key}={show(value)}" for key, value in diff(config, start.config).items() if key in UNSEEN]
+    if options:
+        lines.append(
+            f"WARNING: {init} was made with {' '.join(options)}, this run says otherwise: its weights fit worse"
+        )
+    return lines
 
 
 def equilibrium_scalars(model: MaskRCNN, stats: ClassStats) -> dict[str, Shown]:
@@ -206,8 +290,8 @@ def equilibrium_of_classes(model: MaskRCNN) -> dict[str, list[float]]:
     return values
 
 
-def filled(model: MaskRCNN) -> str:
-    """A line on what the memory holds after it was filled."""
+def memory_contents(model: MaskRCNN) -> str:
+    """A line on what the feature memory holds."""
     assert model.roi_heads.memory is not None
     bank = model.roi_heads.memory.bank
     counts = bank.counts.cpu()
@@ -215,25 +299,3 @@ def filled(model: MaskRCNN) -> str:
         f"feature memory: {int(counts.sum())} rows, {int((counts > 0).sum())} of {len(counts)} classes have some, "
         f"{sum(b.numel() * b.element_size() for b in bank.buffers()) / 2**20:.0f} MiB"
     )
-
-
-def _load(config: Config, model: MaskRCNN, stats: ClassStats) -> list[str]:
-    """Take over the weights of `train.init`; lines that say what was loaded. UserError where frozen parts lack."""
-    init = config.train.init
-    start = Checkpoint.open(init)
-    found = load_weights(start, model, stats, config.head.reset)
-    frozen = {name for name, p in model.named_parameters() if not p.requires_grad}
-    lacking = sorted(frozen & set(found["new"]))
-    if lacking:
-        raise UserError(
-            f"train.init = {init}: has no {', '.join(lacking[:5])}, which would stay random: they are frozen"
-        )
-    counts = ", ".join(f"{len(names)} {what}" for what, names in found.items())
-    lines = [f"weights from {init}: {counts}; {len(frozen)} tensors are frozen"]
-    if start.unfinished:
-        lines.append(f"WARNING: {start.path} is of an unfinished run: {start.iterations} iterations were done")
-    lines += [f"weights: {what}: {name}" for what in ("new", "dropped") for name in found[what]]
-    words = [f"{key}={show(value)}" for key, value in diff(config, start.config).items() if key in UNSEEN]
-    if words:
-        lines.append(f"WARNING: {init} was made with {' '.join(words)}, this run says otherwise: its weights fit worse")
-    return lines

@@ -16,7 +16,6 @@ from loce.data.build import val_annotations
 from loce.data.loader import TrainDataset
 from loce.engine.boards import Shown
 from loce.engine.inference import evaluate_model, is_evaluated
-from loce.engine.pictures import predictions, write_picture
 from loce.models.mask_rcnn import MaskRCNN
 from loce.utils import distributed
 from loce.utils.files import write_text
@@ -51,6 +50,8 @@ def results(model: MaskRCNN, config: Config, output: Path, annotations: LVISAnno
 
     annotations: of the validation data.
     """
+    from loce.engine.pictures import predictions, write_picture  # drawing: after an evaluation only
+
     data = dataclasses.replace(config.data, short_edges=(config.data.test_short_edge,), flip=0.0)
     picture = predictions(model, TrainDataset(annotations, Path(data.val_images), data, config.seed))
     write_picture(output / "predictions.jpg", picture)

@@ -41,7 +41,7 @@ def _note(number: int, _: FrameType | None) -> None:
     first = not asked
     asked.append(signal.Signals(number).name)
     if first and not _deferred:
-        raise Stopped(asked[0])
+        raise stopped()
 
 
 def _end_at_the_second(arrivals: socket.socket, _: socket.socket) -> None:
@@ -62,16 +62,33 @@ def deferred() -> Iterator[None]:
     """Signals are only noted in here; whoever works in here looks at `asked`. Raises `Stopped` after it."""
     only_note()
     yield  # an error on the way out needs no signal on top: what happens next is the end
-    global _deferred
-    _deferred = False
-    if asked:
-        raise Stopped(asked[0])
+    _raise_again()
+
+
+@contextmanager
+def at_once() -> Iterator[None]:
+    """Within `deferred`, for work that may end anywhere: signals, also one that was noted before, raise `Stopped`."""
+    _raise_again()
+    yield
+    only_note()
 
 
 def only_note() -> None:
     """Signals are only noted from now on; the second still ends the process."""
     global _deferred
     _deferred = True
+
+
+def _raise_again() -> None:
+    global _deferred
+    _deferred = False
+    if asked:
+        raise stopped()
+
+
+def stopped() -> Stopped:
+    """Why a rank stops: the signal that it got, or that another one got."""
+    return Stopped(asked[0] if asked else "a signal to another rank")
 
 
 def die_with_parent(number: signal.Signals, parent: int = 0) -> None:

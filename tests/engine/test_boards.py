@@ -8,7 +8,7 @@ import torch
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from loce.engine.boards import Board, tag
+from loce.engine.boards import TensorBoardLog, tag
 
 
 def read(folder: Path) -> EventAccumulator:
@@ -29,7 +29,7 @@ def test_places() -> None:
 
 def test_what_is_given_is_there(tmp_path: Path) -> None:
     picture = np.arange(4 * 5 * 3, dtype=np.uint8).reshape(4, 5, 3)
-    board = Board(tmp_path, 1)
+    board = TensorBoardLog(tmp_path, 1)
     scores = torch.tensor([0.1, 0.2, 0.2, 0.9])
     assert board.show(3, {"loss": 1.5, "mean_score/classes": scores, "a/picture": picture, "run/config": "    x"}) == ""
     assert board.show(4, {"eval/segm_APr": -1.0, "eval/segm_APf": 0.5}) == ""
@@ -49,11 +49,11 @@ def test_what_is_given_is_there(tmp_path: Path) -> None:
 
 
 def test_a_later_writer_takes_the_place_of_what_was_lost(tmp_path: Path) -> None:
-    board = Board(tmp_path, 1)
+    board = TensorBoardLog(tmp_path, 1)
     for step in (1, 2, 3):
         board.show(step, {"loss": float(step)})
     board.close()
-    board = Board(tmp_path, 3)  # step 3 came after the last checkpoint
+    board = TensorBoardLog(tmp_path, 3)  # step 3 came after the last checkpoint
     board.show(3, {"loss": 30.0})
     board.close()
     assert [(e.step, e.value) for e in read(tmp_path).Scalars("loss/all")] == [(1, 1.0), (2, 2.0), (3, 30.0)]

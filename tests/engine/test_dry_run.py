@@ -1,4 +1,4 @@
-"""Trials of a recipe: a dry run passes and touches nothing else; a few images are learned by heart."""
+"""Dry run and overfitting: a dry run passes and touches nothing else; a few images are learned by heart."""
 
 import json
 from pathlib import Path
@@ -9,7 +9,8 @@ import torch
 
 from loce.config import UserError, load_config
 from loce.data.build import train_annotations
-from loce.engine import dry_run as trials
+from loce.engine import dry_run
+from loce.engine.trainer import Trainer
 from tests.tiny_runs import LOCE, run
 
 CPU = torch.device("cpu")
@@ -21,7 +22,7 @@ def test_a_dry_run(config: Path, tmp_path: Path, capsys: pytest.CaptureFixture[s
     (folder / "notes.txt").write_text("mine")
     words = [str(config), f"output={folder}", "train.dry_run=true"]
     for _ in range(2):  # the second takes the place of the first
-        trials.dry_run(load_config(words), CPU)
+        dry_run.dry_run(load_config(words), CPU)
     assert capsys.readouterr().out.splitlines()[-1].startswith("dry run: passed")
     log = (folder / "dry_run" / "log.txt").read_text()
     assert "step 2, again from that checkpoint: the same, loss " in log
@@ -33,38 +34,32 @@ def test_a_dry_run(config: Path, tmp_path: Path, capsys: pytest.CaptureFixture[s
     assert "first_samples.jpg" in left and not left & {"checkpoints", "tensorboard"}
     (folder / "config.yaml").write_text("seed: 5\n")
     with pytest.raises(UserError, match="holds another run"):  # as the real run would be refused
-        trials.dry_run(load_config(words), CPU)
+        dry_run.dry_run(load_config(words), CPU)
 
 
 def test_a_dry_run_takes_the_images_with_the_most_objects(config: Path) -> None:
     annotations = train_annotations(load_config([str(config)]))
     objects = {int(i): len(annotations.rows(int(i))) for i in annotations.train_images}
-    crowded = trials._crowded(annotations, 3)
+    crowded = dry_run._crowded(annotations, 3)
     assert [objects[int(i)] for i in crowded] == sorted(objects.values(), reverse=True)[:3]
 
 
 def test_overfitting_shows_the_same_images_and_evaluates_them(
     config: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(trials, "OVERFIT_STEPS", 3)
-    monkeypatch.setattr(trials, "OVERFIT_EPOCHS", 2)
+    monkeypatch.setattr(dry_run, "OVERFIT_STEPS", 3)
+    monkeypatch.setattr(dry_run, "OVERFIT_EPOCHS", 2)
     seen: list[tuple[int, torch.Tensor]] = []
-    prepare = trials.prepare
 
-    def watched(*args):
-        job = prepare(*args)
-        original = job.model.forward
+    class Watched(Trainer):
+        def batches(self, last):
+            for batches in super().batches(last):
+                seen.extend((sample["image_id"], sample["image"]) for samples in batches for sample in samples)
+                yield batches
 
-        def noted(samples):
-            seen.extend((sample["image_id"], sample["image"]) for sample in samples)
-            return original(samples)
-
-        job.model.forward = noted
-        return job
-
-    monkeypatch.setattr(trials, "prepare", watched)
+    monkeypatch.setattr(dry_run, "Trainer", Watched)
     words = [str(config), f"output={tmp_path / 'run'}", "train.overfit=3", "train.batch_size=2"]
-    trials.overfit(load_config(words), CPU)
+    dry_run.overfit(load_config(words), CPU)
     assert len(seen) == 2 * 3 * 2 and len({image_id for image_id, _ in seen}) == 3
     for image_id, image in seen:  # no flip, no jitter
         assert all(torch.equal(image, other) for known, other in seen if known == image_id)
@@ -78,7 +73,7 @@ def test_overfitting_shows_the_same_images_and_evaluates_them(
 def test_overfitting_needs_an_image_for_each_process(config: Path, tmp_path: Path) -> None:
     words = [str(config), f"output={tmp_path}", "train.overfit=1", "train.accumulate=2"]
     with pytest.raises(UserError, match=r"train.overfit = 1: must be at least processes x train.accumulate = 1 x 2"):
-        trials.overfit(load_config(words), CPU)
+        dry_run.overfit(load_config(words), CPU)
 
 
 @pytest.mark.slow
@@ -89,7 +84,7 @@ def test_a_dry_run_of_loce_on_two_ranks(config: Path, tmp_path: Path) -> None:
     text = run("finetune.py", config, *words, processes=2)
     log = (tmp_path / "run/dry_run/log.txt").read_text()
     assert text.count("dry run: passed") == 1  # rank 0 speaks
-    assert "batch: 4 = 2 ranks x 2 images" in log and "dry run: feature memory: " in log
+    assert "batch: 4 = 2 ranks x 2 images" in log and "\nfeature memory: " in log
     assert "step 2, again from that checkpoint: the same, loss " in log
     assert json.loads((tmp_path / "run/dry_run/eval/metrics.json").read_text())["bbox"]["AP"] is not None
     assert not (tmp_path / "run/dry_run/checkpoints").exists()

@@ -1,5 +1,6 @@
 """The run folder: nothing lost, nothing doubled, nobody else's run touched."""
 
+import dataclasses
 import json
 import math
 import os
@@ -17,25 +18,32 @@ import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from loce.config import Config, UserError, dump, from_dict, to_dict
-from loce.engine.log import RunLog, check_run_folder, cut_metrics
+from loce.engine.log import RunLog, cut_metrics
+from loce.engine.preflight import check_run_folder
 from loce.engine.trainer import snapshot_due
 from loce.utils import progress as progress_module
 from loce.utils.files import PatientFile, atomic_write, write_text
 from loce.utils.progress import clock, eta, phase, progress, watched
 
 
-def open_log(folder: Path, start: int = 0, text: str = "seed: 0\n", **more) -> RunLog:
+def open_log(folder: Path, start: int = 0, config: Config | None = None) -> RunLog:
+    """Of two epochs of four iterations of two images."""
     if start:  # TensorBoard reads a folder's files in the order of their names, which have whole seconds
         time.sleep(1)
-    return RunLog(folder, text, epoch_lengths=[4, 4], batch_size=2, start=start, **more)
+    return RunLog(dataclasses.replace(config or Config(), output=str(folder)), [4, 8], 2, start)
+
+
+def losses(a: float, b: float) -> list[dict[str, torch.Tensor]]:
+    """Of one micro-batch."""
+    return [{"b": torch.tensor(b), "a": torch.tensor(a)}]
 
 
 def train(log: RunLog, iterations: range) -> None:
     """Losses a = i and b = 2 i at iteration i, a line every two iterations."""
     for i in iterations:
-        log.window.append({"b": torch.tensor(2.0 * i), "a": torch.tensor(float(i))})
+        log.step(losses(float(i), 2.0 * i))
         if i % 2:
-            log.write(i + 1, 0.1)
+            log.write(0.1, {"mean_score/r": 0.25})
         log.snapshot(i + 1, {"mean_score": [math.nan, i / 8]})
 
 
@@ -49,13 +57,13 @@ def points(folder: Path, tag: str) -> list[tuple[int, float]]:
 
 
 def test_a_run_folder(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
-    log = open_log(tmp_path / "run", extra=lambda: {"mean_score/r": 0.25})
+    log = open_log(tmp_path / "run")
     train(log, range(8))
     log.line("all done")
     log.close()
     log.close()
     log.line("after the end: not written")
-    assert (tmp_path / "run" / "config.yaml").read_text() == "seed: 0\n"
+    assert (tmp_path / "run" / "config.yaml").read_text() == dump(Config(output=str(tmp_path / "run")))
     assert (tmp_path / "run" / "env.txt").read_text().startswith("started: ")
     lines = records(tmp_path / "run")
     assert [line["iteration"] for line in lines] == [2, 4, 6, 8]
@@ -79,34 +87,51 @@ def test_evaluations_are_no_training_time(tmp_path: Path, monkeypatch: pytest.Mo
     monkeypatch.setattr(time, "monotonic", lambda: now[0])
     log = open_log(tmp_path)
     now[0] += 0.5
-    with log.apart():
+    with log.paused():
         now[0] += 1000
+    monkeypatch.setattr(time, "perf_counter", lambda: now[0])
+
+    def images(done: int):
+        now[0] += 0.25
+        yield
+        now[0] += 1.25 - done / 4
+
     for done in (2, 4):
-        log.window, log.waited = [{"a": torch.tensor(1.0)}], 0.25
-        now[0] += 1.5 - done / 4
-        log.write(done, 0.1)
+        for _ in log.waiting(images(done)):
+            log.step(losses(1.0, 1.0))
+            log.step(losses(1.0, 1.0))
+        log.write(0.1, {})
     log.close()
     assert [line["images_per_second"] for line in records(tmp_path)] == [4 / 1.5, 4 / 0.5]
     assert [line["data_share"] for line in records(tmp_path)] == [0.25 / 1.5, 0.5]
     assert "eta 0:00:02" in (tmp_path / "log.txt").read_text().splitlines()[1]  # 2 s for 4 iterations, 4 are left
 
 
-def test_means_of_the_window(tmp_path: Path):
+def test_means_since_the_last_line(tmp_path: Path):
     log = open_log(tmp_path)
-    log.window = [
-        {"a": torch.tensor(1.0), "b": torch.tensor(5.0, dtype=torch.bfloat16)},
-        {"a": torch.tensor(3.0), "b": torch.tensor(6.0)},
-    ]
-    assert log.write(1, 0.1) == {"loss": 7.5, "a": 2.0, "b": 5.5}
-    log.window.append({"a": torch.tensor(math.nan), "b": torch.tensor(0.0)})
-    means = log.write(2, 0.1)
+    log.step([{"a": torch.tensor(1.0), "b": torch.tensor(5.0, dtype=torch.bfloat16)}, *losses(3.0, 6.0)])
+    assert log.write(0.1, {}) == {"loss": 7.5, "a": 2.0, "b": 5.5}
+    log.step(losses(math.nan, 0.0))
+    means = log.write(0.1, {})
     log.close()
     assert math.isnan(means["a"]) and math.isnan(means["loss"])
     assert records(tmp_path)[1]["a"] is None and records(tmp_path)[1]["b"] == 0.0
 
 
+def test_losses_without_a_line_go_on(tmp_path: Path):
+    log = open_log(tmp_path)
+    log.step(losses(1.0, 5.0))
+    pending = log.unwritten()
+    log.close()
+    again = RunLog(Config(output=str(tmp_path)), [4, 8], 2, 1, pending)
+    again.step(losses(3.0, 6.0))
+    assert again.write(0.1, {}) == {"loss": 7.5, "a": 2.0, "b": 5.5}
+    assert again.unwritten() == {}
+    again.close()
+
+
 def test_epochs_may_differ_in_length(tmp_path: Path):
-    log = RunLog(tmp_path, "seed: 0\n", epoch_lengths=[3, 1, 4], batch_size=2)
+    log = RunLog(Config(output=str(tmp_path)), [3, 4, 8], 2)
     assert [log.place(i) for i in (1, 3, 4, 5, 8)] == [(1, 1, 3), (1, 3, 3), (2, 1, 1), (3, 1, 4), (3, 4, 4)]
     log.close()
 
@@ -120,7 +145,7 @@ def test_a_resumed_run_has_each_line_once(tmp_path: Path, killed_at: int):
     log.close()
     log = open_log(parts)
     train(log, range(killed_at))
-    log.metrics.write('{"iteration": 7, "lo')  # torn by the kill
+    log._metrics.write('{"iteration": 7, "lo')  # torn by the kill
     log.close()
     log = open_log(parts, start=4)
     train(log, range(4, 8))
@@ -196,54 +221,51 @@ def test_cut_metrics(tmp_path: Path):
 # Whose folder it is
 
 
-def changed(**sections) -> str:
-    return dump(from_dict({**to_dict(Config()), **sections}))
-
-
-def check(folder: Path, text: str) -> None:
-    check_run_folder(folder, text, dump(Config()))
+def changed(**sections) -> Config:
+    return from_dict({**to_dict(Config()), **sections})
 
 
 def test_another_run_is_not_overwritten(tmp_path: Path):
-    text = dump(Config())
-    open_log(tmp_path / "run", text=text).close()
-    before = {path.name: path.read_bytes() for path in (tmp_path / "run").iterdir() if path.is_file()}
-    with pytest.raises(UserError) as caught:
-        check(tmp_path / "run", changed(seed=3, train={"lr": 0.01, "log_every": 7}))
     folder = tmp_path / "run"
+    open_log(folder).close()
+    before = {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file()}
+    with pytest.raises(UserError) as caught:
+        check_run_folder(folder, changed(seed=3, train={"lr": 0.01, "log_every": 7, "drops": [1, 2]}))
     assert str(caught.value) == (
         f"output = {folder}: holds another run, which is not overwritten. What differs:\n"
-        "  seed: 0 there, 3 now\n  train.lr: 0.02 there, 0.01 now\n"
+        "  seed: 0 there, 3 now\n  train.lr: 0.02 there, 0.01 now\n  train.drops: [16, 22] there, [1, 2] now\n"
         f"Go on with that run by giving its values, choose another folder with output=..., or delete {folder}."
     )
     assert {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file()} == before
 
 
 def test_an_option_newer_than_the_run_had_its_default(tmp_path: Path):
-    older = [line for line in dump(Config()).splitlines() if not line.startswith("  clip_norm:")]
-    assert len(older) == len(dump(Config()).splitlines()) - 1
-    open_log(tmp_path / "run", text="\n".join(older)).close()
-    check(tmp_path / "run", dump(Config()))
+    open_log(tmp_path).close()
+    lines = (tmp_path / "config.yaml").read_text().splitlines(keepends=True)
+    older = [line for line in lines if not line.startswith("  clip_norm:")]
+    assert len(older) == len(lines) - 1
+    (tmp_path / "config.yaml").write_text("".join(older))
+    check_run_folder(tmp_path, Config())
     with pytest.raises(UserError, match=r"differs:\n  train.clip_norm: \S+ there, 7.0 now\n"):
-        check(tmp_path / "run", changed(train={"clip_norm": 7.0}))
+        check_run_folder(tmp_path, changed(train={"clip_norm": 7.0}))
 
 
 def test_the_same_run_may_log_more_often(tmp_path: Path):
-    open_log(tmp_path / "run", text=dump(Config())).close()
+    open_log(tmp_path).close()
     more = changed(train={"log_every": 7, "checkpoint_every": 9}, data={"workers": 1})
-    check(tmp_path / "run", more)
-    open_log(tmp_path / "run", text=more, start=2).close()
-    assert (tmp_path / "run" / "config.yaml").read_text() == more
+    check_run_folder(tmp_path, more)
+    open_log(tmp_path, start=2, config=more).close()
+    assert "log_every: 7" in (tmp_path / "config.yaml").read_text()
 
 
 def test_a_folder_of_something_else_is_refused(tmp_path: Path):
     (tmp_path / "metrics.jsonl").write_text("mine")
     with pytest.raises(UserError, match=r"is no folder of a run \(no config.yaml\), but holds metrics.jsonl; choose"):
-        check(tmp_path, "seed: 0\n")
+        check_run_folder(tmp_path, Config())
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match="holds a file"):
-        check(tmp_path / "file", "seed: 0\n")
-    check(tmp_path / "new", "seed: 0\n")
+        check_run_folder(tmp_path / "file", Config())
+    check_run_folder(tmp_path / "new", Config())
 
 
 # Files

@@ -304,13 +304,13 @@ import os, time
 from functools import partial
 from torch.utils.data import DataLoader
 from loce.data.loader import _start_worker
-from loce.engine.ranks import session
+from loce.engine.ranks import process_group
 
 class Slow:
     def __len__(self): return 1000
     def __getitem__(self, i): return time.sleep(0.02) or i
 
-with session("cpu"):
+with process_group("cpu"):
     init = partial(_start_worker, os.getpid())
     batches = iter(DataLoader(Slow(), num_workers=2, multiprocessing_context="fork", worker_init_fn=init))
     next(batches)

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from loce.engine.wandb_log import WandbLog, require_wandb
+from loce.engine.boards import WandbLog, require_wandb
 from loce.utils.errors import UserError
 
 

@@ -16,8 +16,8 @@ from benchmarks.torchvision_maskrcnn import Images, build, train
 from loce.checkpoint.convert import convert
 from loce.checkpoint.load import load_model
 from loce.config import UserError, load_config
-from loce.engine import preflight as start
-from loce.engine import trainer as job
+from loce.engine.preflight import preflight
+from loce.engine.trainer import Trainer
 from loce.models.roi_heads import pool
 from tests.doc_pages import ROOT, blocks, clone, fenced_commands, run_command
 
@@ -98,10 +98,9 @@ def recipe(converted: Path, glyphs: Path, folder: Path, *words: str) -> list[str
 
 def test_loce_starts_from_it(converted: Path, glyphs: Path, tmp_path: Path) -> None:
     config = load_config(recipe(converted, glyphs, tmp_path, "device=cpu"))
-    found = start.check(config)
-    made = job.prepare(config, torch.device("cpu"), found.annotations, None)
-    found.undo()
-    assert not any("WARNING" in line for line in made.report)
+    with preflight(config) as found:
+        made = Trainer(config, torch.device("cpu"), found.annotations)
+    assert not any("WARNING" in line for line in made.notes)
     stored = torch.load(converted, weights_only=True)["model"]
     state = made.model.state_dict()
     assert all(torch.equal(state[key], value) for key, value in stored.items() if "tracker" not in key)
@@ -111,8 +110,9 @@ def test_loce_starts_from_it(converted: Path, glyphs: Path, tmp_path: Path) -> N
 def test_options_against_the_weights_are_warned_of(converted: Path, glyphs: Path, tmp_path: Path) -> None:
     words = recipe(converted, glyphs, tmp_path, "model.roi.aligned=true", "model.mask_predictor=normalised")
     config = load_config(words)
-    made = job.prepare(config, torch.device("cpu"), start.check(config).annotations, None)
-    warning = next(line for line in made.report if line.startswith("WARNING"))
+    with preflight(config) as found:
+        made = Trainer(config, torch.device("cpu"), found.annotations)
+    warning = next(line for line in made.notes if line.startswith("WARNING"))
     assert "made with model.mask_predictor=linear model.roi.aligned=false, this run says otherwise" in warning
 
 

@@ -9,14 +9,14 @@ from pathlib import Path
 import pytest
 
 from loce.config import UserError
-from loce.engine.runlock import RunLock
+from loce.engine.preflight import RunLock
 from tests.tiny_runs import ROOT, command, in_namespace, run
 
 # Holds the lock of a folder, forks a child that outlives it, and waits to be killed.
 HOLDER = """
 import os, sys, time
 from pathlib import Path
-from loce.engine.runlock import RunLock
+from loce.engine.preflight import RunLock
 lock = RunLock(Path(sys.argv[1]))
 if not os.fork():
     os.setsid()
