@@ -85,7 +85,7 @@ def evaluate_a_checkpoint(options: Options, words: Sequence[str]) -> None:
     words = [f"{key}={value}" for key, value in names.items() if value] + list(words)
     output = Path(options.output) if options.output else None
     output = evaluate_checkpoint(path, output, words, options.device, **report_options(options))
-    print(f"{WRITTEN} {output}")
+    print(f"{WRITTEN if (output / 'metrics.json').is_file() else 'results.json, without numbers, is in'} {output}")
 
 
 def main() -> None:

@@ -21,8 +21,8 @@ from loce.data.build import val_annotations, val_dataset
 from loce.data.loader import Batches, TrainDataset, eval_batches
 from loce.engine.ranks import process_group
 from loce.evaluation.annotations import FederatedFilter, GroundTruth, load_annotations, only_images
-from loce.evaluation.report import evaluate_and_report
-from loce.evaluation.stream import DetectionWriter
+from loce.evaluation.report import RESULTS, evaluate_and_report
+from loce.evaluation.stream import DetectionWriter, read_detections
 from loce.models.mask_rcnn import MaskRCNN
 from loce.utils import distributed
 from loce.utils.classes import ClassStats
@@ -41,15 +41,23 @@ def evaluate_checkpoint(path: Path, output: Path | None, words: Sequence[str], d
 
     path: run folder, checkpoint folder or file; output: None for RUN/eval, with what differs from the run in its name
     (RUN/eval_head.name=norcal); beside the file for a file; words: options that take the checkpoint's place,
-    "section.key=value"; report: options of `evaluate_and_report`.
+    "section.key=value"; report: options of `evaluate_and_report`. A file of test images has no annotations: then
+    save_json is needed, and the results for a server are all that is written.
     """
     with process_group(device) as chosen:
         checkpoint = Checkpoint.open(path)
         config = checkpoint.config_with(words)
         changes = diff(checkpoint.config, config)
         output = output or (path if path.is_dir() else path.with_suffix("")) / folder_name(changes)
-        # A file of test images has no annotations: results for a server can be written all the same.
-        annotations = val_annotations(config, annotated=not report.get("save_json"))
+        annotations = val_annotations(config, annotated=False)
+        if not len(annotations.annotation_ids):
+            if not report.get("save_json"):
+                raise UserError(
+                    f"{annotations.path}: has no annotations, as files of test images have none, so there are no "
+                    "numbers; save_json=true writes results.json, for a server that evaluates it"
+                )
+            # No class was verified in any image: all are kept, and what became of objects cannot be said.
+            config = dataclasses.replace(config, eval=dataclasses.replace(config.eval, protocol="coco", errors=False))
         owner = str(checkpoint.path)
         check_evaluation(config, annotations, checkpoint.classes, owner, report.get("iou_types", ()))
         model = checkpoint.detector(config).to(chosen)
@@ -110,6 +118,12 @@ def evaluate_model(
         write_text(output / "origin.txt", origin)
     distributed.barrier()
     infer(model, config, annotations, FederatedFilter(truth), output / "detections", origin)
+    distributed.barrier()
+    if report.get("save_json") and not len(annotations.annotation_ids):
+        if distributed.is_main():
+            read_detections(output / "detections", truth.image_ids.tolist()).save_json(output / RESULTS)
+        distributed.barrier()
+        return
     scored = (output / "mean_scores.csv").exists()
     distributed.barrier()  # all ranks have looked before rank 0 writes it
     scores = "" if scored else ground_truth_scores(model, config, annotations)

@@ -24,6 +24,7 @@ from loce.utils.files import atomic_write, json_text, write_text
 from loce.utils.progress import phase
 
 COLUMNS = ("id", "name", "frequency", "images", "instances", "AP", "AP50", "AR", "detections", "mean_score")
+RESULTS = "results.json"
 EXTRA = ("found_score", "iou_type")  # and box_AP, box_AP50, box_AR beside those of masks
 _SIZES = {"s": "small (< 32^2 px)", "m": "medium", "l": "large (> 96^2 px)"}
 
@@ -82,7 +83,7 @@ def evaluate_and_report(
     print("\n" + "\n".join(markdown(evaluations)))
     write_facts(Path(output), facts)
     if save_json:
-        detections.save_json(Path(output) / "results.json")
+        detections.save_json(Path(output) / RESULTS)
     return evaluations
 
 

@@ -139,6 +139,8 @@ def read_detections(folder: str | Path, expected_image_ids: Iterable[int]) -> De
             for image, part in _split(chunk):
                 repeated += [image] if image in images else []
                 images[image] = part
+    if not paths:
+        raise UserError(f"{folder}: is no folder of detections of loce (no {PATTERN} in it){_meant_instead(folder)}")
     expected = {int(image) for image in expected_image_ids}
     if repeated:
         raise ValueError(f"{folder}: images that were predicted more than once: {first_few(repeated)}")
@@ -150,6 +152,14 @@ def read_detections(folder: str | Path, expected_image_ids: Iterable[int]) -> De
             "run the same command again, it goes on where it stopped"
         )
     return concatenate([images[image] for image in sorted(images)])
+
+
+def _meant_instead(folder: str | Path) -> str:
+    """Results in a folder that somebody else has written, or folders of detections below it, as a hint."""
+    below = {path.parent for path in Path(folder).rglob(PATTERN)}
+    files = [path for path in Path(folder).rglob("*.json") if path.open("rb").read(64).lstrip()[:1] == b"["]
+    found = [*sorted(below), *sorted(files)]
+    return f"; did you mean results={first_few(found, between=' or results=')}?" if found else ""
 
 
 def read_clues(folder: str | Path) -> Clues | None:

@@ -192,3 +192,18 @@ def test_clues_are_kept_beside_the_detections(tmp_path: Path, case: tuple[dict[s
     writer.add(images[0], *empty)
     writer.flush()
     assert read_clues(tmp_path) is None
+
+
+def test_a_folder_of_somebody_else(tmp_path):
+    """What may be meant is named: a results file in it, or the folder of detections below."""
+    with pytest.raises(UserError, match=r"is no folder of detections of loce \(no detections_\*\.npz in it\)$"):
+        read_detections(tmp_path, [1])
+    (tmp_path / "inference").mkdir()
+    (tmp_path / "inference/segm.json").write_text('\n [{"image_id": 1}]')
+    (tmp_path / "metrics.json").write_text("{}")
+    with pytest.raises(UserError, match=rf"; did you mean results={tmp_path}/inference/segm\.json\?$"):
+        read_detections(tmp_path, [1])
+    with DetectionWriter(tmp_path / "eval/detections") as writer:
+        writer.add(1, [], [], [])
+    with pytest.raises(UserError, match=rf"did you mean results={tmp_path}/eval/detections or results=.*segm\.json\?$"):
+        read_detections(tmp_path, [1])
