@@ -47,10 +47,6 @@ class BAGSHead(Head):
         self.register_buffer("groups", torch.tensor(groups))
         self.fc_cls = linear(in_features, len(groups))
 
-    def forward(self, x_ND: Tensor) -> Tensor:
-        """Features (N, D) -> logits (N, L)."""
-        return self.fc_cls(x_ND)
-
     def losses(self, logits_NL: Tensor, rois: RoIs) -> dict[str, Tensor]:
         """`loss_cls`: the groups' cross-entropies, each divided by its own number of kept rows, added up."""
         z_NL, labels_N = at_least_fp32(logits_NL), rois.labels_N

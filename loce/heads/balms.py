@@ -62,10 +62,6 @@ class BALMSHead(Head):
         self.reweighter = MetaReweighter(self.num_classes, self.options.balms)
         self.meta_batch = self.options.balms.meta_lr > 0
 
-    def forward(self, x_ND: Tensor) -> Tensor:
-        """Features (N, D) -> logits (N, C)."""
-        return self.fc_cls(x_ND)
-
     def losses(self, logits_NL: Tensor, rois: RoIs) -> dict[str, Tensor]:
         """`loss_cls`: the weighted loss of the training rows, after the weights have learned from the meta rows."""
         labels_N, z_NC = rois.labels_N, at_least_fp32(logits_NL)

@@ -71,6 +71,7 @@ class Head(nn.Module, abc.ABC):
     of_rank: names of the buffers that differ between processes: a checkpoint holds those of each.
     """
 
+    fc_cls: nn.Module
     depth = 2
     needs_indicator = False
     meta_batch = False
@@ -103,9 +104,9 @@ class Head(nn.Module, abc.ABC):
         """
         return weights
 
-    @abc.abstractmethod
     def forward(self, x_ND: Tensor) -> Tensor:
-        """Features (N, D) -> logits (N, L)."""
+        """Features (N, D) -> logits (N, L), by the layer `fc_cls` where a head has no others."""
+        return self.fc_cls(x_ND)
 
     @abc.abstractmethod
     def losses(self, logits_NL: Tensor, rois: RoIs) -> dict[str, Tensor]:

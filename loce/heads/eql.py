@@ -39,10 +39,6 @@ class EQLHead(Head):
         spared = stats.image_counts < self.options.eql.threshold * stats.image_total
         self.register_buffer("tail", torch.from_numpy(spared))
 
-    def forward(self, x_ND: Tensor) -> Tensor:
-        """Features (N, D) -> logits (N, C)."""
-        return self.fc_cls(x_ND)
-
     def losses(self, logits_NL: Tensor, rois: RoIs) -> dict[str, Tensor]:
         """`loss_cls`: Eq. 3, summed over classes and rows that take part, divided by the number of these rows."""
         z_NC = at_least_fp32(logits_NL)

@@ -45,10 +45,6 @@ class EQLv2Head(Head):
         self.fc_cls = linear(in_features, self.num_classes + 1, prior=0.001)
         self.register_buffer("gradients", torch.zeros(2, self.num_classes))
 
-    def forward(self, x_ND: Tensor) -> Tensor:
-        """Features (N, D) -> logits (N, C+1)."""
-        return self.fc_cls(x_ND)
-
     def losses(self, logits_NL: Tensor, rois: RoIs) -> dict[str, Tensor]:
         """`loss_cls`: weighted, summed over outputs and rows that take part, divided by the number of these rows.
 

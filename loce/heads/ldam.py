@@ -52,10 +52,6 @@ class LDAMHead(Head):
         self.register_buffer("margin_L", torch.tensor([*margin_C, 0.0], dtype=torch.float32), persistent=False)
         self.register_buffer("weight_L", torch.tensor([*weight_C, 1.0], dtype=torch.float32), persistent=False)
 
-    def forward(self, x_ND: Tensor) -> Tensor:
-        """Features (N, D) -> logits (N, C+1), s times the cosines."""
-        return self.fc_cls(x_ND)
-
     def losses(self, logits_NL: Tensor, rois: RoIs) -> dict[str, Tensor]:
         """`loss_cls`: cross-entropy with margins, from `reweight_from` on with class weights, over the rows' number."""
         own_NL = one_hot(rois.labels_N, self.num_classes + 1)

@@ -46,10 +46,6 @@ class SeesawHead(Head):
         self.register_buffer("counts", torch.zeros(self.num_classes, dtype=torch.long))
         self.of_rank = () if self.options.seesaw.synchronise else ("counts",)
 
-    def forward(self, x_ND: Tensor) -> Tensor:
-        """Features (N, D) -> logits (N, C+2)."""
-        return self.fc_cls(x_ND)
-
     def losses(self, logits_NL: Tensor, rois: RoIs) -> dict[str, Tensor]:
         """`loss_cls` of the foreground rows and `loss_objectness`, both divided by the number of rows that take part.
 
