@@ -1,6 +1,7 @@
 """Every option of loce: frozen dataclasses whose defaults are the paper's main setting (LVIS v1, R-50-FPN, stage 1).
 
-A YAML file states differences only; `key.sub=value` on the command line overrides it (Sec. 4.1 for the values).
+A YAML file states differences only, from these defaults or from its `base`; `key.sub=value` on the command line wins
+(Sec. 4.1 for the values).
 What a field may hold is its type; OPTION_OF and CONFLICTS say what options exclude. Imports no torch.
 """
 
@@ -10,6 +11,7 @@ import sys
 import textwrap
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import chain
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -355,6 +357,7 @@ class Config:
 OPTION_OF: dict[str, Choice] = {
     **{f"head.{f.name}": ("head.name", (f.name,)) for f in dataclasses.fields(HeadConfig) if is_section(f.type)},
     "head.reweighted.beta": ("head.reweighted.by", ("effective_number",)),
+    "head.balms.inner_lr": ("head.balms.meta_lr", Range(0, above=True)),
     "head.ldam.beta": ("head.ldam.reweight_from", Range(0, 1, below=True)),
     "sampler.repeat_threshold": ("sampler.name", ("repeat_factor",)),
     "sampler.repeat_rounding": ("sampler.name", ("repeat_factor",)),
@@ -553,25 +556,52 @@ def load_config(argv: Sequence[str]) -> Config:
             f"command line: no CONFIG given; usage: {sys.argv[0]} CONFIG [key=value ...]; {_known_configs()}"
         )
     path = find_config(argv[0])
-    try:
-        text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: cannot be read: {error}") from None
     words, problems = split_words(Config, argv[1:])
-    config = _build([*flatten(Config, load_yaml(text, str(path)), str(path)), *words], problems)
+    config = _build([*chain.from_iterable(_read_recipe(path).values()), *words], problems)
     return config if config.output else dataclasses.replace(config, output=str(run_folder(path)))
 
 
 def find_config(name: str) -> Path:
     """The file that `name`, with or without .yaml, means: here, in configs/ here, or in the repository's configs/."""
-    places = [Path(), *_config_folders()]
+    return _find(name, [Path(), *_config_folders()], f"command line: CONFIG {name} not found here or in configs/")
+
+
+def _find(name: str, places: Sequence[Path], missing: str, but: Path | None = None) -> Path:
+    """The first file of this name that is not `but`; UserError beginning with `missing` where there is none."""
     for place in places:
         for path in (place / name, place / f"{name}.yaml"):
-            if path.is_file():
+            if path.is_file() and path.resolve() != but:
                 return path
     near = difflib.get_close_matches(name.removesuffix(".yaml") + ".yaml", _config_names(), n=1)
     hint = f"did you mean {near[0]}? " if near else ""
-    raise UserError(f"command line: CONFIG {name} not found here or in configs/; {hint}{_known_configs()}")
+    raise UserError(f"{missing}; {hint}{_known_configs()}")
+
+
+def _read_recipe(file: Path, above: tuple[Path, ...] = ()) -> dict[Path, list[Given]]:
+    """What `file` and its bases state, by file; a later one wins, and `file` is the last.
+
+    base: a recipe, or a list of them, by their paths below configs/ (here, then the repository's), else beside `file`;
+    ./x.yaml and ../x.yaml are beside it always. A recipe of the same name as its base may stand in configs/ here.
+    """
+    own = file.resolve()
+    if own in above:
+        raise UserError(f"{file}: base: a recipe stands on itself: {' on '.join(p.name for p in (*above, own))}")
+    try:
+        values = load_yaml(file.read_text(encoding="utf-8"), str(file))
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{file}: cannot be read: {error}") from None
+    base = values.pop("base", [])
+    names = [base] if isinstance(base, str) else base
+    if not isinstance(names, list) or not all(isinstance(name, str) and name for name in names):
+        raise UserError(f"{file}: base = {show(base)}: must be a recipe, or a list of recipes, such as [loce.yaml]")
+    found: dict[Path, list[Given]] = {}
+    for name in names:
+        places = [file.parent] if name.startswith(("./", "../")) else [*_config_folders(), file.parent]
+        missing = f"{file}: base = {name}: not found in configs/ or beside this file"
+        for path, stated in _read_recipe(_find(name, places, missing, own), (*above, own)).items():
+            found.pop(path, None)  # of two bases with a common base: it counts where it stands last
+            found[path] = stated
+    return {**found, own: flatten(Config, values, str(file))}
 
 
 def run_folder(config_path: Path) -> Path:

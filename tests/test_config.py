@@ -25,7 +25,7 @@ from loce.config import (
     run_script,
     to_dict,
 )
-from loce.utils.options import Count, Range, flatten, schema
+from loce.utils.options import Count, Range, schema
 from loce.utils.yaml_text import dotted, load_yaml, show
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -122,9 +122,12 @@ def test_run_folder_follows_the_place_below_configs():
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
 def test_recipes_load_and_state_differences_only(path: Path):
     config = load_config([str(path)])
-    defaults = {key: value for key, value, _ in flatten(Config, to_dict(Config()), "")}
-    for key, value, _ in flatten(Config, load_yaml(path.read_text(), str(path)), ""):
-        assert value != defaults[key], f"{path}: {key} is the default"
+    values, text = dotted(to_dict(Config())), load_yaml(path.read_text(), str(path))
+    for base in bases(path):
+        stated = {key: value for key, value in load_yaml(base.read_text(), str(base)).items() if key != "base"}
+        values |= dotted(stated)
+    for key, value in dotted({key: value for key, value in text.items() if key != "base"}).items():
+        assert value != values[key], f"{path}: {key} is the default, or what a base says"
     assert from_dict(load_yaml(dump(config), "dump")) == config
 
 
@@ -140,6 +143,78 @@ def test_the_papers_recipes():
     assert (stage1.train.epochs, stage1.train.drops) == (24, (16, 22))
     assert (loce.train.epochs, loce.train.drops, loce.train.freeze) == (6, (3, 5), "trunk")
     assert loce.memory.enabled and loce.head.name == "equilibrium" and loce.train.init == stage1.output
+
+
+def bases(path: Path) -> list[Path]:
+    """Every recipe that a recipe stands on, the first one first."""
+    names = load_yaml(path.read_text(), str(path)).get("base", [])
+    own = [ROOT / "configs" / name for name in ([names] if isinstance(names, str) else names)]
+    return [each for base in own for each in (*bases(base), base)]
+
+
+# Recipes on recipes
+
+
+@pytest.fixture
+def write(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """Recipes in an empty folder, by path."""
+    monkeypatch.chdir(tmp_path)
+
+    def write_all(**texts: str) -> None:
+        for name, text in texts.items():
+            path = Path(f"{name.replace('__', '/')}.yaml")
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(text)
+
+    return write_all
+
+
+def test_a_recipe_stands_on_ours_and_only_says_what_differs(write):
+    write(mine="base: loce.yaml\ntrain: {epochs: 12, drops: [8]}\n")
+    loce, mine = load_config(["loce"]), load_config(["mine", "train.lr=0.01"])
+    train = dataclasses.replace(loce.train, epochs=12, drops=(8,), lr=0.01)
+    assert mine == dataclasses.replace(loce, output="runs/mine", train=train)
+    assert from_dict(load_yaml(dump(mine), "config.yaml")) == mine  # what is written holds the result, and no base
+
+
+def test_a_later_base_wins_and_the_recipe_itself_is_last(write):
+    write(a="seed: 1\ntrain: {lr: 1, epochs: 30}", b="base: a.yaml\nseed: 2", c="seed: 3\ntrain: {lr: 3}")
+    write(mine="base: [b, c.yaml]\ntrain: {momentum: 0.5}")
+    mine = load_config(["mine"])
+    assert (mine.seed, mine.train.lr, mine.train.epochs, mine.train.momentum) == (3, 3, 30, 0.5)
+    write(mine="base: [c.yaml, b.yaml]\ntrain: {epochs: 40}")
+    assert (load_config(["mine"]).seed, load_config(["mine"]).train.epochs) == (2, 40)
+    write(mine="base: [b.yaml, a.yaml]")  # of a common base, its last place counts
+    assert load_config(["mine"]).seed == 1
+
+
+def test_where_a_base_is_looked_for(write):
+    write(loce="seed: 5", configs__loce="base: loce.yaml\nseed: 6", sub__near="seed: 7")
+    write(sub__a="base: near.yaml", sub__b="base: ../loce.yaml", sub__c="base: loce.yaml")
+    assert load_config(["sub/a"]).seed == 7 and load_config(["sub/b"]).seed == 5
+    ours = load_config(["sub/c"])  # not the file here: configs/loce.yaml, which stands on the repository's of that name
+    assert ours.seed == 6 and ours.head.name == "equilibrium"
+
+
+def test_bases_that_are_wrong(write):
+    write(mine="base: loec.yaml", a="base: ./b.yaml", b="base: ./a.yaml", c="base: 3", d="base: loce.yaml\nseed: x")
+    missing = "mine.yaml: base = loec.yaml: not found in configs/ or beside this file; did you mean loce.yaml? configs"
+    assert message(load_config, ["mine"]).startswith(missing)
+    assert message(load_config, ["a"]).endswith("base: a recipe stands on itself: a.yaml on b.yaml on a.yaml")
+    text = "c.yaml: base = 3: must be a recipe, or a list of recipes, such as [loce.yaml]"
+    assert message(load_config, ["c"]) == text
+    assert message(load_config, ["d"]) == "d.yaml: seed = x: must be a whole number >= 0 and <= 4294967295"
+    write(mine="base: bad.yaml", bad="train: {epochs: 0}")
+    assert message(load_config, ["mine"]) == "bad.yaml: train.epochs = 0: must be a whole number >= 1"
+
+
+def test_a_recipe_switches_off_what_its_base_has_options_of(write):
+    write(mine="base: loce_plus.yaml\nmemory: {enabled: false}")
+    assert load_config(["mine"]).memory.level == "roi"
+    write(mine="base: loce_plus.yaml\nmemory: {enabled: false, capacity: 9}")
+    assert message(load_config, ["mine"]) == (
+        "mine.yaml: memory.capacity = 9, memory.enabled = false: an option of memory.enabled=true, which is not chosen"
+    )
 
 
 # Out and in again
@@ -352,6 +427,7 @@ def another_value(key: str) -> str:
 
 OTHER_CHOICE = {"indicator.kind": "prior", "model.mask_predictor": "linear", "memory.enabled": "false"} | {
     "head.reweighted.by": "inverse_frequency",
+    "head.balms.meta_lr": "0.0",
     "head.ldam.reweight_from": "1.0",
     "sampler.name": "class_balanced",
     "head.name": "softmax",
@@ -369,6 +445,7 @@ def test_an_option_of_what_is_not_chosen_is_refused(load, key: str):
     chooser, values = IDLE[key]
     other = "score" if key == "indicator.background_count" else OTHER_CHOICE[chooser]
     head = [f"head.name={key.split('.')[1]}"] if chooser.startswith("head.") and chooser != "head.name" else []
+    head += ["train.freeze=detector", "train.init=x"] if "head.name=balms" in head else []
     choice = f"{chooser} {values}" if isinstance(values, Range) else f"{chooser}={show(values[0])}"
     text = message(load, "", *head, f"{key}={another_value(key)}", f"{chooser}={other}")
     assert text.startswith(f"command line: {key} = ")

@@ -103,9 +103,11 @@ def check_script(script: str, words: list[str], tmp_path: Path) -> None:
     if options:
         read_options(options, own)
     recipes = [word for word in words if word.endswith(".yaml") and "=" not in word]
-    if recipes == ["rebalance.yaml"]:  # written on its page
+    written = {"rebalance.yaml": "rebalance.md", "mine.yaml": "own_data.md"}
+    if len(recipes) == 1 and recipes[0] in written:
+        page = ROOT / "docs" / written[recipes[0]]
         recipes = [str(tmp_path / recipes[0])]
-        Path(recipes[0]).write_text(blocks(ROOT / "docs/rebalance.md", "yaml")[0])
+        Path(recipes[0]).write_text(blocks(page, "yaml")[0])
     rest = [word for word in words if "=" in word and word not in own]
     if recipes or rest or (options is None and words):
         load_config([*(recipes or ["loce.yaml"]), *rest])
