@@ -59,8 +59,7 @@ def read_words(words: list[str]) -> tuple[Options, list[tuple[str, str]], Config
 
 def main() -> None:
     options, pairs, config = read_words(sys.argv[1:])
-    from loce.data.check import Report, check_pair, check_set  # after the command line is right
-    from loce.data.long_tail import long_tail_lines
+    from loce.data.check import Report, check_pair, check_set, long_tail_lines  # after the command line is right
 
     sample = {"sample": options.sample, "all": sys.maxsize, "none": 0}[options.decode]
     report = Report()

@@ -1,6 +1,6 @@
 """Fetch annotations and COCO images: python scripts/fetch_data.py [version=1.0|0.5|coco] [out=data] [key=value ...]
 
-Goes on where it stopped, skips what is there, checks sizes and checksums (loce/data/lvis_files.py has them).
+Goes on where it stopped, skips what is there, checks sizes and checksums (loce/data/download.py has them).
 """
 
 import sys
@@ -24,7 +24,7 @@ class Options:
 
 def main() -> None:
     options = read_options(Options, sys.argv[1:])
-    from loce.data.lvis_files import ANNOTATIONS, IMAGES, fetch_all, from_mirror  # after the command line is right
+    from loce.data.download import ANNOTATIONS, IMAGES, fetch_all, from_mirror  # after the command line is right
 
     archives = [
         *(ANNOTATIONS[options.version] if options.only != "images" else ()),

@@ -5,10 +5,12 @@ What is shown when is decided before (samplers.py); workers only carry it out, s
 
 import json
 import os
+import shutil
 import signal
 from collections.abc import Collection, Iterable, Iterator
 from functools import partial
 from itertools import chain
+from pathlib import Path
 from typing import Any
 
 import cv2
@@ -20,13 +22,15 @@ from loce.config import DataConfig, SamplerConfig
 from loce.data.annotations.lvis import LVISAnnotations
 from loce.data.dataset import EvalDataset, Sample, ShownImage, TrainDataset
 from loce.data.samplers import TrainingPlan, image_labels, memory_fill_images, rank_slice
-from loce.data.worker_limits import PREFETCH, allow_open_files
 from loce.utils import distributed
 from loce.utils import signals as stopping
 from loce.utils.errors import UserError
 from loce.utils.progress import say
 
 __all__ = ["EvalDataset", "TrainDataset", "eval_batches", "fill_batches", "train_batches", "training_plan"]
+SHARED = Path("/dev/shm")  # where Linux keeps what a worker hands over
+PREFETCH = 3  # micro-batches each worker prepares ahead
+OPEN_FILES = 65536
 BAD_SHARE = 1e-3  # of all images; more bad ones than this end the run
 AGREE_EVERY = 20  # micro-batches; several ranks tell each other of bad images this often
 FILL_EPOCH = 1 << 31  # the augmentation of filling is that of no epoch
@@ -247,3 +251,41 @@ def _place(rank: int | None, world: int | None) -> tuple[int, int]:
         distributed.rank() if rank is None else rank,
         distributed.world_size() if world is None else world,
     )
+
+
+# What workers need of the system: room in /dev/shm for images on their way, and files that may be open.
+
+
+def bytes_ahead(data: DataConfig, images: int, ranks: int = 1) -> int:
+    """Most bytes of training images on their way at once, of `ranks` with micro-batches of `images` on one machine.
+
+    Images are uint8, of the largest size that resizing gives. What else a sample has is small.
+    """
+    return ranks * data.workers * PREFETCH * images * 3 * max(data.short_edges) * data.long_edge
+
+
+def require_shared_memory(data: DataConfig, images: int, ranks: int = 1, folder: Path = SHARED) -> None:
+    """UserError where the images on their way do not fit into `folder`: a worker would die of a bus error.
+
+    images: of a micro-batch; ranks: on this machine.
+    """
+    if not data.workers or not folder.is_dir():
+        return
+    needed, free = bytes_ahead(data, images, ranks), shutil.disk_usage(folder).free
+    if needed > free:
+        raise UserError(
+            f"data.workers = {data.workers}: {ranks} processes with micro-batches of {images} images need up to "
+            f"{needed / 10**6:,.0f} MB in {folder}, which has {free / 10**6:,.0f} MB free; in Docker start the "
+            f"container with --shm-size={2 * needed // 10**6 + 1}m (or --ipc=host), else fewer workers; data.workers=0 needs none"
+        )
+
+
+def allow_open_files() -> None:
+    """Raise this process's limit of open files where it may: every tensor that a worker hands over is an open file."""
+    if os.name == "posix":
+        import resource  # there is none on Windows
+
+        soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+        wanted = OPEN_FILES if hard == resource.RLIM_INFINITY else min(hard, OPEN_FILES)
+        if soft != resource.RLIM_INFINITY and soft < wanted:
+            resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))

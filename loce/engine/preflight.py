@@ -18,7 +18,7 @@ from loce.config import MAY_CHANGE, Config, DataConfig, UserError, diff, from_di
 from loce.data.annotations.lvis import LVISAnnotations
 from loce.data.build import train_annotations, val_annotations
 from loce.data.check import images_in_both
-from loce.data.worker_limits import require_shared_memory
+from loce.data.loader import require_shared_memory
 from loce.engine.boards import require_wandb
 from loce.engine.inference import check_evaluation
 from loce.models.backbone import require_cache

@@ -17,8 +17,7 @@ from pathlib import Path
 
 import pytest
 
-from loce.data.download import download
-from loce.data.lvis_files import ANNOTATIONS, IMAGES, Archive, fetch_all, from_mirror, is_finished
+from loce.data.download import ANNOTATIONS, IMAGES, Archive, download, fetch_all, from_mirror, is_finished
 from loce.utils.errors import UserError
 from tests.data.made_annotations import as_format, content
 

@@ -7,7 +7,7 @@ import pytest
 
 from loce.config import DataConfig, MemoryConfig, SamplerConfig
 from loce.data.annotations.lvis import LVISAnnotations
-from loce.data.long_tail import expected_views, long_tail_lines
+from loce.data.check import expected_views, long_tail_lines
 from tests.data.made_annotations import CATEGORY_IDS, as_format, content
 
 MEMORY = MemoryConfig(classes_per_draw=6, features_per_class=3)

@@ -22,9 +22,8 @@ from loce.config import (
     SamplerConfig,
 )
 from loce.data.annotations.lvis import LVISAnnotations
-from loce.data.check import Report, check_set
+from loce.data.check import Report, check_set, long_tail_lines
 from loce.data.loader import TrainDataset, train_batches, training_plan
-from loce.data.long_tail import long_tail_lines
 from loce.data.transforms import ImageError
 from loce.evaluation import load_annotations
 from loce.models.mask_rcnn import MaskRCNN, build_roi_heads
