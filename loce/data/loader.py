@@ -276,7 +276,8 @@ def require_shared_memory(data: DataConfig, images: int, ranks: int = 1, folder:
         raise UserError(
             f"data.workers = {data.workers}: {ranks} processes with micro-batches of {images} images need up to "
             f"{needed / 10**6:,.0f} MB in {folder}, which has {free / 10**6:,.0f} MB free; in Docker start the "
-            f"container with --shm-size={2 * needed // 10**6 + 1}m (or --ipc=host), else fewer workers; data.workers=0 needs none"
+            f"container with --shm-size={2 * needed // 10**6 + 1}m (or --ipc=host), else fewer workers; "
+            "data.workers=0 needs none"
         )
 
 

@@ -37,7 +37,7 @@ def test_a_run_with_docker_s_64_mb_is_refused_before_it_starts(tmp_path: Path):
     line = shlex.join(command("train.py", "stage1.yaml", f"output={tmp_path}/run", "device=cpu"))
     done = in_namespace(f"mount -t tmpfs -o size=64m none /dev/shm && exec {line}")
     assert done.returncode == 2 and "MB in /dev/shm, which has 67 MB free" in done.stdout + done.stderr
-    assert "train.json: there is no such annotation file" in done.stdout + done.stderr  # all that is wrong is told at once
+    assert "train.json: there is no such annotation file" in done.stdout + done.stderr  # told at once
 
 
 def test_open_files_are_raised_to_what_is_allowed():
