@@ -333,7 +333,7 @@ class EvalConfig:
         "auto"  # auto: lvis where the file has LVIS's fields, else coco
     )
     batch_size: Count = 1  # images per rank
-    errors: bool = True  # what became of lost objects (errors.csv); inference leaves clues for it
+    errors: bool = True  # what became of lost objects (errors.csv); inference keeps near misses for it
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -7,7 +7,7 @@ import sys
 from dataclasses import dataclass
 
 from loce.config import Count, UserError, read_options, run_script
-from loce.evaluation.comparison import compare_folders
+from loce.evaluation.bootstrap import compare_folders
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -230,11 +230,11 @@ def infer(
             for image_id, size, found in zip(
                 image_ids, sizes, model.detect(images, scales, sizes, allowed, objects), strict=True
             ):
-                clues = found.get("near_misses")
-                if clues is not None:
-                    clues = {kind: (b, s, category_ids[labels]) for kind, (b, s, labels) in clues.items()}
+                near_misses = found.get("near_misses")
+                if near_misses is not None:
+                    near_misses = {kind: (b, s, category_ids[labels]) for kind, (b, s, labels) in near_misses.items()}
                 ids = category_ids[found["labels"]]
-                writer.add(image_id, found["boxes"], found["scores"], ids, found["rles"], size, clues)
+                writer.add(image_id, found["boxes"], found["scores"], ids, found["rles"], size, near_misses)
 
 
 @torch.no_grad()

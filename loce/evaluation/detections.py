@@ -1,4 +1,4 @@
-"""Detections as columns: a few arrays instead of millions of dicts; the official results format, read and written."""
+"""Detections as columns, a few arrays instead of millions of dicts, and the official results format."""
 
 import json
 from array import array

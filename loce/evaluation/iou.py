@@ -1,4 +1,4 @@
-"""Areas and overlaps of boxes and masks, for pairs that lie in the same image and category."""
+"""Areas and IoU of boxes and masks, for pairs that lie in the same image and category."""
 
 from itertools import pairwise
 

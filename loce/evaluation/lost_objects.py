@@ -1,8 +1,8 @@
-"""Why is AP low? What became of every object at IoU .5, and the AP that each cause would give back.
+"""Causes of lost objects: what became of every object at IoU .5, and the AP that each cause would give back.
 
 Seen in the detections alone: found, outscored, taken, cut_by_cap (as far as the results hold more than the cap),
-classified_as (as far as they hold categories that were not verified), badly_localised, no_detection. With the clues
-that our own inference leaves, also removed_by_nms, the rest of cut_by_cap and classified_as, and in place of
+classified_as (as far as they hold categories that were not verified), badly_localised, no_detection. With the near
+misses that our own inference leaves, also removed_by_nms, the rest of cut_by_cap and classified_as, and in place of
 no_detection whether there was a proposal (score_too_low) or none (no_proposal).
 
 In the spirit of TIDE (arXiv 2008.08115): what a cause would give back is the category's AP, mean over the ten IoU
@@ -10,7 +10,7 @@ thresholds, with those objects found exactly, by the detection that the cause is
 none, by a sure one, and all else left as it is; for outscored it is the AP without the false positives of IoU .5. What
 exact boxes (masks) of the found objects would give is not in here: it is AP50 - AP.
 
-Legend: G objects, K categories, T = 10 thresholds; L lost objects and n detections and clues of one image; m
+Legend: G objects, K categories, T = 10 thresholds; L lost objects and n detections and near misses of one image; m
 overlapping detections and a added ones of one category.
 """
 
@@ -25,7 +25,7 @@ from loce.evaluation.detections import Detections, offsets_of
 from loce.evaluation.iou import overlaps
 from loce.evaluation.lvis_ap import RECALLS, Evaluation, counts
 from loce.evaluation.matching import within_cap
-from loce.evaluation.near_misses import KINDS, Clues, none
+from loce.evaluation.near_misses import KINDS, NearMisses, none
 from loce.utils.progress import watched
 
 CAUSES = {  # in order: the first that holds is the cause
@@ -59,7 +59,7 @@ class Outcomes:
 
 @dataclass(frozen=True, kw_only=True)
 class _ByImage:
-    """Rows of detections or clues grouped by image, with their category index."""
+    """Rows of detections or near misses grouped by image, with their category index."""
 
     rows: np.ndarray
     bounds: np.ndarray
@@ -69,7 +69,7 @@ class _ByImage:
         return self.rows[self.bounds[image] : self.bounds[image + 1]]
 
 
-def _by_image(evaluation: Evaluation, columns: Detections | Clues) -> _ByImage:
+def _by_image(evaluation: Evaluation, columns: Detections | NearMisses) -> _ByImage:
     truth = evaluation.truth
     image, _ = positions(truth.image_ids, columns.image_ids)
     rows = np.argsort(image, kind="stable")
@@ -77,27 +77,27 @@ def _by_image(evaluation: Evaluation, columns: Detections | Clues) -> _ByImage:
     return _ByImage(rows=rows, bounds=offsets_of(np.bincount(image, minlength=len(truth.image_ids))), category=category)
 
 
-def explain(evaluation: Evaluation, detections: Detections, clues: Clues | None = None) -> Outcomes:
-    """The fate of every object. detections: what was evaluated; clues: what else inference saw (None: not known).
+def explain(evaluation: Evaluation, detections: Detections, near_misses: NearMisses | None = None) -> Outcomes:
+    """The outcome of every object. detections: what was evaluated; near_misses: what else inference saw, or None.
 
-    Clues are compared by their boxes, whatever the IoU type.
+    Near misses are compared by their boxes, whatever the IoU type.
     """
     truth, matches = evaluation.truth, evaluation.matches
     size = len(truth)
-    unseen = ("no_detection",) if clues is not None else ("removed_by_nms", "score_too_low", "no_proposal")
-    fates = Outcomes(cause=np.full(size, -1), score=np.full(size, np.inf), other=np.full(size, -1), unseen=unseen)
+    unseen = ("no_detection",) if near_misses is not None else ("removed_by_nms", "score_too_low", "no_proposal")
+    outcomes = Outcomes(cause=np.full(size, -1), score=np.full(size, np.inf), other=np.full(size, -1), unseen=unseen)
     hit = matches.taken[:, 0] >= 0
     counted = ~matches.object_ignored[:, 0]
     found = matches.taken[hit, 0]
-    fates.score[found] = matches.score[matches.overlapping[hit]]
-    fates.cause[found] = np.where(_precision(evaluation)[matches.overlapping[hit]] < 0.5, _NUMBER["outscored"], 0)
-    fates.cause[~counted] = -1
-    lost = np.flatnonzero(counted & (fates.cause < 0))
-    fates.cause[lost] = _NUMBER["no_detection" if clues is None else "no_proposal"]
+    outcomes.score[found] = matches.score[matches.overlapping[hit]]
+    outcomes.cause[found] = np.where(_precision(evaluation)[matches.overlapping[hit]] < 0.5, _NUMBER["outscored"], 0)
+    outcomes.cause[~counted] = -1
+    lost = np.flatnonzero(counted & (outcomes.cause < 0))
+    outcomes.cause[lost] = _NUMBER["no_detection" if near_misses is None else "no_proposal"]
 
     own, image = _by_image(evaluation, detections), positions(truth.image_ids, detections.image_ids)[0]
     kept = within_cap(evaluation.protocol, image, own.category, detections.scores)
-    hints = none() if clues is None else clues
+    hints = none() if near_misses is None else near_misses
     near = _by_image(evaluation, hints)
     images = np.unique(truth.image[lost])
     cut = np.searchsorted(truth.image[lost], np.append(images, len(truth.image_ids)))
@@ -109,15 +109,15 @@ def explain(evaluation: Evaluation, detections: Detections, clues: Clues | None 
         kinds = np.concatenate([np.where(kept[rows], _KEPT, KINDS.index("cut_by_cap")), hints.kinds[more]])
         category = np.concatenate([own.category[rows], near.category[more]])
         scores = np.concatenate([detections.scores[rows], hints.scores[more]])
-        _judge(fates, truth.category[objects], objects, overlap, kinds, category, scores)
-    return fates
+        _judge(outcomes, truth.category[objects], objects, overlap, kinds, category, scores)
+    return outcomes
 
 
 _KEPT = len(KINDS)  # a detection that was evaluated
 
 
 def _judge(
-    fates: Outcomes,
+    outcomes: Outcomes,
     wanted: np.ndarray,
     objects: np.ndarray,
     overlap: np.ndarray,
@@ -141,12 +141,12 @@ def _judge(
     for name, holds in tests.items():
         some = holds.any(axis=0)
         best = np.where(holds, scores[:, None], -np.inf)[:, some].argmax(axis=0)
-        fates.cause[objects[some]] = _NUMBER[name]
-        fates.score[objects[some]] = np.inf if name in _SURE else scores[best]
+        outcomes.cause[objects[some]] = _NUMBER[name]
+        outcomes.score[objects[some]] = np.inf if name in _SURE else scores[best]
         if name == "classified_as":
-            fates.other[objects[some]] = category[best]
+            outcomes.other[objects[some]] = category[best]
         elif name == "taken":  # localised and classified; of what was dropped it is told what stands in its place
-            fates.other[objects[some]] = -1
+            outcomes.other[objects[some]] = -1
 
 
 def _precision(evaluation: Evaluation) -> np.ndarray:
@@ -182,7 +182,7 @@ def average_precision(true: np.ndarray, false: np.ndarray, objects: int) -> floa
     return float(np.mean([envelope[place, t].mean() for t, place in enumerate(places)]))
 
 
-def given_back(evaluation: Evaluation, fates: Outcomes) -> dict[str, np.ndarray]:
+def given_back(evaluation: Evaluation, outcomes: Outcomes) -> dict[str, np.ndarray]:
     """(K,) AP that each cause but "found" would give back (see the file's head), nan without objects."""
     matches, truth = evaluation.matches, evaluation.truth
     back = {name: np.full(len(truth.category_ids), np.nan) for name in CAUSES if name != "found"}
@@ -200,8 +200,8 @@ def given_back(evaluation: Evaluation, fates: Outcomes) -> dict[str, np.ndarray]
         back["outscored"][k] = average_precision(true, _false_above_half(evaluation, own), objects) - now
         mine = of_category[bounds[k] : bounds[k + 1]]
         for name in list(back)[1:]:
-            chosen = mine[fates.cause[mine] == _NUMBER[name]]
-            added = _with_added(evaluation, k, true, false, fates.score[chosen], ~taken[chosen])
+            chosen = mine[outcomes.cause[mine] == _NUMBER[name]]
+            added = _with_added(evaluation, k, true, false, outcomes.score[chosen], ~taken[chosen])
             back[name][k] = average_precision(*added, objects) - now if len(chosen) else 0.0
     return back
 
@@ -235,7 +235,7 @@ def _with_added(
     return np.concatenate([true, true_there])[merged] + gain, np.concatenate([false, false_there])[merged]
 
 
-def confusions(evaluation: Evaluation, fates: Outcomes, category: int | np.integer, top: int = 3) -> str:
+def confusions(evaluation: Evaluation, outcomes: Outcomes, category: int | np.integer, top: int = 3) -> str:
     """What objects of a category (index) were taken for: "cup (5), bowl (2)"."""
-    others = fates.other[(evaluation.truth.category == category) & (fates.other >= 0)].tolist()
+    others = outcomes.other[(evaluation.truth.category == category) & (outcomes.other >= 0)].tolist()
     return ", ".join(f"{evaluation.truth.names[k]} ({n})" for k, n in Counter(others).most_common(top))

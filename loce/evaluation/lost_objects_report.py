@@ -1,4 +1,4 @@
-"""The causes of lost objects as a table (errors.csv), a figure (errors.png) and a few lines on the screen."""
+"""Report of lost objects: their causes as a table (errors.csv), a figure (errors.png) and a few lines on the screen."""
 
 import csv
 import io
@@ -22,22 +22,22 @@ GROUPS = {"all": "all"} | GROUP_NAMES
 
 
 def write_errors(
-    output: str | Path, evaluation: Evaluation, fates: Outcomes, detections: Detections, origin: str = ""
+    output: str | Path, evaluation: Evaluation, outcomes: Outcomes, detections: Detections, origin: str = ""
 ) -> list[str]:
     """errors.csv and errors.png (`origin` is written below it) in the folder `output`; returns lines for the screen."""
-    back = given_back(evaluation, fates)
-    groups = {name: _group(evaluation, fates, back, name) for name in GROUPS}
-    write_text(Path(output) / "errors.csv", _table(evaluation, fates, back, groups))
+    back = given_back(evaluation, outcomes)
+    groups = {name: _group(evaluation, outcomes, back, name) for name in GROUPS}
+    write_text(Path(output) / "errors.csv", _table(evaluation, outcomes, back, groups))
     with atomic_write(Path(output) / "errors.png") as temporary:
         draw(groups, f"{_SHAPES[evaluation.iou_type]}, protocol {evaluation.protocol.name}", origin, temporary)
-    return lines(evaluation, fates, groups, detections)
+    return lines(evaluation, outcomes, groups, detections)
 
 
-def _group(evaluation: Evaluation, fates: Outcomes, back: Mapping[str, np.ndarray], name: str) -> dict[str, Any]:
+def _group(evaluation: Evaluation, outcomes: Outcomes, back: Mapping[str, np.ndarray], name: str) -> dict[str, Any]:
     """Objects by cause, AP and what each cause would give back, for the categories of a group with objects."""
     matches, truth = evaluation.matches, evaluation.truth
     chosen = (matches.objects[0] > 0) & ((truth.frequency == name) | (name == "all"))
-    causes = fates.cause[chosen[truth.category]]
+    causes = outcomes.cause[chosen[truth.category]]
     row: dict[str, Any] = {"objects": int(matches.objects[0][chosen].sum())}
     row |= {cause: int((causes == number).sum()) for number, cause in enumerate(CAUSES)}
     for name in ("AP", "AP50"):
@@ -48,11 +48,11 @@ def _group(evaluation: Evaluation, fates: Outcomes, back: Mapping[str, np.ndarra
 
 
 def _table(
-    evaluation: Evaluation, fates: Outcomes, back: Mapping[str, np.ndarray], groups: Mapping[str, dict[str, Any]]
+    evaluation: Evaluation, outcomes: Outcomes, back: Mapping[str, np.ndarray], groups: Mapping[str, dict[str, Any]]
 ) -> str:
     """CSV: a row a group, then a row a category with objects; empty where nothing is known."""
     columns = list(groups["all"])
-    blank = {column for name in fates.unseen for column in (name, f"back_{name}")}
+    blank = {column for name in outcomes.unseen for column in (name, f"back_{name}")}
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow(["level", "id", "name", "frequency", *columns, "classified_as_what"])
@@ -60,8 +60,8 @@ def _table(
         cells = [_cell(value, column in blank) for column, value in row.items()]
         writer.writerow(["group", "", GROUPS[name], "" if name == "all" else name, *cells, ""])
     truth, size = evaluation.truth, len(CAUSES)
-    known = fates.cause >= 0
-    counts = np.bincount(truth.category[known] * size + fates.cause[known], minlength=size * len(truth.category_ids))
+    known = outcomes.cause >= 0
+    counts = np.bincount(truth.category[known] * size + outcomes.cause[known], minlength=size * len(truth.category_ids))
     counts = counts.reshape(-1, size)
     for k in np.flatnonzero(evaluation.matches.objects[0]):
         entry = evaluation.per_category[k]
@@ -69,7 +69,7 @@ def _table(
         numbers += [float(values[k]) for values in back.values()]
         cells = [_cell(value, column in blank) for column, value in zip(columns, numbers, strict=True)]
         row_head = ["category", entry["id"], entry["name"], entry["frequency"]]
-        writer.writerow([*row_head, *cells, confusions(evaluation, fates, k)])
+        writer.writerow([*row_head, *cells, confusions(evaluation, outcomes, k)])
     return text.getvalue()
 
 
@@ -82,7 +82,7 @@ def _cell(value: float, unknown: bool) -> str:
 
 
 def lines(
-    evaluation: Evaluation, fates: Outcomes, groups: Mapping[str, dict[str, Any]], detections: Detections
+    evaluation: Evaluation, outcomes: Outcomes, groups: Mapping[str, dict[str, Any]], detections: Detections
 ) -> list[str]:
     """Objects by cause and the AP each cause would give back, rare beside all."""
     shown = {name: row for name, row in groups.items() if row["objects"]}
@@ -97,14 +97,14 @@ def lines(
         text.append(f"{meaning:48}" + "".join(f"{r[cause]:12,}{g}" for r, g in zip(shown.values(), gain, strict=True)))
     exact = "".join(f"{'':12}{100 * (r['AP50'] - r['AP']):+8.1f}" for r in shown.values())
     text.append(f"{'exact ' + _SHAPES[evaluation.iou_type] + ' of those found (AP50 - AP)':48}{exact}")
-    return text + _caveats(evaluation, fates, groups, detections)
+    return text + _caveats(evaluation, outcomes, groups, detections)
 
 
 def _caveats(
-    evaluation: Evaluation, fates: Outcomes, groups: Mapping[str, dict[str, Any]], detections: Detections
+    evaluation: Evaluation, outcomes: Outcomes, groups: Mapping[str, dict[str, Any]], detections: Detections
 ) -> list[str]:
     """What these detections cannot tell."""
-    if "removed_by_nms" not in fates.unseen:
+    if "removed_by_nms" not in outcomes.unseen:
         return []
     notes = []
     row, truth = groups["all"], evaluation.truth

@@ -1,4 +1,4 @@
-"""Which detection finds which object: caps, the federated rule and greedy matching (LVIS, arXiv 1908.03195; COCO).
+"""Greedy matching of detections to objects, after caps and the federated rule (LVIS, arXiv 1908.03195; COCO).
 
 All (image, category) cells are matched in lock-step: first the best detection of every cell, then the second best, and
 so on, for 10 IoU thresholds and 4 object sizes at once. Only detections that overlap an object by half take part.
@@ -218,6 +218,11 @@ def _lock_step(
     A detection takes, of the objects still free that it overlaps enough, the one of highest IoU, the last in the file
     among equals; one that is ignored only if no other is left. That preference is one integer: the pair's place among
     the detection's pairs in ascending IoU, plus a bonus for objects that count. Crowds are never used up.
+
+    Example: detections d1, d2 (by score) of one cell, objects a (counts) and b (ignored), one threshold .5:
+        pairs   d1: b .6, a .7    d2: b .8, a .9      place 1, 2 and 1, 2; bonus 3, one more than a detection has pairs
+        turn 1  d1 wishes b 1, a 2 + 3 = 5            the maximum is 5: (5 - 1) % 3 = 1, its second pair, so d1 takes a
+        turn 2  d2 wishes b 1, a 0 (taken)            the maximum is 1 <= bonus: d2 takes b, which is ignored
     """
     areas, columns = ignored.shape[1], ignored.shape[1] * len(THRESHOLDS)
     first = np.flatnonzero(np.diff(detection, prepend=-1))  # of each overlapping detection; they stand in cell order

@@ -1,6 +1,6 @@
-"""What inference saw near the objects and did not give out: why an object was lost cannot be told without it.
+"""Near misses: what inference saw at the objects and did not give out. Why an object was lost cannot be told without.
 
-A clue is a box, x, y, width, height in px of the original image, with a category and a score. Its kind:
+A near miss is a box, x, y, width, height in px of the original image, with a category and a score. Its kind:
 removed_by_nms: the best candidate of an object's category that overlaps it by half, dropped by NMS for a better one;
 cut_by_cap: the same, but it was left by NMS and dropped by the cap on detections; classified_as: the best detection of
 another category that overlaps an object by half and was left out since the category was not verified in the image;
@@ -18,9 +18,9 @@ Found = Mapping[str, tuple[Any, Any, Any]]  # kind -> boxes (n, 4) x1, y1, x2, y
 
 
 @dataclass(frozen=True, kw_only=True)
-class Clues:
-    """N clues: image_ids (N,) int64, kinds (N,) uint8 index into KINDS, category_ids (N,) int64, scores (N,) float32,
-    boxes (N, 4) float32 x, y, width, height. No rows of an image: there was nothing to tell."""
+class NearMisses:
+    """N near misses: image_ids (N,) int64, kinds (N,) uint8 index into KINDS, category_ids (N,) int64, scores (N,)
+    float32, boxes (N, 4) float32 x, y, width, height. No rows of an image: there was nothing to tell."""
 
     image_ids: np.ndarray
     kinds: np.ndarray
@@ -32,14 +32,14 @@ class Clues:
         return len(self.image_ids)
 
 
-def clues_of_image(image_id: int, found: Found) -> Clues:
+def near_misses_of_image(image_id: int, found: Found) -> NearMisses:
     """What a model found in one image, arrays or CPU tensors; KeyError for a kind that is none of KINDS."""
     parts = [none()]
     for kind, columns in found.items():
         corners = np.asarray(columns[0], dtype=np.float32).reshape(-1, 4)
         size = len(corners)
         parts.append(
-            Clues(
+            NearMisses(
                 image_ids=np.full(size, image_id, dtype=np.int64),
                 kinds=np.full(size, {name: number for number, name in enumerate(KINDS)}[kind], dtype=np.uint8),
                 category_ids=np.asarray(columns[2], dtype=np.int64),
@@ -50,13 +50,15 @@ def clues_of_image(image_id: int, found: Found) -> Clues:
     return join(parts)
 
 
-def none() -> Clues:
-    """No clues."""
+def none() -> NearMisses:
+    """No near misses."""
     ids = np.zeros(0, dtype=np.int64)
     kinds, scores = np.zeros(0, dtype=np.uint8), np.zeros(0, dtype=np.float32)
-    return Clues(image_ids=ids, kinds=kinds, category_ids=ids, scores=scores, boxes=np.zeros((0, 4), dtype=np.float32))
+    return NearMisses(
+        image_ids=ids, kinds=kinds, category_ids=ids, scores=scores, boxes=np.zeros((0, 4), dtype=np.float32)
+    )
 
 
-def join(parts: Sequence[Clues]) -> Clues:
+def join(parts: Sequence[NearMisses]) -> NearMisses:
     """All rows of all parts, at least one, in order."""
-    return Clues(**{name: np.concatenate([vars(part)[name] for part in parts]) for name in vars(parts[0])})
+    return NearMisses(**{name: np.concatenate([vars(part)[name] for part in parts]) for name in vars(parts[0])})

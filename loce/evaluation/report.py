@@ -1,4 +1,4 @@
-"""Evaluation to screen and folder: the table, metrics.json, per_category.csv, and what scripts/compare.py needs."""
+"""Report of an evaluation on screen and in a folder: tables, metrics.json, per_category.csv, tallies to compare."""
 
 import csv
 import io
@@ -18,7 +18,7 @@ from loce.evaluation.lost_objects import explain
 from loce.evaluation.lost_objects_report import write_errors
 from loce.evaluation.lvis_ap import Evaluation, choose_protocol, evaluate_loaded, load_results
 from loce.evaluation.matching import Protocol
-from loce.evaluation.stream import read_clues
+from loce.evaluation.stream import read_near_misses
 from loce.utils.classes import GROUP_NAMES, GROUPS
 from loce.utils.files import atomic_write, json_text, write_text
 from loce.utils.progress import phase
@@ -48,17 +48,17 @@ def evaluate_and_report(
     annotations, results, max_detections: as for `evaluate_lvis`; iou_types: empty means what the results have;
     protocol "auto": "lvis" for federated ground truth, else "coco"; resamples: of the bootstrap, 0 for none; origin:
     what made the results (method, checkpoint), written beside the numbers; errors: explain lost objects (of masks
-    where they are evaluated), with the clues of inference where `results` is its folder and has them; save_json: also
-    write results.json, the official results format.
+    where they are evaluated), with the near misses of inference where `results` is its folder and has them; save_json:
+    also write results.json, the official results format; allow_misplaced: as for `evaluate_lvis`.
     Writes metrics.json ({"bbox": 13 numbers, "segm": ...}), evaluation.json (what they are of), per_category.csv,
     tallies_<type>.npz (for scripts/compare.py), errors.csv and errors.png. UserError for bad input, before anything is
     written.
     """
-    clues, source = None, "results"
+    near_misses, source = None, "results"
     if isinstance(results, (str, Path)):
         source = str(results)
         origin = origin or source
-        clues = read_clues(results) if errors and Path(results).is_dir() else None
+        near_misses = read_near_misses(results) if errors and Path(results).is_dir() else None
         results = results if Path(results).is_dir() else read_results(results)
     wanted = tuple(iou_types) or (results.iou_types if isinstance(results, Detections) else ("bbox", "segm"))
     truth = load_annotations(annotations, "segm" in wanted, allow_misplaced)
@@ -78,8 +78,8 @@ def evaluate_and_report(
         print("\n" + table(evaluation, spread))
     if errors and len(truth):
         main = evaluations[max(evaluations)]  # "segm" where there is one
-        fates = explain(main, detections, clues)
-        print("\n" + "\n".join(write_errors(output, main, fates, detections, origin)))
+        outcomes = explain(main, detections, near_misses)
+        print("\n" + "\n".join(write_errors(output, main, outcomes, detections, origin)))
     print("\n" + "\n".join(markdown(evaluations)))
     write_facts(Path(output), facts)
     if save_json:

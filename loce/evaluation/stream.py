@@ -1,4 +1,7 @@
-"""Detections written to disk while inference runs, a folder for all ranks: a killed run loses at most one chunk."""
+"""Writer and reader of detections on disk, in chunks of all ranks: a killed inference loses at most one chunk.
+
+Near misses stand beside them as columns clue_*, the name they had when the first such files were written.
+"""
 
 from collections.abc import Iterable
 from pathlib import Path
@@ -7,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from loce.evaluation.detections import Detections, Masks, concatenate, offsets_of
-from loce.evaluation.near_misses import Clues, Found, clues_of_image, join
+from loce.evaluation.near_misses import Found, NearMisses, join, near_misses_of_image
 from loce.utils.errors import UserError, first_few
 from loce.utils.files import atomic_write
 from loce.utils.progress import watched
@@ -27,7 +30,7 @@ class DetectionWriter:
         self.folder, self.rank, self.source, self.chunk_images = Path(folder), rank, source, chunk_images
         self.folder.mkdir(parents=True, exist_ok=True)
         self._pending: list[tuple[int, tuple[int, int], np.ndarray, np.ndarray, np.ndarray, list[bytes] | None]] = []
-        self._clues: list[Clues] = []  # of pending images
+        self._near_misses: list[NearMisses] = []  # of pending images
         self._finished: set[int] = set()
         for path in chunk_paths(folder):
             with _open_chunk(path) as chunk:
@@ -53,12 +56,12 @@ class DetectionWriter:
         category_ids: Any,
         rles: list[bytes] | None = None,
         size: tuple[int, int] | None = None,
-        clues: Found | None = None,
+        near_misses: Found | None = None,
     ) -> None:
         """All detections of one image: boxes (N, 4) x1, y1, x2, y2 in px of the original image, scores (N,), the
         file's category ids (N,) (not labels), optionally N compressed RLE counts over an image of `size` (height,
-        width). Arrays or CPU tensors. An image without detections is added with N = 0. clues: what else was seen
-        (`clues.Clues`, with category ids)."""
+        width). Arrays or CPU tensors. An image without detections is added with N = 0. near_misses: what else was seen
+        (`near_misses.NearMisses`, with category ids)."""
         corners = np.asarray(boxes_xyxy, dtype=np.float32).reshape(-1, 4)
         boxes = np.concatenate([corners[:, :2], corners[:, 2:] - corners[:, :2]], axis=1)
         score, category = np.asarray(scores, dtype=np.float32), np.asarray(category_ids, dtype=np.int32)
@@ -67,7 +70,7 @@ class DetectionWriter:
         if rles is not None and size is None:
             raise ValueError(f"image {image_id}: masks need the size (height, width) of their image")
         self._pending.append((int(image_id), size or (0, 0), boxes, score, category, rles))
-        self._clues += [] if clues is None else [clues_of_image(int(image_id), clues)]
+        self._near_misses += [] if near_misses is None else [near_misses_of_image(int(image_id), near_misses)]
         if len(self._pending) >= self.chunk_images:
             self.flush()
 
@@ -79,8 +82,8 @@ class DetectionWriter:
         has_masks = [r is not None for r in rles]
         if any(has_masks) != all(has_masks):
             raise ValueError("some images were added with masks and others without")
-        if self._clues and len(self._clues) < len(images):
-            raise ValueError("some images were added with clues and others without")
+        if self._near_misses and len(self._near_misses) < len(images):
+            raise ValueError("some images were added with near misses and others without")
         flat = [counts for image in rles for counts in image or ()]
         chunk = {
             "source": np.array(self.source),
@@ -94,13 +97,13 @@ class DetectionWriter:
             "rle_lengths": np.array([len(counts) for counts in flat], dtype=np.int32),
             "rle_counts": np.frombuffer(b"".join(flat), dtype=np.uint8),
         }
-        if self._clues:
-            chunk |= {f"clue_{name}": column for name, column in vars(join(self._clues)).items()}
+        if self._near_misses:
+            chunk |= {f"clue_{name}": column for name, column in vars(join(self._near_misses)).items()}
         path = self.folder / f"detections_{self.rank:04d}_{self._next:06d}.npz"
         with atomic_write(path) as temporary:
             np.savez(temporary, **chunk)  # type: ignore[arg-type]
         self._finished |= set(images)
-        self._next, self._pending, self._clues = self._next + 1, [], []
+        self._next, self._pending, self._near_misses = self._next + 1, [], []
 
     def close(self) -> None:
         """Write what is left."""
@@ -162,15 +165,15 @@ def _meant_instead(folder: str | Path) -> str:
     return f"; did you mean results={first_few(found, between=' or results=')}?" if found else ""
 
 
-def read_clues(folder: str | Path) -> Clues | None:
-    """Every rank's clues, or None where inference left none for some of its images."""
+def read_near_misses(folder: str | Path) -> NearMisses | None:
+    """Every rank's near misses, or None where inference left none for some of its images."""
     parts = []
     for path in chunk_paths(folder):
         with _open_chunk(path) as chunk:
             if "clue_kinds" not in chunk.files:
                 return None
             names = [name for name in chunk.files if name.startswith("clue_")]
-            parts.append(Clues(**{name.removeprefix("clue_"): chunk[name] for name in names}))
+            parts.append(NearMisses(**{name.removeprefix("clue_"): chunk[name] for name in names}))
     return join(parts) if parts else None
 
 

@@ -7,6 +7,7 @@ import pytest
 
 from loce.evaluation import evaluate_lvis
 from loce.evaluation.bootstrap import (
+    compare,
     draw_weights,
     group_means,
     interval,
@@ -16,7 +17,6 @@ from loce.evaluation.bootstrap import (
     resampled_ap,
     tally,
 )
-from loce.evaluation.comparison import compare
 from loce.utils.errors import UserError
 from tests.evaluation.cases import Case, random_case
 

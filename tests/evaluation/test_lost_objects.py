@@ -11,7 +11,7 @@ from pycocotools import mask as mask_utils
 from loce.evaluation import evaluate_lvis, read_results
 from loce.evaluation.lost_objects import CAUSES, average_precision, confusions, explain, given_back
 from loce.evaluation.lvis_ap import counts
-from loce.evaluation.near_misses import clues_of_image
+from loce.evaluation.near_misses import near_misses_of_image
 from loce.evaluation.report import evaluate_and_report
 from tests.evaluation.cases import random_case, without
 
@@ -58,18 +58,18 @@ def scene() -> tuple[dict[str, Any], list[dict[str, Any]]]:
 def test_every_cause_is_told_apart() -> None:
     truth, results = scene()
     evaluation = evaluate_lvis(truth, results)
-    fates = explain(evaluation, read_results(results))
+    outcomes = explain(evaluation, read_results(results))
     image_ids = evaluation.truth.image_ids[evaluation.truth.image]
     causes: dict[str, list[str]] = {}
-    for image, cause in zip(image_ids.tolist(), fates.cause.tolist(), strict=True):
+    for image, cause in zip(image_ids.tolist(), outcomes.cause.tolist(), strict=True):
         causes.setdefault(NAMES[image], []).append(NAMES[cause])
     assert sorted(causes.pop("taken")) == ["found", "taken"]
     assert causes == {name: [name] for name in causes}
     assert set(causes) == set(NAMES) - {"taken", "removed_by_nms", "score_too_low", "no_proposal"}
-    scores = {NAMES[fates.cause[g]]: fates.score[g] for g in range(len(fates.cause))}
+    scores = {NAMES[outcomes.cause[g]]: outcomes.score[g] for g in range(len(outcomes.cause))}
     assert (scores["cut_by_cap"], scores["classified_as"], scores["no_detection"]) == (0.01, 0.8, np.inf)
-    assert confusions(evaluation, fates, 0) == "bowl (1)"
-    assert fates.unseen == ("removed_by_nms", "score_too_low", "no_proposal")
+    assert confusions(evaluation, outcomes, 0) == "bowl (1)"
+    assert outcomes.unseen == ("removed_by_nms", "score_too_low", "no_proposal")
 
 
 def corners(box: list[float]) -> np.ndarray:
@@ -78,18 +78,18 @@ def corners(box: list[float]) -> np.ndarray:
 
 @pytest.mark.parametrize("iou_type", ["bbox", "segm"])
 def test_what_inference_can_add(iou_type: str) -> None:
-    """Each clue beside an object without any detection, and beside one that is localised badly."""
+    """Each near miss beside an object without any detection, and beside one that is localised badly."""
     truth, results = scene()
     results = [{**d, "segmentation": rectangle(d["bbox"])} for d in results]
     evaluation, detections = evaluate_lvis(truth, results, iou_type), read_results(results)
 
     def fate(lost: str, *found: tuple[str, int, float, list[float]]) -> tuple[str, float, int]:
-        """Of the object called `lost`, from clues (kind, category, score, box)."""
+        """Of the object called `lost`, from near misses (kind, category, score, box)."""
         parts = {kind: (corners(box), [score], [category]) for kind, category, score, box in found}
-        fates = explain(evaluation, detections, clues_of_image(NAMES.index(lost), parts))
-        assert fates.unseen == ("no_detection",)
+        outcomes = explain(evaluation, detections, near_misses_of_image(NAMES.index(lost), parts))
+        assert outcomes.unseen == ("no_detection",)
         g = int(np.flatnonzero(evaluation.truth.image_ids[evaluation.truth.image] == NAMES.index(lost))[0])
-        return NAMES[fates.cause[g]], float(fates.score[g]), int(fates.other[g])
+        return NAMES[outcomes.cause[g]], float(outcomes.score[g]), int(outcomes.other[g])
 
     near, far = [11.0, 10.0, 20.0, 20.0], [50.0, 12.0, 20.0, 20.0]
     proposed = ("proposed", 1, 0.001, near)
@@ -115,13 +115,13 @@ def rectangle(box: list[float]) -> dict[str, Any]:
     return mask_utils.encode(mask)
 
 
-def test_no_clues_at_all_are_clues_too() -> None:
+def test_no_near_misses_at_all_are_known_too() -> None:
     """Inference that looked and saw nothing: then there was no proposal."""
     evaluation, detections = evaluate_lvis(scene()[0], []), read_results([])
-    fates = explain(evaluation, detections, clues_of_image(1, {}))
-    assert {NAMES[cause] for cause in fates.cause} == {"no_proposal"}
+    outcomes = explain(evaluation, detections, near_misses_of_image(1, {}))
+    assert {NAMES[cause] for cause in outcomes.cause} == {"no_proposal"}
     with pytest.raises(KeyError):
-        clues_of_image(1, {"seen": (np.zeros((0, 4)), [], [])})
+        near_misses_of_image(1, {"seen": (np.zeros((0, 4)), [], [])})
 
 
 @pytest.mark.parametrize("iou_type", ["bbox", "segm"])
@@ -129,10 +129,12 @@ def test_each_object_has_one_fate_and_ap50_is_the_evaluators(iou_type: str) -> N
     for seed in range(30):
         truth, results = random_case(seed)
         evaluation = evaluate_lvis(truth, results, iou_type)
-        fates = explain(evaluation, read_results(results))
-        assert ((fates.cause >= 0) == ~evaluation.matches.object_ignored[:, 0]).all()
+        outcomes = explain(evaluation, read_results(results))
+        assert ((outcomes.cause >= 0) == ~evaluation.matches.object_ignored[:, 0]).all()
         for k, row in enumerate(evaluation.per_category):
-            found = (evaluation.truth.category == k) & (fates.cause >= 0) & (fates.cause <= NAMES.index("outscored"))
+            found = (
+                (evaluation.truth.category == k) & (outcomes.cause >= 0) & (outcomes.cause <= NAMES.index("outscored"))
+            )
             if row["AP50"] >= 0:
                 assert found.sum() == round(evaluation.recall[0, k, 0] * evaluation.matches.objects[0, k])
 
@@ -157,16 +159,16 @@ def test_what_is_given_back_is_what_evaluating_again_gives() -> None:
         scores = (rng.permutation(len(results)) + 1) / (len(results) + 1)
         results = [{**d, "score": float(s)} for d, s in zip(without(results, "segmentation"), scores, strict=True)]
         evaluation = evaluate_lvis(truth, results)
-        fates = explain(evaluation, read_results(results))
-        back, ground = given_back(evaluation, fates), evaluation.truth
+        outcomes = explain(evaluation, read_results(results))
+        back, ground = given_back(evaluation, outcomes), evaluation.truth
         for k in np.flatnonzero(evaluation.matches.objects[0]):
             for name in ("taken", "classified_as", "badly_localised", "no_detection"):
-                chosen = np.flatnonzero((ground.category == k) & (fates.cause == NAMES.index(name)))
+                chosen = np.flatnonzero((ground.category == k) & (outcomes.cause == NAMES.index(name)))
                 added = [
                     {
                         "image_id": int(ground.image_ids[ground.image[g]]),
                         "category_id": int(ground.category_ids[k]),
-                        "score": float(min(fates.score[g], 2.0)),
+                        "score": float(min(outcomes.score[g], 2.0)),
                         "bbox": ground.boxes[g].tolist(),
                     }
                     for g in chosen

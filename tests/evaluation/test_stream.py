@@ -10,7 +10,7 @@ import torch
 from loce.data.loader import eval_batches
 from loce.evaluation import Detections, DetectionWriter, evaluate_lvis, load_annotations, read_detections, read_results
 from loce.evaluation.report import evaluate_and_report
-from loce.evaluation.stream import read_clues
+from loce.evaluation.stream import read_near_misses
 from loce.utils.errors import UserError
 from tests.evaluation.cases import random_case
 
@@ -167,31 +167,31 @@ def test_wrong_calls_are_loud(tmp_path: Path) -> None:
         writer.flush()
 
 
-def test_clues_are_kept_beside_the_detections(tmp_path: Path, case: tuple[dict[str, Any], Detections]) -> None:
+def test_near_misses_are_kept_beside_the_detections(tmp_path: Path, case: tuple[dict[str, Any], Detections]) -> None:
     """In the order of images, from every rank; a folder in which some chunks have none has none."""
     truth, _ = case
     images = [image["id"] for image in truth["images"]]
     empty = np.zeros((0, 4)), np.zeros(0), np.zeros(0)
-    clue = ([[1.0, 2.0, 4.0, 6.0]], [0.5], [truth["categories"][0]["id"]])
+    missed = ([[1.0, 2.0, 4.0, 6.0]], [0.5], [truth["categories"][0]["id"]])
     for rank in range(2):
         with DetectionWriter(tmp_path, rank, chunk_images=2) as writer:
             for image in images[rank::2]:
-                writer.add(image, *empty, clues={"proposed": clue} if image != images[0] else {})
-    clues = read_clues(tmp_path)
-    assert clues is not None
-    assert sorted(clues.image_ids.tolist()) == sorted(images[1:])
-    assert (clues.boxes == [1.0, 2.0, 3.0, 4.0]).all() and set(clues.kinds.tolist()) == {3}
+                writer.add(image, *empty, near_misses={"proposed": missed} if image != images[0] else {})
+    near_misses = read_near_misses(tmp_path)
+    assert near_misses is not None
+    assert sorted(near_misses.image_ids.tolist()) == sorted(images[1:])
+    assert (near_misses.boxes == [1.0, 2.0, 3.0, 4.0]).all() and set(near_misses.kinds.tolist()) == {3}
     evaluate_and_report(truth, tmp_path, tmp_path / "out", resamples=0)
     assert "no_proposal" in (tmp_path / "out" / "errors.csv").read_text()
     writer = DetectionWriter(tmp_path, 2)
-    writer.add(images[0], *empty, clues={})
+    writer.add(images[0], *empty, near_misses={})
     writer.add(images[1], *empty)
-    with pytest.raises(ValueError, match="some images were added with clues"):
+    with pytest.raises(ValueError, match="some images were added with near misses"):
         writer.flush()
     writer = DetectionWriter(tmp_path, 3)
     writer.add(images[0], *empty)
     writer.flush()
-    assert read_clues(tmp_path) is None
+    assert read_near_misses(tmp_path) is None
 
 
 def test_a_folder_of_somebody_else(tmp_path):

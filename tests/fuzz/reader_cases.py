@@ -48,7 +48,7 @@ def break_runs(rows: list[Content], rng: Rng) -> None:
         changes: list[Callable[[], Any]] = [
             lambda: counts[:-1],
             lambda: [-3, 3, *counts],
-            lambda: counts[:at] + [counts[at] + int(rng.integers(-40, 40))] + counts[at + 1 :],
+            lambda: [*counts[:at], counts[at] + int(rng.integers(-40, 40)), *counts[at + 1 :]],
             lambda: [float(run) for run in counts],
             lambda: [str(run) for run in counts],
             lambda: [*counts, 1 << 40],
@@ -62,7 +62,7 @@ def break_runs(rows: list[Content], rng: Rng) -> None:
             lambda: counts + "o" * int(rng.integers(1, 20)),
             lambda: counts[:at] + "é" + counts[at:],
         ]
-    changes += [lambda: None, lambda: "", lambda: [], lambda: {"a": 1}]
+    changes += [lambda: None, lambda: "", list, lambda: {"a": 1}]
     code["counts"] = changes[int(rng.integers(len(changes)))]()
     if rng.random() < 0.2:
         code["size"] = [code["size"][::-1], [0, 5], [10**9, 10**9], None, ["60", "60"]][int(rng.integers(5))]
@@ -165,7 +165,11 @@ def encoded(made: Any, rng: Rng) -> bytes:
     """As JSON in some encoding, with or without a byte order mark, spaces and line breaks."""
     indent = [None, None, None, 1][int(rng.integers(4))]
     text = json.dumps(made, ensure_ascii=bool(rng.random() < 0.5), indent=indent)
-    code = str(rng.choice(["utf-8", "utf-8-sig", "utf-16", "utf-16-le", "gbk", "latin-1"], p=[0.5, 0.3, 0.05, 0.05, 0.05, 0.05]))
+    code = str(
+        rng.choice(
+            ["utf-8", "utf-8-sig", "utf-16", "utf-16-le", "gbk", "latin-1"], p=[0.5, 0.3, 0.05, 0.05, 0.05, 0.05]
+        )
+    )
     return text.encode(code, "replace")
 
 

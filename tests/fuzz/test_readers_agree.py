@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.evaluation.conftest import numpy_float  # noqa: F401  # a fixture
 from tests.fuzz.agreement import check_agreement
 
 FEW, BLOCK = 300, 100
