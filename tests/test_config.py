@@ -709,7 +709,7 @@ SCRIPT = """
 import sys
 from loce.config import UserError, run_script
 from loce.utils.options import print_help
-from loce.utils.progress import progress, say
+from loce.utils.progress import progress, print_line
 def main():
     {}
 run_script(main)
@@ -727,7 +727,7 @@ run_script(main)
 )
 def test_a_terminal_without_the_letters_of_a_name(settings):
     names = r"'\u81ea\u884c\u8f66 \xfc \udcff'"  # Chinese, German, and a file name that is no UTF-8
-    body = f"name = {names}; list(progress([1], 1, name)); say(name); print(name); raise UserError(name)"
+    body = f"name = {names}; list(progress([1], 1, name)); print_line(name); print(name); raise UserError(name)"
     code, out, error = run_as_script(SCRIPT.format(body), **settings)
     assert code == 2 and "Traceback" not in error and error.startswith("error: ") and out.count(b"\n") == 4
 

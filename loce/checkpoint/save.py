@@ -25,7 +25,7 @@ from loce.config import Config, UserError, to_dict
 from loce.models.mask_rcnn import MaskRCNN
 from loce.utils import distributed
 from loce.utils.classes import ClassStats
-from loce.utils.progress import say
+from loce.utils.progress import print_line
 
 
 def rng_state(device: torch.device) -> dict[str, Tensor]:
@@ -131,7 +131,7 @@ def _tidy(run: Path, folder: Path, keep: int, best: Path | None) -> None:
     try:
         files.tidy(run, folder, keep, best)
     except OSError as error:
-        say(f"WARNING: an old checkpoint could not be deleted: {error}")
+        print_line(f"WARNING: an old checkpoint could not be deleted: {error}")
 
 
 def checkpoint_bytes(config: Config, model: MaskRCNN) -> int:
@@ -175,7 +175,7 @@ def newest(run: Path) -> Path | None:
             found = str(folder)
             break
         bad.append(f"checkpoint {folder} is damaged: {problem}")
-        say(f"WARNING: {bad[-1]}; looking for the one before")
+        print_line(f"WARNING: {bad[-1]}; looking for the one before")
     found, bad = json.loads(distributed.broadcast_text(json.dumps([found, bad])))
     if bad and not found:
         raise UserError("\n".join([*bad, f"No checkpoint is left; delete {run} to start from the beginning"]))

@@ -29,7 +29,7 @@ from urllib.request import Request, urlopen
 from loce.data.annotations.lvis import LVISAnnotations
 from loce.utils.errors import UserError
 from loce.utils.files import atomic_write
-from loce.utils.progress import Progress, progress, say
+from loce.utils.progress import Progress, print_line, progress
 
 TRIES = 6  # in a row without a new byte, per place
 TIMEOUT = 60.0  # seconds without a byte
@@ -177,7 +177,7 @@ def fetch_all(archives: Sequence[Archive], out: Path, keep: bool = False, wait: 
     missing = []
     for archive in archives:
         if is_finished(archive, out):
-            say(f"{Path(out, archive.folder, archive.content)}: is there")
+            print_line(f"{Path(out, archive.folder, archive.content)}: is there")
         else:
             missing.append(archive)
     require_space(_needs(missing, out, keep))
@@ -190,7 +190,7 @@ def fetch_all(archives: Sequence[Archive], out: Path, keep: bool = False, wait: 
         _unpack(archive, path)
         if not keep and archive.urls not in [later.urls for later in missing[number + 1 :]]:
             path.unlink()
-        say(f"{path.with_name(archive.content)}: done")
+        print_line(f"{path.with_name(archive.content)}: done")
 
 
 def is_finished(archive: Archive, out: Path) -> bool:
@@ -247,7 +247,7 @@ def _unpack_annotations(archive: Archive, source: zipfile.ZipFile, members: list
         raise UserError(f"{path}: has no {archive.content} in it; remove it and run the command again")
     require_space([(path.parent, members[0].file_size)])
     with atomic_write(path.with_name(archive.content)) as temporary:
-        say(f"{archive.content}: unpacking and counting")
+        print_line(f"{archive.content}: unpacking and counting")
         unpack_member(source, members[0], temporary)
         _require_counts(archive, temporary, path)
 
@@ -312,14 +312,14 @@ def download(urls: Sequence[str], path: Path, size: int | None = None, checksum:
             _fetch(url, part, size, wait)
         except RefusedError as error:
             reasons.append(f"{url}: {error}")
-            say(reasons[-1])
+            print_line(reasons[-1])
             continue
         try:
             check_file(part, size, checksum)
         except RefusedError as error:
             part.unlink()
             reasons.append(f"{url}: {error}; removed")
-            say(reasons[-1])
+            print_line(reasons[-1])
             continue
         os.replace(part, path)
         return
@@ -413,7 +413,7 @@ def _fetch(url: str, part: Path, size: int | None, wait: float) -> None:
         if tries >= TRIES:
             raise RefusedError(f"given up after {TRIES} tries: {problem}")
         pause = wait * 2 ** (tries - 1)
-        say(f"{url}: {problem}; trying again in {pause:g} s")
+        print_line(f"{url}: {problem}; trying again in {pause:g} s")
         time.sleep(pause)
 
 

@@ -22,10 +22,9 @@ from loce.config import DataConfig, SamplerConfig
 from loce.data.annotations.lvis import LVISAnnotations
 from loce.data.dataset import EvalDataset, Sample, ShownImage, TrainDataset
 from loce.data.samplers import TrainingPlan, image_labels, memory_fill_images, rank_slice
-from loce.utils import distributed
-from loce.utils import signals as stopping
+from loce.utils import distributed, signals
 from loce.utils.errors import UserError
-from loce.utils.progress import say
+from loce.utils.progress import print_line
 
 __all__ = ["EvalDataset", "TrainDataset", "eval_batches", "fill_batches", "train_batches", "training_plan"]
 SHARED = Path("/dev/shm")  # where Linux keeps what a worker hands over
@@ -52,7 +51,7 @@ class Batches:
         self.length, self.images = length, len(dataset)
         self.allowed = max(1, int(BAD_SHARE * self.images))
         self.together = together
-        self.told: dict[str, bool] = {}  # message, or a word for all of its kind -> is the image bad?
+        self.warned: dict[str, bool] = {}  # message, or a word for all of its kind -> is the image bad?
         if workers:
             allow_open_files()
         self.loader: DataLoader[Sample] = DataLoader(
@@ -73,7 +72,7 @@ class Batches:
     @property
     def bad(self) -> list[str]:
         """A message for each image that could not be used so far; of all ranks where they go together."""
-        return [message for message, is_bad in self.told.items() if is_bad]
+        return [message for message, is_bad in self.warned.items() if is_bad]
 
     def __iter__(self) -> Iterator[list[Sample]]:
         every = AGREE_EVERY if self.together and distributed.world_size() > 1 else 1
@@ -97,11 +96,11 @@ class Batches:
     def _tell(self, parts: list[str]) -> None:
         """Take up what the ranks found: a JSON list of (what is told once, message, is the image bad?) from each."""
         for once, message, is_bad in chain.from_iterable(map(json.loads, parts)):
-            if once not in self.told:
-                self.told[once] = is_bad
+            if once not in self.warned:
+                self.warned[once] = is_bad
                 if distributed.is_main() or not self.together:
                     used = "; another image (in evaluation: a black one) is used instead" if is_bad else ""
-                    say(f"warning: {message}{used}")
+                    print_line(f"warning: {message}{used}")
         if len(self.bad) > self.allowed:
             raise UserError(
                 f"more than {self.allowed} of {self.images} images cannot be used, too many to go on:\n  "
@@ -112,9 +111,9 @@ class Batches:
 
 def _start_worker(parent: int, _: int) -> None:
     """One thread per worker, and deaf to signals: the main process decides when to stop, and takes it with it."""
-    stopping.die_with_parent(signal.SIGKILL, parent)
+    signals.die_with_parent(signal.SIGKILL, parent)
     cv2.setNumThreads(0)
-    for number in stopping.SIGNALS:
+    for number in signals.SIGNALS:
         signal.signal(number, signal.SIG_IGN)
 
 

@@ -18,7 +18,7 @@ from loce.config import Config, to_dict
 from loce.utils.classes import GROUP_NAMES
 from loce.utils.errors import UserError
 from loce.utils.files import write_text
-from loce.utils.progress import say
+from loce.utils.progress import print_line
 
 Shown = float | Tensor | np.ndarray | str
 TAGS = {
@@ -127,7 +127,7 @@ class WandbLog:
         try:
             self.run = self.wandb.init(**options)
         except Exception as error:  # no network, no key: whatever it is, training does not depend on it
-            say(
+            print_line(
                 f"WARNING: Weights & Biases: {error}. What is logged stays in {folder}/wandb: wandb sync sends it later"
             )
             self.run = self.wandb.init(**options, mode="offline")
@@ -148,7 +148,7 @@ class WandbLog:
         try:
             self.run.finish()
         except Exception as error:
-            say(f"WARNING: Weights & Biases: {error}")
+            print_line(f"WARNING: Weights & Biases: {error}")
 
 
 def require_wandb() -> Any:

@@ -23,7 +23,7 @@ from loce.engine.preflight import check_run_folder, preflight
 from loce.engine.summary import introduce
 from loce.engine.trainer import Trainer
 from loce.utils import distributed
-from loce.utils.progress import peak_memory, say
+from loce.utils.progress import peak_memory, print_line
 
 STEPS = 2  # of a dry run
 VALIDATION = 4  # images that a dry run evaluates
@@ -76,7 +76,7 @@ def dry_run(config: Config, device: torch.device) -> None:
     if distributed.is_main():
         for part in ("checkpoints", "tensorboard"):
             shutil.rmtree(trainer.folder / part)
-        say(f"dry run: passed; apart from {trainer.folder}, nothing in {trainer.folder.parent} was touched")
+        print_line(f"dry run: passed; apart from {trainer.folder}, nothing in {trainer.folder.parent} was touched")
 
 
 def overfit(config: Config, device: torch.device) -> None:

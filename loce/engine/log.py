@@ -19,7 +19,7 @@ from loce.utils import distributed
 from loce.utils.environment import available_cores, environment
 from loce.utils.errors import UserError
 from loce.utils.files import PatientFile, json_text, write_text
-from loce.utils.progress import bar, clock, eta, peak_memory, say
+from loce.utils.progress import bar, clock, eta, peak_memory, print_line
 
 T = TypeVar("T")
 START_UP = 20  # iterations in which workers start and memory is claimed: they say nothing of the speed
@@ -164,12 +164,14 @@ class RunLog:
         if self._writing:
             self._warn("log.txt", self._text.write(text + "\n"))
             if shown:
-                say(text)
+                print_line(text)
 
     def _warn(self, what: str, problem: str) -> None:
         """Warn of what the disk did not take, once until it takes something again."""
         if problem and what not in self._troubled:
-            say(f"WARNING: {problem}. Training goes on; what is to be written is kept until there is room for it")
+            print_line(
+                f"WARNING: {problem}. Training goes on; what is to be written is kept until there is room for it"
+            )
         self._troubled = self._troubled | {what} if problem else self._troubled - {what}
 
     def sync(self) -> None:

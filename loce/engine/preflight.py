@@ -1,4 +1,4 @@
-"""Checks before the first step: everything that can be wrong with a run, told at once; the lock of its run folder."""
+"""Checks before the first step: all that can be wrong with a run, found at once; the lock of its run folder."""
 
 import errno
 import fcntl
@@ -24,7 +24,7 @@ from loce.engine.inference import check_evaluation
 from loce.models.backbone import require_cache
 from loce.models.build import head_files
 from loce.utils import distributed
-from loce.utils.progress import say
+from loce.utils.progress import print_line
 from loce.utils.yaml_text import load_yaml, show
 
 T = TypeVar("T")
@@ -181,7 +181,9 @@ class RunLock:
                     f"output = {folder}: another job writes into it ({holder or 'which has not said who it is'}); "
                     "wait for it, stop it, or choose another folder with output=..."
                 ) from error
-            say(f"WARNING: {self.file}: this file system has no locks ({error.strerror}): start no second job here")
+            print_line(
+                f"WARNING: {self.file}: this file system has no locks ({error.strerror}): start no second job here"
+            )
         started = datetime.now().astimezone().isoformat(timespec="seconds")
         os.ftruncate(self.descriptor, 0)
         os.pwrite(self.descriptor, f"process {os.getpid()} on {socket.gethostname()}, since {started}\n".encode(), 0)

@@ -16,7 +16,7 @@ from loce.engine.trainer import Trainer
 from loce.utils import distributed
 from loce.utils.errors import Stopped
 from loce.utils.files import write_text
-from loce.utils.progress import say
+from loce.utils.progress import print_line
 
 STOPPED = "stopped.txt"  # in the run folder while a run that was asked to stop waits to go on
 
@@ -43,7 +43,7 @@ def train(config: Config) -> None:
                 trainer.fit()
                 trainer.log.close()
             elif distributed.is_main():
-                say(f"{trainer.folder}: training is finished already")
+                print_line(f"{trainer.folder}: training is finished already")
 
             if config.train.evaluate:
                 _evaluate(trainer)
@@ -63,5 +63,5 @@ def _evaluate(trainer: Trainer) -> None:
         values = validation.results(trainer.model, config, folder, annotations)
         for board in boards:
             if problem := board.show(step, values):
-                say(f"WARNING: {problem}")
+                print_line(f"WARNING: {problem}")
             board.close()

@@ -170,7 +170,7 @@ class Trainer:
 
     def _end_loader(self) -> None:
         """End the data workers, and note what they had to say."""
-        for message in self._loader.told if self._loader is not None else ():
+        for message in self._loader.warned if self._loader is not None else ():
             self.log.line(f"data: {message}", shown=False)
         self._loader, self._stream = None, iter(())
 

@@ -22,7 +22,7 @@ from loce.evaluation.detections import Detections, check_detections, read_result
 from loce.evaluation.matching import AREA_NAMES, PROTOCOLS, THRESHOLDS, Matches, Protocol, match
 from loce.evaluation.stream import read_detections
 from loce.utils.errors import UserError
-from loce.utils.progress import phase, say, watched
+from loce.utils.progress import phase, print_line, watched
 
 RECALLS = np.linspace(0.0, 1.0, 101)
 FEW = (1, 10)  # detections of an image and category, for COCO's AR@1 and AR@10
@@ -87,7 +87,7 @@ def evaluate_lvis(
     source = str(results) if isinstance(results, (str, Path)) else "results"
     detections = load_results(results, truth, source)
     for warning in [note for note in truth.notes if note.startswith("WARNING")] + suspicions(detections, truth, source):
-        say(warning, sys.stderr)
+        print_line(warning, sys.stderr)
     return evaluate_loaded(truth, detections, iou_type, rules)
 
 

@@ -30,7 +30,7 @@ class Progress:
         self.bar = bar(label, total, done, unit)
         self.lines = _is_main() and self.bar.disable
         if self.lines:
-            say(f"{label}: {done}/{total} {unit}")
+            print_line(f"{label}: {done}/{total} {unit}")
 
     def advance(self, amount: int = 1) -> None:
         """`amount` more is done."""
@@ -39,14 +39,14 @@ class Progress:
         if self.lines and time.monotonic() - self.printed >= SILENCE:
             self.printed = time.monotonic()
             left = eta(self.started, self.done - self.first, self.total - self.done)
-            say(f"{self.label}: {self.done}/{self.total} {self.unit}, eta {left}, {peak_memory():.1f} GiB")
+            print_line(f"{self.label}: {self.done}/{self.total} {self.unit}, eta {left}, {peak_memory():.1f} GiB")
 
     def close(self) -> None:
         """The last line: how much in how long."""
         self.bar.close()
         if self.lines:
             took = clock(time.monotonic() - self.started)
-            say(f"{self.label}: {self.done}/{self.total} {self.unit} in {took}, {peak_memory():.1f} GiB")
+            print_line(f"{self.label}: {self.done}/{self.total} {self.unit} in {took}, {peak_memory():.1f} GiB")
 
 
 def bar(label: str, total: int, done: int, unit: str) -> "tqdm[Any]":
@@ -124,7 +124,7 @@ def phase(label: str, total: int | None = None, unit: str = "") -> Iterator[Phas
 def _speak(over: threading.Event) -> None:
     while not over.wait(max(0.01, _clock["spoken"] + SILENCE - time.monotonic())):
         if time.monotonic() - _clock["spoken"] >= SILENCE:
-            say(str(_phases[-1]), sys.stderr)
+            print_line(str(_phases[-1]), sys.stderr)
 
 
 def watched(items: Iterable[T], total: int | None, label: str, unit: str) -> Iterator[T]:
@@ -135,7 +135,7 @@ def watched(items: Iterable[T], total: int | None, label: str, unit: str) -> Ite
             work.done += 1
 
 
-def say(text: str, file: TextIO | None = None) -> None:
+def print_line(text: str, file: TextIO | None = None) -> None:
     """A line on standard output (or `file`), at once and above any bar."""
     _clock["spoken"] = time.monotonic()
     tqdm.write(text, file=file)

@@ -20,7 +20,7 @@ from loce.data.annotations.segmentations import Segmentations
 from loce.utils.classes import ClassStats
 from loce.utils.errors import expand_home
 from loce.utils.files import atomic_write, file_hash, write_text
-from loce.utils.progress import say
+from loce.utils.progress import print_line
 
 LARGE = 32 << 20  # bytes; a smaller file is read in a second or two
 PARTS: dict[str, Any] = {
@@ -60,7 +60,7 @@ def open_annotations(
         return LVISAnnotations.open(path, *options, annotated=annotated)
     folder = folder or default_folder()
     if folder is None:
-        say(f"{path}: not kept for the next time: there is no home directory; XDG_CACHE_HOME may name a folder")
+        print_line(f"{path}: not kept for the next time: there is no home directory; XDG_CACHE_HOME may name a folder")
         return LVISAnnotations.open(path, *options, annotated=annotated)
     place = folder / _key(path, (*options, annotated))
     try:
@@ -68,12 +68,12 @@ def open_annotations(
     except FileNotFoundError:
         pass
     except (OSError, ValueError, KeyError, TypeError) as error:
-        say(f"warning: {place} is damaged ({error}); {path} is read again")
+        print_line(f"warning: {place} is damaged ({error}); {path} is read again")
     annotations = LVISAnnotations.open(path, *options, annotated=annotated)
     try:
         _store(annotations, place)
     except OSError as error:
-        say(f"{path}: not kept for the next time, since {place} cannot be written ({error.strerror})")
+        print_line(f"{path}: not kept for the next time, since {place} cannot be written ({error.strerror})")
     return annotations
 
 

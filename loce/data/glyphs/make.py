@@ -40,7 +40,7 @@ from loce.utils.classes import GROUPS
 from loce.utils.errors import UserError
 from loce.utils.files import write_text
 from loce.utils.options import Conflict, Count, Fraction, Natural, Range, Share, to_dict
-from loce.utils.progress import progress, say
+from loce.utils.progress import print_line, progress
 from loce.utils.yaml_text import differing
 
 VERSION = 1  # of what is drawn: another number means other images
@@ -92,7 +92,7 @@ def make_glyphs(options: GlyphOptions) -> None:
     folder = Path(options.out)
     identity = {"version": VERSION, **{key: value for key, value in to_dict(options).items() if key not in FREE}}
     if _is_finished(folder, identity):
-        say(f"{folder}: finished before, used as it is")
+        print_line(f"{folder}: finished before, used as it is")
         return
     # Drawn in a folder of its own, which becomes the set when all is there; the stamp comes last.
     partial_folder = folder / PARTIAL
@@ -172,7 +172,7 @@ def _draw_set(options: GlyphOptions, folder: Path) -> None:
         write_text(folder / "annotations" / f"{split}.json", json.dumps(content, separators=(",", ":")))
     draw_samples(folder, images["train"], annotations["train"], categories)
     groups = [sum(category["frequency"] == group for category in categories) for group in GROUPS]
-    say(
+    print_line(
         f"{options.out}: {options.classes} classes ({groups[0]} rare, {groups[1]} common, {groups[2]} frequent); "
         f"train {options.train_images} images, {len(annotations['train'])} objects; "
         f"val {options.val_images} images, {len(annotations['val'])} objects; "

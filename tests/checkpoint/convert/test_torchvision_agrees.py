@@ -44,7 +44,7 @@ def converted(theirs: MaskRCNN, glyphs: Path, tmp_path_factory: pytest.TempPathF
     folder = tmp_path_factory.mktemp("theirs")
     torch.save(theirs.state_dict(), folder / "model.pth")
     file = str(glyphs / "annotations/train.json")
-    content, report = convert(folder / "model.pth", file, file, words=SIZES)
+    content, report = convert(folder / "model.pth", file, file, overrides=SIZES)
     torch.save(content, folder / "converted.pt")
     told = next(line for line in report if line.startswith("to train from it: "))
     assert {"model.backbone=resnet18", "model.roi.aligned=false", "data.short_edges=[64]"} <= set(told.split())
