@@ -1,4 +1,4 @@
-"""From samples to a stream of micro-batches, on any number of ranks and workers.
+"""Micro-batches from samples, on any number of ranks and workers.
 
 What is shown when is decided before (samplers.py); workers only carry it out, so their number changes nothing.
 """

@@ -87,7 +87,10 @@ class CroppedMasks:
 
 
 def _of_similar_size(shapes: Sequence[tuple[int, ...]]) -> Iterator[list[int]]:
-    """Rows of crops (h, w) whose longer sides differ by less than a factor of 2; a group fits on one sheet."""
+    """Rows of crops (h, w) whose longer sides differ by less than a factor of 2; a group fits on one sheet.
+
+    Crops of 5 x 3, 20 x 30 and 6 x 7 pixels have longer sides of 3, 5 and 3 bits: rows [0, 2] and [1].
+    """
     groups: dict[int, list[int]] = defaultdict(list)
     for row, shape in enumerate(shapes):
         groups[max(shape).bit_length()].append(row)
@@ -112,7 +115,12 @@ def _sheet(crops: Sequence[np.ndarray]) -> np.ndarray:
 def cut_runs(runs: np.ndarray, height: int) -> tuple[np.ndarray, tuple[int, int]]:
     """The tight crop of a mask given as run lengths: (bits (h, w) uint8, (x0, y0)); (0, 0) bits for an empty mask.
 
-    runs: (R,) int64, zeros first, going down the columns of a canvas of `height` rows.
+    runs: (R,) int64, zeros first, going down the columns of a canvas of `height` rows. With 3 rows and runs [4, 3, 5]:
+
+        start, stop   [4], [7]               the ones are pixels 4 to 6: column 1 below its top, and the top of column 2
+        x0, x1        4 // 3, 6 // 3 + 1     columns 1 to 2; y0, y1 = 0, 3, since a run goes on in the next column
+        edges         [4, 7] - 3 = [1, 4]    counted from the first pixel of column 1
+        lengths       [1, 3, 2]              0 1 1 | 1 0 0, the two columns of the crop
     """
     ends = np.cumsum(runs)
     stop = ends[1::2]
@@ -146,7 +154,12 @@ def resize_crop(
     """The crop (bits (h, w), corner (x0, y0)) of a mask after a nearest resize of the whole mask and a flip.
 
     source_x, source_y: `nearest_source` of both sides. The result has a zero margin, cut at the image's border; a mask
-    without pixels becomes one zero.
+    without pixels becomes one zero. Along x, from 8 pixels to 4, for a crop of the columns 3 to 5:
+
+        source_x      [0, 2, 4, 6]           the column that each new pixel shows
+        left, right   2, 3                   where 3 and 3 + 3 belong in it: new pixel 2 alone shows the crop
+        x0, x1        0, 4                   with MARGIN = 2 on both sides, inside the image
+        picked        column 4 - 3 = 1       of the crop, put at 2 - 0 of the result
     """
     (left, right), (top, bottom) = (
         np.searchsorted(source, [first, first + count])

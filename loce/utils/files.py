@@ -50,7 +50,7 @@ class PatientFile:
 
     def write(self, text: str) -> str:
         """Add `text`; what the disk said where it did not take all of it, else ""."""
-        self.kept += text.encode()
+        self.kept += text.encode(errors="backslashreplace")  # names of files may be no UTF-8
         try:
             while self.kept:
                 self.kept = self.kept[os.write(self.descriptor, self.kept) :]

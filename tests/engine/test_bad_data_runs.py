@@ -111,6 +111,23 @@ def test_masks_that_evaluation_cannot_read_are_said_before_training(folder: Path
     assert "iter 1/" not in text
 
 
+def test_a_set_of_boxes_alone_trains_and_is_evaluated_by_boxes(folder: Path) -> None:
+    """As docs/own_data.md says it."""
+    for split in ("train", "val"):
+        made = json.loads((folder / f"{split}.json").read_text())
+        for row in made["annotations"]:
+            row["segmentation"] = []
+        (folder / f"{split}.json").write_text(json.dumps(made))
+    config, option, output = folder / "tiny.yaml", "data.without_mask=box", f"output={folder / 'run'}"
+    assert "nothing to mend" in run(config, option, "decode=none", script="check_data.py")
+    assert "data.without_mask=box" in run(config, output, code=2)  # how it could go on
+    assert "bbox, " in (text := run(config, option, output)) and "segm, " not in text
+    words = (f"checkpoint={folder / 'run'}", "resamples=0", f"output={folder / 'numbers'}")
+    run(*words, "iou_types=bbox", script="evaluate.py")
+    metrics = json.loads((folder / "numbers/metrics.json").read_text())
+    assert any("bbox" in str(key) for key in metrics) and not any("segm" in str(key) for key in metrics)
+
+
 @pytest.mark.slow
 def test_classes_of_one_split_and_images_without_objects_through_both_stages(folder: Path) -> None:
     train, val = (json.loads((folder / f"{split}.json").read_text()) for split in ("train", "val"))
