@@ -145,7 +145,13 @@ def detections(
         yield file, image, model.detect_images([torch.from_numpy(image).permute(2, 0, 1)])[0]
 
 
-def records(file: Path, image: Any, found: dict[str, Any], stats: Any, drawn: list[int]) -> Iterator[dict[str, Any]]:
+def records(
+    file: Path,
+    image: Any,
+    found: dict[str, Any],
+    stats: Any,
+    drawn: list[int],
+) -> Iterator[dict[str, Any]]:
     """An image's detections as predictions.json has them: COCO's fields, the file, the class's name, whether drawn."""
     height, width = image.shape[:2]
     for row, (box, score, label) in enumerate(zip(found["boxes"], found["scores"], found["labels"], strict=True)):

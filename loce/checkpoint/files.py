@@ -14,14 +14,14 @@ from typing import Any
 
 import torch
 
-from loce.utils.files import atomic_write, sync, write_text
+from loce.utils.files import atomic_write, sha256, sync, write_text
 
 MAIN, CHECKSUMS = "main.pt", "checksums.json"
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 class _Measured:
-    """What torch.save may write to: counts and hashes what passes, keeps the first error instead of raising it.
+    """File object for torch.save: counts and hashes what passes, keeps the first error instead of raising it.
 
     After an error it still counts, so that the bytes that found no place are known.
     """
@@ -123,7 +123,12 @@ def _folders(run: Path) -> list[Path]:
     return [f for f in (run / "checkpoints").glob("*") if f.name.isdecimal()]
 
 
-def tidy(run: Path, newest: Path, keep: int, best: Path | None = None) -> bool:
+def tidy(
+    run: Path,
+    newest: Path,
+    keep: int,
+    best: Path | None = None,
+) -> bool:
     """Delete what is older than `newest`, but for the `keep` newest finished ones and `best`; was there any?
 
     OSError where something could not be deleted.
@@ -164,20 +169,11 @@ def _compare(file: Path, facts: dict[str, Any]) -> str:
         return f"{file.name} is missing"
     if file.stat().st_size != facts["bytes"]:
         return f"{file.name} has {file.stat().st_size} bytes, {facts['bytes']} were written"
-    with file.open("rb") as content:
-        digest = hashlib.file_digest(content, "sha256") if hasattr(hashlib, "file_digest") else _digest(content)
-    return "" if digest.hexdigest() == facts["sha256"] else f"{file.name} has another checksum than when it was written"
-
-
-def _digest(content: Any) -> Any:
-    digest = hashlib.sha256()  # Python 3.10 has no hashlib.file_digest
-    while block := content.read(1 << 20):
-        digest.update(block)
-    return digest
+    return "" if sha256(file) == facts["sha256"] else f"{file.name} has another checksum than when it was written"
 
 
 def megabytes(count: float) -> str:
-    """A number of bytes for people."""
+    """A size in bytes as text, such as "180.3 MB"."""
     if count >= 1e10:
         return f"{count / 1e9:.1f} GB"
     return f"{count / 1e6:.1f} MB" if count >= 1e5 else f"{count / 1e3:.1f} kB"

@@ -172,7 +172,10 @@ def require_finite(weights: Mapping[str, Tensor], owner: str) -> None:
 
 
 def load_weights(
-    start: Checkpoint, model: MaskRCNN, stats: ClassStats, reset_head: bool = False
+    start: Checkpoint,
+    model: MaskRCNN,
+    stats: ClassStats,
+    reset_head: bool = False,
 ) -> dict[str, list[str]]:
     """Start from another run's weights: the names of parameters that were loaded, are new, and were dropped.
 

@@ -46,32 +46,44 @@ def unpack(packed: Packed, bank: FeatureMemoryBank) -> None:
         buffer[row_n] = packed[name].to(buffer.device)
 
 
-def reshard(packs: Sequence[Packed], capacity: int, rank: int, world: int) -> tuple[Packed, int]:
-    """The memory of rank `rank` of `world` out of those of another number of ranks, and how many rows fit nowhere.
+def reshard(
+    packs: Sequence[Packed],
+    capacity: int,
+    rank: int,
+    world: int,
+) -> tuple[Packed, int]:
+    """The memory of rank `rank` of `world`, out of those of another number of ranks; and how many rows fit nowhere.
 
-    A class's rows of all banks form one line, newest first, the banks taking turns; they are dealt out in turn, class c
-    beginning with rank c % world. Each rank keeps the newest `capacity` of its own, so that a row is lost only where a
-    class has more than world * capacity of them; those lost are the oldest.
+    A class's rows are put in one order, newest first and round robin over the old banks, and go round robin to the new
+    ranks, class c beginning with rank c % world. Each rank keeps the newest `capacity` of its own: only where a class
+    has more than world * capacity rows are some lost, the oldest. From 2 ranks to 3, class 0 (newest first):
+
+        old bank 0: a b c     order: a d b e c     new rank 0: a e    1: d c    2: b
+        old bank 1: d e
     """
+    # All rows of all banks: from which bank, which row of it, of which class, how many newer ones its bank has.
     parts = [_slots(pack["written"], capacity) for pack in packs]
     bank_N = torch.arange(len(packs)).repeat_interleave(torch.tensor([len(class_n) for class_n, _ in parts]))
     row_N = torch.cat([torch.arange(len(class_n)) for class_n, _ in parts])
     class_N = torch.cat([class_n for class_n, _ in parts])
     newest_N = torch.cat([p["written"][class_n] - 1 for p, (class_n, _) in zip(packs, parts, strict=True)])
     age_N = (newest_N - torch.cat([slot_n for _, slot_n in parts])) % capacity  # 0: the newest of its bank
-    line_N = ((class_N * capacity + age_N) * len(packs) + bank_N).argsort()
-    count_C = class_N.bincount(minlength=len(packs[0]["written"]))
-    place_N = torch.empty_like(line_N)
-    place_N[line_N] = torch.arange(len(line_N)) - (count_C.cumsum(0) - count_C)[class_N[line_N]]
-    new_age_N = torch.div(place_N, world, rounding_mode="floor")
 
+    # The place of each row in the order of its class.
+    order_N = ((class_N * capacity + age_N) * len(packs) + bank_N).argsort()
+    count_C = class_N.bincount(minlength=len(packs[0]["written"]))
+    place_N = torch.empty_like(order_N)
+    place_N[order_N] = torch.arange(len(order_N)) - (count_C.cumsum(0) - count_C)[class_N[order_N]]
+
+    # What this rank gets, as a bank holds it: class by class, oldest first.
+    new_age_N = torch.div(place_N, world, rounding_mode="floor")
     fits_N = new_age_N < capacity
     mine = (fits_N & ((place_N + class_N) % world == rank)).nonzero()[:, 0]
-    mine = mine[(class_N[mine] * capacity - new_age_N[mine]).argsort()]  # class by class, oldest first
-    dealt = {"written": class_N[mine].bincount(minlength=len(count_C))}
+    mine = mine[(class_N[mine] * capacity - new_age_N[mine]).argsort()]
+    packed = {"written": class_N[mine].bincount(minlength=len(count_C))}
     for name in ("features", "box_targets"):
-        dealt[name] = packs[0][name].new_zeros(len(mine), *packs[0][name].shape[1:])
+        packed[name] = packs[0][name].new_zeros(len(mine), *packs[0][name].shape[1:])
         for number, pack in enumerate(packs):
             from_it = (bank_N[mine] == number).nonzero()[:, 0]
-            dealt[name][from_it] = pack[name][row_N[mine[from_it]]]
-    return dealt, int((~fits_N).sum())
+            packed[name][from_it] = pack[name][row_N[mine[from_it]]]
+    return packed, int((~fits_N).sum())

@@ -45,7 +45,7 @@ def set_rng_state(state: dict[str, Tensor], device: torch.device) -> None:
 
 @dataclasses.dataclass(frozen=True)
 class Saved:
-    """How a save went; the same on all ranks but for `seconds`. problems: what the disk did not take; none: saved."""
+    """Outcome of a save; the same on all ranks but for `seconds`. problems: what the disk did not take; none: saved."""
 
     folder: Path
     problems: list[str]
@@ -70,6 +70,7 @@ def save(
     is raised, so that training can go on.
     """
     started = time.monotonic()
+    # What this rank keeps for itself, and what all have in common.
     folder = run / "checkpoints" / f"{state['iteration']:09d}"
     weights = {k: v for k, v in model.state_dict().items() if not k.startswith(MEMORY_PREFIX)}
     memory = {} if model.roi_heads.memory is None else pack(model.roi_heads.memory.bank)
@@ -91,6 +92,7 @@ def save(
         "memory": memory if shared else {},
         **state,
     }
+    # A full disk: older checkpoints make room, once.
     written = _write_all(folder, own, main)
     if any(file.get("full") for file in written) and _make_room(run, folder, best):
         written = _write_all(folder, own, main)
@@ -127,7 +129,12 @@ def _make_room(run: Path, folder: Path, best: Path | None) -> bool:
     return bool(distributed.broadcast_text("freed" if freed else ""))
 
 
-def _tidy(run: Path, folder: Path, keep: int, best: Path | None) -> None:
+def _tidy(
+    run: Path,
+    folder: Path,
+    keep: int,
+    best: Path | None,
+) -> None:
     try:
         files.tidy(run, folder, keep, best)
     except OSError as error:
@@ -182,11 +189,16 @@ def newest(run: Path) -> Path | None:
     return Path(found) if found else None
 
 
-def restore(folder: Path, config: Config, model: MaskRCNN, device: torch.device) -> tuple[dict[str, Any], list[str]]:
+def restore(
+    folder: Path,
+    config: Config,
+    model: MaskRCNN,
+    device: torch.device,
+) -> tuple[dict[str, Any], list[str]]:
     """Load model, memory and random state of this rank.
 
     Returns what `save` was given as `state`, with this rank's `window`, and lines on what is not as it was. With
-    another number of processes the memories are dealt out anew and new random numbers begin.
+    another number of processes the memories are resharded and new random numbers begin.
     """
     main = Checkpoint.open(folder / files.MAIN, checked=True)
     if main.state["format"] != FORMAT:
@@ -195,6 +207,8 @@ def restore(folder: Path, config: Config, model: MaskRCNN, device: torch.device)
             f"output=... (train.init={folder} takes its weights over)"
         )
     model.load_state_dict({**memory_state(model), **main.model})
+
+    # This rank's own state, where the ranks are the same; else all of them, to be shared out.
     before, now = main.state["world_size"], distributed.world_size()
     wanted = [distributed.rank()] if before == now else range(before)
     own = [load_file(folder / f"rank{rank}.pt", checked=True) for rank in wanted]
@@ -206,6 +220,8 @@ def restore(folder: Path, config: Config, model: MaskRCNN, device: torch.device)
         torch.manual_seed(_fresh_seed(config.seed, main.state["iteration"], distributed.rank()))
         lines.append(f"{before} processes before, {now} now: the batches stay the same, random numbers begin anew")
         lines += [f"head: the {name} of process 0 are on every process" for name in model.roi_heads.classifier.of_rank]
+
+    # What follows from the options stays the same; the feature memory goes to the ranks that there are.
     parts = main.options["train"]["accumulate"]
     if parts != config.train.accumulate:
         lines.append(f"train.accumulate: {parts} before, {config.train.accumulate} now: the batches stay the same")
@@ -216,7 +232,7 @@ def restore(folder: Path, config: Config, model: MaskRCNN, device: torch.device)
             packs = [part["memory"] for part in own]
             packed, lost = (packs[0], 0) if before == now else reshard(packs, bank.capacity, distributed.rank(), now)
         if before != now:
-            how = "is shared and stays as it is" if config.memory.shared else "is dealt out anew"
+            how = "is shared and stays as it is" if config.memory.shared else "is resharded"
             lines.append(f"feature memory: {how}; {lost} rows were left out, the oldest where a class had too many")
         unpack(packed, bank)
     return {**main.state, "window": _mean_window([part["window"] for part in own])}, lines

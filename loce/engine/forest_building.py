@@ -1,4 +1,4 @@
-"""Forest R-CNN (ACM MM 2020), Sec. 3.1: builds the parent trees of a data set from looks, shapes or words.
+"""Parent trees of Forest R-CNN (ACM MM 2020), Sec. 3.1, made from a data set: from looks, shapes or words.
 
 visual: k-means of the classes' mean features, after the shared FCs of a trained detector, on ground-truth boxes.
 geometrical: k-means of the classes' mean shapes: the mask in its box on an 8 x 8 grid, and log2(width / height).
@@ -30,7 +30,13 @@ GRID = 8
 IMAGES = 2  # at once
 
 
-def build_trees(config: Config, start: str, lexical: str, instances: int, device: torch.device) -> dict[str, int]:
+def build_trees(
+    config: Config,
+    start: str,
+    lexical: str,
+    instances: int,
+    device: torch.device,
+) -> dict[str, int]:
     """Write the trees that `config` uses to its head.forest.trees: tree -> parents. UserError with all that lacks.
 
     start: checkpoint of a detector trained on these classes, for the visual tree; lexical: the user's file; instances:
@@ -60,7 +66,12 @@ def build_trees(config: Config, start: str, lexical: str, instances: int, device
     return {tree: int(parents.max()) + 1 for tree, parents in trees.items()}
 
 
-def _check(config: Config, start: str, lexical: str, seen: int) -> None:
+def _check(
+    config: Config,
+    start: str,
+    lexical: str,
+    seen: int,
+) -> None:
     forest = config.head.forest
     problems = []
     if config.head.name != "forest":
@@ -88,7 +99,12 @@ def cluster(means_CF: np.ndarray, parents: int, seed: int) -> np.ndarray:
 
 
 @torch.no_grad()
-def class_features(model: MaskRCNN, config: Config, annotations: LVISAnnotations, instances: int) -> np.ndarray:
+def class_features(
+    model: MaskRCNN,
+    config: Config,
+    annotations: LVISAnnotations,
+    instances: int,
+) -> np.ndarray:
     """(C, F) mean over instances of the vector after the shared FCs, on ground-truth boxes of images at test size."""
     still = dataclasses.replace(config.data, short_edges=(config.data.test_short_edge,), flip=0.0)
     dataset = TrainDataset(annotations, Path(config.data.train_images), still, config.seed)

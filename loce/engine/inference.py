@@ -1,4 +1,4 @@
-"""From a model and a data set to detections on disk and their evaluation, on any number of ranks."""
+"""Inference and evaluation of a detector on a data set, on any number of ranks: detections on disk, then numbers."""
 
 import csv
 import dataclasses
@@ -31,22 +31,26 @@ from loce.utils.progress import progress
 from loce.utils.yaml_text import show
 
 LVIS_CAP = 300  # detections an image in protocol lvis
-
-
 CHANGES_NOTHING = ("eval.batch_size", "eval.errors")  # of the detections
 
 
-def evaluate_checkpoint(path: Path, output: Path | None, words: Sequence[str], device: str, **report: Any) -> Path:
-    """Evaluate a checkpoint by the options it holds; the folder of the results.
+def evaluate_checkpoint(
+    path: Path,
+    output: Path | None,
+    overrides: Sequence[str],
+    device: str,
+    **report: Any,
+) -> Path:
+    """Evaluation of a checkpoint by the options it holds; the folder of the results.
 
     path: run folder, checkpoint folder or file; output: None for RUN/eval, with what differs from the run in its name
-    (RUN/eval_head.name=norcal); beside the file for a file; words: options that take the checkpoint's place,
-    "section.key=value"; report: options of `evaluate_and_report`. A file of test images has no annotations: then
-    save_json is needed, and the results for a server are all that is written.
+    (RUN/eval_head.name=norcal); beside the file for a file; overrides: options that take the checkpoint's
+    place, "section.key=value"; report: options of `evaluate_and_report`. A file of test images has no annotations:
+    then save_json is needed, and the results for a server are all that is written.
     """
     with process_group(device) as chosen:
         checkpoint = Checkpoint.open(path)
-        config = checkpoint.config_with(words)
+        config = checkpoint.config_with(overrides)
         changes = diff(checkpoint.config, config)
         output = output or (path if path.is_dir() else path.with_suffix("")) / folder_name(changes)
         annotations = val_annotations(config, annotated=False)
@@ -58,6 +62,7 @@ def evaluate_checkpoint(path: Path, output: Path | None, words: Sequence[str], d
                 )
             # No class was verified in any image: all are kept, and what became of objects cannot be said.
             config = dataclasses.replace(config, eval=dataclasses.replace(config.eval, protocol="coco", errors=False))
+        # Mistakes are found before the model is built, and detections go where the numbers will be.
         owner = str(checkpoint.path)
         check_evaluation(config, annotations, checkpoint.classes, owner, report.get("iou_types", ()))
         model = checkpoint.detector(config).to(chosen)
@@ -104,12 +109,15 @@ def evaluate_model(
     `evaluate_and_report`. Inference that was killed goes on where it stopped, finished inference is used as it is;
     detections of other weights, data or options are replaced.
     """
+    # The ground truth: boxes for every rank, which filter classes by them; masks where they are evaluated.
     kinds = compared_types(annotations, config.data.without_mask, report.get("iou_types", ()))
     masks = "segm" in kinds and distributed.is_main()  # rank 0 evaluates in the end
     truth = load_annotations(annotations, masks, config.data.allow_misplaced)
     if len(annotations.absent):
         present = np.delete(annotations.image_ids, annotations.absent)
-        truth = only_images(truth, present, _why(config))
+        truth = only_images(truth, present, _why_absent(config))
+
+    # Detections on disk are of these weights, data and options, or are deleted.
     origin = _origin(model, config, annotations)
     if distributed.is_main() and _text(output / "origin.txt") != origin:
         shutil.rmtree(output / "detections", ignore_errors=True)
@@ -124,8 +132,10 @@ def evaluate_model(
             read_detections(output / "detections", truth.image_ids.tolist()).save_json(output / RESULTS)
         distributed.barrier()
         return
+
+    # Mean scores on ground-truth boxes, once; all ranks have looked before rank 0 writes them.
     scored = (output / "mean_scores.csv").exists()
-    distributed.barrier()  # all ranks have looked before rank 0 writes it
+    distributed.barrier()
     scores = "" if scored else ground_truth_scores(model, config, annotations)
     distributed.barrier()
     if distributed.is_main():
@@ -137,12 +147,17 @@ def evaluate_model(
     distributed.barrier()
 
 
-def _why(config: Config) -> str:
+def _why_absent(config: Config) -> str:
     missing = f"the others are missing in {config.data.val_images}"
     return missing if config.data.allow_missing else "the others are left out"
 
 
-def is_evaluated(model: MaskRCNN, config: Config, output: Path, annotations: LVISAnnotations) -> bool:
+def is_evaluated(
+    model: MaskRCNN,
+    config: Config,
+    output: Path,
+    annotations: LVISAnnotations,
+) -> bool:
     """Whether `output` holds the numbers of this very model on this data, the same on all ranks; all must call."""
     done = distributed.is_main() and (output / "metrics.json").is_file()
     done = done and _text(output / "origin.txt") == _origin(model, config, annotations)

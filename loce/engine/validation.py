@@ -1,4 +1,4 @@
-"""Evaluations between epochs (`train.evaluate_every`), and the best checkpoint, which is kept beside the newest.
+"""Evaluation between epochs (`train.evaluate_every`), and the best checkpoint, which is kept beside the newest.
 
 Best is by mask AP on the validation data, so its own number is too good to be reported: RUN/eval, and every table, is
 of the last checkpoint.
@@ -28,7 +28,13 @@ def due(train: TrainConfig, epoch: int) -> bool:
     return bool(train.evaluate_every) and epoch % train.evaluate_every == 0 and epoch < train.epochs
 
 
-def evaluate_epoch(model: MaskRCNN, config: Config, run: Path, epoch: int, iteration: int) -> dict[str, Shown]:
+def evaluate_epoch(
+    model: MaskRCNN,
+    config: Config,
+    run: Path,
+    epoch: int,
+    iteration: int,
+) -> dict[str, Shown]:
     """Evaluate into RUN/eval_epoch_<epoch> unless that is done, and note the best; `results` for the log.
 
     Every rank must call. Detections are not kept. Nothing that training depends on changes: evaluation draws no random
@@ -45,7 +51,12 @@ def evaluate_epoch(model: MaskRCNN, config: Config, run: Path, epoch: int, itera
     return results(model, config, output, annotations) if distributed.is_main() else {}
 
 
-def results(model: MaskRCNN, config: Config, output: Path, annotations: LVISAnnotations) -> dict[str, Shown]:
+def results(
+    model: MaskRCNN,
+    config: Config,
+    output: Path,
+    annotations: LVISAnnotations,
+) -> dict[str, Shown]:
     """The numbers of an evaluation in `output`, and a picture of predictions, also written there. Rank 0 only.
 
     annotations: of the validation data.
@@ -64,7 +75,12 @@ def results(model: MaskRCNN, config: Config, output: Path, annotations: LVISAnno
     return {**numbers, "predictions/validation": picture}
 
 
-def note_best(run: Path, output: Path, epoch: int, iteration: int) -> None:
+def note_best(
+    run: Path,
+    output: Path,
+    epoch: int,
+    iteration: int,
+) -> None:
     """Make this epoch's checkpoint the best one, where it is. Rank 0 only."""
     metrics = json.loads((output / "metrics.json").read_text(encoding="utf-8"))
     score = float(metrics.get("segm", metrics["bbox"])["AP"])  # of boxes where masks cannot be compared

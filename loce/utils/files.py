@@ -104,13 +104,18 @@ def read_csv(path: Path | str) -> list[dict[str, str]]:
         return list(csv.DictReader(file))
 
 
-def file_hash(path: Path | str) -> str:
-    """First 12 digits of the SHA-256 of a file."""
+def sha256(path: Path | str) -> str:
+    """SHA-256 of a file, 64 hexadecimal digits."""
     digest = hashlib.sha256()
     with open(path, "rb") as file:
         while block := file.read(1 << 20):
             digest.update(block)
-    return digest.hexdigest()[:12]
+    return digest.hexdigest()
+
+
+def file_hash(path: Path | str) -> str:
+    """First 12 digits of the SHA-256 of a file."""
+    return sha256(path)[:12]
 
 
 def sync(path: Path) -> None:

@@ -99,7 +99,7 @@ def test_other_numbers_of_ranks_go_on(config: Path, stage1: Path, tmp_path: Path
     assert "must be divisible by processes x train.accumulate" in run(*words, f"output={folder}", processes=3, code=1)
     text = run(*words, f"output={folder}", "train.keep_checkpoints=9")
     assert "2 processes before, 1 now: the batches stay the same" in text
-    assert re.search(r"feature memory: is dealt out anew; \d+ rows were left out", text)
+    assert re.search(r"feature memory: is resharded; \d+ rows were left out", text)
     for path in (folder / "checkpoints").glob("00000000[56]/main.pt"):
         path.unlink()
     text = run(*words, f"output={folder}", "train.accumulate=2", processes=2)
@@ -193,7 +193,7 @@ def test_of_two_ranks_one_goes_on(tiny: Config, shared: bool, capsys: pytest.Cap
     else:
         room = config.memory.capacity
         lost = int((2 * before.counts - room).clamp(min=0).sum())
-        assert lost > 0 and lines[1].startswith(f"feature memory: is dealt out anew; {lost} rows were left out")
+        assert lost > 0 and lines[1].startswith(f"feature memory: is resharded; {lost} rows were left out")
         assert torch.equal(after.counts, (2 * before.counts).clamp(max=room))
     first = torch.load(saved.folder / "rank0.pt", weights_only=True)["window"]["loss"]
     assert torch.allclose(state["window"]["loss"], first + 0.5)

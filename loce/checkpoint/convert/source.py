@@ -131,7 +131,12 @@ def _prefixes(weights: Mapping[Any, Any], mark: str) -> set[str]:
     return {key[:place] for key, place in places if place >= 0}
 
 
-def open_weights(path: Path, form: Format, weights: Weights, meta: Any) -> Source:
+def open_weights(
+    path: Path,
+    form: Format,
+    weights: Weights,
+    meta: Any,
+) -> Source:
     """Give weights our names; UserError where the table does not know a key."""
     renamed, names, unknown = rename(weights, form.table)
     if unknown:

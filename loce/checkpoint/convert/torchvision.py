@@ -126,7 +126,12 @@ def _with_outputs(model: Weights, outputs: int) -> Weights:
     return {**model, **shapes}
 
 
-def _move_rows(source: Tensor, fresh: Tensor, rows: list[int | None], height: int) -> Tensor:
+def _move_rows(
+    source: Tensor,
+    fresh: Tensor,
+    rows: list[int | None],
+    height: int,
+) -> Tensor:
     """Rows of the target's classes: from the source, or fresh; the classifier's background from first to last."""
     blocks = source.unflatten(0, (-1, height))
     moved = fresh.clone().unflatten(0, (-1, height))
