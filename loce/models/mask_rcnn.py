@@ -234,7 +234,7 @@ class MaskRCNN(nn.Module):
         boxes_NC4 = decode(proposals_N4[:, None], deltas_NC4, ROI_STDS, size) / scale_4
         found = boxes_M4, scores_M, labels_M = detect(boxes_NC4, scores_NC, self.evaluation)
 
-        # Near misses may be detections of classes that do not count here, which are left out after that.
+        # Near misses are looked for among all detections; then those of classes that do not count here are left out.
         allowed_C = None if allowed_C is None else allowed_C.to(labels_M.device)
         misses: dict[str, Any] = {}
         if objects is not None:

@@ -139,7 +139,7 @@ class RoIHeads(nn.Module):
         targets: list[Targets],
         sizes: list[tuple[int, int]],
     ) -> tuple[Tensor, Tensor, Tensor, RoIs]:
-        """Everything but the losses: what is classified, the memory's part of it, logits, and the new mean score.
+        """Pool, store, draw, classify, update the mean score: everything but the losses.
 
         Returns what the classifier read (N, D), box targets (N, 4), logits (N, L), and the RoIs that its loss gets.
         """
@@ -148,7 +148,7 @@ class RoIHeads(nn.Module):
         box_targets_N4 = torch.cat([_box_targets(r, t) for r, t in zip(sampled, targets, strict=True)])
         instances_N, sampled_class_N = _batch_instances(sampled, targets), _sampled_classes(sampled, targets)
 
-        # MFS (Sec. 3.3): what is around this batch's objects goes into the memory, then weak classes are drawn from it.
+        # MFS (Sec. 3.3): features around this batch's objects are stored, then rows of weak classes are drawn.
         memory, drawn = None, 0
         if self.memory is not None:
             self.memory.store(*self.rows_to_store(features, targets, sizes))
@@ -171,7 +171,7 @@ class RoIHeads(nn.Module):
             sampled_class_N=sampled_class_N,
             generator=generator_for(targets[0].seed, HEAD, x_ND.device),
         )
-        # The mean score (Sec. 3.1) takes this step's probabilities in before the loss, whose margins are of after that.
+        # The mean score (Sec. 3.1) is updated by this step's probabilities before the loss takes its margins from it.
         positives = len(targets) * int(self.config.batch_per_image * self.config.positive_fraction)
         self._update_mean_score(logits_NL, rois, sum(len(t.labels) for t in targets), positives + drawn)
         rois.indicator = self.indicator.clone()
