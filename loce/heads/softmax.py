@@ -22,6 +22,10 @@ class SoftmaxHead(Head):
         super().__init__(in_features, stats, options)
         self.fc_cls = linear(in_features, self.num_classes + 1)
 
+    def forward(self, x_ND: Tensor) -> Tensor:
+        """Features (N, D) -> logits (N, C+1)."""
+        return self.fc_cls(x_ND)
+
     def losses(self, logits_NL: Tensor, rois: RoIs) -> dict[str, Tensor]:
         """`loss_cls`: Eq. 1, summed over the rows that take part and divided by their number."""
         return {"loss_cls": cross_entropy(logits_NL, rois.labels_N, rois.count)}
