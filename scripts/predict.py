@@ -178,18 +178,18 @@ def main() -> None:
     targets = pictures(files, output)
 
     from loce.checkpoint.load import Checkpoint
-    from loce.engine.pictures import draw_detections, write_picture
+    from loce.engine.pictures import Limits, draw_detections, write_picture
     from loce.utils import distributed
     from loce.utils.files import write_text
 
     checkpoint = Checkpoint.open(names[0])
     model = checkpoint.detector().to(distributed.setup(options.device)).eval()
     print("\n".join(left_out), end="\n" * bool(left_out))
+    limits = Limits(options.threshold, options.most, options.overlap)
     all_records: list[dict[str, Any]] = []
     bad: list[str] = []
     for file, image, found in detections(model, files, checkpoint.config.data.scale_16bit, bad):
-        limits = (options.threshold, options.most, options.overlap)
-        picture, drawn = draw_detections(image, found, model.stats, *limits)
+        picture, drawn = draw_detections(image, found, model.stats, limits)
         write_picture(targets[file], picture)
         all_records += records(file, image, found, model.stats, drawn.tolist())
     write_text(output / RECORDS, json.dumps(all_records))

@@ -7,7 +7,7 @@ import unicodedata
 from collections.abc import Iterator, Mapping, Sequence
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import cv2
 import matplotlib
@@ -34,10 +34,24 @@ WHITE, INK, GREY = (255, 255, 255), (40, 40, 40), (128, 128, 128)
 TINT = 0.45  # how much of the colour goes into a mask
 READABLE = 480  # pixels of the short side; smaller images are enlarged by a whole number, so that names fit
 FIRST = 16  # training samples
-THRESHOLD, MOST, OVERLAP = 0.3, 30, 0.7  # of detections that are drawn, see `worth_drawing`
-LOWER, APART = 0.1, 0.5  # threshold and overlap where runs are compared: scores of rare classes are low
-RULE = f"Drawn: scores of at least {LOWER:g}, one label for each place (NMS over all classes at {APART:g})."
 Colour = tuple[int, int, int]
+
+
+class Limits(NamedTuple):
+    """Which detections are drawn: scores of at least `threshold`, one for each place (boxes of all classes together
+    overlap at most `overlap`), and at most `most`.
+    """
+
+    threshold: float = 0.3
+    most: int = 30
+    overlap: float = 0.7
+
+
+COMPARED = Limits(threshold=0.1, overlap=0.5)  # where runs are compared: scores of rare classes are low
+RULE = (
+    f"Drawn: scores of at least {COMPARED.threshold:g}, one label for each place "
+    f"(NMS over all classes at {COMPARED.overlap:g})."
+)
 
 
 # ---- sheets ----------------------------------------------------------------------------------------------------------
@@ -73,11 +87,11 @@ def predictions(model: MaskRCNN, dataset: TrainDataset, most: int = 8) -> np.nda
         sample = dataset[index, 0]
         height, width = sample["image"].shape[1:]
         found = model.detect([sample["image"]], [(1.0, 1.0)], [(height, width)])[0]
-        drawn, rows = draw_detections(_pixels(sample), found, stats, THRESHOLD, MOST, OVERLAP, CELL)
+        drawn, rows = draw_detections(_pixels(sample), found, stats, Limits(), CELL)
         # Below the picture: how many are drawn, or the best of all where none is.
-        caption = f"found: {len(rows)} with a score of {THRESHOLD:g} or more"
+        caption = f"found: {len(rows)} with a score of {Limits().threshold:g} or more"
         if not len(rows):
-            caption = f"found: nothing that scores {THRESHOLD:g}"
+            caption = f"found: nothing that scores {Limits().threshold:g}"
             if len(found["scores"]):
                 best = int(found["scores"].argmax())
                 caption += f"; the best: {_name(stats, found['labels'][best])} {found['scores'][best]:.2g}"
@@ -160,7 +174,7 @@ def comparisons(
         drawn = {"ground truth": draw(corners, codes, ids[annotations.labels[own]], np.empty(0))}
         for title, detections in found.items():
             mine = np.flatnonzero(detections.image_ids == annotations.image_ids[index])
-            best = mine[worth_drawing(detections.corners()[mine], detections.scores[mine], LOWER, MOST, APART)]
+            best = mine[worth_drawing(detections.corners()[mine], detections.scores[mine], COMPARED)]
             codes = detections.masks.rles(best) if detections.masks is not None else []
             ids_of_best, scores = detections.category_ids[best], detections.scores[best]
             drawn[title] = draw(detections.corners()[best], codes, ids_of_best, scores)
@@ -239,36 +253,26 @@ def draw_detections(
     image: np.ndarray,
     found: Mapping[str, Any],
     stats: ClassStats,
-    threshold: float,
-    most: int,
-    overlap: float,
+    limits: Limits,
     longest: int | None = None,
 ) -> tuple[np.ndarray, np.ndarray]:
     """An image (H, W, 3) with a model's detections, as `MaskRCNN.detect` gives them, and the rows that are drawn.
 
-    threshold, most, overlap: see `worth_drawing`; longest: see `draw_objects`.
+    longest: see `draw_objects`.
     """
     boxes, scores, labels = (found[name].numpy() for name in ("boxes", "scores", "labels"))
-    rows = worth_drawing(boxes, scores, threshold, most, overlap)
+    rows = worth_drawing(boxes, scores, limits)
     texts = [f"{_name(stats, labels[row])} {scores[row]:.2f}" for row in rows]
     groups = [str(stats.groups[labels[row]]) for row in rows]
     codes = [{"size": list(image.shape[:2]), "counts": found["rles"][row]} for row in rows]
     return draw_objects(image, boxes[rows], codes, texts, groups, longest), rows
 
 
-def worth_drawing(
-    boxes_N4: np.ndarray,
-    scores_N: np.ndarray,
-    threshold: float,
-    most: int,
-    overlap: float,
-) -> np.ndarray:
-    """Rows to draw, best first: scores of at least `threshold`, one for each place (boxes of all classes together
-    overlap at most `overlap`), and at most `most`.
-    """
-    rows = np.flatnonzero(scores_N >= threshold)
+def worth_drawing(boxes_N4: np.ndarray, scores_N: np.ndarray, limits: Limits) -> np.ndarray:
+    """Rows to draw within `limits`, best first."""
+    rows = np.flatnonzero(scores_N >= limits.threshold)
     boxes, scores = torch.from_numpy(boxes_N4[rows]).float(), torch.from_numpy(scores_N[rows]).float()
-    return rows[nms(boxes, scores, overlap).numpy()][:most]
+    return rows[nms(boxes, scores, limits.overlap).numpy()][: limits.most]
 
 
 def draw_objects(

@@ -76,7 +76,7 @@ def causes(run: Run) -> dict[str, Any]:
             "name": name,
             "objects": int(by_name[name]["objects"]),
             "counts": {cause: int(by_name[name][cause] or 0) for cause in CAUSES},
-            "back": {cause: _gain(by_name[name].get(f"back_{cause}")) for cause in CAUSES},
+            "back": {cause: by_name[name].get(f"back_{cause}") for cause in CAUSES},
         }
         for name in ("rare", "common", "frequent", "all")
         if name in by_name
@@ -87,10 +87,6 @@ def causes(run: Run) -> dict[str, Any]:
         if any(group["counts"][cause] for group in groups)
     ]
     return {"groups": groups, "rows": rows}
-
-
-def _gain(back: str | None) -> str:
-    return f"{100 * float(back):+.1f}" if back else ""
 
 
 def class_table(runs: Sequence[Run], states: Sequence[States]) -> dict[str, Any]:

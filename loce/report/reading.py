@@ -98,7 +98,8 @@ def read_run(folder: Path) -> Run:
         [number(by_id.get(i, {}).get(column)) for i in classes.ids] for column in ("mean_score", "accuracy")
     )
     run.metrics = _lines(folder / "metrics.jsonl")
-    run.aps, run.facts = (_json(folder / "eval" / name) for name in ("metrics.json", "evaluation.json"))
+    evaluation = (folder / "eval" / name for name in ("metrics.json", "evaluation.json"))
+    run.aps, run.facts = (dict(json.loads(_text(file) or "{}")) for file in evaluation)
     run.errors = _table(folder / "eval/errors.csv")
     run.texts = {name: _text(folder / name) for name in ("config.yaml", "env.txt", "log.txt")}
     run.evaluations = _evaluations(run)
@@ -167,10 +168,6 @@ def number(text: str | None) -> float | None:
 
 def _text(path: Path) -> str:
     return path.read_text(encoding="utf-8") if path.is_file() else ""
-
-
-def _json(path: Path) -> dict[str, Any]:
-    return dict(json.loads(_text(path) or "{}"))
 
 
 def _lines(path: Path) -> list[dict[str, Any]]:

@@ -14,7 +14,7 @@ from pycocotools import mask as coco_mask
 
 from loce.checkpoint.load import FORMAT, load_model, stats_to_dict
 from loce.config import load_config, to_dict
-from loce.engine.pictures import draw_objects, worth_drawing
+from loce.engine.pictures import Limits, draw_objects, worth_drawing
 from loce.models.build import build_model
 from loce.utils.classes import GROUP_RGB
 from tests.conftest import stats_of
@@ -158,9 +158,9 @@ def test_mistakes(folder: Path, words: tuple[str, ...], message: str) -> None:
 def test_worth_drawing_keeps_the_best_of_each_place() -> None:
     boxes = np.array([[0, 0, 10, 10], [0, 0, 10, 9], [20, 20, 30, 30], [40, 40, 50, 50]], np.float32)
     scores = np.array([0.5, 0.9, 0.4, 0.1], np.float32)
-    assert worth_drawing(boxes, scores, 0.3, 5, 0.7).tolist() == [1, 2]
-    assert worth_drawing(boxes, scores, 0.3, 1, 0.7).tolist() == [1]
-    assert worth_drawing(boxes, scores, 0.0, 5, 1.0).tolist() == [1, 0, 2, 3]
+    assert worth_drawing(boxes, scores, Limits(0.3, 5, 0.7)).tolist() == [1, 2]
+    assert worth_drawing(boxes, scores, Limits(0.3, 1, 0.7)).tolist() == [1]
+    assert worth_drawing(boxes, scores, Limits(0.0, 5, 1.0)).tolist() == [1, 0, 2, 3]
 
 
 def test_masks_are_tinted_and_the_image_is_left_alone() -> None:
