@@ -11,7 +11,7 @@ Legend: N codes, B bytes of all codes, R runs of all codes.
 import numpy as np
 
 _LONGEST = 8  # characters of a number: 40 bits, more than any image has pixels
-_PIECE = 1 << 18  # bytes that are decoded at a time
+_PIECE = 1 << 14  # bytes that are decoded at a time: they stay in the cache
 
 
 def decode_codes(counts: np.ndarray, bounds: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

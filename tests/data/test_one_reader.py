@@ -1,0 +1,367 @@
+"""What exports really hold: read, told or refused alike by training, check-data and evaluation."""
+
+import copy
+import json
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+from pycocotools import mask as coco_mask
+
+from loce.config import Config, DataConfig, EvalConfig
+from loce.data.annotations.lvis import LVISAnnotations
+from loce.data.annotations.plausible import outlines
+from loce.data.annotations.requirements import compared_types, evaluation_problems, training_problems
+from loce.data.annotations.run_lengths import decode_codes, fill_images
+from loce.data.check import Report, check_set
+from loce.evaluation import evaluate_lvis, load_annotations, read_results
+from loce.utils.errors import UserError, first_few
+from tests.data.made_annotations import CATEGORY_IDS, as_format, content
+from tests.fuzz.reader_cases import as_numpy, results_for
+
+Made = dict[str, Any]
+
+
+def made_set(kind: str = "coco", images: int = 8) -> Made:
+    made = as_format(content(images), kind)
+    for row in made["annotations"]:
+        row["bbox"] = [round(side, 2) for side in row["bbox"]]
+    return made
+
+
+def checked(path: str, use: Any = "", config: Config | None = None) -> Report:
+    report = Report()
+    check_set(path, "", report, 0, config=config or Config(), use=use)
+    return report
+
+
+def refused_by_all(path: str, message: str) -> None:
+    """Training, check-data and evaluation say the same."""
+    with pytest.raises(UserError, match=message) as training:
+        LVISAnnotations.open(path)
+    with pytest.raises(UserError, match=message) as evaluation:
+        load_annotations(path)
+    assert str(training.value) == str(evaluation.value) and checked(path).problems == [str(training.value)]
+
+
+def test_only_the_lists_of_the_file_itself_hold_images_and_annotations(write):
+    plain = made_set()
+    expected = LVISAnnotations.open(write(plain))
+    alike = {"id": 1, "image_id": 1, "category_id": 1, "name": "clip", "width": 40, "height": 30}
+    for key in ("videos", "tracks", "licenses"):
+        made = {key: [alike, alike], **copy.deepcopy(plain)}
+        made["annotations"][0]["attributes"] = alike
+        made["annotations"][1]["parts"] = [{"more": [alike]}, alike]
+        made["images"][0]["camera"] = made["categories"][0]["origin"] = alike
+        found = LVISAnnotations.open(write(made))
+        for name in ("image_ids", "annotation_ids", "labels", "image_of", "xywh", "train_rows"):
+            np.testing.assert_array_equal(getattr(found, name), getattr(expected, name))
+        assert found.dropped == {} and checked(found.path).problems == []
+
+
+def test_a_list_given_twice_is_refused(write):
+    text = json.dumps(made_set())
+    again = text[:-1] + ', "annotations": []}'
+    refused_by_all(write(again), "1 lists that are there more than once: `annotations`")
+
+
+def test_a_byte_order_mark_is_read_everywhere(write, tmp_path):
+    made = made_set()
+    found = results_for(made, np.random.default_rng(0))
+    (tmp_path / "r.json").write_bytes(b"\xef\xbb\xbf" + json.dumps(found).encode())
+    path = write(b"\xef\xbb\xbf" + json.dumps(made).encode())
+    assert len(LVISAnnotations.open(path)) == 8
+    expected = evaluate_lvis(made, found, "segm", protocol="coco").metrics
+    assert evaluate_lvis(path, tmp_path / "r.json", "segm", protocol="coco").metrics == expected
+
+
+@pytest.mark.parametrize(
+    ("code", "message"),
+    [("utf-16", "is text in UTF-16"), ("utf-16-le", "is text in UTF-16LE"), ("gbk", "perhaps GBK .*iconv -f GBK")],
+)
+def test_other_encodings_are_named(code, message, write):
+    made = made_set()
+    made["categories"][0]["name"] = "苹果树"
+    refused_by_all(write(json.dumps(made, ensure_ascii=False).encode(code)), message)
+
+
+def test_a_missing_area_is_that_of_the_mask_or_else_of_the_box(write):
+    made = made_set()
+    for row in made["annotations"]:
+        del row["area"]
+    made["annotations"][4]["segmentation"] = []
+    path = write(made)
+    annotations = LVISAnnotations.open(path)
+    sizes = {image["id"]: (image["height"], image["width"]) for image in made["images"]}
+    for n, (row, area) in enumerate(zip(made["annotations"], annotations.areas.tolist(), strict=True)):
+        shape = row["segmentation"]
+        if isinstance(shape, dict):
+            code = coco_mask.frPyObjects(shape, *shape["size"]) if isinstance(shape["counts"], list) else shape
+        elif shape:
+            code = coco_mask.merge(coco_mask.frPyObjects(shape, *sizes[row["image_id"]]))
+        expected = row["bbox"][2] * row["bbox"][3] if n == 4 else int(coco_mask.area(code))
+        assert area == pytest.approx(expected)
+    boxes = load_annotations(path, masks=False)  # what boxes are evaluated with does not depend on masks being wanted
+    np.testing.assert_array_equal(boxes.areas, annotations.areas[boxes.rows])
+
+
+@pytest.mark.parametrize("change", [{"area": "1080"}, {"bbox": ["1", "2", "3", "4"]}, {"segmentation": [[1, 2]]}])
+def test_what_evaluation_refuses_check_data_finds_where_the_file_is_for_it(change, write):
+    made = made_set()
+    made["annotations"][3] |= change
+    path = write(made)
+    annotations = LVISAnnotations.open(path)  # training leaves it out
+    (problem,) = evaluation_problems(annotations)
+    assert f"(annotations {made['annotations'][3]['id']}): evaluation compares with every" in problem
+    with pytest.raises(UserError) as error:
+        load_annotations(path)
+    assert str(error.value) == problem
+    assert checked(path, "evaluation").problems == [problem]
+    assert checked(path, "training").problems == [] == training_problems(annotations)
+    assert any("evaluation   would refuse this file: 1 " in line for line in checked(path).lines)
+
+
+def test_check_data_knows_the_protocol_and_that_masks_are_not_compared(write):
+    made = made_set()
+    for row in made["annotations"]:
+        row["segmentation"] = []
+    path = write(made)
+    box = Config(data=DataConfig(without_mask="box"))
+    assert checked(path, "evaluation", box).problems == [] == checked(path, "training", box).problems
+    assert any("would refuse this file" in line or "segmentation missing" in line for line in checked(path).lines)
+    assert "evaluate boxes alone: iou_types=bbox" in checked(path, "evaluation").problems[0]
+    assert compared_types(LVISAnnotations.open(path), "box") == ("bbox",)
+    assert compared_types(LVISAnnotations.open(path), "box", ("segm",)) == ("segm",)
+    assert evaluate_lvis(path, [], "bbox", protocol="coco").metrics["AP"] == 0
+    lvis = Config(eval=EvalConfig(protocol="lvis"), data=box.data)
+    assert "has no neg_category_ids, which protocol lvis needs" in checked(path, "evaluation", lvis).problems[0]
+    assert checked(path, "training", lvis).problems == []
+
+
+@pytest.mark.parametrize("first", [2**62 + 3, 2**63 - 40, -(2**63)])
+def test_ids_of_64_bits_are_read(first, write):
+    metrics = []
+    for start in (1, first):
+        made = made_set()
+        for number, image in enumerate(made["images"]):
+            for row in made["annotations"]:
+                row["image_id"] = start + number if row["image_id"] == image["id"] else row["image_id"]
+            image["id"] = start + number
+        found = results_for(made, np.random.default_rng(0))
+        assert LVISAnnotations.open(write(made)).image_ids.tolist() == [start + n for n in range(8)]
+        metrics.append(evaluate_lvis(write(made), found, "bbox", protocol="coco").metrics)
+    assert metrics[0] == metrics[1]
+
+
+@pytest.mark.parametrize("bad", [2**63, 2**80, "md5", 7.0, None, True])
+def test_other_ids_are_named(bad, write):
+    made = made_set()
+    made["categories"][1]["id"] = bad
+    refused_by_all(write(made), r"1 categories whose id is no whole number of 64 bits: thing 3 \(")
+    made = made_set()
+    made["annotations"][0]["id"] = bad
+    refused_by_all(write(made), "1 annotations whose id, image_id or category_id is no whole number of 64 bits")
+
+
+@pytest.mark.parametrize("key", ["iscrowd", "ignore"])
+def test_flags_are_0_or_1(key, write):
+    for good in (0, 1, True, False, 1.0):
+        made = made_set()
+        made["annotations"][2][key] = good
+        flags = LVISAnnotations.open(write(made))
+        assert bool((flags.crowd | flags.ignore)[2]) == bool(good)
+    for bad in ("0", "false", 2, -1, 0.5, None, []):
+        made["annotations"][2][key] = bad
+        refused_by_all(write(made), f"1 annotations whose `{key}` is none of 0, 1, true, false: annotation ")
+
+
+def test_two_categories_of_one_name_are_told(write):
+    made = made_set()
+    made["categories"][3]["name"] = made["categories"][0]["name"]
+    path = write(made)
+    (note,) = LVISAnnotations.open(path).notes
+    assert "1 names belong to more than one category: 'thing 7' (ids 7, 1)." in note
+    assert any(note in line for line in checked(path).lines) and note in load_annotations(path).notes
+
+
+def test_images_without_sizes_are_named_with_what_to_do(write):
+    made = made_set()
+    for image in made["images"]:
+        del image["width"]
+    ids = [f"image {image['id']}" for image in made["images"]]
+    message = (
+        f"8 images without height and width in pixels, which must be added to each from its file: {first_few(ids)}"
+    )
+    path = write(made)
+    refused_by_all(path, "8 images without height and width")
+    assert checked(path).problems == [f"{path}: {message}"]
+
+
+def test_a_file_without_annotations_is_for_predictions(write):
+    made = made_set()
+    del made["annotations"]
+    path = write(made)
+    refused_by_all(path, r"no list of annotations; .* files of test images need `annotations`: \[\], an empty list")
+    assert len(LVISAnnotations.open(path, annotated=False)) == 8
+    assert len(LVISAnnotations.open(path, annotated=False).labels) == 0
+
+
+def as_corners(row: Made, size: tuple[int, int]) -> list[float]:
+    x, y, w, h = row["bbox"]
+    return [x, y, x + w, y + h]
+
+
+def as_shares(row: Made, size: tuple[int, int]) -> list[float]:
+    x, y, w, h = row["bbox"]
+    return [x / size[1], y / size[0], w / size[1], h / size[0]]
+
+
+@pytest.mark.parametrize(("change", "what"), [(as_corners, "are these corners"), (as_shares, "are these shares")])
+def test_boxes_that_mean_something_else_are_suspected_aloud(change: Callable[..., Any], what, write, capsys):
+    made = made_set()
+    sizes = {image["id"]: (image["height"], image["width"]) for image in made["images"]}
+    found = [
+        {"image_id": row["image_id"], "category_id": row["category_id"], "score": 0.5, "bbox": row["bbox"]}
+        for row in made["annotations"]
+    ]
+    evaluate_lvis(made, found, "bbox", protocol="coco")
+    assert "WARNING" not in capsys.readouterr().err
+    for entry in found:
+        entry["bbox"] = change(entry, sizes[entry["image_id"]])
+    evaluate_lvis(made, found, "bbox", protocol="coco")
+    told = capsys.readouterr().err
+    assert told.count(what) == 1 and "WARNING: results: " in told and "the first: row " in told
+    for row in made["annotations"]:
+        row["bbox"] = change(row, sizes[row["image_id"]])
+    path = write(made)
+    assert any(what in note for note in LVISAnnotations.open(path).notes)
+    assert any(what in problem for problem in checked(path).problems)
+    assert any(what in note for note in load_annotations(path, masks=False).notes)
+
+
+MOVES: dict[str, tuple[Callable[..., Any], str]] = {
+    "shares": (lambda x, y, width, height: (x / width, y / height), "shares of the image"),
+    "larger": (lambda x, y, width, height: (4 * x, 4 * y), "images 4 times as large"),
+    "smaller": (lambda x, y, width, height: (x / 4, y / 4), "images 0.25 times as large"),
+    "exchanged": (lambda x, y, width, height: (y, x), "x and y look exchanged"),
+    "outside": (lambda x, y, width, height: (x + 300, y), "perhaps they belong to other images"),
+}
+
+
+def moved_set(move: Callable[..., Any], count: int) -> Made:
+    """40 images of 200 x 160 pixels with a rectangle each, polygons of the first `count` moved."""
+    made: Made = {"images": [], "annotations": [], "categories": [{"id": i, "name": f"t{i}"} for i in CATEGORY_IDS]}
+    for n in range(40):
+        made["images"].append({"id": n, "height": 160, "width": 200, "file_name": f"{n}.jpg"})
+        x, y, w, h = 100 + n, 30 + n // 2, 40, 30
+        corners = [(x, y), (x + w, y), (x + w, y + h), (x, y + h)]
+        corners = [move(a, b, 200, 160) for a, b in corners] if n < count else corners
+        row = {"id": n, "image_id": n, "category_id": 7, "bbox": [x, y, w, h], "area": w * h, "iscrowd": 0}
+        made["annotations"].append(row | {"segmentation": [[float(v) for corner in corners for v in corner]]})
+    return made
+
+
+@pytest.mark.parametrize("kind", MOVES)
+def test_masks_elsewhere_than_their_boxes_are_counted_with_the_likely_cause(kind, write):
+    move, cause = MOVES[kind]
+    path = write(moved_set(move, 9))
+    annotations = LVISAnnotations.open(path)
+    assert sorted([*annotations.empty_masks, *annotations.misplaced]) == list(range(9))
+    for row in annotations.empty_masks.tolist():
+        assert not coco_mask.area(annotations.segmentations.rles([row], 160, 200)[0])
+    (note,) = annotations.notes
+    assert note.startswith("WARNING: of 40 masks ") and cause in note
+    (problem,) = training_problems(annotations)
+    assert "data.allow_misplaced=true" in problem
+    for use in ("", "training", "evaluation"):
+        assert checked(path, use).problems == [problem]
+    with pytest.raises(UserError, match="of 40 masks") as error:
+        load_annotations(path)
+    assert str(error.value) == problem
+    allowed = Config(data=DataConfig(allow_misplaced=True))
+    assert checked(path, "training", allowed).problems == []
+    assert load_annotations(path, allow_misplaced=True).notes[0] == note
+    assert load_annotations(path, masks=False).masks is None  # boxes alone are compared
+
+
+def test_a_few_misplaced_masks_are_told_and_none_where_there_is_none(write):
+    few = LVISAnnotations.open(write(moved_set(MOVES["outside"][0], 2)))
+    assert "of 40 masks 2 are empty (annotations 0, 1)" in few.notes[0] and not training_problems(few)
+    assert checked(few.path).problems == []
+    for kind in ("coco", "lvis_v1"):
+        assert LVISAnnotations.open(write(made_set(kind))).notes == []
+
+
+def test_outlines_are_those_of_the_corners_and_codes(write):
+    made = made_set()
+    annotations = LVISAnnotations.open(write(made))
+    found = outlines(annotations.segmentations, annotations.image_sizes[annotations.image_of])
+    for row, outline in zip(made["annotations"], found, strict=True):
+        shape = row["segmentation"]
+        if isinstance(shape, list):
+            xs, ys = [v for part in shape for v in part[::2]], [v for part in shape for v in part[1::2]]
+            np.testing.assert_allclose(outline, [min(xs), min(ys), max(xs), max(ys)], atol=0.11)
+        else:
+            code = coco_mask.frPyObjects(shape, *shape["size"]) if isinstance(shape["counts"], list) else shape
+            rows, columns = np.nonzero(coco_mask.decode(code))
+            assert outline.tolist() == [columns.min(), rows.min(), columns.max() + 1, rows.max() + 1]
+
+
+def slow_runs(text: bytes) -> list[int] | None:
+    """Run lengths character by character; None where the code is broken."""
+    runs: list[int] = []
+    at = 0
+    while at < len(text):
+        value, length, more = 0, 0, True
+        while more:
+            if at == len(text) or not 48 <= text[at] < 112 or length == 8:
+                return None
+            digit = text[at] - 48
+            value |= (digit & 31) << 5 * length
+            more, at, length = bool(digit & 32), at + 1, length + 1
+        if digit & 16:
+            value -= 1 << 5 * length
+        runs.append(value + runs[-2] if len(runs) > 2 else value)
+    return runs if runs and min(runs) >= 0 else None
+
+
+def test_many_codes_are_decoded_as_one_by_one_by_plain_loops():
+    rng = np.random.default_rng(0)
+    texts, sizes = [], []
+    for _ in range(3000):
+        height, width = (int(side) for side in rng.integers(1, 60, 2))
+        mask = np.asfortranarray(rng.random((height, width)) < rng.random(), dtype=np.uint8)
+        text = bytearray(coco_mask.encode(mask)["counts"])
+        for _ in range(int(rng.integers(0, 3))):
+            at = int(rng.integers(len(text) + 1))
+            text[at : at + int(rng.integers(0, 2))] = bytes(rng.integers(44, 116, int(rng.integers(0, 2))).tolist())
+        texts.append(bytes(text))
+        sizes.append((height, width))
+    counts = np.frombuffer(b"".join(texts), np.uint8)
+    bounds = np.append(0, np.cumsum([len(text) for text in texts]))
+    runs, first, sound = decode_codes(counts, bounds)
+    filled = fill_images(counts, bounds, np.array(sizes))
+    expected = [slow_runs(text) for text in texts]
+    assert 300 < sum(one is None for one in expected) < 2700
+    for n, one in enumerate(expected):
+        assert sound[n] == (one is not None)
+        if one is not None:
+            assert runs[first[n] : first[n + 1]].tolist() == one
+        assert filled[n] == (one is not None and sum(one) == np.prod(sizes[n]))
+
+
+def test_numpy_numbers_and_arrays_are_read_as_json_is():
+    made = made_set("lvis_v1")
+    found = results_for(made, np.random.default_rng(0))
+    for kind in ("bbox", "segm"):
+        expected = evaluate_lvis(made, found, kind).metrics
+        for seed in range(5):
+            rng = np.random.default_rng(seed)
+            assert evaluate_lvis(as_numpy(made, rng), as_numpy(found, rng), kind).metrics == expected
+    for entry in found:
+        entry["score"], entry["bbox"] = np.float32(entry["score"]), np.array(entry["bbox"])
+        entry["image_id"], entry["category_id"] = np.int64(entry["image_id"]), np.int32(entry["category_id"])
+        entry["segmentation"]["counts"] = entry["segmentation"]["counts"].encode()  # as pycocotools gives it
+    assert len(read_results(found)) == len(found)
+    assert evaluate_lvis(made, found, "segm").metrics["AP"] > 0
