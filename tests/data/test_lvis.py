@@ -291,7 +291,7 @@ def test_missing_images_are_counted_by_split(write, images):
     with pytest.raises(UserError) as error:
         annotations.require_images(folder)
     message = str(error.value)
-    assert f"5 of 8 images are missing: 5 in {folder}/train2017 (the first: train2017/000000000991.jpg)" in message
+    assert f"5 of 8 images are missing: 5 in {folder}/train2017 (the first: train2017/000000000991.jpg, " in message
     assert "needs the images of train2017 and val2017: put or link them into" in message
     with pytest.raises(UserError, match="There is no folder"):
         annotations.require_images(folder / "elsewhere")

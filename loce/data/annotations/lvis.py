@@ -31,7 +31,7 @@ from loce.data.annotations.reader import Columns, read_annotation_file
 from loce.data.annotations.segmentations import Segmentations
 from loce.data.annotations.training_rows import clip, sensible_boxes, training_rows
 from loce.utils.classes import ClassStats, frequency_groups
-from loce.utils.errors import UserError, first_few
+from loce.utils.errors import FEW, UserError, first_few
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -197,7 +197,7 @@ class LVISAnnotations:
         lines = [
             f"{self.path}: {len(missing)} of {total} images are missing: "
             + ", ".join(f"{count} in {Path(folder, split)}" for split, count in sorted(by_split.items()))
-            + f" (the first: {self.name(missing[0])}).",
+            + f" (the first: {first_few([self.name(i) for i in missing[:FEW]])}).",
             self.there_instead(missing, folder),
             "" if Path(folder).is_dir() else f"There is no folder {folder}.",
             f"This file needs the images of {' and '.join(splits)}: put or link them into {folder}." if splits else "",
