@@ -60,18 +60,18 @@ __all__ = [
 class DataConfig:
     """Annotation files, image folders, and what is done to an image before the model sees it."""
 
-    train_annotations: str = "data/lvis_v1/annotations/lvis_v1_train.json"
+    train_annotations: str = "data/lvis_v1/annotations/lvis_v1_train.json"  # LVIS or COCO JSON
     train_images: str = "data/coco"  # folder that holds train2017/ and val2017/, or the images themselves
-    val_annotations: str = "data/lvis_v1/annotations/lvis_v1_val.json"
-    val_images: str = "data/coco"
+    val_annotations: str = "data/lvis_v1/annotations/lvis_v1_val.json"  # the same categories in the same order
+    val_images: str = "data/coco"  # as train_images
     rare_max: Natural = 10  # images; LVIS's bounds, used where the file has no `frequency`
-    common_max: Natural = 100
+    common_max: Natural = 100  # images; classes with more are frequent
     short_edges: tuple[Count, ...] = (640, 672, 704, 736, 768, 800)  # one is drawn per image
-    long_edge: Count = 1333
-    test_short_edge: Count = 800
-    flip: Fraction = 0.5
-    group_by_aspect: bool = True
-    workers: Natural = 4
+    long_edge: Count = 1333  # px; the longer side is at most so long
+    test_short_edge: Count = 800  # px, in evaluation and prediction
+    flip: Fraction = 0.5  # probability that an image is mirrored
+    group_by_aspect: bool = True  # batches of wide or of high images: less padding
+    workers: Natural = 4  # processes that read images, on every rank
     exif: Literal["ignore", "apply"] = "ignore"  # orientation an image file asks for; COCO's and LVIS's boxes ignore it
     scale_16bit: Literal["high_byte", "range"] = "high_byte"  # 16-bit files; range: an image's lowest to highest value
     allow_missing: bool = False  # go on without images that are not there; results are marked as partial
@@ -97,13 +97,13 @@ class RPNConfig:
 
     anchor_scale: Positive = 8.0  # anchor side = scale x stride
     pre_nms_train: Count = 2000  # per level
-    pre_nms_test: Count = 1000
+    pre_nms_test: Count = 1000  # per level
     post_nms: Count = 1000  # over all levels
-    nms: Share = 0.7
-    positive_iou: Share = 0.7
-    negative_iou: Fraction = 0.3
-    batch_per_image: Count = 256
-    positive_fraction: Share = 0.5
+    nms: Share = 0.7  # IoU; boxes above it are one
+    positive_iou: Share = 0.7  # anchors from here on are objects
+    negative_iou: Fraction = 0.3  # anchors below are background
+    batch_per_image: Count = 256  # anchors in the loss
+    positive_fraction: Share = 0.5  # of them, at most
     nms_resampling: Literal["none", "discrete", "linear"] = "none"  # Forest R-CNN: rarer classes, higher nms; training
 
 
@@ -111,9 +111,9 @@ class RPNConfig:
 class RoIConfig:
     """Second stage: matching, sampling and pooling of regions of interest."""
 
-    positive_iou: Share = 0.5
-    batch_per_image: Count = 512
-    positive_fraction: Share = 0.25
+    positive_iou: Share = 0.5  # regions from here on are of the object's class, others background
+    batch_per_image: Count = 512  # regions in the loss
+    positive_fraction: Share = 0.25  # of them, at most
     finest_scale: Positive = 56.0  # boxes up to twice this side (px) are pooled from the finest level
     aligned: bool = True  # false: torchvision's pooling, half a pixel off, 2 samples a bin; for weights trained so
 
@@ -122,16 +122,16 @@ class RoIConfig:
 class ModelConfig:
     """Mask R-CNN with FPN."""
 
-    backbone: Literal["tiny", "resnet18", "resnet50", "resnet101"] = "resnet50"
-    weights: Literal["imagenet", "none"] = "imagenet"
+    backbone: Literal["tiny", "resnet18", "resnet50", "resnet101"] = "resnet50"  # tiny: for tests and the demo
+    weights: Literal["imagenet", "none"] = "imagenet"  # what the backbone starts from
     norm: Literal["frozen", "batch", "group"] = "frozen"  # frozen: BN statistics fixed, affine trained
     frozen_stages: Annotated[int, Range(0, 4)] = 1  # 1 = stem and layer1 never train
-    fpn_channels: Count = 256
-    fc_features: Count = 1024
-    mask_channels: Count = 256
-    mask_convs: Natural = 4
-    mask_predictor: Literal["normalised", "linear"] = "normalised"
-    mask_temperature: Positive = 20.0
+    fpn_channels: Count = 256  # of every level
+    fc_features: Count = 1024  # of the two shared FCs
+    mask_channels: Count = 256  # of the mask head's convolutions
+    mask_convs: Natural = 4  # 3 x 3 convolutions before the mask head's upsampling
+    mask_predictor: Literal["normalised", "linear"] = "normalised"  # normalised: cosine, as the paper's; linear: plain
+    mask_temperature: Positive = 20.0  # tau of the normalised mask predictor
     rpn: RPNConfig = field(default_factory=RPNConfig)
     roi: RoIConfig = field(default_factory=RoIConfig)
 
@@ -158,7 +158,7 @@ HeadName = Literal[
 class ReweightedOptions:
     """Softmax whose rows are weighted by class."""
 
-    by: Literal["inverse_frequency", "effective_number"] = "effective_number"
+    by: Literal["inverse_frequency", "effective_number"] = "effective_number"  # weights of the classes
     beta: Decay = 0.9999  # of the effective number (1 - beta^n) / (1 - beta)
 
 
@@ -208,25 +208,25 @@ class BALMSOptions:
 class LDAMOptions:
     """Label-distribution-aware margins with deferred re-weighting."""
 
-    max_margin: Positive = 0.5
-    scale: Positive = 30.0
+    max_margin: Positive = 0.5  # of the rarest class
+    scale: Positive = 30.0  # s of the cosine logits
     reweight_from: Fraction = 0.8  # share of the training after which rows are weighted by class; 1: never
-    beta: Decay = 0.9999
+    beta: Decay = 0.9999  # of the late weights' effective number
 
 
 @dataclass(frozen=True, kw_only=True)
 class LogitAdjustmentOptions:
     """Logit-adjusted softmax loss."""
 
-    tau: Positive = 1.0
+    tau: Positive = 1.0  # factor of the log prior
 
 
 @dataclass(frozen=True, kw_only=True)
 class NorCalOptions:
     """Normalised calibration of a trained softmax head; nothing changes in training."""
 
-    gamma: NotNegative = 0.6
-    counts: Literal["images", "instances"] = "images"
+    gamma: NotNegative = 0.6  # power of the counts
+    counts: Literal["images", "instances"] = "images"  # of training images with the class, or of its instances
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -235,7 +235,7 @@ class ForestOptions:
 
     trees: str = ""  # file of the trees, read when training starts; a checkpoint holds them
     visual: Natural = 25  # parents of each tree; 0: a tree that is not used
-    geometrical: Natural = 50
+    geometrical: Natural = 50  # by the shape of masks
     lexical: Natural = 0  # 108 with LVIS v0.5 and WordNet, for which the user brings a file
 
 
@@ -251,7 +251,7 @@ class SimCalOptions:
 class HeadConfig:
     """Classification head: the loss and how scores are read from logits. A section is of the head of its name."""
 
-    name: HeadName = "softmax"
+    name: HeadName = "softmax"  # loss and scores of the classifier; docs/methods.md explains each
     reset: bool = False  # start the classifier anew, whatever train.init holds of it
     reweighted: ReweightedOptions = field(default_factory=ReweightedOptions)
     eql: EQLOptions = field(default_factory=EQLOptions)
@@ -272,7 +272,7 @@ class IndicatorConfig:
 
     kind: Literal["score", "prior"] = "score"  # score: mean score, Eq. 2; prior: instance counts (supplement)
     momentum: Decay = 0.9  # alpha
-    initial_score: Share = 0.01
+    initial_score: Share = 0.01  # of every class, before the memory is filled
     background_score: Share = 0.01  # the paper's s^_{C+1}
     background_count: Positive = 1.0  # the supplement's n^_{C+1}, for kind: prior
 
@@ -281,12 +281,12 @@ class IndicatorConfig:
 class MemoryConfig:
     """Memory-augmented feature sampling (Sec. 3.3)."""
 
-    enabled: bool = False
+    enabled: bool = False  # features of weak classes are stored and drawn again
     capacity: Count = 80  # M, features per class
     instances_per_class: Count = 5  # stored per class and image, chosen at random
     fill_instances: Count = 5  # per class, before the first iteration
     level: Literal["fc", "roi"] = "fc"  # fc: the vector after the shared FCs; roi: the pooled RoI features
-    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32"  # of what is stored
     shared: bool = False  # true: every rank holds the rows of all ranks
     classes_per_draw: Count = 8  # k, per 2 images on a rank
     features_per_class: Count = 4  # m
@@ -299,22 +299,22 @@ class TrainConfig:
     freeze: Literal["none", "backbone", "trunk", "detector"] = "none"  # trunk: to the shared FCs; detector: to the head
     init: str = ""  # checkpoint or run folder that training starts from
     resume: Literal["auto", "never", "must"] = "auto"  # auto: go on from a checkpoint where the run folder has one
-    batch_size: Count = 16
-    accumulate: Count = 1
-    epochs: Count = 24
+    batch_size: Count = 16  # images a step, over all ranks and accumulation steps
+    accumulate: Count = 1  # passes for one step; saves memory
+    epochs: Count = 24  # over the training images
     lr: Positive = 0.02  # at a batch of `lr_batch_size`; scaled linearly with batch_size
-    lr_batch_size: Count = 16
-    momentum: Decay = 0.9
-    weight_decay: NotNegative = 1e-4
-    warmup_iterations: Natural = 500
-    warmup_factor: Share = 1e-3
+    lr_batch_size: Count = 16  # images that `lr` is meant for
+    momentum: Decay = 0.9  # of SGD
+    weight_decay: NotNegative = 1e-4  # of every weight that trains
+    warmup_iterations: Natural = 500  # with a linearly rising learning rate
+    warmup_factor: Share = 1e-3  # of the learning rate, where the warm-up begins
     drops: tuple[Count, ...] = (16, 22)  # epochs after which the learning rate falls
-    drop_factor: Share = 0.1
+    drop_factor: Share = 0.1  # of the learning rate, at every drop
     clip_norm: NotNegative = 0.0  # 0: off
-    precision: Literal["fp32", "bf16", "fp16"] = "fp32"
+    precision: Literal["fp32", "bf16", "fp16"] = "fp32"  # of the forward pass; weights and losses stay fp32
     log_every: Count = 50  # iterations
     checkpoint_every: Count = 1000  # iterations, besides every epoch's end
-    keep_checkpoints: Count = 2
+    keep_checkpoints: Count = 2  # newest ones, the best one besides
     evaluate: bool = True  # after the last epoch
     evaluate_every: Natural = 0  # epochs; 0: after the last only; the best checkpoint by mask AP is kept, too
     dry_run: bool = False  # two steps, save, resume and evaluation of a few images, in RUN/dry_run, instead of the run
@@ -326,12 +326,10 @@ class TrainConfig:
 class EvalConfig:
     """Inference and evaluation."""
 
-    score_threshold: Decay = 1e-4
-    nms: Share = 0.5
+    score_threshold: Decay = 1e-4  # detections below are left out
+    nms: Share = 0.5  # IoU; boxes of a class above it are one
     detections: Count = 300  # per image
-    protocol: Literal["auto", "lvis", "fixed", "coco"] = (
-        "auto"  # auto: lvis where the file has LVIS's fields, else coco
-    )
+    protocol: Literal["auto", "lvis", "fixed", "coco"] = "auto"  # auto: lvis if the file has LVIS's fields, else coco
     batch_size: Count = 1  # images per rank
     errors: bool = True  # what became of lost objects (errors.csv); inference keeps near misses for it
 
@@ -341,8 +339,8 @@ class Config:
     """One run."""
 
     output: str = ""  # run folder; empty: runs/ and the path of the YAML file below configs/
-    seed: Annotated[int, Range(0, 2**32 - 1)] = 0
-    device: Literal["auto", "cpu", "cuda"] = "auto"
+    seed: Annotated[int, Range(0, 2**32 - 1)] = 0  # of all that is random: new weights, order of images, flips, draws
+    device: Literal["auto", "cpu", "cuda"] = "auto"  # auto: CUDA where there is one
     data: DataConfig = field(default_factory=DataConfig)
     sampler: SamplerConfig = field(default_factory=SamplerConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
@@ -549,7 +547,8 @@ def load_config(argv: Sequence[str]) -> Config:
     UserError with everything that is wrong at once: unknown keys, wrong types, values out of range, conflicts.
     """
     if "-h" in argv or "--help" in argv:
-        recipes = textwrap.fill(f"CONFIG: a YAML file; {_known_configs()}", 110, break_on_hyphens=False)
+        what = f"CONFIG: a YAML file, which may stand on others (base: loce.yaml); {_known_configs()}"
+        recipes = textwrap.fill(what, 110, break_on_hyphens=False)
         print_help(recipes, help_text(Config))
     if not argv or ("=" in argv[0] and not Path(argv[0]).is_file()):
         raise UserError(

@@ -3,6 +3,7 @@
 import ast
 import dataclasses
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -648,7 +649,7 @@ def test_help_lists_every_key_with_its_meaning(capsys):
     out = capsys.readouterr().out
     assert caught.value.code == 0
     for key, hint in schema(Config).items():
-        assert dataclasses.is_dataclass(hint) or f"  {key} = " in out
+        assert dataclasses.is_dataclass(hint) or re.search(rf"^  {re.escape(key)} = .+; \S", out, re.MULTILINE), key
     assert "  train.lr = 0.02                          a number > 0; at a batch of `lr_batch_size`" in out
 
 
