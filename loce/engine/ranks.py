@@ -35,14 +35,14 @@ def process_group(device: str) -> Iterator[torch.device]:
     if "TORCHELASTIC_RUN_ID" in os.environ:
         signals.die_with_parent(signal.SIGTERM)  # torchrun dies of signals that it does not know, such as SIGUSR1
     chosen = distributed.setup(device)
-    words = LastWords() if distributed.world_size() > 1 else None
+    reports = FailureReports() if distributed.world_size() > 1 else None
     try:
         yield chosen
     except BaseException as error:
         signals.only_note()
         _end_workers()
-        if words is not None and not isinstance(error, DivergedError):  # all ranks diverge together
-            words.explain(error)
+        if reports is not None and not isinstance(error, DivergedError):  # all ranks diverge together
+            reports.report(error)
         raise
     distributed.teardown()
 
@@ -54,56 +54,54 @@ def _end_workers() -> None:
         worker.kill()
 
 
-class LastWords:
-    """Where each rank leaves the reason why it ends. Every rank must make one."""
+class FailureReports:
+    """Why each rank ends, in the store of torchrun. Every rank must make one."""
 
     def __init__(self) -> None:
         address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
         store = dist.TCPStore(address, port, is_master=False, timeout=timedelta(seconds=PATIENCE))
         attempt = f"{os.environ.get('TORCHELASTIC_RUN_ID', '')}/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}"
         self.store = dist.PrefixStore(f"loce/{attempt}", store)
-        self.store.set(f"place/{distributed.rank()}", f"{socket.gethostname()} {os.getpid()}")
+        self.store.set(f"process/{distributed.rank()}", f"{socket.gethostname()} {os.getpid()}")
         distributed.barrier()
 
-    def explain(self, error: BaseException) -> None:
-        """Tell the others why this rank ends; raises RankLostError or Stopped where it is because another one does."""
+    def report(self, error: BaseException) -> None:
+        """Report why this rank ends; raises RankLostError or Stopped where it is because another one does."""
         lost = isinstance(error, RuntimeError) and any(sign in str(error) for sign in LOST)
         stopped = isinstance(error, Stopped)  # by torchrun, perhaps, because a rank died
-        causes = self.causes(PATIENCE if lost else 1.0) if lost or stopped else {}
+        causes = self._causes(PATIENCE if lost else 1.0) if lost or stopped else {}
         others_stopped = all(text.startswith(Stopped.__name__) for text in causes.values())
+        own = ""  # this rank ends because another one did, which is no cause
         if not lost and others_stopped:
-            self.leave(error)
+            own = f"{type(error).__name__}: {error}"
         elif causes and others_stopped:
-            self.leave(Stopped())
+            own = f"{Stopped.__name__}: "
+        with suppress(RuntimeError):  # torchrun is gone: nobody is left to read it
+            self.store.set(f"reason/{distributed.rank()}", own)
+        if not own:
+            raise RankLostError(_message(causes, str(error))) from None
+        if lost:
             raise Stopped("a signal to another rank") from None
-        else:
-            self.leave(RankLostError())
-            raise RankLostError(_told(causes, str(error))) from None
 
-    def leave(self, error: BaseException) -> None:
-        """Tell the others why this rank ends; RankLostError: because another one did."""
-        text = "" if isinstance(error, RankLostError) else f"{type(error).__name__}: {error}"
-        with suppress(RuntimeError):  # torchrun is gone: nobody is left to be told
-            self.store.set(f"words/{distributed.rank()}", text)
-
-    def causes(self, seconds: float) -> dict[int, str]:
+    def _causes(self, seconds: float) -> dict[int, str]:
         """Rank -> why it ended, of those that did not end because of another; waits so long for the first."""
         end = time.monotonic() + seconds
         others = [r for r in range(distributed.world_size()) if r != distributed.rank()]
         while time.monotonic() < end:
-            time.sleep(0.5)  # a rank that ends is heard of before its last words are
+            time.sleep(0.5)  # that a rank ends is known before its report is there
             try:
-                found = {r: text for r in others if (text := self._of(r))}
+                found = {r: text for r in others if (text := self._reason(r))}
             except RuntimeError:
                 return {}
             if found:
                 return found
         return {}
 
-    def _of(self, rank: int) -> str:
-        if self.store.check([f"words/{rank}"]):
-            return self.store.get(f"words/{rank}").decode()
-        host, pid = self.store.get(f"place/{rank}").decode().split()
+    def _reason(self, rank: int) -> str:
+        """Why a rank ended; "" where it did not, or because of another."""
+        if self.store.check([f"reason/{rank}"]):
+            return self.store.get(f"reason/{rank}").decode()
+        host, pid = self.store.get(f"process/{rank}").decode().split()
         if host != socket.gethostname() or _is_alive(int(pid)):
             return ""
         return (
@@ -121,10 +119,9 @@ def _is_alive(pid: int) -> bool:
         return False
 
 
-def _told(causes: dict[int, str], symptom: str) -> str:
-    """What a rank says of the end of others; only one says it."""
-    speaker = min(r for r in range(distributed.world_size()) if r not in causes)
-    if distributed.rank() != speaker:
+def _message(causes: dict[int, str], symptom: str) -> str:
+    """The message on the end of other ranks; of those that are left only the first has one."""
+    if distributed.rank() != min(r for r in range(distributed.world_size()) if r not in causes):
         return ""
     lines = [f"error: rank {rank} ended: {text}" for rank, text in causes.items()]
     lines = lines or [f"error: another rank ended, without a word and on another machine: see its output ({symptom})"]

@@ -1,4 +1,4 @@
-"""One process or many: the same calls work under `python` and under `torchrun` (gloo on CPU, nccl on CUDA).
+"""Collectives and devices: the same calls work under `python` and under `torchrun` (gloo on CPU, nccl on CUDA).
 
 A collective is entered by every rank, whatever its data holds; with one process it does nothing.
 """
@@ -150,8 +150,3 @@ def barrier() -> None:
         while not arrival.is_completed():  # not in one long wait: signals are heard of in between
             time.sleep(0.002)
         arrival.wait()
-
-
-def is_wrapped(model: torch.nn.Module) -> bool:
-    """True where `model` is a DistributedDataParallel wrapper."""
-    return isinstance(model, torch.nn.parallel.DistributedDataParallel)

@@ -1,4 +1,4 @@
-"""What a waiting person sees: a bar on a terminal; elsewhere plain lines with count, time left and memory.
+"""Progress display: a bar on a terminal; elsewhere plain lines with count, time left and memory.
 
 Imports no torch: results of any model are evaluated without it.
 """
@@ -93,15 +93,15 @@ class Phase:
         return f"{self.label}: {self.done:,}/{self.total:,} {self.unit}, eta {left}, {peak_memory():.1f} GiB"
 
 
-_phases: list[Phase] = []  # the innermost, which is what a line tells, last
+_phases: list[Phase] = []  # from the outermost to the innermost, which lines are about
 
 
 @contextmanager
 def phase(label: str, total: int | None = None, unit: str = "") -> Iterator[Phase]:
     """Lines on standard error from rank 0, every ten seconds, whatever the block does; none for what is quick.
 
-    A thread of the outermost phase writes them. Seconds are counted over phases that follow each other, so that a row
-    of short ones is not silent either. Not for blocks that fork: a child could inherit a lock.
+    A thread of the outermost phase writes them. Ten seconds may also be those of several short phases in a row. Not
+    for blocks that fork: a child could inherit a lock.
     """
     work, over = Phase(label, total, unit), threading.Event()
     speaker = threading.Thread(target=_speak, args=(over,), daemon=True)

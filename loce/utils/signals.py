@@ -1,4 +1,4 @@
-"""Being asked to stop: SIGTERM, SIGINT (Ctrl-C) and SIGUSR1 (SLURM) end a run where nothing is lost; exit code 75.
+"""Signals as requests to stop: SIGTERM, SIGINT (Ctrl-C), SIGUSR1 (SLURM) end a run where nothing is lost, with 75.
 
 Outside of training a signal raises `Stopped` at once: what is finished is on disk. In training (`deferred`) it is only
 noted in `asked`; all ranks agree at the end of a step and save. A second signal ends the process wherever it is; within
