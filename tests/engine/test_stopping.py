@@ -219,6 +219,35 @@ def test_who_listens_nowhere_has_ended() -> None:
         require_torchrun("127.0.0.1", port)
 
 
+AT_ONCE = """
+import os, signal
+from loce.utils import signals
+from loce.utils.errors import Stopped
+signals.listen()
+with signals.deferred():
+    if {0}:
+        os.kill(os.getpid(), signal.SIGTERM)
+    print("step", *signals.asked)
+    try:
+        with signals.at_once():
+            print("evaluation")
+            os.kill(os.getpid(), signal.SIGINT)
+            print("goes on")
+    except Stopped as request:
+        os._exit(print("stopped by", request, flush=True) or 0)
+"""
+
+
+@pytest.mark.parametrize(
+    ("before", "expected"),
+    [(True, "step SIGTERM\nstopped by SIGTERM\n"), (False, "step\nevaluation\nstopped by SIGINT\n")],
+)
+def test_an_evaluation_between_epochs_ends_at_once(before: bool, expected: str) -> None:
+    """Within the loop, which only notes signals; also where one was noted before it began."""
+    done = subprocess.run([sys.executable, "-c", AT_ONCE.format(before)], capture_output=True, text=True, cwd=ROOT)
+    assert done.stdout == expected, done.stderr
+
+
 def test_a_process_whose_parent_is_gone_already_ends() -> None:
     code = "from loce.utils.signals import die_with_parent; die_with_parent(9, {}); print('lives')"
     for parent, expected in ((os.getpid(), "lives\n"), (os.getppid(), "")):
