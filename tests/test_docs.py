@@ -169,6 +169,7 @@ RUN_BY = {
     r".*: make (test|test-oldest|test-slow|test-chaos|lint)": "these tests themselves, and their linters",
     r"usage.md: python scripts/train.py --help": "tests/test_config.py",
     r"usage.md: python scripts/(train|finetune).py (stage1|loce|methods/\w+).yaml.*": "needs LVIS",
+    r"usage.md: python scripts/evaluate.py .* save_json=true": "tests/checkpoint/test_load.py",
     r"usage.md: make predict .*": "tests/engine/test_predict.py",
     r".*: (make (report|figures)|python scripts/(report|figures).py).*": "tests/report/test_report.py",
     r"lvis.md: python scripts/convert.py .*": "tests/checkpoint/convert/test_files.py",

@@ -53,12 +53,13 @@ def evaluate_checkpoint(
         config = checkpoint.config_with(overrides)
         changes = diff(checkpoint.config, config)
         output = output or (path if path.is_dir() else path.with_suffix("")) / folder_name(changes)
-        annotations = val_annotations(config, annotated=False)
+        # Test images have no annotations: results for a server can be written all the same.
+        annotations = val_annotations(config, annotated=not report.get("save_json"))
         if not len(annotations.annotation_ids):
             if not report.get("save_json"):
                 raise UserError(
-                    f"{annotations.path}: has no annotations, as files of test images have none, so there are no "
-                    "numbers; save_json=true writes results.json, for a server that evaluates it"
+                    f"{annotations.path}: has no annotations, so there are no numbers; save_json=true writes "
+                    "results.json, for a server that evaluates it"
                 )
             # No class was verified in any image: all are kept, and what became of objects cannot be said.
             config = dataclasses.replace(config, eval=dataclasses.replace(config.eval, protocol="coco", errors=False))

@@ -66,7 +66,10 @@ def test_images_without_annotations(glyphs: Path, stage1: Path, tmp_path: Path) 
     (tmp_path / "image_info.json").write_text(json.dumps({k: v for k, v in content.items() if k != "annotations"}))
     words = (f"checkpoint={stage1}", f"annotations={tmp_path / 'image_info.json'}", f"output={tmp_path / 'eval'}")
     text = run("evaluate.py", *words, code=2)
-    assert "image_info.json: has no annotations" in text and "save_json=true writes results.json" in text
+    assert "image_info.json: no list of annotations" in text and "save_json=true writes results.json" in text
+    (tmp_path / "empty.json").write_text(json.dumps({**content, "annotations": []}))
+    text = run("evaluate.py", words[0], f"annotations={tmp_path / 'empty.json'}", words[2], code=2)
+    assert "empty.json: has no annotations" in text and "save_json=true writes results.json" in text
     text = run("evaluate.py", *words, "save_json=true")
     assert f"results.json, without numbers, is in {tmp_path / 'eval'}" in text and "| AP" not in text
     rows = json.loads((tmp_path / "eval/results.json").read_text())

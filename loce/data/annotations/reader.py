@@ -181,7 +181,8 @@ def _sections(
             done += len(part)
     missing = [section for section in SECTIONS if section not in found and (annotated or section != "annotations")]
     if missing:
-        hint = "; files of test images need `annotations`: [], an empty list" if missing == ["annotations"] else ""
+        test = "; of test images, scripts/evaluate.py checkpoint=RUN save_json=true writes results.json without numbers"
+        hint = test if missing == ["annotations"] else ""
         raise UserError(
             f"{path}: no list of {' and no list of '.join(missing)}; an annotation file has {SECTIONS}{hint}"
         )
