@@ -201,7 +201,7 @@ def inference(setting: Setting) -> list[Row]:
     theirs = Theirs(ours, setting.image)
     _spread(ours.model.roi_heads.classifier.fc_cls, background=CLASSES)  # type: ignore[arg-type]
     _spread(theirs.model.roi_heads.box_predictor.cls_score, background=0)
-    ours.model.eval()
+    ours.model.only_predict()
     theirs.model.eval()
 
     @torch.no_grad()

@@ -112,7 +112,7 @@ def load_model(path: str | Path, device: str | torch.device = "cpu", config: Con
     `model(list of (3, h, w) uint8 RGB images)` gives a list of {boxes, labels, scores, masks}; `model.class_names`
     names the labels. config: takes the place of the checkpoint's options; UserError where the weights do not fit it.
     """
-    return Checkpoint.open(path).detector(config).to(device).eval()
+    return Checkpoint.open(path).detector(config).to(device).only_predict()
 
 
 def main_file(path: Path) -> Path:

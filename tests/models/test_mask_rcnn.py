@@ -10,6 +10,7 @@ from pycocotools import mask as coco_mask
 from torch import nn
 
 from loce.config import EvalConfig, HeadConfig, IndicatorConfig, MemoryConfig, ModelConfig, UserError
+from loce.models import mask_rcnn
 from loce.models.mask_rcnn import PIXEL_MEAN, PIXEL_STD, build_roi_heads
 
 CLASSES = 6
@@ -338,3 +339,28 @@ def test_a_crowd_is_neither_object_nor_background(model_of, batch):
 def seeded(model, samples):
     torch.manual_seed(4)
     return model(samples).values()
+
+
+def test_a_model_that_only_predicts_has_the_same_weights_and_finds_the_same(make_model):
+    """Channels last, and masks of a few regions at a time: results move by rounding."""
+    model, image = make_model().eval(), noise(64, 80)
+    with torch.no_grad():
+        model.roi_heads.classifier.fc_cls.bias[-1] = -3  # objects everywhere
+    weights = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    (wanted,) = model([image])
+    assert len(wanted["scores"]) > mask_rcnn.REGIONS
+    (found,) = model.only_predict()([image])
+    assert all(torch.equal(tensor, weights[name]) for name, tensor in model.state_dict().items())
+    assert torch.equal(found["labels"], wanted["labels"])
+    for key in ("boxes", "scores"):
+        torch.testing.assert_close(found[key], wanted[key], rtol=1e-4, atol=1e-4)
+    assert (found["masks"] != wanted["masks"]).float().mean() < 1e-3
+
+
+def test_masks_of_all_regions_at_once_are_the_same(make_model, monkeypatch):
+    model, image = make_model().eval(), noise(64, 80)
+    (wanted,) = model([image])
+    monkeypatch.setattr(mask_rcnn, "REGIONS", 1000)
+    (found,) = model([image])
+    assert torch.equal(found["boxes"], wanted["boxes"])
+    assert (found["masks"] != wanted["masks"]).float().mean() < 1e-3

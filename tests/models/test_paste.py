@@ -1,4 +1,4 @@
-"""Pasting masks pixel by pixel, and run lengths against pycocotools."""
+"""Pasting masks against pixel by pixel and mask by mask, and run lengths against pycocotools."""
 
 import math
 import subprocess
@@ -7,9 +7,11 @@ import sys
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from pycocotools import mask as coco_mask
 
-from loce.models.paste import encode_crop, paste, paste_and_encode
+from loce.models.paste import encode_runs, paste_and_encode, run_edges
+from loce.models.paste import paste as paste_columns
 
 
 def slow_paste(mask: torch.Tensor, box: list[float], size: tuple[int, int]) -> np.ndarray:
@@ -32,6 +34,43 @@ def slow_paste(mask: torch.Tensor, box: list[float], size: tuple[int, int]) -> n
             bottom = at(row + 1, column) * (1 - a) + at(row + 1, column + 1) * a
             out[y, x] = top * (1 - b) + bottom * b >= 0.5
     return out
+
+
+def paste(mask: torch.Tensor, box: torch.Tensor, window: tuple[int, int, int, int]) -> torch.Tensor:
+    """One mask, bool (h, w)."""
+    return paste_columns(mask[None], box[None], torch.tensor([window]))[0].T
+
+
+def sampled_paste(mask: torch.Tensor, box: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
+    """MMDetection's: `grid_sample` at the pixels' centres of the whole image."""
+    x = (torch.arange(size[1]) + 0.5 - box[0]) / (box[2] - box[0]) * 2 - 1
+    y = (torch.arange(size[0]) + 0.5 - box[1]) / (box[3] - box[1]) * 2 - 1
+    grid = torch.stack(torch.broadcast_tensors(x[None, :], y[:, None]), dim=-1)
+    return F.grid_sample(mask[None, None], grid[None], align_corners=False)[0, 0]
+
+
+@pytest.mark.parametrize(("size", "most"), [((37, 41), 60), ((120, 161), 90), ((300, 500), 400)])
+def test_codes_are_those_of_masks_pasted_one_by_one(size, most):
+    """Boxes of all sizes, so that groups have windows of several sizes; some reach out of the image."""
+    masks, limit = smooth_masks(60), torch.tensor(size[::-1])
+    centre, side = torch.rand(60, 2) * limit, torch.rand(60, 2) ** 2 * most + 0.5
+    boxes = torch.cat([centre - side / 2, centre + side / 2], dim=1)
+    codes = paste_and_encode(masks, boxes, size)
+    for mask, box, code in zip(masks, boxes, codes, strict=True):
+        share = sampled_paste(mask, box, size)
+        wanted = (share >= 0.5).numpy()
+        if ((share - 0.5).abs() < 1e-5).any():  # cut one way or the other by rounding
+            own = coco_mask.decode({"size": size, "counts": code}).astype(bool)
+            assert not (own != wanted)[((share - 0.5).abs() >= 1e-5).numpy()].any()
+        else:
+            assert code == coco_mask.encode(np.asfortranarray(wanted.astype(np.uint8)))["counts"]
+
+
+def encode_crop(crop: np.ndarray, corner: tuple[int, int], size: tuple[int, int]) -> bytes:
+    """A bool crop (h, w) placed at corner (x0, y0) of an image (height, width)."""
+    window = torch.tensor([[*corner, *corner]])
+    piece, position = run_edges(torch.from_numpy(crop.T.copy())[None], window, size[0])
+    return encode_runs(piece.numpy(), position.numpy(), 1, size)[0]
 
 
 def smooth_masks(count: int, side: int = 28) -> torch.Tensor:

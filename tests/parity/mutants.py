@@ -164,8 +164,8 @@ MUTANTS = (
         "weight_PD = weight_PD",
     ),
     Mutant("mask temperature 10", "config.py", "mask_temperature: Positive = 20.0", "mask_temperature: Positive = 10"),
-    Mutant("paste: corners aligned", "models/paste.py", "align_corners=False", "align_corners=True"),
-    Mutant("paste: box rounded", "models/paste.py", "= box_4.unbind()", "= box_4.round().unbind()"),
+    Mutant("paste: corners aligned", "models/paste.py", "* side - 0.5", "* (side - 1)"),
+    Mutant("paste: box rounded", "models/paste.py", "boxes_Q4[:, 2 + axis]", "boxes_Q4[:, 2 + axis].round()"),
     Mutant("score threshold reached", "models/detection.py", "scores_NC > config", "scores_NC >= config"),
     Mutant(
         "NMS at the threshold",
