@@ -26,7 +26,7 @@ from torchvision.ops import roi_align
 from loce.config import DataConfig
 from loce.data.annotations.cache import open_annotations
 from loce.data.annotations.lvis import LVISAnnotations
-from loce.data.annotations.segmentations import decode_runs
+from loce.data.annotations.run_lengths import decode_runs
 from loce.data.dataset import TrainDataset
 from loce.data.masks import CroppedMasks, cut_runs
 from loce.models.mask_head import MASK_SIZE, mask_targets

@@ -5,6 +5,7 @@ from array import array
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain
+from operator import itemgetter
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -187,11 +188,10 @@ def _columns(entries: Sequence[Any], first: int, mistakes: Mistakes) -> Detectio
 
     def column(key: str, pack: Callable[[list[Any]], T], plain: Callable[[Any], Any], what: str) -> T | None:
         """`pack` of the values of a key; where it does not take them as they are, of their `plain` forms."""
-        values = [entry.get(key) for entry in entries]
         try:
-            return pack(values)
+            return pack(list(map(itemgetter(key), entries)))
         except (TypeError, ValueError, OverflowError, KeyError):
-            values = [plain(value) for value in values]
+            values = [plain(entry.get(key)) for entry in entries]
         bad = [row for row, value in enumerate(values) if value is None]
         for row in bad:
             entry = entries[row]

@@ -7,7 +7,8 @@ import torch
 from pycocotools import mask as coco_mask
 from torchvision.ops import roi_align
 
-from loce.data.annotations.segmentations import SegmentationBuilder, decode_runs
+from loce.data.annotations.run_lengths import decode_runs
+from loce.data.annotations.segmentations import SegmentationBuilder
 from loce.data.masks import MARGIN, CroppedMasks, cut_runs, nearest_source, resize_crop
 from loce.models.mask_head import mask_targets
 from tests.data.made_annotations import full_mask, uncompressed

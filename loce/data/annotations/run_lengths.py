@@ -11,39 +11,46 @@ Legend: N codes, B bytes of all codes, R runs of all codes.
 import numpy as np
 
 _LONGEST = 8  # characters of a number: 40 bits, more than any image has pixels
-_PIECE = 1 << 14  # bytes that are decoded at a time: they stay in the cache
+_PIECE = 1 << 15  # bytes that are decoded at a time: they stay in the cache
 
 
 def decode_codes(counts: np.ndarray, bounds: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Run lengths (R,) int64, where each code's begin (N+1,), and which codes are sound (N,) bool.
+    """Run lengths (R,) int32 or int64, where each code's begin (N+1,), and which codes are sound (N,) bool.
 
     counts: (B,) uint8; bounds: (N+1,) int64 into counts. Runs of a code that is not sound mean nothing.
     """
-    codes = len(bounds) - 1
     digits = counts - np.uint8(48)  # a character below "0" becomes a large number
-    wrong, more = digits > 63, (digits & 32) > 0
+    wrong, more = digits > 63, digits > 31
     sound = bounds[1:] > bounds[:-1]
     ends = bounds[1:][sound] - 1
     wrong[ends] |= more[ends]  # a code stops inside a number
     more[ends] = False
-    # Numbers from their characters.
+    # Numbers, from the last character, which has the sign, to the first.
     last = np.flatnonzero(~more)
-    start = np.append(0, last + 1)[:-1]
-    length = last - start + 1
-    shift = 5 * np.minimum(np.arange(len(digits)) - np.repeat(start, length), _LONGEST)
-    numbers = np.add.reduceat((digits & 31).astype(np.int64) << shift, start) if len(start) else np.zeros(0, np.int64)
-    numbers -= ((digits[last] & 16) > 0) * (np.int64(1) << 5 * np.minimum(length, _LONGEST))
-    numbers[length > _LONGEST] = -1
-    # Runs from numbers: sums over every second one, which begin anew with each code.
+    length = np.diff(last, prepend=-1)
+    digits &= 31
+    short = length.max(initial=0) <= 6  # 30 bits
+    numbers = digits[last].astype(np.int32 if short else np.int64)
+    numbers -= (numbers & 16) << 1
+    for place in range(1, _LONGEST):
+        rest = np.flatnonzero(length > place)
+        if not len(rest):
+            break
+        numbers[rest] = numbers[rest] << 5 | digits[last[rest] - place]
+    # Runs: sums over every second number, which begin anew with each code, and leave out its first one.
     first = np.searchsorted(last, bounds)
     sizes = np.diff(first)
-    index = np.arange(len(numbers)) - np.repeat(first[:-1], sizes)
-    runs = np.where(index == 0, numbers, 0)
-    for summed in (index % 2 == 1, (index % 2 == 0) & (index > 0)):
-        sums = np.append(0, np.cumsum(np.where(summed, numbers, 0)))
-        runs[summed] = (sums[1:] - np.repeat(sums[first[:-1]], sizes))[summed]
-    code_of_run = np.repeat(np.arange(codes), sizes)
-    sound[code_of_run[(runs < 0) | (length > _LONGEST)]] = False
+    index = np.arange(len(numbers), dtype=np.int32) - np.repeat(first[:-1].astype(np.int32), sizes)
+    runs = numbers.copy()
+    odd = numbers * (index & 1).astype(numbers.dtype)
+    even = numbers - odd
+    even[first[:-1][sizes > 0]] = 0
+    for part, chosen in ((odd, index & 1 == 1), (even, (index & 1 == 0) & (index > 0))):
+        sums = np.cumsum(part, dtype=part.dtype)  # a run that is too long for the type becomes negative
+        before = np.append(part.dtype.type(0), sums)[first[:-1]]
+        np.copyto(runs, sums - np.repeat(before, sizes), where=chosen)
+    bad = np.flatnonzero((runs < 0) | (length > _LONGEST))
+    sound[np.searchsorted(first, bad, side="right") - 1] = False
     sound[np.searchsorted(bounds, np.flatnonzero(wrong), side="right") - 1] = False
     return runs, first, sound
 
@@ -53,7 +60,7 @@ def decode_runs(counts: bytes) -> np.ndarray:
     runs, _, sound = decode_codes(np.frombuffer(counts, np.uint8), np.array([0, len(counts)]))
     if not sound[0]:
         raise ValueError("not a compressed run-length code")
-    return runs
+    return runs.astype(np.int64)
 
 
 def fill_images(counts: np.ndarray, bounds: np.ndarray, sizes: np.ndarray) -> np.ndarray:
@@ -64,7 +71,7 @@ def fill_images(counts: np.ndarray, bounds: np.ndarray, sizes: np.ndarray) -> np
     while begin < len(pixels):
         end = max(begin + 1, int(np.searchsorted(bounds, bounds[begin] + _PIECE, side="right")) - 1)
         runs, first, sound = decode_codes(counts[bounds[begin] : bounds[end]], bounds[begin : end + 1] - bounds[begin])
-        sums = np.append(0, np.cumsum(runs))
+        sums = np.append(0, np.cumsum(runs, dtype=np.int64))
         filled[begin:end] = sound & (np.diff(sums[first]) == pixels[begin:end])
         begin = end
     return filled

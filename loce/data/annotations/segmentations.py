@@ -9,12 +9,13 @@ from array import array
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
 from pycocotools import mask as coco_mask
 
-from loce.data.annotations.run_lengths import decode_runs, fill_images
+from loce.data.annotations.run_lengths import decode_codes, fill_images
 from loce.data.annotations.values import as_list, is_whole
 
 GRID = 5  # steps per pixel of the COCO rasteriser
@@ -59,7 +60,10 @@ class Segmentations:
 
     def runs(self, rows: np.ndarray, height: int, width: int) -> list[np.ndarray]:
         """Run lengths (int64: zeros first, column by column) of annotations `rows` on a canvas of the image's size."""
-        return [decode_runs(code["counts"]) for code in self.rles(rows, height, width)]
+        codes = [code["counts"] for code in self.rles(rows, height, width)]
+        bounds = np.cumsum([0, *map(len, codes)])
+        runs, first, _ = decode_codes(np.frombuffer(b"".join(codes), np.uint8), bounds)
+        return [runs[begin:end].astype(np.int64) for begin, end in pairwise(first)]
 
     def _polygon(self, part: int) -> np.ndarray:
         """Corners (float64, pixels) that the rasteriser rounds back to exactly the stored fifths.
