@@ -232,7 +232,7 @@ def _pack_floats(values: list[Any]) -> np.ndarray:
 
 def _pack_boxes(values: list[Any]) -> np.ndarray:
     _require_types(values, list)
-    if set(map(len, values)) != {4}:
+    if set(map(len, values)) != {4} or not set(map(type, chain.from_iterable(values))) <= {int, float}:
         raise ValueError("not four numbers")
     return np.frombuffer(array("d", chain.from_iterable(values)), np.float64).reshape(-1, 4)
 
@@ -243,7 +243,7 @@ def _pack_masks(values: list[Any]) -> Masks:
     _require_types(counts, str)
     _require_types(sizes, list)
     text = "".join(counts)
-    if set(map(len, sizes)) != {2} or not text.isascii():
+    if set(map(len, sizes)) != {2} or set(map(type, chain.from_iterable(sizes))) != {int} or not text.isascii():
         raise ValueError("not a compressed code")
     sides = np.frombuffer(array("q", chain.from_iterable(sizes)), np.int64).reshape(-1, 2)
     if sides.min() < 1 or sides.max() > LONGEST:
