@@ -151,6 +151,15 @@ HeadName = Literal[
     "norcal",
     "forest",
     "simcal",
+    "disalign",
+    "acsl",
+    "fedloss",
+    "pcb",
+    "gol",
+    "gumbel",
+    "ecm",
+    "fcbl",
+    "iif",
 ]
 
 
@@ -248,6 +257,76 @@ class SimCalOptions:
 
 
 @dataclass(frozen=True, kw_only=True)
+class DisAlignOptions:
+    """Distribution alignment of a frozen classifier."""
+
+    rho: NotNegative = 0.8  # exponent of the class weights of the loss
+
+
+@dataclass(frozen=True, kw_only=True)
+class ACSLOptions:
+    """Adaptive class suppression loss."""
+
+    threshold: Fraction = 0.7  # score from which a class is a negative of another class's object
+    common_share: Fraction = 0.1  # of the background rows, negatives of common classes
+    rare_share: Fraction = 0.01
+
+
+@dataclass(frozen=True, kw_only=True)
+class FedLossOptions:
+    """Federated loss."""
+
+    classes: Count = 50  # K, that a step trains: those of the batch, background included, and drawn ones
+    prior: Share = 0.01  # sigmoid that every logit starts from
+
+
+@dataclass(frozen=True, kw_only=True)
+class PCBOptions:
+    """Pairwise class balance loss."""
+
+    alpha: Fraction = 0.4  # share of the pairwise term
+    momentum: Decay = 0.99  # of the confusion matrix
+    start: Fraction = 2 / 3  # share of the training after which the term is on; published: epoch 17 of 24
+    wait_for_all: bool = True  # until every class has been seen, too
+
+
+@dataclass(frozen=True, kw_only=True)
+class GOLOptions:
+    """Gumbel optimised loss, or DropLoss."""
+
+    activation: Literal["gumbel", "sigmoid"] = "gumbel"  # sigmoid: DropLoss
+    threshold: Fraction = 1.1e-3  # lambda: classes in a smaller share of the images are spared; v0.5: 1.77e-3
+
+
+@dataclass(frozen=True, kw_only=True)
+class ECMOptions:
+    """Effective class-margin loss."""
+
+    normalised: bool = True  # classifier
+    temperature: Positive = 20.0
+    background_ratio: Positive = 6.3313  # background rows for each foreground row, as the authors measured
+
+
+@dataclass(frozen=True, kw_only=True)
+class FCBLOptions:
+    """Foreground classification balance loss of BACL."""
+
+    alpha: NotNegative = 0.85  # strength of the margins
+    threshold: Fraction = 0.7  # score from which a class is a negative even where it is weaker than the own class
+    reweight: bool = True  # false: all classes are negatives
+
+
+@dataclass(frozen=True, kw_only=True)
+class IIFOptions:
+    """Inverse image frequency."""
+
+    variant: Literal["raw", "smooth", "prob", "base2", "base10", "normit", "gombit"] = "base10"
+    counts: Literal["images", "instances"] = "images"
+    normalised: bool = False  # classifier
+    temperature: Positive = 8.0
+
+
+@dataclass(frozen=True, kw_only=True)
 class HeadConfig:
     """Classification head: the loss and how scores are read from logits. A section is of the head of its name."""
 
@@ -264,6 +343,14 @@ class HeadConfig:
     norcal: NorCalOptions = field(default_factory=NorCalOptions)
     forest: ForestOptions = field(default_factory=ForestOptions)
     simcal: SimCalOptions = field(default_factory=SimCalOptions)
+    disalign: DisAlignOptions = field(default_factory=DisAlignOptions)
+    acsl: ACSLOptions = field(default_factory=ACSLOptions)
+    fedloss: FedLossOptions = field(default_factory=FedLossOptions)
+    pcb: PCBOptions = field(default_factory=PCBOptions)
+    gol: GOLOptions = field(default_factory=GOLOptions)
+    ecm: ECMOptions = field(default_factory=ECMOptions)
+    fcbl: FCBLOptions = field(default_factory=FCBLOptions)
+    iif: IIFOptions = field(default_factory=IIFOptions)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -366,6 +453,9 @@ OPTION_OF: dict[str, Choice] = {
     "indicator.background_count": ("indicator.kind", ("prior",)),
     "memory": ("memory.enabled", (True,)),
     "model.mask_temperature": ("model.mask_predictor", ("normalised",)),
+    "head.ecm.temperature": ("head.ecm.normalised", (True,)),
+    "head.fcbl.threshold": ("head.fcbl.reweight", (True,)),
+    "head.iif.temperature": ("head.iif.normalised", (True,)),
 }
 
 # Options that went, each with its default of then, which old run folders and checkpoints state and which is done now.
@@ -507,6 +597,16 @@ CONFLICTS: tuple[Conflict, ...] = (
         ("train.freeze", "head.name"),
         lambda c: c.head.name in ("simcal", "balms") and c.train.freeze != "detector",
         "this head is a second stage of its own; set train.freeze=detector and train.init",
+    ),
+    (
+        ("train.freeze", "head.name"),
+        lambda c: c.head.name == "disalign" and c.train.freeze not in ("trunk", "detector"),
+        "this head rescales a frozen classifier; set train.freeze=detector (or trunk) and train.init",
+    ),
+    (
+        ("head.reset", "head.name"),
+        lambda c: c.head.reset and c.head.name == "disalign",
+        "this head rescales the classifier of train.init; leave head.reset out",
     ),
     (
         ("head.name", "sampler.name"),

@@ -13,7 +13,8 @@ PACKAGE = ROOT / "loce"
 FLOORS = (
     ("utils",),
     ("config", "data.glyphs", "box_generator", "mean_score", "memory_bank", "equilibrium_loss"),
-    ("data.annotations", "heads"),
+    ("data.annotations", "posthoc"),
+    ("heads",),
     ("data", "evaluation"),
     ("models",),
     ("checkpoint",),

@@ -228,6 +228,7 @@ def stats_to_dict(stats: ClassStats) -> dict[str, Any]:
         "instance_counts": stats.instance_counts.tolist(),
         "groups": stats.groups.tolist(),
         "image_total": stats.image_total,
+        "file_images": stats.file_images,
     }
 
 
@@ -240,4 +241,5 @@ def stats_from_dict(values: dict[str, Any]) -> ClassStats:
         instance_counts=np.array(values["instance_counts"], np.int64),
         groups=np.array(values["groups"], "<U1"),
         image_total=values["image_total"],
+        file_images=values.get("file_images", 0),  # unknown to files of before
     )

@@ -20,7 +20,8 @@ class ClassStats:
     """Per-class facts of a training set; arrays are indexed by label 0..C-1.
 
     names: C strings; category_ids: (C,) int64, the file's own ids, gaps allowed; image_counts, instance_counts: (C,)
-    int64 over the training set; groups: (C,) array of "r", "c" or "f"; image_total: annotated training images.
+    int64 over the training set; groups: (C,) array of "r", "c" or "f"; image_total: training images with objects;
+    file_images: all images of the training file, 0 where that is not known.
     """
 
     names: tuple[str, ...]
@@ -29,6 +30,7 @@ class ClassStats:
     instance_counts: np.ndarray
     groups: np.ndarray
     image_total: int
+    file_images: int = 0
 
     def __len__(self) -> int:
         return len(self.names)

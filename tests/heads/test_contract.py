@@ -5,12 +5,16 @@ import dataclasses
 import pytest
 import torch
 
-from loce.config import HeadConfig, SimCalOptions
+from loce.config import ACSLOptions, HeadConfig, SimCalOptions
 from loce.heads import HEADS, Head, RoIs
+from loce.heads.disalign import DisAlignHead
 from loce.utils.classes import IGNORED
 
 CLASSES, FEATURES = 6, 10
-OPTIONS = {"simcal": HeadConfig(simcal=SimCalOptions(threshold=1000))}  # every class takes the score that is learned
+OPTIONS = {
+    "simcal": HeadConfig(simcal=SimCalOptions(threshold=1000)),  # every class takes the score that is learned
+    "acsl": HeadConfig(acsl=ACSLOptions(common_share=1, rare_share=1)),  # one background row is enough
+}
 
 
 def batch(rows, device, seed=0, classes=CLASSES):
@@ -98,7 +102,7 @@ def test_state_survives_a_checkpoint(head, device, make_stats):
     features, rois = batch(40, device)
     for _ in range(2):
         head.losses(head(features), rois)
-    copy = type(head)(FEATURES, make_stats(CLASSES)).to(device)
+    copy = type(head)(FEATURES, make_stats(CLASSES), head.options).to(device)
     copy.load_state_dict(head.state_dict())
     found = []
     for other in (head, copy):
@@ -125,6 +129,8 @@ def test_learns_a_few_points(head, device):
     none = torch.full_like(labels, -1)
     indicator = torch.full((CLASSES + 1,), 0.1, device=device)
     rois = RoIs(labels, none, torch.zeros_like(labels, dtype=torch.bool), indicator, 0.0, features, labels)
+    if isinstance(head, DisAlignHead):  # a first stage that has learned them
+        head.fc_cls.weight.copy_(5 * torch.eye(CLASSES + 1, FEATURES))
     optimiser = torch.optim.SGD(head.parameters(), lr=2.0)
     for _ in range(400):
         optimiser.zero_grad()

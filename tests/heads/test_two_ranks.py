@@ -18,7 +18,7 @@ from tests.heads.cases import random_case, rois_of
 
 ROOT = Path(__file__).resolve().parents[2]
 CLASSES, FEATURES, STEPS = 5, 6, 4
-STATEFUL = ("eqlv2", "seesaw", "balms")
+STATEFUL = ("eqlv2", "seesaw", "balms", "pcb", "fcbl", "disalign")
 
 
 def train(name: str, config: HeadConfig) -> dict[str, list]:

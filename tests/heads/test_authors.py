@@ -1,0 +1,293 @@
+"""The newer methods against numbers that their authors' own code gave: tests/fixtures/newer, inputs by rule.py there.
+
+Tolerance 2e-5 of max(1, largest value), as float32 code needs; others are said where they stand.
+"""
+
+import copy
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from loce.config import FCBLOptions, FedLossOptions, GOLOptions, HeadConfig, IIFOptions, PCBOptions
+from loce.heads import HEADS, Head, RoIs, acsl
+from loce.heads.fedloss import federated_loss
+from loce.utils.classes import ClassStats
+from tests.fixtures.newer import rule
+from tests.heads.cases import rois_of
+
+FOLDER = Path(__file__).resolve().parents[1] / "fixtures" / "newer"
+S = rule.PUBLIC
+C, D, N = S["C"], S["D"], S["N"]
+TOLERANCE = 2e-5
+CASES = ("mixed", "background", "foreground")
+
+
+def authors(name: str) -> dict[str, np.ndarray]:
+    return dict(np.load(FOLDER / f"{name}.npz"))
+
+
+@pytest.fixture(scope="module")
+def stats() -> ClassStats:
+    return ClassStats(
+        names=tuple(f"class {label}" for label in range(C)),
+        category_ids=np.arange(C),
+        image_counts=rule.image_counts(S),
+        instance_counts=rule.instance_counts(S),
+        groups=rule.groups(S),
+        image_total=len(np.unique(rule.dataset(S)["image"])),
+        file_images=S["images"],
+    )
+
+
+def close(found: Tensor | Sequence[float] | float, wanted: np.ndarray, tolerance: float = TOLERANCE) -> None:
+    values = found.detach().double().numpy() if isinstance(found, Tensor) else np.asarray(found, np.float64)
+    values = values[: len(wanted)] if wanted.ndim else values
+    assert values.shape == wanted.shape
+    assert np.abs(values - wanted).max(initial=0) <= tolerance * max(1, np.abs(wanted).max(initial=0))
+
+
+def tensor(array: np.ndarray) -> Tensor:
+    return torch.from_numpy(np.ascontiguousarray(array))
+
+
+def loss_and_gradient(head: Head, logits: np.ndarray, rois: RoIs) -> tuple[Tensor, Tensor]:
+    z = tensor(logits).requires_grad_(True)
+    loss = torch.stack(list(head.losses(z, rois).values())).sum()
+    return loss, torch.autograd.grad(loss, z)[0]
+
+
+def case(name: str, kind: str, **options: object) -> tuple[np.ndarray, Tensor]:
+    """Logits (N, C + 1) and labels (N,) of one of the rule's cases."""
+    return rule.logits(S, f"{name}/{kind}", C + 1), tensor(rule.labels(S, f"{name}/{kind}", kind, **options))
+
+
+# Heads without state
+
+
+@pytest.mark.parametrize("kind", CASES)
+def test_ecm(stats: ClassStats, kind: str) -> None:
+    """The released weights are rounded in float32: with exact ones 2e-3, with theirs the usual tolerance."""
+    wanted, head = authors("ecm"), HEADS["ecm"](D, stats)
+    logits, labels = case("ecm", kind)
+    close(head.margin_L, wanted["margin_positive"] - wanted["margin_negative"])
+    close(head.weight_L, wanted["class_weight"], 2e-2)
+    for tolerance in (2e-3, TOLERANCE):
+        loss, gradient = loss_and_gradient(head, logits, rois_of(labels))
+        close(loss, wanted[f"{kind}/loss"], tolerance)
+        close(gradient, wanted[f"{kind}/grad"], tolerance)
+        head.weight_L = tensor(wanted["class_weight"]).float()
+    if kind == "mixed":
+        close(head.scores(tensor(logits)), wanted["mixed/scores"][:, :C])
+        with torch.no_grad():
+            head.fc_cls.weight.copy_(tensor(rule.normal(S, "ecm/cosine/weight", C + 1, D, scale=0.1)))
+            head.fc_cls.bias.copy_(tensor(rule.normal(S, "ecm/cosine/bias", C + 1, scale=0.1)))
+        close(head(tensor(rule.features(S, "ecm/cosine", rows=16))), wanted["cosine/logits"])
+
+
+@pytest.mark.parametrize("keep", [8, 14])
+@pytest.mark.parametrize("kind", [*CASES, "few"])
+def test_fedloss(stats: ClassStats, keep: int, kind: str) -> None:
+    wanted, key = authors("fedloss"), f"keep{keep}/{kind}"
+    never = [c for c in range(C) if c % 5] if kind == "few" else []
+    labels = tensor(rule.labels(S, f"fedloss/{kind}", "mixed" if kind == "few" else kind, never=never))
+    logits = tensor(rule.logits(S, f"fedloss/{kind}", C + 1)[:, :C]).requires_grad_(True)
+    taking_part = torch.zeros(C, dtype=torch.bool)
+    taking_part[[int(c) for c in wanted[f"{key}/taken"] if c < C]] = True
+    loss = federated_loss(logits, rois_of(labels), taking_part)
+    close(loss, wanted[f"{key}/loss"])
+    close(torch.autograd.grad(loss, logits)[0], wanted[f"{key}/grad"][:, :C])
+    head = HEADS["fedloss"](D, stats, HeadConfig(fedloss=FedLossOptions(classes=keep)))
+    generator = torch.Generator().manual_seed(0)
+    if f"{key}/drawn" not in wanted:  # the batch has classes enough
+        assert torch.equal(head.draw(labels, generator), taking_part)
+    if f"{key}/drawn_share_of_20000" in wanted:
+        share = sum(head.draw(labels, generator).double() for _ in range(20_000)) / 20_000
+        close(share, wanted[f"{key}/drawn_share_of_20000"][:C], 0.02)
+
+
+@pytest.mark.parametrize("activation", ["gumbel", "sigmoid"])
+@pytest.mark.parametrize("kind", [*CASES, "no_tail_row"])
+def test_gol_and_droploss(stats: ClassStats, monkeypatch: pytest.MonkeyPatch, activation: str, kind: str) -> None:
+    """Where the own logit is below -3.3 the released gradient vanishes (see the head's page): left out, seldom."""
+    wanted = authors("gol")
+    options = GOLOptions(activation=activation, threshold=float(wanted["lambda"]))  # type: ignore[arg-type]
+    head = HEADS["gol"](D, stats, HeadConfig(gol=options))
+    assert head.tail_C.tolist() == wanted["tail"].astype(bool).tolist()
+    never = np.flatnonzero(wanted["tail"]).tolist() if kind == "no_tail_row" else []
+    labels = tensor(rule.labels(S, f"gol/{kind}", "mixed" if never else kind, never=never))
+    logits, uniform = rule.logits(S, f"gol/{kind}", C), tensor(rule.uniform(S, f"gol/{kind}/uniform", N, C))
+    weights = np.unpackbits(wanted[f"{kind}/weights"])[: N * C].reshape(N, C)
+    assert torch.equal(head.weights(labels, uniform), tensor(weights).bool())
+    monkeypatch.setattr(torch, "rand", lambda *_, **__: uniform)
+    loss, gradient = loss_and_gradient(head, logits, rois_of(labels))
+    tolerance = 1e-4 if activation == "gumbel" else TOLERANCE
+    close(loss, wanted[f"{activation}/{kind}/loss"], tolerance)
+    vanished = (labels[:, None] == torch.arange(C)) & (tensor(logits) < -3.3)
+    assert vanished.sum() <= 5
+    if activation == "gumbel":
+        gradient = torch.where(vanished, tensor(wanted[f"gumbel/{kind}/grad"]), gradient)
+    close(gradient, wanted[f"{activation}/{kind}/grad"], tolerance)
+    if kind == "mixed":
+        close(head.scores(tensor(logits)), wanted[f"{activation}/scores"][:, :C])
+
+
+@pytest.mark.parametrize("kind", [*CASES, "ignored"])
+def test_gumbel(stats: ClassStats, kind: str) -> None:
+    """The loss where the released cut at 20 does not bind."""
+    wanted, name = authors("gol"), f"gumbel/{kind}"
+    labels = rule.labels(S, name, "mixed" if kind == "ignored" else kind)
+    labels = rule.ignore(S, name, labels) if kind == "ignored" else labels
+    logits = 0.3 * rule.logits(S, name, C + 1) - 2
+    own = np.flatnonzero(labels >= 0)
+    logits[own, labels[own]] += 2.5
+    head = HEADS["gumbel"](D, stats)
+    loss, gradient = loss_and_gradient(head, logits.astype(np.float32), rois_of(tensor(labels)))
+    close(loss, wanted[f"gumbel_ce/{kind}/small/loss"], 1e-4)
+    close(gradient, wanted[f"gumbel_ce/{kind}/small/grad"], 1e-4)
+
+
+@pytest.mark.parametrize(
+    ("kind", "labels_of", "rows"),
+    [
+        ("mixed", "mixed", 640),
+        ("background", "background", 640),
+        ("foreground", "foreground", N),
+        ("small", "mixed", 64),
+        ("few_background", "mixed", 24),
+    ],
+)
+def test_acsl(stats: ClassStats, monkeypatch: pytest.MonkeyPatch, kind: str, labels_of: str, rows: int) -> None:
+    wanted, head = authors("acsl"), HEADS["acsl"](D, stats)
+    labels = tensor(rule.labels(S, f"acsl/{kind}", labels_of, rows=rows))
+    logits = rule.logits(S, f"acsl/{kind}", C + 1, rows=rows)
+    drawn = {}
+    for group, share in (("common", 0.1), ("rare", 0.01)):
+        chosen = torch.zeros(rows, dtype=torch.bool)
+        chosen[wanted.get(f"{kind}/rows_{group}", np.empty(0)).astype(int)] = True
+        assert acsl.draw_rows(labels == C, share, None).sum() == chosen.sum()
+        drawn[share] = chosen
+    weights = np.unpackbits(wanted[f"{kind}/weights"])[: rows * (C + 1)].reshape(rows, C + 1)
+    assert torch.equal(head.weights(tensor(logits), labels, drawn[0.1], drawn[0.01]), tensor(weights).bool())
+    monkeypatch.setattr(acsl, "draw_rows", lambda _, share, __: drawn[share])
+    loss, gradient = loss_and_gradient(head, logits, rois_of(labels))
+    close(loss, wanted[f"{kind}/loss"])
+    close(gradient, wanted.get(f"{kind}/grad", wanted.get(f"{kind}/grad_head")))
+
+
+VARIANTS = ("raw", "smooth", "prob", "base10_obj")
+
+
+@pytest.mark.parametrize("variant", [*VARIANTS, "normit", "gombit", "base2", "base10", "normit_obj", "smooth_obj"])
+def test_iif(stats: ClassStats, variant: str) -> None:
+    wanted = authors("iif")
+    counts = "instances" if variant.endswith("_obj") else "images"
+    options = IIFOptions(variant=variant.removesuffix("_obj"), counts=counts)  # type: ignore[arg-type]
+    head = HEADS["iif"](D, stats, HeadConfig(iif=options))
+    close(head.weight_L, wanted[f"{variant}/weights"])
+    for kind in (*CASES, "ignored") if variant in VARIANTS else ():
+        labels = rule.labels(S, f"iif/{kind}", "mixed" if kind == "ignored" else kind)
+        labels = rule.ignore(S, "iif/ignored", labels) if kind == "ignored" else labels
+        logits = rule.logits(S, f"iif/{kind}", C + 1, scale=1)
+        loss, gradient = loss_and_gradient(head, logits, rois_of(tensor(labels)))
+        close(loss, wanted[f"{variant}/{kind}/loss"])
+        if f"{variant}/{kind}/grad" in wanted:
+            close(gradient, wanted[f"{variant}/{kind}/grad"])
+        if kind == "mixed":
+            scores = wanted.get(f"{variant}/scores", wanted.get(f"{variant}/scores_head"))
+            close(head.scores(tensor(logits)), scores[:, :C])
+
+
+# DisAlign: the loss, then four steps of gradient descent
+
+
+@pytest.mark.parametrize("kind", [*CASES, "ignored"])
+def test_disalign_loss(stats: ClassStats, kind: str) -> None:
+    wanted, head = authors("disalign"), HEADS["disalign"](D, stats)
+    close(head.class_weight_L, wanted["class_weight/rho0.8"])
+    labels = rule.labels(S, f"disalign/{kind}", "mixed" if kind == "ignored" else kind)
+    labels = rule.ignore(S, "disalign/ignored", labels) if kind == "ignored" else labels
+    logits = rule.logits(S, f"disalign/{kind}", C + 1)
+    loss, gradient = loss_and_gradient(head, logits, rois_of(tensor(labels)))
+    close(loss, wanted[f"loss/{kind}/loss"])
+    close(gradient, wanted[f"loss/{kind}/grad"])
+
+
+def test_disalign_training(stats: ClassStats) -> None:
+    wanted, head = authors("disalign"), HEADS["disalign"](D, stats)
+    head.fc_cls.weight.copy_(tensor(rule.normal(S, "disalign/weight", C + 1, D, scale=0.4)))
+    head.fc_cls.bias.copy_(tensor(rule.normal(S, "disalign/bias", C + 1, scale=0.5)))
+    gate = head.confidence
+    gate.weight.data.copy_(tensor(rule.normal(S, "disalign/confidence", 1, D, scale=0.3)))
+    gate.bias.data.fill_(-0.2)
+    trained = {"scale": head.scale, "bias": head.shift, "confidence_weight": gate.weight, "confidence_bias": gate.bias}
+    for step in range(4):
+        name = f"disalign/train/{step}"
+        labels = rule.labels(S, name, "background" if step == 2 else "mixed")
+        logits = head(tensor(rule.class_features(S, name, labels)))
+        loss = head.losses(logits, rois_of(tensor(labels)))["loss_cls"]
+        close(loss, wanted[f"linear/step{step}/loss"])
+        gradients = torch.autograd.grad(loss, list(trained.values()))
+        for (key, parameter), gradient in zip(trained.items(), gradients, strict=True):
+            close(gradient, wanted[f"linear/step{step}/{key}_grad"])
+            parameter.data -= 0.5 * gradient
+    close(head(tensor(rule.features(S, "disalign/test"))), wanted["linear/after/logits"])
+
+
+# Heads with state, step by step
+
+
+def test_pcb(stats: ClassStats) -> None:
+    wanted, head, rows = authors("pcb"), HEADS["pcb"](D, stats), 160
+    for step in range(6):
+        name, never = f"pcb/{step}", [rule.rarest(S)] if step == 0 else []
+        labels = rule.labels(S, name, "mixed" if step else "foreground", rows=rows, never=never)
+        if step == 1:
+            labels[:C] = np.arange(C)  # from here on every class has been seen
+        logits = rule.logits(S, name, C + 1, rows=rows)
+        loss, gradient = loss_and_gradient(head, logits, rois_of(tensor(labels), progress=17 / 24))
+        close(loss, wanted[f"step{step}/loss"])
+        close(head.confusion, wanted[f"step{step}/confusion"])
+        assert head.seen.tolist() == wanted[f"step{step}/seen"].tolist()
+        if f"step{step}/grad" in wanted:
+            close(gradient, wanted[f"step{step}/grad"])
+    labels = tensor(rule.labels(S, "pcb/refine", "mixed", rows=rows))
+    logits = rule.logits(S, "pcb/refine", C + 1, rows=rows)
+    for refinement in range(3):
+        again = copy.deepcopy(head)
+        again.options = HeadConfig(pcb=PCBOptions(alpha=0.4 * refinement / 2))
+        close(loss_and_gradient(again, logits, rois_of(labels, progress=1.0))[0], wanted[f"refine{refinement}/loss"])
+
+
+def test_pcb_waits_for_the_epoch_and_for_every_class(stats: ClassStats) -> None:
+    wanted = authors("pcb")
+    for key, names, progress, steps in (("never", "pcb/never", 1.0, 3), ("early", "pcb", 15 / 24, 2)):
+        head = HEADS["pcb"](D, stats)
+        for step in range(steps):
+            never = [rule.rarest(S)] if key == "never" or step == 0 else []
+            kind = "foreground" if key == "early" and step == 0 else "mixed"
+            labels = rule.labels(S, f"{names}/{step}", kind, rows=160, never=never)
+            if key == "early" and step == 1:
+                labels[:C] = np.arange(C)
+            logits = rule.logits(S, f"{names}/{step}", C + 1, rows=160)
+            loss, _ = loss_and_gradient(head, logits, rois_of(tensor(labels), progress=progress))
+            close(loss, wanted[f"{key}/step{step}/loss"])
+
+
+@pytest.mark.parametrize("mode", ["plain", "reweight"])
+def test_fcbl(stats: ClassStats, mode: str) -> None:
+    wanted = authors("bacl")
+    head = HEADS["fcbl"](D, stats, HeadConfig(fcbl=FCBLOptions(reweight=mode == "reweight")))
+    for step in range(5):
+        kind = {2: "background", 3: "foreground"}.get(step, "mixed")
+        labels = tensor(rule.labels(S, f"bacl/{step}", kind, never=[rule.rarest(S)]))
+        loss, gradient = loss_and_gradient(head, rule.logits(S, f"bacl/{step}", C + 1), rois_of(labels))
+        close(loss, wanted[f"fcbl/{mode}/step{step}/loss"])
+        close(gradient, wanted[f"fcbl/{mode}/step{step}/grad"])
+        if mode == "plain":
+            close(head.confusion().diagonal(), wanted[f"fcbl/plain/step{step}/diagonal"])
+            assert head.rows.tolist() == wanted[f"fcbl/plain/step{step}/rows_seen"].tolist()
+    close(head.confusion(), wanted["fcbl/confusion"])
