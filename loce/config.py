@@ -269,7 +269,7 @@ class ACSLOptions:
 
     threshold: Fraction = 0.7  # score from which a class is a negative of another class's object
     common_share: Fraction = 0.1  # of the background rows, negatives of common classes
-    rare_share: Fraction = 0.01
+    rare_share: Fraction = 0.01  # of the background rows, negatives of rare classes
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -302,8 +302,8 @@ class GOLOptions:
 class ECMOptions:
     """Effective class-margin loss."""
 
-    normalised: bool = True  # classifier
-    temperature: Positive = 20.0
+    normalised: bool = True  # the classifier compares directions, as the mask predictor does
+    temperature: Positive = 20.0  # of a normalised classifier
     background_ratio: Positive = 6.3313  # background rows for each foreground row, as the authors measured
 
 
@@ -320,10 +320,10 @@ class FCBLOptions:
 class IIFOptions:
     """Inverse image frequency."""
 
-    variant: Literal["raw", "smooth", "prob", "base2", "base10", "normit", "gombit"] = "base10"
-    counts: Literal["images", "instances"] = "images"
-    normalised: bool = False  # classifier
-    temperature: Positive = 8.0
+    variant: Literal["raw", "smooth", "prob", "base2", "base10", "normit", "gombit"] = "base10"  # formula of the weight
+    counts: Literal["images", "instances"] = "images"  # that a class is rare by
+    normalised: bool = False  # the classifier compares directions, as the mask predictor does
+    temperature: Positive = 8.0  # of a normalised classifier
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -249,7 +249,8 @@ def test_a_dictionary_is_checked_like_a_file():
 SINGLE = {
     "train: {freze: trunk}": "run.yaml: train.freze = trunk: unknown key; did you mean train.freeze?",
     "optimizer: {lr: 3}": "run.yaml: optimizer = {lr: 3}: unknown key; --help lists all keys",
-    "momentum: 0.5": "run.yaml: momentum = 0.5: unknown key; did you mean indicator.momentum or train.momentum?",
+    "momentum: 0.5": "run.yaml: momentum = 0.5: unknown key; "
+    "did you mean head.pcb.momentum or indicator.momentum or train.momentum?",
     "memory: {enable: true}": "run.yaml: memory.enable = true: unknown key; did you mean memory.enabled?",
     "model: {roi: 512}": (
         "run.yaml: model.roi = 512: is a section; its keys are model.roi.positive_iou, model.roi.batch_per_image, "
@@ -375,6 +376,8 @@ IMPOSSIBLE = [
         "memory.enabled=true",
     ),
     ("head.name=balms",),
+    ("head.name=disalign", "train.freeze=backbone", "train.init=x"),
+    ("head.name=disalign", "train.freeze=detector", "train.init=x", "head.reset=true"),
     ("head.name=simcal", "train.freeze=detector", "train.init=x"),
     ("head.name=forest",),
     (
@@ -430,6 +433,9 @@ OTHER_CHOICE = {"indicator.kind": "prior", "model.mask_predictor": "linear", "me
     "head.reweighted.by": "inverse_frequency",
     "head.balms.meta_lr": "0.0",
     "head.ldam.reweight_from": "1.0",
+    "head.ecm.normalised": "false",
+    "head.fcbl.reweight": "false",
+    "head.iif.normalised": "false",
     "sampler.name": "class_balanced",
     "head.name": "softmax",
 }

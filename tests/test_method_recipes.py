@@ -25,7 +25,7 @@ OWN: dict[str, tuple[str, ...]] = {
 METHOD_KEYS = ("head.", "sampler.", "train.freeze", "output")
 # Set from the data by a rule that the recipe's header gives, so they differ between LVIS and Glyph-LVIS.
 FROM_DATA = (
-    *("head.eql.threshold", "sampler.repeat_threshold"),
+    *("head.eql.threshold", "head.gol.threshold", "sampler.repeat_threshold"),
     *("head.forest.trees", "head.forest.visual", "head.forest.geometrical"),
 )
 # With repeated images an epoch is longer: 318 iterations in place of 248. Not more of them in all than the peers have.
