@@ -215,7 +215,7 @@ def inference(setting: Setting) -> list[Row]:
     def our_detections() -> int:
         return len(ours.model.detect_images([scene.image])[0]["rles"])
 
-    row = Row("inference", "image to 300 detections with RLE masks", "torchvision's", 2.0)
+    row = Row("inference", "image to 300 detections with RLE masks", "torchvision's", 2.2)
     row.notes = {"detections": [our_detections(), their_detections()]}
     return [take_turns(row, our_detections, their_detections, setting.device, setting.rounds)]
 
