@@ -16,7 +16,7 @@ from loce.data.annotations.plausible import suspicious_boxes
 from loce.data.annotations.reader import LONGEST, Mistakes, short
 from loce.data.annotations.run_lengths import fill_images
 from loce.data.annotations.segmentations import pack_code
-from loce.data.annotations.values import as_list, is_number, is_whole
+from loce.data.annotations.values import as_list, is_whole
 from loce.evaluation.annotations import GroundTruth, positions
 from loce.utils.errors import FEW, UserError, first_few, raise_problems
 from loce.utils.files import atomic_write
@@ -259,7 +259,13 @@ def _require_types(values: list[Any], kind: type) -> None:
 
 
 def _plain_float(value: Any) -> float | None:
-    return float(value) if isinstance(value, (float, np.floating)) or is_number(value) else None
+    """NaN and infinity are numbers here: `check_detections` tells them apart."""
+    if isinstance(value, (bool, np.bool_)) or not isinstance(value, (int, float, np.integer, np.floating)):
+        return None
+    try:
+        return float(value)
+    except OverflowError:
+        return None
 
 
 def _plain_box(value: Any) -> list[float] | None:

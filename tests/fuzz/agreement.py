@@ -76,7 +76,7 @@ def evaluated(path: Path, results: Path, kind: str) -> bool:
     for number, row in enumerate(truth["annotations"]):
         row |= {"id": number + 1, "area": areas[number]}  # official codes need areas, and take 0 for no id
     for image in truth["images"]:
-        image.setdefault("not_exhaustive_category_ids", [])
+        image["not_exhaustive_category_ids"] = image.get("not_exhaustive_category_ids") or []
     official: Any
     if federated:
         for category in truth["categories"]:
