@@ -162,7 +162,7 @@ def _check_counts(annotations: LVISAnnotations, report: Report, use: str) -> Non
             f"{annotations.path}: {len(twice)} image files are listed more than once ({first_few(twice)}): merge their "
             "entries, else one lacks the other's annotations"
         )
-    if not used and use != "evaluation":
+    if not (used and len(annotations.train_rows)) and use != "evaluation":
         report.problems.append(f"{annotations.path}: training could use none of its images; see the reasons above")
 
 
@@ -204,6 +204,8 @@ def _check_missing(annotations: LVISAnnotations, images: str, allowed: bool, rep
             f"{annotations.path}: {number} of {total[split]} images are missing in {_folder(images, split)} "
             f"(the first: {Path(annotations.name(lost[0])).name}). {advice}"
         )
+    if allowed and missing and not len(np.setdiff1d(annotations.train_images, missing)):
+        report.problems.append(f"{annotations.path}: none of the images that could be used is in {images}")
     return np.setdiff1d(np.arange(len(annotations)), missing)
 
 

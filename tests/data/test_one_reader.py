@@ -365,3 +365,22 @@ def test_numpy_numbers_and_arrays_are_read_as_json_is():
         entry["segmentation"]["counts"] = entry["segmentation"]["counts"].encode()  # as pycocotools gives it
     assert len(read_results(found)) == len(found)
     assert evaluate_lvis(made, found, "segm").metrics["AP"] > 0
+
+
+def test_check_data_knows_keep_empty_and_allow_missing(write, images):
+    made = made_set()
+    made["annotations"] = [row for row in made["annotations"] if row["image_id"] == made["images"][0]["id"]]
+    path = write(made)
+    kept = Config(data=DataConfig(keep_empty=True))
+    assert any("8, of which training uses 8" in line for line in checked(path, "training", kept).lines)
+    assert any("8, of which training uses 1" in line for line in checked(path, "training").lines)
+    annotations = LVISAnnotations.open(path)
+    folder = images(annotations)
+    missing = Config(data=DataConfig(allow_missing=True))
+    for index, problems in ((3, 0), (0, 1)):  # the first is the only one with objects
+        annotations.image_path(index, folder).unlink()
+        report = Report()
+        check_set(path, str(folder), report, 0, config=missing, use="training")
+        assert len(report.problems) == problems
+    made["annotations"] = []
+    assert "training could use none of its images" in checked(write(made), "training", kept).problems[0]

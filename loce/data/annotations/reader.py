@@ -10,12 +10,10 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from loce.data.annotations.image_files import image_name, is_readable_name
 from loce.data.annotations.json_file import open_json
 from loce.data.annotations.segmentations import SegmentationBuilder
-from loce.data.annotations.values import as_list, is_number, is_whole
+from loce.data.annotations.values import as_list, is_flag, is_number, is_whole
 from loce.utils.errors import FEW, UserError, first_few, raise_problems
 
 SECTIONS = ("images", "annotations", "categories")
@@ -69,9 +67,7 @@ class Columns:
             self.without_area.append(row)
         for key, flags in (("iscrowd", self.crowd), ("ignore", self.ignore)):
             flag = obj.get(key, 0)
-            if not (
-                flag is True or flag is False or (is_number(flag) and flag in (0, 1)) or isinstance(flag, np.bool_)
-            ):
+            if not is_flag(flag):
                 kind = f"annotations whose `{key}` is none of 0, 1, true, false"
                 self.mistakes.add(kind, f"annotation {ids[0]} ({short(flag)})")
                 flag = 0

@@ -17,6 +17,11 @@ def is_number(value: Any) -> bool:
     return (type(value) in (int, float) or isinstance(value, (np.integer, np.floating))) and -_FAR < value < _FAR
 
 
+def is_flag(value: Any) -> bool:
+    """0, 1, true or false."""
+    return isinstance(value, (bool, np.bool_)) or (is_number(value) and value in (0, 1))
+
+
 def as_list(value: Any) -> Any:
     """Tuples and NumPy's arrays as lists; anything else as it is."""
     if isinstance(value, np.ndarray):
