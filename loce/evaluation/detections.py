@@ -25,6 +25,7 @@ from loce.utils.progress import watched
 T = TypeVar("T")
 ENCODE = "write what pycocotools.mask.encode gives, its counts decoded as ASCII"
 _MEND = "leave these rows out, or mend what made them: a diverged model, most often"
+FARTHEST_BOX = 1e12  # pixels; beyond, areas and unions overflow or lose their pixels
 _PART = 10_000  # result dicts that are made or read at a time
 
 
@@ -164,7 +165,7 @@ def read_results(results: str | Path | list[dict[str, Any]]) -> Detections:
                 parts.append(_columns(part, row, mistakes))
                 row, work.done = row + len(part), stream.offset >> 20
             stream.end()
-    elif isinstance(results, list):
+    elif isinstance(results, (list, tuple)):
         source = "results"
         for row in range(0, len(results), _PART):
             parts.append(_columns(results[row : row + _PART], row, mistakes))
@@ -199,10 +200,8 @@ def _columns(entries: Sequence[Any], first: int, mistakes: Mistakes) -> Detectio
             mistakes.add(f"results whose {key} is not {what}", told)
         return None if bad else pack(values)
 
-    image_ids = column("image_id", _pack_whole, lambda v: int(v) if is_whole(v) else None, "a whole number of 64 bits")
-    category_ids = column(
-        "category_id", _pack_whole, lambda v: int(v) if is_whole(v) else None, "a whole number of 64 bits"
-    )
+    image_ids = column("image_id", _pack_whole, _plain_whole, "a whole number of 64 bits")
+    category_ids = column("category_id", _pack_whole, _plain_whole, "a whole number of 64 bits")
     scores = column("score", _pack_floats, _plain_float, "a number")
     boxes = masks = None
     if any("bbox" in entry for entry in entries):
@@ -258,8 +257,14 @@ def _require_types(values: list[Any], kind: type) -> None:
         raise TypeError(f"not all are {kind.__name__}")
 
 
+def _plain_whole(value: Any) -> int | None:
+    value = as_list(value)
+    return int(value) if is_whole(value) else None
+
+
 def _plain_float(value: Any) -> float | None:
     """NaN and infinity are numbers here: `check_detections` tells them apart."""
+    value = as_list(value)  # of an array without dimensions its number
     if isinstance(value, (bool, np.bool_)) or not isinstance(value, (int, float, np.integer, np.floating)):
         return None
     try:
@@ -305,6 +310,8 @@ def check_detections(detections: Detections, truth: GroundTruth, source: str, co
     if detections.boxes is not None:
         finite = np.isfinite(detections.boxes).all(axis=1)
         problems += _bad_rows(detections, ~finite, "boxes that are NaN or infinite", detections.boxes, _MEND)
+        far = finite & (np.abs(detections.boxes) > FARTHEST_BOX).any(axis=1)
+        problems += _bad_rows(detections, far, "boxes that no image can hold", detections.boxes, _MEND)
         negative = finite & (detections.boxes[:, 2:] < 0).any(axis=1)
         what = "boxes with negative width or height (bbox is [x, y, width, height], not corners)"
         problems += _bad_rows(detections, negative, what, detections.boxes, "write x2 - x1 and y2 - y1")

@@ -40,6 +40,10 @@ def changed(**values: Any) -> list[dict[str, Any]]:
         (changed(bbox=[1, float("nan"), 5, 5]), r"boxes that are NaN or infinite: row 1"),
         (changed(bbox=[1, 2, 3]), r"1 results whose bbox is not \[x, y, width, height\], .*: row 1 .*\[1, 2, 3\]"),
         (changed(bbox=[1, 2, 3, "4"]), r"1 results whose bbox is not \[x, y, width, height\], four numbers"),
+        (
+            changed(bbox=[1, 1e300, 5, 5]),
+            r"boxes that no image can hold: row 1 \(image 7\): \[1.0, 1e\+300, 5.0, 5.0\]",
+        ),
         (changed(bbox=[1, 2, 3, True]), r"1 results whose bbox is not \[x, y, width, height\], four numbers"),
         (changed(image_id="7"), r"1 results whose image_id is not a whole number of 64 bits: row 1 \(image 7\): 7"),
         (changed(image_id=1 << 63), r"1 results whose image_id is not a whole number of 64 bits: row 1 .*: 92233720"),

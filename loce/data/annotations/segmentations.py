@@ -114,8 +114,9 @@ class SegmentationBuilder:
     def _drop(self, reason: str, row: int | None = None) -> None:
         """One more mask, or part of one, of an annotation (None: the next one) that cannot be used."""
         self.dropped[reason] += 1
-        if self.dropped[reason] <= EXAMPLES:
-            self.examples.setdefault(reason, []).append(len(self._first_part) - 1 if row is None else row)
+        row, rows = len(self._first_part) - 1 if row is None else row, self.examples.setdefault(reason, [])
+        if len(rows) < EXAMPLES and row not in rows:
+            rows.append(row)
 
     def _add_part(self, part: Any) -> None:
         if not _is_polygon(part):
