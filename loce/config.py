@@ -87,7 +87,9 @@ class SamplerConfig:
 
     name: Literal["uniform", "repeat_factor", "class_balanced", "bilevel"] = "uniform"  # bilevel: SimCal's first level
     repeat_threshold: Share = 1e-3  # t of repeat-factor sampling (LVIS paper)
-    repeat_rounding: Literal["stochastic", "up"] = "stochastic"  # stochastic: detectron2's; up: MMDetection's, static
+    repeat_by: Literal["images", "linear", "both", "exponential"] = "images"  # linear: no root; both: IRFS; E-IRFS
+    repeat_alpha: Positive = 2.0  # of E-IRFS
+    repeat_rounding: Literal["stochastic", "up", "drawn"] = "stochastic"  # detectron2's; MMDetection's; E-IRFS's
     bilevel_tau: Fraction = 0.0  # classes are drawn with probability ~ min(instances, 100)^tau
 
 
@@ -446,6 +448,8 @@ OPTION_OF: dict[str, Choice] = {
     "head.ldam.beta": ("head.ldam.reweight_from", Range(0, 1, below=True)),
     "sampler.repeat_threshold": ("sampler.name", ("repeat_factor",)),
     "sampler.repeat_rounding": ("sampler.name", ("repeat_factor",)),
+    "sampler.repeat_by": ("sampler.name", ("repeat_factor",)),
+    "sampler.repeat_alpha": ("sampler.repeat_by", ("exponential",)),
     "sampler.bilevel_tau": ("sampler.name", ("bilevel",)),
     "indicator.momentum": ("indicator.kind", ("score",)),
     "indicator.initial_score": ("indicator.kind", ("score",)),

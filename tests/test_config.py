@@ -437,6 +437,7 @@ OTHER_CHOICE = {"indicator.kind": "prior", "model.mask_predictor": "linear", "me
     "head.fcbl.reweight": "false",
     "head.iif.normalised": "false",
     "sampler.name": "class_balanced",
+    "sampler.repeat_by": "images",
     "head.name": "softmax",
 }
 IDLE = {

@@ -292,7 +292,7 @@ def expected_views(annotations: LVISAnnotations, sampler: SamplerConfig, memory:
     used = annotations.train_images[place] == annotations.image_of[annotations.train_rows]
     shown, classes = place[used], annotations.labels[annotations.train_rows][used]
     counts = labels.instances.astype(np.float64)
-    repeated = repeat_factors(labels, sampler.repeat_threshold)[shown]
+    repeated = repeat_factors(labels, sampler.repeat_threshold, sampler.repeat_by, sampler.repeat_alpha)[shown]
     draws = len(labels.images) / 2 * memory.classes_per_draw * memory.features_per_class
     stored = counts > 0
     scarce = np.where(stored, 1 / np.maximum(counts, 1), 0)

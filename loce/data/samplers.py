@@ -1,10 +1,11 @@
 """Image samplers: uniform, repeat-factor, class-balanced and bi-level sampling, and the batches of an epoch.
 
-Repeat-factor sampling: Gupta et al., LVIS (arXiv 1908.03195). Class-balanced sampling: Kang et al., Decoupling (arXiv
-1910.09217), Sec. 3. Bi-level sampling, its first level: Wang et al., SimCal (arXiv 2007.11978), Sec. 4. The meta batch:
-Ren et al., Balanced Meta-Softmax (arXiv 2007.10740). An epoch is a pure function of (data, options, seed, epoch), the
-same on every rank. Shapes: T training images, P (image, label) pairs, C classes, E images shown in an epoch, B batch
-size.
+Repeat-factor sampling: Gupta et al., LVIS (arXiv 1908.03195); by images and instances: Yaman et al., IRFS (arXiv
+2305.08069); exponentially: Ahmed et al., E-IRFS (arXiv 2503.21893). Class-balanced sampling: Kang et al., Decoupling
+(arXiv 1910.09217), Sec. 3. Bi-level sampling, its first level: Wang et al., SimCal (arXiv 2007.11978), Sec. 4. The meta
+batch: Ren et al., Balanced Meta-Softmax (arXiv 2007.10740). An epoch is a pure function of (data, options, seed,
+epoch), the same on every rank. Shapes: T training images, P (image, label) pairs, C classes, E images shown in an
+epoch, B batch size.
 """
 
 from dataclasses import dataclass
@@ -60,13 +61,27 @@ def image_labels(annotations: LVISAnnotations) -> ImageLabels:
     return ImageLabels(annotations.train_images, pairs % num_classes, np.append(first, len(pairs)), instances)
 
 
-def repeat_factors(labels: ImageLabels, threshold: float) -> np.ndarray:
-    """(T,) how often an epoch shows each image on average: max over its classes of max(1, sqrt(t / f_c)).
+def repeat_factors(labels: ImageLabels, threshold: float, by: str = "images", alpha: float = 2.0) -> np.ndarray:
+    """(T,) how often an epoch shows each image on average: the largest factor of its classes, 1 without objects.
 
-    f_c is the share of training images that show class c.
+    With f_c the share of training images that show class c, b_c its share of all instances, and t the threshold:
+    images: max(1, sqrt(t / f_c)) (LVIS); linear: max(1, t / f_c); both: max(1, sqrt(t / sqrt(f_c b_c))) (IRFS);
+    exponential: exp(alpha sqrt(t / sqrt(f_c b_c))) (E-IRFS), as released with n_c / sum n in place of f_c, n at least
+    1, and instances counted one too high.
     """
-    share = labels.image_counts / len(labels.images)
-    factors = np.maximum(1.0, np.sqrt(threshold / np.maximum(share, 1e-12)))
+    images, instances = labels.image_counts, labels.instances
+    share = np.maximum(images / len(labels.images), 1e-12)
+    if by == "linear":
+        factors = np.maximum(1.0, threshold / share)
+    elif by == "both":
+        both = np.sqrt(share * np.maximum(instances / max(instances.sum(), 1), 1e-12))
+        factors = np.maximum(1.0, np.sqrt(threshold / both))
+    elif by == "exponential":
+        counted, boxes = np.maximum(images, 1), instances + 1
+        both = np.sqrt(counted / counted.sum() * (boxes / boxes.sum()))
+        factors = np.exp(alpha * np.sqrt(threshold / both))
+    else:
+        factors = np.maximum(1.0, np.sqrt(threshold / share))
     return _largest(labels, factors, 1.0)
 
 
@@ -93,7 +108,8 @@ def epoch_images(
     if sampler.name == "uniform":
         images = labels.images
     elif sampler.name == "repeat_factor":
-        images = _repeated(labels, sampler.repeat_threshold, sampler.repeat_rounding, generator)
+        factors = repeat_factors(labels, sampler.repeat_threshold, sampler.repeat_by, sampler.repeat_alpha)
+        images = _repeated(labels, factors, sampler.repeat_rounding, generator)
     elif sampler.name == "class_balanced":
         images = _class_balanced(labels, seed, epoch)
     else:
@@ -103,15 +119,17 @@ def epoch_images(
 
 def _repeated(
     labels: ImageLabels,
-    threshold: float,
+    factors: np.ndarray,
     rounding: str,
     generator: np.random.Generator,
 ) -> np.ndarray:
     """Every image r_I times: rounded up, the same in all epochs (MMDetection's rule), or stochastic (detectron2's).
 
-    Stochastic: the fraction is rounded up or down at random in each epoch, so that r_I is kept on average.
+    Stochastic: the fraction is rounded up or down at random in each epoch, so that r_I is kept on average. Drawn: as
+    many images as there are, with replacement and probability ~ r_I (E-IRFS's).
     """
-    factors = repeat_factors(labels, threshold)
+    if rounding == "drawn":
+        return generator.choice(labels.images, len(labels.images), p=factors / factors.sum())
     if rounding == "up":
         return np.repeat(labels.images, np.ceil(factors).astype(np.int64))
     whole = np.floor(factors)

@@ -2,6 +2,7 @@
 
 import math
 from collections import Counter, defaultdict
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -21,6 +22,7 @@ from loce.data.samplers import (
 )
 from loce.utils.classes import META
 from tests.data.made_annotations import content
+from tests.fixtures.newer import rule
 
 NAMES = ("uniform", "repeat_factor", "class_balanced", "bilevel")
 
@@ -74,6 +76,63 @@ def test_repeat_factors_against_plain_loops():
                 best = max(best, 1, math.sqrt(threshold / share))
             assert factor == pytest.approx(best, rel=1e-12)
     assert repeat_factors(as_arrays(shown), 0.5).max() == pytest.approx(10)  # one image in 200
+
+
+def test_other_repeat_factors_against_plain_loops():
+    """Without the root; IRFS; E-IRFS with its own counting."""
+    shown = long_tail()
+    labels, t, alpha = as_arrays(shown), 0.01, 1.5
+    images = [sum(label in own for own in shown.values()) for label in range(14)]
+    instances = labels.instances.tolist()
+    for by in ("linear", "both", "exponential"):
+        found = repeat_factors(labels, t, by, alpha)
+        for own, factor in zip(shown.values(), found, strict=True):
+            best = 1.0
+            for c in own:
+                f, b = images[c] / len(shown), instances[c] / sum(instances)
+                g = max(images[c], 1) / sum(max(n, 1) for n in images)
+                d = (instances[c] + 1) / sum(n + 1 for n in instances)
+                class_factor = {
+                    "linear": max(1, t / f),
+                    "both": max(1, math.sqrt(t / math.sqrt(f * b))),
+                    "exponential": math.exp(alpha * math.sqrt(t / math.sqrt(g * d))),
+                }[by]
+                best = max(best, class_factor)
+            assert factor == pytest.approx(best, rel=1e-9)
+
+
+def test_repeat_factors_of_their_authors():
+    """Numbers of detectron2, MMDetection and E-IRFS; of IRFS there is no code, two implementations of others agree."""
+    data, count = rule.dataset(rule.PUBLIC), rule.PUBLIC["images"]
+    pairs = np.unique(data["image"] * rule.PUBLIC["C"] + data["category"])
+    first = np.searchsorted(pairs // rule.PUBLIC["C"], np.arange(count + 1))
+    labels = ImageLabels(np.arange(count), pairs % rule.PUBLIC["C"], first, rule.instance_counts(rule.PUBLIC))
+    wanted = dict(np.load(Path(rule.__file__).parent / "repeat.npz"))
+
+    def close(found, name):
+        np.testing.assert_allclose(found, wanted[f"{name}/values"][wanted[f"{name}/index"]], rtol=2e-5)
+
+    for t in (0.001, 0.01, 0.1):
+        close(repeat_factors(labels, t), f"rfs/t{t}")
+        close(repeat_factors(labels, t, "linear"), f"rfs_no_root/t{t}")
+    for t in (0.001, 0.01):
+        close(repeat_factors(labels, t, "both"), f"irfs/t{t}/image_factors")
+    for alpha, t in ((2, 0.0001), (1, 0.0001), (2, 0.001), (0.5, 0.01)):
+        close(repeat_factors(labels, t, "exponential", alpha), f"eirfs/alpha{alpha}/t{t}/image_weights")
+    times = np.ceil(repeat_factors(labels, 0.01)).astype(int)
+    assert times.tolist() == wanted["mmdet/t0.01/times"].tolist()
+
+
+def test_an_epoch_that_is_drawn_shows_as_many_images_as_there_are():
+    labels = as_arrays(long_tail())
+    sampler = SamplerConfig(name="repeat_factor", repeat_threshold=0.2, repeat_rounding="drawn")
+    factors, times = repeat_factors(labels, 0.2), Counter()
+    for epoch in range(400):
+        images, _ = epoch_images(labels, sampler, np.random.default_rng(epoch))
+        assert len(images) == len(labels.images)
+        times.update(images.tolist())
+    share = np.array([times[image] for image in labels.images.tolist()]) / 400
+    np.testing.assert_allclose(share, factors / factors.mean(), atol=0.35)
 
 
 def test_repeat_factor_sampling_rounds_at_random_in_each_epoch():
