@@ -66,7 +66,7 @@ def train_step(
         raise NotFiniteError(batches, steps)
     if config.clip_norm:
         nn.utils.clip_grads_with_norm_(model.parameters(), config.clip_norm, norm)
-    scaler.step(optimizer)
+    scaler.step(optimizer)  # sync: with fp16 alone, PyTorch's scaler asks whether a gradient is infinite
     scaler.update()
     return steps, stop
 
@@ -88,7 +88,8 @@ def _agree(steps: list[Losses], norm: Tensor, scaler: torch.amp.GradScaler) -> t
     # sync: the optimiser must not use a bad value, and all ranks must stop at the same step. It waits for the backward
     # pass when the next batch is ready and little is left to launch.
     diverged, stop = distributed.all_reduce_sum(torch.stack([bad.to(norm.dtype), asked])).tolist()  # sync: see above
-    return not diverged and not (scaler.is_enabled() and scaler.get_scale() < 1), stop > 0
+    hopeless = scaler.is_enabled() and scaler.get_scale() < 1  # sync: with fp16 alone, its scale lives on the device
+    return not diverged and not hopeless, stop > 0
 
 
 def scaled_lr(config: TrainConfig) -> float:

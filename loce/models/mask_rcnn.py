@@ -154,6 +154,7 @@ class MaskRCNN(nn.Module):
         rows = sample.get("store_rows", torch.empty(0, dtype=torch.long))
         if "store_rows" not in sample and memory is not None:
             rows = memory.choose_rows(sample["labels"], generator_for(seed, INSTANCES, torch.device("cpu")))
+            rows = rows.pin_memory() if device.type == "cuda" else rows  # as the data loader leaves the others
         ignored = sample.get("ignored", torch.empty((0, 4)))
         tensors = (x.to(device, non_blocking=True) for x in (sample["boxes"], sample["labels"], rows, ignored))
         boxes, labels, rows, ignored = tensors
