@@ -18,20 +18,8 @@ from loce.utils.options import Count, Fraction, Share
 
 RECORDS = "predictions.json"
 SUFFIXES = (
-    ".jpg",
-    ".jpeg",
-    ".jpe",
-    ".jfif",
-    ".png",
-    ".bmp",
-    ".tif",
-    ".tiff",
-    ".webp",
-    ".gif",
-    ".ppm",
-    ".pgm",
-    ".jp2",
-    ".avif",
+    *(".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".bmp", ".tif", ".tiff"),
+    *(".webp", ".gif", ".ppm", ".pgm", ".jp2", ".avif"),
 )
 USAGE = "usage: predict.py CHECKPOINT IMAGE_OR_FOLDER ... [key=value ...]"
 

@@ -1,9 +1,10 @@
-"""Annotations and data sets from a Config."""
+"""Annotations and data sets from a Config; images that training and evaluation share."""
 
 from pathlib import Path
 
 from loce.config import Config, DataConfig
 from loce.data.annotations.cache import open_annotations
+from loce.data.annotations.image_files import Listings
 from loce.data.annotations.lvis import LVISAnnotations
 from loce.data.annotations.requirements import training_problems
 from loce.data.loader import EvalDataset, TrainDataset
@@ -45,3 +46,13 @@ def train_dataset(config: Config, annotations: LVISAnnotations) -> TrainDataset:
 def val_dataset(config: Config, annotations: LVISAnnotations) -> EvalDataset:
     """Validation images at test size."""
     return EvalDataset(annotations, Path(config.data.val_images), config.data)
+
+
+def images_in_both(train: LVISAnnotations, val: LVISAnnotations, train_images: str, val_images: str) -> list[str]:
+    """Paths of the image files that two annotation files share, in order; none where it is one file for both."""
+    if Path(train.path).resolve() == Path(val.path).resolve():
+        return []
+    holds = Listings().holds
+    sets = ((train, Path(train_images).resolve()), (val, Path(val_images).resolve()))
+    files = [{str(each.image_path(i, folder, holds)) for i in range(len(each))} for each, folder in sets]
+    return sorted(set.intersection(*files))

@@ -1,7 +1,7 @@
-"""What a data set holds and what is wrong with it, found by reading only.
+"""Checks of a data set, which change nothing in it: contents, faults, long tail.
 
-Problems are what must be mended before a training or an evaluation means anything; the rest is told, since training
-deals with it (loce/data/annotations/training_rows.py says how, docs/data.md what to do about it).
+A problem must be mended before a training or an evaluation means anything. The rest is only reported, since training
+copes with it (loce/data/annotations/training_rows.py says how, docs/data.md what to do about it).
 """
 
 import os
@@ -15,10 +15,10 @@ from typing import Literal
 import numpy as np
 
 from loce.config import Config, DataConfig, MemoryConfig, SamplerConfig
-from loce.data.annotations.image_files import Listings
 from loce.data.annotations.lvis import LVISAnnotations
 from loce.data.annotations.plausible import beyond_border
 from loce.data.annotations.requirements import compared_types, evaluation_problems, training_problems
+from loce.data.build import images_in_both
 from loce.data.download import ANNOTATIONS, IMAGES
 from loce.data.samplers import image_labels, repeat_factors
 from loce.data.transforms import ImageError, read_levels, resized
@@ -59,7 +59,7 @@ def check_set(
 
     images: folder, "" to leave images out. sample: how many images are decoded, evenly over the file. config: options
     of the run that the file is for. use: what that run does with it; "": not known, so that what only an evaluation
-    refuses is told and is no problem.
+    refuses is reported without being a problem.
     """
     report.lines.append(path)
     data = config.data
@@ -74,14 +74,15 @@ def check_set(
         report.add("unreadable", "see below")
         return None
     _check_counts(annotations, report, use)
-    _check_boxes(annotations, report)
+    beyond = beyond_border(annotations.xywh, annotations.image_sizes[annotations.image_of])
+    report.add("boxes", f"{beyond.sum()} reach more than 1 pixel over their image's border (they are cut there)")
     _check_left_out(annotations, report)
     _check_refused(annotations, config, use, report)
     if images:
         present = _check_missing(annotations, images, data.allow_missing, report)
-        _check_files(
-            annotations, images, present[_evenly(len(present), sample)], workers, (data.exif, data.scale_16bit), report
-        )
+        # At most `sample` of them, evenly over the file, the first and the last included.
+        chosen = np.unique(np.linspace(0, max(len(present) - 1, 0), min(len(present), sample)).round().astype(np.int64))
+        _check_files(annotations, images, present[chosen], workers, (data.exif, data.scale_16bit), report)
     return annotations
 
 
@@ -129,18 +130,6 @@ def check_pair(
         )
 
 
-def images_in_both(train: LVISAnnotations, val: LVISAnnotations, train_images: str, val_images: str) -> list[str]:
-    """Paths of the image files that two annotation files share, in order; none where it is one file for both."""
-    if Path(train.path).resolve() == Path(val.path).resolve():
-        return []
-    return sorted(_paths(train, train_images) & _paths(val, val_images))
-
-
-def _paths(annotations: LVISAnnotations, images: str) -> set[str]:
-    folder, holds = Path(images).resolve(), Listings().holds
-    return {str(annotations.image_path(index, folder, holds)) for index in range(len(annotations))}
-
-
 def _check_counts(annotations: LVISAnnotations, report: Report, use: str) -> None:
     stats = annotations.stats
     counts = stats.instance_counts
@@ -166,13 +155,8 @@ def _check_counts(annotations: LVISAnnotations, report: Report, use: str) -> Non
         report.problems.append(f"{annotations.path}: training could use none of its images; see the reasons above")
 
 
-def _check_boxes(annotations: LVISAnnotations, report: Report) -> None:
-    beyond = beyond_border(annotations.xywh, annotations.image_sizes[annotations.image_of])
-    report.add("boxes", f"{beyond.sum()} reach more than 1 pixel over their image's border (they are cut there)")
-
-
 def _check_left_out(annotations: LVISAnnotations, report: Report) -> None:
-    """What training and evaluation do without, or take otherwise than the file says it; and what could be done."""
+    """Annotations that are left out or read otherwise than they are written, repeated ones, and absent fields."""
     for reason, number in annotations.dropped.items():
         report.add("left out", f"{number} {reason} (first: {', '.join(map(str, annotations.first_ids(reason)))})")
     for note in annotations.notes:
@@ -225,11 +209,6 @@ def _where_from(folder: Path) -> str:
                 f"or link a folder that has them: ln -s /path/to/{folder.name} {folder}"
             )
     return f"Put or link them there, or name the folder that has them{'' if folder.is_dir() else ' (there is none)'}"
-
-
-def _evenly(total: int, number: int) -> np.ndarray:
-    """At most `number` indices, evenly over range(total), first and last included."""
-    return np.unique(np.linspace(0, max(total - 1, 0), min(total, number)).round().astype(np.int64))
 
 
 def _check_files(

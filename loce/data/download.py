@@ -1,4 +1,4 @@
-"""Download of LVIS and COCO: where the files are, how they are recognised, resuming, unpacking.
+"""Download of LVIS and COCO: places and checksums of the files, resuming, unpacking.
 
 A file grows as NAME.part beside its place; the next call asks the server for the rest only (HTTP Range), or starts over
 where the server cannot do that. NAME itself appears when its size and checksum are right (where no checksum is known:
@@ -22,7 +22,7 @@ import zipfile
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
-from typing import BinaryIO
+from typing import Any, BinaryIO
 from urllib.error import HTTPError
 from urllib.request import Request, urlopen
 
@@ -69,18 +69,25 @@ class Archive:
         return self.content.endswith(".json")
 
 
-def _lvis(name: str) -> tuple[str, ...]:
-    folder = "dl.fbaipublicfiles.com/LVIS"
-    return f"https://{folder}/{name}.zip", f"https://s3-us-west-2.amazonaws.com/{folder}/{name}.zip"
-
-
 def _coco(name: str) -> tuple[str, ...]:
     path = f"images.cocodataset.org/{name}.zip"
     # The first host has no valid certificate, so only the second is asked by https.
     return f"http://{path}", f"https://s3.amazonaws.com/{path}"
 
 
-def _coco_instances(content: str, unpacked: int, images: int, annotations: int) -> Archive:
+def _coco_images(content: str, unpacked: int, size: int, sha256: str, images: int) -> Archive:
+    return Archive(
+        urls=_coco(f"zips/{content}"),
+        folder="coco",
+        content=content,
+        unpacked=unpacked,
+        size=size,
+        checksum=f"sha256:{sha256}",
+        images=images,
+    )
+
+
+def _coco_annotations(content: str, unpacked: int, images: int, annotations: int) -> Archive:
     """One of the two files that are wanted from COCO's archive of annotations."""
     return Archive(
         urls=_coco("annotations/annotations_trainval2017"),
@@ -95,70 +102,39 @@ def _coco_instances(content: str, unpacked: int, images: int, annotations: int) 
     )
 
 
+def _lvis(content: str, unpacked: int, categories: int, **known: Any) -> Archive:
+    """lvis_v1_val.json and the like; known: what else is known of it."""
+    place = f"dl.fbaipublicfiles.com/LVIS/{content}.zip"
+    return Archive(
+        urls=(f"https://{place}", f"https://s3-us-west-2.amazonaws.com/{place}"),
+        folder=f"{content.rpartition('_')[0]}/annotations",
+        content=content,
+        unpacked=unpacked,
+        categories=categories,
+        **known,
+    )
+
+
+_VAL_IMAGES = "4f7e2ccb2866ec5041993c9cf2a952bbed69647b115d0f74da7ce8f4bef82f05"
+_TRAIN_IMAGES = "69a8bb58ea5f8f99d24875f21416de2e9ded3178e903f1f7603e283b9e06d929"
+_V1_VAL = {"checksum": "md5:87734a7f895990b9552075d7ce723e27", "images": 19_809, "annotations": 244_707}
+_V1_TRAIN = {"checksum": "md5:4410d837f71203af226950447ef9d422", "images": 100_170, "annotations": 1_270_141}
 IMAGES = (
-    Archive(
-        urls=_coco("zips/val2017"),
-        folder="coco",
-        content="val2017",
-        unpacked=830_000_000,
-        size=815_585_330,
-        checksum="sha256:4f7e2ccb2866ec5041993c9cf2a952bbed69647b115d0f74da7ce8f4bef82f05",
-        images=5000,
-    ),
-    Archive(
-        urls=_coco("zips/train2017"),
-        folder="coco",
-        content="train2017",
-        unpacked=19_700_000_000,
-        size=19_336_861_798,
-        checksum="sha256:69a8bb58ea5f8f99d24875f21416de2e9ded3178e903f1f7603e283b9e06d929",
-        images=118_287,
-    ),
+    _coco_images("val2017", 830_000_000, 815_585_330, _VAL_IMAGES, images=5000),
+    _coco_images("train2017", 19_700_000_000, 19_336_861_798, _TRAIN_IMAGES, images=118_287),
 )
 ANNOTATIONS = {
     "1.0": (
-        Archive(
-            urls=_lvis("lvis_v1_val.json"),
-            folder="lvis_v1/annotations",
-            content="lvis_v1_val.json",
-            unpacked=202_000_000,
-            checksum="md5:87734a7f895990b9552075d7ce723e27",
-            images=19_809,
-            annotations=244_707,
-            categories=1203,
-        ),
-        Archive(
-            urls=_lvis("lvis_v1_train.json"),
-            folder="lvis_v1/annotations",
-            content="lvis_v1_train.json",
-            unpacked=1_200_000_000,
-            size=350_264_821,
-            checksum="md5:4410d837f71203af226950447ef9d422",
-            images=100_170,
-            annotations=1_270_141,
-            categories=1203,
-        ),
+        _lvis("lvis_v1_val.json", 202_000_000, 1203, **_V1_VAL),
+        _lvis("lvis_v1_train.json", 1_200_000_000, 1203, size=350_264_821, **_V1_TRAIN),
     ),
     "0.5": (
-        Archive(
-            urls=_lvis("lvis_v0.5_val.json"),
-            folder="lvis_v0.5/annotations",
-            content="lvis_v0.5_val.json",
-            unpacked=100_000_000,
-            categories=1230,
-        ),
-        Archive(
-            urls=_lvis("lvis_v0.5_train.json"),
-            folder="lvis_v0.5/annotations",
-            content="lvis_v0.5_train.json",
-            unpacked=1_000_000_000,
-            annotations=693_958,
-            categories=1230,
-        ),
+        _lvis("lvis_v0.5_val.json", 100_000_000, 1230),
+        _lvis("lvis_v0.5_train.json", 1_000_000_000, 1230, annotations=693_958),
     ),
     "coco": (
-        _coco_instances("instances_val2017.json", 25_000_000, images=5000, annotations=36_781),
-        _coco_instances("instances_train2017.json", 500_000_000, images=118_287, annotations=860_001),
+        _coco_annotations("instances_val2017.json", 25_000_000, images=5000, annotations=36_781),
+        _coco_annotations("instances_train2017.json", 500_000_000, images=118_287, annotations=860_001),
     ),
 }
 _ARCHIVE_GUESS = 500_000_000  # bytes to allow for an archive whose size is not known
@@ -184,7 +160,11 @@ def fetch_all(archives: Sequence[Archive], out: Path, keep: bool = False, wait: 
     for number, archive in enumerate(missing):
         path = Path(out, archive.folder, archive.name)
         if path.exists():
-            _recheck(archive, path)
+            # From an earlier run, or put there by hand: it may be the user's, so a wrong one is not removed.
+            try:
+                check_file(path, archive.size, archive.checksum)
+            except RefusedError as error:
+                raise UserError(f"{path}: {error}. Remove it and run the command again") from None
         else:
             download(archive.urls, path, archive.size, archive.checksum, wait)
         _unpack(archive, path)
@@ -198,11 +178,8 @@ def is_finished(archive: Archive, out: Path) -> bool:
     target = Path(out, archive.folder, archive.content)
     if archive.is_annotations:
         return target.is_file()
-    return target.is_dir() and len(_visible(target)) >= (archive.images or 1)
-
-
-def _visible(folder: Path) -> list[str]:
-    return [name for name in os.listdir(folder) if not name.startswith(".")]
+    visible = [name for name in os.listdir(target) if not name.startswith(".")] if target.is_dir() else []
+    return len(visible) >= (archive.images or 1)
 
 
 def _needs(archives: Sequence[Archive], out: Path, keep: bool) -> list[tuple[Path, int]]:
@@ -217,14 +194,6 @@ def _needs(archives: Sequence[Archive], out: Path, keep: bool) -> list[tuple[Pat
         needs.append((folder, max(0, archive.unpacked - unpacked)))
         downloads.append((folder, max(0, (archive.size or _ARCHIVE_GUESS) - arrived)))
     return needs + (list(set(downloads)) if keep else sorted(downloads, key=lambda need: need[1])[-1:])
-
-
-def _recheck(archive: Archive, path: Path) -> None:
-    """An archive from an earlier run, or put there by hand; not removed if it is wrong, since it may be the user's."""
-    try:
-        check_file(path, archive.size, archive.checksum)
-    except RefusedError as error:
-        raise UserError(f"{path}: {error}. Remove it and run the command again") from None
 
 
 def _unpack(archive: Archive, path: Path) -> None:
@@ -336,10 +305,25 @@ def check_file(path: Path, size: int | None, checksum: str) -> None:
     """RefusedError where its size, checksum or, without a checksum, the CRC of a member is wrong."""
     if size is not None and path.stat().st_size != size:
         raise RefusedError(f"{path.stat().st_size} bytes, {size} expected")
-    if checksum:
-        _check_digest(path, *checksum.split(":"))
-    else:
-        _check_members(path)
+    if not checksum:
+        try:
+            with zipfile.ZipFile(path) as archive:
+                bad = archive.testzip()
+        except (zipfile.BadZipFile, OSError, EOFError) as error:
+            raise RefusedError(f"not a whole ZIP file ({error})") from None
+        if bad:
+            raise RefusedError(f"{bad} in it is damaged")
+        return
+    kind, wanted = checksum.split(":")
+    digest = hashlib.new(kind, usedforsecurity=False)
+    display = Progress(f"{kind} of {path.name}", -(-path.stat().st_size // _BLOCK), unit="MiB")
+    with open(path, "rb") as file:
+        while block := file.read(_BLOCK):
+            digest.update(block)
+            display.advance()
+    display.close()
+    if digest.hexdigest() != wanted:
+        raise RefusedError(f"wrong {kind}: {digest.hexdigest()}, {wanted} expected")
 
 
 def safe_members(archive: zipfile.ZipFile) -> list[zipfile.ZipInfo]:
@@ -470,25 +454,3 @@ def _copy(answer: http.client.HTTPResponse, file: BinaryIO, start: int, total: i
     finally:
         display.close()
     return "" if total is None or done == total else f"the connection was cut at {done} of {total} bytes"
-
-
-def _check_digest(path: Path, kind: str, wanted: str) -> None:
-    digest = hashlib.new(kind, usedforsecurity=False)
-    display = Progress(f"{kind} of {path.name}", -(-path.stat().st_size // _BLOCK), unit="MiB")
-    with open(path, "rb") as file:
-        while block := file.read(_BLOCK):
-            digest.update(block)
-            display.advance()
-    display.close()
-    if digest.hexdigest() != wanted:
-        raise RefusedError(f"wrong {kind}: {digest.hexdigest()}, {wanted} expected")
-
-
-def _check_members(path: Path) -> None:
-    try:
-        with zipfile.ZipFile(path) as archive:
-            bad = archive.testzip()
-    except (zipfile.BadZipFile, OSError, EOFError) as error:
-        raise RefusedError(f"not a whole ZIP file ({error})") from None
-    if bad:
-        raise RefusedError(f"{bad} in it is damaged")

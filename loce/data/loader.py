@@ -1,6 +1,6 @@
-"""Micro-batches from samples, on any number of ranks and workers.
+"""Data loader: micro-batches of samples, on any number of ranks and workers.
 
-What is shown when is decided before (samplers.py); workers only carry it out, so their number changes nothing.
+samplers.py decides which image is shown when; workers only carry it out, so their number changes nothing.
 """
 
 import json
@@ -39,10 +39,10 @@ Fill = tuple[int, np.ndarray]  # image index, annotations to store
 class Batches:
     """Micro-batches (lists of samples) with a length; may be gone through once.
 
-    What samples report ("replaced": images that cannot be used; "limited": those with too many instances) is told once
-    each, "few_levels" (16-bit images that are nearly black in 8 bits) of the first such image. UserError, with a list,
+    Messages of samples ("replaced": the image cannot be used; "limited": it has too many instances) are printed once
+    each, "few_levels" (16-bit images that are nearly black in 8 bits) for the first such image. UserError, with a list,
     when more than 0.1 % of the data set cannot be used (but one image at least is forgiven): on all ranks at the same
-    micro-batch, so `together` says whether all ranks go through equally many.
+    micro-batch. together: all ranks go through equally many micro-batches.
     """
 
     def __init__(
@@ -51,7 +51,7 @@ class Batches:
         self.length, self.images = length, len(dataset)
         self.allowed = max(1, int(BAD_SHARE * self.images))
         self.together = together
-        self.warned: dict[str, bool] = {}  # message, or a word for all of its kind -> is the image bad?
+        self.warned: dict[str, bool] = {}  # key of a message (`_tell`) -> is the image bad?
         if workers:
             allow_open_files()
         self.loader: DataLoader[Sample] = DataLoader(
@@ -94,7 +94,7 @@ class Batches:
             raise RuntimeError("a data worker was killed, perhaps by the system for lack of host memory") from error
 
     def _tell(self, parts: list[str]) -> None:
-        """Take up what the ranks found: a JSON list of (what is told once, message, is the image bad?) from each."""
+        """Print messages of all ranks, one of each key. parts: JSON lists of (key, message, is the image bad?)."""
         for once, message, is_bad in chain.from_iterable(map(json.loads, parts)):
             if once not in self.warned:
                 self.warned[once] = is_bad
@@ -150,29 +150,23 @@ def train_batches(
     """
     place = (*_place(rank, world), accumulate)
     lengths = plan.iterations(epochs)
-    keys = _TrainingKeys(plan, lengths, start_iteration, place)
-    return Batches(dataset, keys, max(0, sum(lengths) - start_iteration) * accumulate, workers, together=True)
 
-
-class _TrainingKeys:
-    """Lists of `ShownImage`, one per micro-batch; may be iterated again, from the start."""
-
-    def __init__(self, plan: TrainingPlan, lengths: list[int], start: int, place: tuple[int, int, int]) -> None:
-        self.plan, self.lengths, self.start, self.place = plan, lengths, start, place
-
-    def __iter__(self) -> Iterator[list[ShownImage]]:
-        skip = self.start
+    def micro_batches() -> Iterator[list[ShownImage]]:
+        skip = start_iteration
         # Images of the meta batch have the index of the training image beside them.
-        positions = rank_slice(np.arange(self.plan.rows) // (1 + self.plan.meta), *self.place)
-        for epoch, length in enumerate(self.lengths):
+        positions = rank_slice(np.arange(plan.rows) // (1 + plan.meta), *place)
+        for epoch, length in enumerate(lengths):
             if skip < length:
-                for batch in self.plan.epoch(epoch)[skip:]:
-                    for images, own in zip(rank_slice(batch, *self.place), positions.tolist(), strict=True):
+                for batch in plan.epoch(epoch)[skip:]:
+                    for images, own in zip(rank_slice(batch, *place), positions.tolist(), strict=True):
                         yield [
                             ShownImage(index, epoch, repeat, sampled_class, batch_index)
                             for (index, repeat, sampled_class), batch_index in zip(images.tolist(), own, strict=True)
                         ]
             skip = max(0, skip - length)
+
+    left = max(0, sum(lengths) - start_iteration)
+    return Batches(dataset, micro_batches(), left * accumulate, workers, together=True)
 
 
 def eval_batches(
@@ -223,7 +217,7 @@ def fill_batches(
 
 
 def _fills(annotations: LVISAnnotations, per_class: int, seed: int, stream: int) -> list[Fill]:
-    """What is read, wide images first, so that those on a rank at once need little padding."""
+    """Images to read, wide ones first, so that those on a rank at once need little padding."""
     chosen = memory_fill_images(annotations, per_class, np.random.default_rng([FILL_EPOCH, seed, stream]))
     return sorted(chosen, key=lambda fill: not annotations.wide[fill[0]])
 

@@ -16,8 +16,7 @@ from loce.checkpoint.load import main_file
 from loce.checkpoint.save import newest
 from loce.config import MAY_CHANGE, Config, DataConfig, UserError, diff, from_dict, images_per_rank, raise_problems
 from loce.data.annotations.lvis import LVISAnnotations
-from loce.data.build import train_annotations, val_annotations
-from loce.data.check import images_in_both
+from loce.data.build import images_in_both, train_annotations, val_annotations
 from loce.data.loader import require_shared_memory
 from loce.engine.boards import require_wandb
 from loce.engine.inference import check_evaluation

@@ -1,5 +1,4 @@
-"""Ground truth as an evaluation sees it, a view of `data.annotations`, and the federated rule (LVIS, arXiv 1908.03195,
-Sec. 3).
+"""Ground truth of an evaluation, a view of `data.annotations`, and LVIS's federated rule (arXiv 1908.03195, Sec. 3).
 
 Legend: I images and K categories, both in ascending order of id; G annotations, ordered by image and category.
 """
@@ -131,6 +130,7 @@ def _view(file: LVISAnnotations, masks: bool) -> GroundTruth:
     image_order, category_order = np.argsort(file.image_ids), np.argsort(file.stats.category_ids)
     image, category = np.argsort(image_order)[file.image_of], np.argsort(category_order)[file.labels]
     rows = np.lexsort((category, image))  # stable: file order within an image and category
+    # The federated lists as bitmaps, where the file has them.
     notes = list(file.notes)
     if file.negatives is None:
         notes.append("no neg_category_ids: not an LVIS file, so every category counts in every image (COCO-style)")

@@ -11,7 +11,6 @@ is hard for both cancels out.
 Legend: I images, K categories, B resamples, n true positives of a category at one IoU threshold, T = 10 thresholds.
 """
 
-import csv
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -19,11 +18,12 @@ import numpy as np
 
 from loce.evaluation.lvis_ap import RECALLS, Evaluation
 from loce.utils.errors import UserError
-from loce.utils.files import atomic_write
+from loce.utils.files import atomic_write, read_csv
 from loce.utils.progress import watched
 
 METRICS = ("AP", "APr", "APc", "APf")
 LEVEL = 0.95  # of the intervals
+NOTHING = "no category with objects"
 _LATE = np.arange(101) / 100 < RECALLS  # .35, .41, ...: the official grid lies a rounding error above these fractions
 _ELEMENTS = 1 << 19  # numbers of one intermediate array: they fit into a cache
 
@@ -66,6 +66,7 @@ def tally(evaluation: Evaluation) -> Tallies:
     matches, truth = evaluation.matches, evaluation.truth
     categories = len(truth.category_ids)
     over_bounds = np.searchsorted(matches.overlapping, matches.bounds)
+    # False positive candidates of each category, and how many of them rank above each overlapping detection.
     false_image, over_false, false_bounds = [], [], [0]
     for k in range(categories):
         over = matches.overlapping[over_bounds[k] : over_bounds[k + 1]]
@@ -74,6 +75,7 @@ def tally(evaluation: Evaluation) -> Tallies:
         false_image.append(matches.image[rows][candidate])
         over_false.append(np.cumsum(candidate)[over - matches.bounds[k]])
         false_bounds.append(false_bounds[-1] + len(false_image[-1]))
+    # What overlapping detections change of that: true positives, candidates that found an ignored object.
     true = matches.matched[:, 0] & ~matches.ignored[:, 0]
     wrongly = matches.matched[:, 0] & matches.false_positive[matches.overlapping, 0][:, None]
     objects = ~matches.object_ignored[:, 0]
@@ -203,15 +205,15 @@ def interval(values: np.ndarray, centre: float) -> tuple[float, float]:
     return round(float(low), 6), round(float(high), 6)
 
 
-def intervals(tallies: Tallies, resamples: int = 1000, seed: int = 0) -> dict[str, tuple[float, float]]:
+def intervals(tallies: Tallies, resamples: int = 1000) -> dict[str, tuple[float, float]]:
     """95% intervals of AP, APr, APc and APf over images, as fractions."""
     whole = means_under(tallies, np.ones((len(tallies.image_ids), 1), dtype=np.int32))
-    drawn = means_under(tallies, draw_weights(len(tallies.image_ids), resamples, seed))
+    drawn = means_under(tallies, draw_weights(len(tallies.image_ids), resamples, seed=0))
     bounds = {name: interval(values, float(whole[name][0])) for name, values in drawn.items()}
     return {name: (max(low, 0.0), min(high, 1.0)) for name, (low, high) in bounds.items()}
 
 
-def compare(first: Tallies, second: Tallies, resamples: int = 1000, seed: int = 0) -> dict[str, dict[str, float]]:
+def compare(first: Tallies, second: Tallies, resamples: int = 1000) -> dict[str, dict[str, float]]:
     """For AP, APr, APc, APf: first, second, difference (second - first), its 95% interval low, high, and better, the
     share of resamples in which the second is better; nan where undefined.
 
@@ -224,7 +226,8 @@ def compare(first: Tallies, second: Tallies, resamples: int = 1000, seed: int = 
                 "file, type and protocol can be compared"
             )
     ones = np.ones((len(first.image_ids), 1), dtype=np.int32)
-    weights = draw_weights(len(first.image_ids), resamples, seed)
+    # AP of the data set as it is (every image once), then of resampled images.
+    weights = draw_weights(len(first.image_ids), resamples, seed=0)
     whole = [means_under(tallies, ones) for tallies in (first, second)]
     drawn = [means_under(tallies, weights) for tallies in (first, second)]
     rows = {}
@@ -233,6 +236,7 @@ def compare(first: Tallies, second: Tallies, resamples: int = 1000, seed: int = 
         differences = drawn[1][name] - drawn[0][name]
         low, high = interval(differences, values[1] - values[0])
         finite = differences[np.isfinite(differences)]
+        # Centred on the difference that was measured, as the interval is.
         shifted = finite - finite.mean() + values[1] - values[0] if len(finite) else finite
         better = float((shifted > 0).mean()) if len(finite) else float("nan")
         rows[name] = {
@@ -261,27 +265,20 @@ def compare_folders(first: str | Path, second: str | Path, resamples: int = 1000
         lines += ["", f"{kind}, protocol {first_tallies.protocol}, {len(first_tallies.image_ids):,} images"]
         lines += [f"{'':6}{'A':>8}{'B':>8}{'B - A':>9}  {'95% interval':18}B is better in"]
         for name, row in compare(first_tallies, second_tallies, resamples).items():
-            lines.append(_line(name, row))
+            between = f"{row['low']:+.3f} to {row['high']:+.3f}"
+            numbers = f"{row['first']:8.3f}{row['second']:8.3f}{row['difference']:+9.3f}"
+            known = f"{numbers}  {between:18}{row['better']:.1%} of resamples"
+            lines.append(f"{name:6}{known if np.isfinite(row['difference']) else f'{NOTHING:>34}'}")
     return "\n".join(lines + moved(folders, top)) + "\n"
-
-
-def _line(name: str, row: dict[str, float]) -> str:
-    if not np.isfinite(row["difference"]):
-        return f"{name:6}{'no category with objects':>34}"
-    between = f"{row['low']:+.3f} to {row['high']:+.3f}"
-    numbers = f"{row['first']:8.3f}{row['second']:8.3f}{row['difference']:+9.3f}"
-    return f"{name:6}{numbers}  {between:18}{row['better']:.1%} of resamples"
 
 
 def moved(folders: tuple[Path, Path], top: int) -> list[str]:
     """The `top` categories that gained and that lost most AP, from per_category.csv."""
-    tables = []
-    for folder in folders:
-        path = folder / "per_category.csv"
+    paths = [folder / "per_category.csv" for folder in folders]
+    for path in paths:
         if not path.is_file():
             raise UserError(f"{path}: no such file; give two output folders of scripts/evaluate.py")
-        with path.open(newline="", encoding="utf-8") as file:
-            tables.append(list(csv.DictReader(file)))
+    tables = [read_csv(path) for path in paths]
     if {row["iou_type"] for row in tables[0]} != {row["iou_type"] for row in tables[1]}:
         return []  # masks in one, boxes in the other
     pairs = [(a, b, float(b["AP"]) - float(a["AP"])) for a, b in zip(*tables, strict=True) if float(a["AP"]) >= 0]

@@ -86,6 +86,7 @@ def explain(evaluation: Evaluation, detections: Detections, near_misses: NearMis
     size = len(truth)
     unseen = ("no_detection",) if near_misses is not None else ("removed_by_nms", "score_too_low", "no_proposal")
     outcomes = Outcomes(cause=np.full(size, -1), score=np.full(size, np.inf), other=np.full(size, -1), unseen=unseen)
+    # Objects that were found, and those below more false than true detections.
     hit = matches.taken[:, 0] >= 0
     counted = ~matches.object_ignored[:, 0]
     found = matches.taken[hit, 0]
@@ -95,6 +96,7 @@ def explain(evaluation: Evaluation, detections: Detections, near_misses: NearMis
     lost = np.flatnonzero(counted & (outcomes.cause < 0))
     outcomes.cause[lost] = _NUMBER["no_detection" if near_misses is None else "no_proposal"]
 
+    # The lost ones, image by image, from the detections there and the near misses.
     own, image = _by_image(evaluation, detections), positions(truth.image_ids, detections.image_ids)[0]
     kept = within_cap(evaluation.protocol, image, own.category, detections.scores)
     hints = none() if near_misses is None else near_misses
@@ -235,7 +237,7 @@ def _with_added(
     return np.concatenate([true, true_there])[merged] + gain, np.concatenate([false, false_there])[merged]
 
 
-def confusions(evaluation: Evaluation, outcomes: Outcomes, category: int | np.integer, top: int = 3) -> str:
-    """What objects of a category (index) were taken for: "cup (5), bowl (2)"."""
+def confusions(evaluation: Evaluation, outcomes: Outcomes, category: int | np.integer) -> str:
+    """The three categories that objects of a category (index) were taken for most: "cup (5), bowl (2)"."""
     others = outcomes.other[(evaluation.truth.category == category) & (outcomes.other >= 0)].tolist()
-    return ", ".join(f"{evaluation.truth.names[k]} ({n})" for k, n in Counter(others).most_common(top))
+    return ", ".join(f"{evaluation.truth.names[k]} ({n})" for k, n in Counter(others).most_common(3))

@@ -54,11 +54,6 @@ class Evaluation:
         """The ground truth as the protocol sees it."""
         return self.matches.truth
 
-    @property
-    def skipped(self) -> int:
-        """Categories without objects, which no mean includes."""
-        return int(np.count_nonzero(self.matches.objects[0] == 0))
-
 
 @phase("evaluation")
 def evaluate_lvis(

@@ -81,16 +81,20 @@ def match(truth: GroundTruth, detections: Detections, iou_type: str, protocol: P
     rows, areas = _counted(truth, detections, iou_type, protocol, image, category)
     image, category, score = image[rows], category[rows], detections.scores[rows]
 
+    # Counted detections by category, then score.
     order = np.argsort(image, kind="stable")  # ties of score: by image, then by row
     order = order[np.argsort(-score[order], kind="stable")]
-    order = order[np.argsort(_small(category[order], categories), kind="stable")]
+    sortable = category.astype(np.int16) if categories <= np.iinfo(np.int16).max else category  # 16 bits: radix sort
+    order = order[np.argsort(sortable[order], kind="stable")]
     rows, areas, image, category, score = rows[order], areas[order], image[order], category[order], score[order]
 
+    # What is ignored at each object size, and which unmatched detections are false positives.
     outside = (truth.areas[:, None] < AREA_RANGES[:, 0]) | (truth.areas[:, None] > AREA_RANGES[:, 1])
     object_ignored = outside | truth.ignore[:, None]
     false_positive = (areas[:, None] >= AREA_RANGES[:, 0]) & (areas[:, None] <= AREA_RANGES[:, 1])
     if protocol.federated and truth.not_exhaustive is not None:
         false_positive &= ~truth.not_exhaustive[image, category][:, None]
+    # The matching itself, among pairs that overlap by half.
     pairs = _pairs(truth, detections, iou_type, rows, image, category)
     overlapping, matched, ignored, taken = _lock_step(*pairs, object_ignored, truth.crowd)
     objects = [
@@ -119,11 +123,6 @@ def _under_rules(truth: GroundTruth, protocol: Protocol) -> GroundTruth:
         return replace(truth, ignore=truth.crowd)
     real = truth.some(np.flatnonzero(truth.areas > 0))
     return replace(real, crowd=np.zeros(len(real), dtype=bool))
-
-
-def _small(values: np.ndarray, limit: int) -> np.ndarray:
-    """`values` in 16 bits when they fit: numpy sorts those by radix."""
-    return values.astype(np.int16) if limit <= np.iinfo(np.int16).max else values
 
 
 def _counted(

@@ -1,4 +1,4 @@
-"""Near misses: what inference saw at the objects and did not give out. Why an object was lost cannot be told without.
+"""Near misses: candidates at objects that inference saw and did not output; they tell why an object was lost.
 
 A near miss is a box, x, y, width, height in px of the original image, with a category and a score. Its kind:
 removed_by_nms: the best candidate of an object's category that overlaps it by half, dropped by NMS for a better one;

@@ -20,7 +20,7 @@ from loce.evaluation.lvis_ap import Evaluation, choose_protocol, evaluate_loaded
 from loce.evaluation.matching import Protocol
 from loce.evaluation.stream import read_near_misses
 from loce.utils.classes import GROUP_NAMES, GROUPS
-from loce.utils.files import atomic_write, json_text, write_text
+from loce.utils.files import json_text, write_text
 from loce.utils.progress import phase
 
 COLUMNS = ("id", "name", "frequency", "images", "instances", "AP", "AP50", "AR", "detections", "mean_score")
@@ -54,6 +54,7 @@ def evaluate_and_report(
     tallies_<type>.npz (for scripts/compare.py), errors.csv and errors.png. UserError for bad input, before anything is
     written.
     """
+    # A JSON file, a folder that inference wrote (its near misses explain more) or results in memory.
     near_misses, source = None, "results"
     if isinstance(results, (str, Path)):
         source = str(results)
@@ -65,11 +66,12 @@ def evaluate_and_report(
     detections = load_results(results, truth, source)
     rules = choose_protocol(("lvis" if truth.federated else "coco") if protocol == "auto" else protocol, max_detections)
     wanted = tuple(iou_types) or detections.iou_types
+    # The numbers come first, and are on disk before what may take another minute: intervals, causes of lost objects.
     evaluations = {kind: evaluate_loaded(truth, detections, kind, rules) for kind in sorted(wanted)}
     facts = _facts(truth, detections, rules, evaluations, origin)
     facts["notes"] += suspicions(detections, truth, source)
     print("\n".join(header(facts)))
-    write_folder(Path(output), evaluations, facts)  # before all that may still take a minute
+    write_folder(Path(output), evaluations, facts)
     for kind, evaluation in evaluations.items():
         tallies = tally(evaluation)
         spread = intervals(tallies, resamples) if resamples else {}
@@ -134,7 +136,7 @@ def header(facts: Mapping[str, Any]) -> list[str]:
 
 
 def describe(name: str) -> str:
-    """What a metric's name says, in words."""
+    """A metric's name in words: "average precision, IoU .50:.95, all sizes, rare categories"."""
     kind, cap = name.partition("@")[::2]
     size = _SIZES.get(kind[2:], "all sizes")
     group = GROUP_NAMES.get(kind[2:], "all")
@@ -171,11 +173,7 @@ def write_folder(output: Path, evaluations: Mapping[str, Evaluation], facts: Map
     metrics = {kind: evaluation.metrics for kind, evaluation in evaluations.items()}
     write_text(output / "metrics.json", json.dumps(metrics, indent=2) + "\n")
     write_facts(output, facts)
-    with (
-        atomic_write(output / "per_category.csv") as temporary,
-        temporary.open("w", newline="", encoding="utf-8") as file,
-    ):
-        file.write(category_table(evaluations))
+    write_text(output / "per_category.csv", category_table(evaluations))
 
 
 def write_facts(output: Path, facts: Mapping[str, Any]) -> None:

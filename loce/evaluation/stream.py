@@ -1,9 +1,9 @@
-"""Writer and reader of detections on disk, in chunks of all ranks: a killed inference loses at most one chunk.
+"""Detections on disk, written in chunks by every rank: a killed inference loses at most one chunk a rank.
 
 Near misses stand beside them as columns clue_*, the name they had when the first such files were written.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +23,7 @@ class DetectionWriter:
 
     `source` says what the detections come from (checkpoint and data); a folder that already holds chunks of another
     source is refused with UserError, so that two models are never mixed. With several ranks call `finished()` on all of
-    them before any rank adds anything (a barrier), so that all deal out the same remaining images.
+    them before any rank adds anything (a barrier), so that all share out the same remaining images.
     """
 
     def __init__(self, folder: str | Path, rank: int = 0, source: str = "", chunk_images: int = 100):
@@ -78,12 +78,14 @@ class DetectionWriter:
         """Write what is pending as one chunk."""
         if not self._pending:
             return
+        # Masks and near misses of all images, or of none.
         images, sizes, boxes, scores, categories, rles = zip(*self._pending, strict=True)
         has_masks = [r is not None for r in rles]
         if any(has_masks) != all(has_masks):
             raise ValueError("some images were added with masks and others without")
         if self._near_misses and len(self._near_misses) < len(images):
             raise ValueError("some images were added with near misses and others without")
+        # Flat columns; per_image and rle_lengths cut them again.
         flat = [counts for image in rles for counts in image or ()]
         chunk = {
             "source": np.array(self.source),
@@ -105,15 +107,11 @@ class DetectionWriter:
         self._finished |= set(images)
         self._next, self._pending, self._near_misses = self._next + 1, [], []
 
-    def close(self) -> None:
-        """Write what is left."""
-        self.flush()
-
     def __enter__(self) -> "DetectionWriter":
         return self
 
     def __exit__(self, *exception: object) -> None:
-        self.close()  # also on the way out of an error: these images are done
+        self.flush()  # also on the way out of an error: these images are done
 
 
 def chunk_paths(folder: str | Path) -> list[Path]:
@@ -139,7 +137,7 @@ def read_detections(folder: str | Path, expected_image_ids: Iterable[int]) -> De
     paths = chunk_paths(folder)
     for path in watched(paths, len(paths), f"reading {folder}", "chunks"):
         with _open_chunk(path) as chunk:
-            for image, part in _split(chunk):
+            for image, part in _by_image(chunk):
                 repeated += [image] if image in images else []
                 images[image] = part
     if not paths:
@@ -177,12 +175,11 @@ def read_near_misses(folder: str | Path) -> NearMisses | None:
     return join(parts) if parts else None
 
 
-def _split(chunk: Any) -> list[tuple[int, Detections]]:
-    """The images of one chunk."""
+def _by_image(chunk: Any) -> Iterator[tuple[int, Detections]]:
+    """(image id, its detections) of one chunk."""
     column = {key: chunk[key] for key in chunk.files if not key.startswith("clue_")}
     rows = offsets_of(column["per_image"])
     ends = offsets_of(column["rle_lengths"])
-    parts = []
     for n, image in enumerate(column["image_ids"].tolist()):
         s, e = rows[n], rows[n + 1]
         masks = None
@@ -192,16 +189,11 @@ def _split(chunk: Any) -> list[tuple[int, Detections]]:
                 offsets=ends[s : e + 1] - ends[s],
                 sizes=np.repeat(column["sizes"][n : n + 1], e - s, axis=0),
             )
-        parts.append(
-            (
-                image,
-                Detections(
-                    image_ids=np.full(e - s, image, dtype=np.int64),
-                    category_ids=column["category_ids"][s:e].astype(np.int64),
-                    scores=column["scores"][s:e],
-                    boxes=column["boxes"][s:e],
-                    masks=masks,
-                ),
-            )
+        own = Detections(
+            image_ids=np.full(e - s, image, dtype=np.int64),
+            category_ids=column["category_ids"][s:e].astype(np.int64),
+            scores=column["scores"][s:e],
+            boxes=column["boxes"][s:e],
+            masks=masks,
         )
-    return parts
+        yield image, own

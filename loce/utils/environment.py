@@ -1,6 +1,6 @@
-"""What numbers depend on besides the config: code, versions, machine, command; python -m loce.utils.environment.
+"""Code, versions, machine and command of a run, and the facts of a bug report: python -m loce.utils.environment.
 
-What a bug report needs, also where torch is broken or missing: whatever cannot be found out says why.
+It works where torch is broken or missing, too: a fact that cannot be found out says why.
 """
 
 import os
@@ -38,7 +38,7 @@ def environment(device: Any, processes: int = 1) -> str:
         "torchvision": torchvision.__version__,
         "numpy": package("numpy"),
         "CUDA": torch.version.cuda or "none",
-        "device": f"{device} ({tell(lambda: _gpu_name(device)) if on_gpu else processor()})",
+        "device": f"{device} ({tell(lambda: torch.cuda.get_device_name(device)) if on_gpu else processor()})",
         "processes": processes,
         "host": f"{platform.system()} {platform.release()}, {available_cores()} cores",
     }
@@ -53,8 +53,8 @@ def report() -> str:
         "system": f"{platform.platform()}",
         "processor": f"{processor()}, {available_cores()} cores for this process of {os.cpu_count()}",
         "memory": tell(_memory),
-        "shared memory": tell(_shared_memory),
-        "disk here": tell(_disk),
+        "shared memory": tell(lambda: f"/dev/shm {_space('/dev/shm')}"),
+        "disk here": tell(lambda: _space(".")),
         **{name: package(name) for name in PACKAGES if package(name) != "not installed" or name in PACKAGES[:3]},
         "import torch": tell(_torch),
         "import torchvision": tell(_torchvision),
@@ -110,13 +110,8 @@ def _memory() -> str:
     return f"{total:.1f} GiB, {free:.1f} GiB free"
 
 
-def _shared_memory() -> str:
-    usage = shutil.disk_usage("/dev/shm")
-    return f"/dev/shm {usage.total / _GIB:.1f} GiB, {usage.free / _GIB:.1f} GiB free"
-
-
-def _disk() -> str:
-    usage = shutil.disk_usage(".")
+def _space(folder: str) -> str:
+    usage = shutil.disk_usage(folder)
     return f"{usage.total / _GIB:.1f} GiB, {usage.free / _GIB:.1f} GiB free"
 
 
@@ -138,12 +133,6 @@ def _cuda() -> str:
     import torch
 
     return f"{torch.version.cuda or 'none'}{'' if torch.cuda.is_available() else ', no device'}"
-
-
-def _gpu_name(device: Any) -> str:
-    import torch
-
-    return torch.cuda.get_device_name(device)
 
 
 def _gpus() -> str:

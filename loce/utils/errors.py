@@ -1,4 +1,4 @@
-"""Why a script of ours ends before its work is done: an exception and an exit code for each reason."""
+"""Exceptions that end a script early, each with its exit code, and lists in messages."""
 
 import io
 import os

@@ -1,4 +1,4 @@
-"""Writing files so that a kill at any moment leaves the old file or the new one, never half of one."""
+"""Atomic file writing (a kill leaves the old file or the new one, never half of one), JSON, CSV and hashes."""
 
 import csv
 import hashlib

@@ -8,7 +8,7 @@ import resource
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any, TextIO, TypeVar
 
@@ -17,7 +17,7 @@ from tqdm import tqdm
 T = TypeVar("T")
 SILENCE = 10.0  # seconds without a line that a phase may last
 _PAUSE = 1.0  # seconds between two phases after which the silence counts anew
-_clock = {"spoken": time.monotonic(), "ended": 0.0}  # of the last line, and of the end of the last phase
+_clock = {"last_line": time.monotonic(), "phase_end": 0.0}  # when the last line was printed, and the last phase ended
 
 
 class Progress:
@@ -71,20 +71,11 @@ def progress(items: Iterable[T], total: int, label: str, unit: str = "batches") 
 
 
 class Phase:
-    """Work that may take long; whoever does it counts `done` up."""
+    """Work that may take long: `done` of `total` units, counted up by the code that does it."""
 
     def __init__(self, label: str, total: int | None, unit: str) -> None:
         self.label, self.total, self.unit, self.done = label, total, unit, 0
         self.started = time.monotonic()
-
-    def counting(self, function: Callable[[Any], T]) -> Callable[[Any], T]:
-        """`function` of one argument, its calls counted."""
-
-        def counted(value: Any) -> T:
-            self.done += 1
-            return function(value)
-
-        return counted
 
     def __str__(self) -> str:
         if self.total is None:
@@ -98,37 +89,37 @@ _phases: list[Phase] = []  # from the outermost to the innermost, which lines ar
 
 @contextmanager
 def phase(label: str, total: int | None = None, unit: str = "") -> Iterator[Phase]:
-    """Lines on standard error from rank 0, every ten seconds, whatever the block does; none for what is quick.
+    """A line on standard error from rank 0 every ten seconds while the block runs; none for a quick block.
 
-    A thread of the outermost phase writes them. Ten seconds may also be those of several short phases in a row. Not
-    for blocks that fork: a child could inherit a lock.
+    A thread of the outermost phase prints them. Short phases in a row share their ten seconds, so that a long row of
+    them is not silent either. Not for blocks that fork: a child could inherit a lock.
     """
     work, over = Phase(label, total, unit), threading.Event()
-    speaker = threading.Thread(target=_speak, args=(over,), daemon=True)
+    printer = threading.Thread(target=_print_until, args=(over,), daemon=True)
     alone = not _phases and _is_main()
     _phases.append(work)
     if alone:
-        if work.started - _clock["ended"] > _PAUSE:
-            _clock["spoken"] = work.started
-        speaker.start()
+        if work.started - _clock["phase_end"] > _PAUSE:
+            _clock["last_line"] = work.started
+        printer.start()
     try:
         yield work
     finally:
         if alone:
             over.set()
-            speaker.join()
-            _clock["ended"] = time.monotonic()
+            printer.join()
+            _clock["phase_end"] = time.monotonic()
         _phases.remove(work)
 
 
-def _speak(over: threading.Event) -> None:
-    while not over.wait(max(0.01, _clock["spoken"] + SILENCE - time.monotonic())):
-        if time.monotonic() - _clock["spoken"] >= SILENCE:
+def _print_until(over: threading.Event) -> None:
+    while not over.wait(max(0.01, _clock["last_line"] + SILENCE - time.monotonic())):
+        if time.monotonic() - _clock["last_line"] >= SILENCE:
             print_line(str(_phases[-1]), sys.stderr)
 
 
 def watched(items: Iterable[T], total: int | None, label: str, unit: str) -> Iterator[T]:
-    """The items, as a `phase`: silent unless they take long."""
+    """The items, counted by a `phase`: silent unless they take long."""
     with phase(label, total, unit) as work:
         for item in items:
             yield item
@@ -137,7 +128,7 @@ def watched(items: Iterable[T], total: int | None, label: str, unit: str) -> Ite
 
 def print_line(text: str, file: TextIO | None = None) -> None:
     """A line on standard output (or `file`), at once and above any bar."""
-    _clock["spoken"] = time.monotonic()
+    _clock["last_line"] = time.monotonic()
     tqdm.write(text, file=file)
     (file or sys.stdout).flush()
 

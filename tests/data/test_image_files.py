@@ -6,7 +6,7 @@ import pytest
 
 from loce.data.annotations.image_files import Listings, is_readable_name
 from loce.data.annotations.lvis import LVISAnnotations
-from loce.data.check import images_in_both
+from loce.data.build import images_in_both
 from loce.utils.errors import UserError
 from tests.data.made_annotations import content
 
