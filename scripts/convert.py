@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Literal
 
 from loce.config import UserError, read_options, run_script
-from loce.utils.files import atomic_write
+from loce.utils.files import atomic_write, require_writable
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,6 +58,7 @@ def main() -> None:
     source, out, options, words = read_words(sys.argv[1:])
     if out.exists():
         raise UserError(f"{out} exists; files are never overwritten: remove it, or give another name")
+    require_writable(out.parent, "")
     import torch  # after the command line is known to be right
 
     from loce.checkpoint.convert import convert, to_mmdetection

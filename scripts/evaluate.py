@@ -15,6 +15,7 @@ from typing import Any, Literal
 from loce.config import Natural, UserError, read_options, run_script
 from loce.evaluation.report import evaluate_and_report
 from loce.report.tables.steps import newest_run
+from loce.utils.files import require_writable
 
 CONFIG_WORDS = ("head.", "eval.")  # options of a run
 WRITTEN = "metrics.json, evaluation.json, per_category.csv and more are in"
@@ -49,6 +50,7 @@ def evaluate_results(options: Options) -> None:
         )
     results = Path(options.results)
     output = options.output or str(results.with_name(results.stem + "_evaluation"))
+    require_writable(output)
     evaluate_and_report(
         options.annotations,
         results,

@@ -12,6 +12,7 @@ from pathlib import Path
 
 from loce.config import UserError, raise_problems, read_options, run_script
 from loce.report.tables.steps import folders_of
+from loce.utils.files import require_writable
 
 FIGURES = {"figure1": ("score", "accuracy"), "figure4": ("score", "accuracy", "ap")}
 
@@ -44,6 +45,7 @@ def main() -> None:
     if not named:
         raise UserError("no run with a checkpoint below runs/; give folders: figures.py RUN_OR_EVALUATION ...")
     folders = evaluations(named)
+    require_writable(options.output)
 
     from loce.report.figures import equilibrium_figure
 

@@ -14,9 +14,12 @@ from pathlib import Path
 from typing import Any, Literal
 
 from loce.config import UserError, raise_problems, read_options, run_script
+from loce.utils.errors import first_few
+from loce.utils.files import require_writable
 from loce.utils.options import Count, Fraction, Share
 
 RECORDS = "predictions.json"
+BREAK = "\n"
 SUFFIXES = (
     *(".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".bmp", ".tif", ".tiff"),
     *(".webp", ".gif", ".ppm", ".pgm", ".jp2", ".avif"),
@@ -44,18 +47,19 @@ def image_files(names: list[str], output: Path) -> tuple[list[Path], list[str]]:
     found, problems, others, own = [], [], [], 0
     for name in names:
         path = Path(name)
-        if not path.exists():
-            problems.append(f"{name}: there is no such file or folder")
-        elif not path.is_dir():
+        if os.path.isfile(path):
             found.append(path)
+        elif not os.path.isdir(path):
+            problems.append(f"{name}: {'is no file' if os.path.lexists(path) else 'there is no such file or folder'}")
         else:
             there = list(files_below(path, output))
-            images = [file for file, mine in there if file.suffix.lower() in SUFFIXES and not mine]
-            own += sum(mine and file.name != RECORDS for file, mine in there)
-            others += [file for file, mine in there if file.suffix.lower() not in SUFFIXES and not mine]
+            images = [file for file, mine in there if is_image(file) and not mine]
+            earlier = sum(mine and file.name != RECORDS for file, mine in there)
+            others += [file for file, mine in there if not is_image(file) and not mine]
             if not images:
-                problems.append(f"{name}: no image in this folder (looked for {', '.join(SUFFIXES)})")
-            found += images
+                but = f", but {earlier} pictures of earlier predictions; give one by its name" if earlier else ""
+                problems.append(f"{name}: no image in this folder{but} (looked for {', '.join(SUFFIXES)})")
+            found, own = found + images, own + earlier
     raise_problems(problems)
 
     lines = [f"left out: {own} pictures of earlier predictions (give one by its name to predict on it)"] if own else []
@@ -64,8 +68,13 @@ def image_files(names: list[str], output: Path) -> tuple[list[Path], list[str]]:
         kinds = ", ".join(f"{count} {suffix}" for suffix, count in suffixes.most_common())
         files = ", ".join(map(str, others[:5])) + (", ..." if len(others) > 5 else "")
         lines.append(f"left out: {len(others)} files of other kinds ({kinds}): {files}")
-    once = {file.resolve(): file for file in reversed(found)}  # the first name of each
-    return [file for file in found if once[file.resolve()] is file], lines
+    once = {os.path.realpath(file): file for file in reversed(found)}  # the first name of each
+    return [file for file in found if once[os.path.realpath(file)] is file], lines
+
+
+def is_image(file: Path) -> bool:
+    """By its suffix; a link that leads nowhere, or a pipe, is none."""
+    return file.suffix.lower() in SUFFIXES and os.path.isfile(file)
 
 
 def files_below(folder: Path, output: Path) -> Iterator[tuple[Path, bool]]:
@@ -164,6 +173,7 @@ def main() -> None:
     output = Path(options.output)
     files, left_out = image_files(names[1:], output)
     targets = pictures(files, output)
+    require_writable(output)
 
     from loce.checkpoint.load import Checkpoint
     from loce.engine.pictures import Limits, draw_detections, write_picture
@@ -189,7 +199,7 @@ def main() -> None:
         best = max(record["score"] for record in all_records)
         print(f"nothing scored {options.threshold:g}; the best is {best:.3f}: threshold={best / 2:.2g} draws more")
     if bad:
-        raise UserError("\n".join([f"{len(bad)} of {len(files)} images could not be read:", *bad]))
+        raise UserError(f"{len(bad)} of {len(files)} images could not be read:\n{first_few(bad, between=BREAK)}")
 
 
 if __name__ == "__main__":

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from loce.config import UserError, read_options, run_script
 from loce.report.tables.steps import folders_of
-from loce.utils.files import write_text
+from loce.utils.files import require_writable, write_text
 from loce.utils.options import Natural
 
 
@@ -41,6 +41,7 @@ def main() -> None:
             print(f"{run.title} lacks {what}")
     where = runs[0].folder if len(runs) == 1 else runs[0].folder.parent
     output = Path(options.output) if options.output else where / "report.html"
+    require_writable(output.parent)
     drawn, notes = predictions(runs, options.pictures)
     write_text(output, page(runs, drawn, notes))
     print(f"wrote {output} ({output.stat().st_size / 2**20:.1f} MiB)")

@@ -592,10 +592,33 @@ def test_a_tilde_is_the_home_directory(text, place, load, monkeypatch, tmp_path)
         assert read_options(Drawing, [f"out={other}"]).out == other
 
 
+def test_homes_of_others_and_variables(load, monkeypatch, tmp_path):
+    """A shell reads neither after `key=` in quotes, nor in a recipe."""
+    monkeypatch.setenv("DISK", str(tmp_path))
+    monkeypatch.delenv("DISC", raising=False)
+    root = os.path.expanduser("~root")
+    assert load("output: ${DISK}/a\ndata: {train_images: ~root/b}", "train.init=x_$DISK").output == f"{tmp_path}/a"
+    assert read_options(Drawing, ["out=~root/b"]).out == f"{root}/b"
+    assert load("train: {init: '$DISK/c'}").train.init == f"{tmp_path}/c"
+    for text, missing in (
+        ("$DISC/a", "variable DISC"),
+        ("a/${DISC}", "variable DISC"),
+        ("~nobody.here/a", "user nobody"),
+    ):
+        assert f"no {missing}" in message(load, f"output: {text}") and "whole path" in message(
+            load, "", f"output={text}"
+        )
+    (tmp_path / "$DISC").mkdir()  # unless that is what it is called
+    assert load("output: $DISC").output == "$DISC"
+
+
 def test_a_tilde_where_nobody_is_at_home(monkeypatch):
     monkeypatch.setattr("os.path.expanduser", lambda text: text)
     text = message(read_options, Drawing, ["out=~/x"])
     assert text == "command line: out = ~/x: there is no home directory here (HOME is not set); give the whole path"
+    monkeypatch.undo()
+    monkeypatch.setenv("HOME", "")  # as some containers have it; ~/x would be /x
+    assert message(read_options, Drawing, ["out=~/x"]) == text
 
 
 def test_read_options_says_everything():

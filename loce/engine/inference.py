@@ -26,7 +26,7 @@ from loce.evaluation.stream import DetectionWriter, read_detections
 from loce.models.mask_rcnn import MaskRCNN
 from loce.utils import distributed
 from loce.utils.classes import ClassStats
-from loce.utils.files import file_hash, write_text
+from loce.utils.files import file_hash, require_writable, write_text
 from loce.utils.progress import progress
 from loce.utils.yaml_text import show
 
@@ -53,6 +53,7 @@ def evaluate_checkpoint(
         config = checkpoint.config_with(overrides)
         changes = diff(checkpoint.config, config)
         output = output or (path if path.is_dir() else path.with_suffix("")) / folder_name(changes)
+        require_writable(output)
         # Test images have no annotations: results for a server can be written all the same.
         annotations = val_annotations(config, annotated=not report.get("save_json"))
         if not len(annotations.annotation_ids):

@@ -33,6 +33,8 @@ CELL, GAP, CAPTION, TITLE = 448, 8, 26, 44  # pixels: the side of a picture, bet
 WHITE, INK, GREY = (255, 255, 255), (40, 40, 40), (128, 128, 128)
 TINT = 0.45  # how much of the colour goes into a mask
 READABLE = 480  # pixels of the short side; smaller images are enlarged by a whole number, so that names fit
+LARGEST = 4096  # pixels of the long side, beyond which nothing is enlarged
+LONGEST_NAME = 60  # letters
 FIRST = 16  # training samples
 Colour = tuple[int, int, int]
 
@@ -290,7 +292,8 @@ def draw_objects(
     image, times a whole number where it is small).
     """
     height, width = image.shape[:2]
-    scale = longest / max(height, width) if longest else max(1, READABLE // min(height, width))
+    whole = max(1, min(READABLE // min(height, width), LARGEST // max(height, width)))
+    scale = longest / max(height, width) if longest else whole
     canvas = _fitted(image, scale)
     pixels = max(12, round(min(canvas.shape[:2]) / 40))  # of the letters
     line = max(1, round(pixels / 15))
@@ -298,8 +301,7 @@ def draw_objects(
     for place in reversed(range(len(boxes))):  # the best on top
         colour = GROUP_RGB[groups[place]]
         if len(codes):
-            whole = coco_mask.decode(codes[place])
-            mask = cv2.resize(whole, canvas.shape[1::-1], interpolation=cv2.INTER_NEAREST)
+            mask = cv2.resize(coco_mask.decode(codes[place]), canvas.shape[1::-1], interpolation=cv2.INTER_NEAREST)
             shown = mask.astype(bool)
             canvas[shown] = ((1 - TINT) * canvas[shown] + TINT * np.array(colour)).astype(np.uint8)
             contours, _ = cv2.findContours(mask, cv2.RETR_EXTERNAL, cv2.CHAIN_APPROX_SIMPLE)
@@ -340,13 +342,18 @@ def write(
 
 
 def class_text(name: str, number: int) -> str:
-    """A class's name, or its number (category id) where no font here has the letters of the name."""
-    return name if _font_file(unicodedata.normalize("NFC", name)) else f"class {number}"
+    """A class's name, or its number (category id) where it has none, or no font here has its letters.
+
+    A long name is cut, and has the number, too: it may begin as another does.
+    """
+    if not name.strip() or not _font_file(unicodedata.normalize("NFC", name)):
+        return f"class {number}"
+    return name if len(name) <= LONGEST_NAME else f"{name[:LONGEST_NAME]}... (class {number})"
 
 
 def _letters(text: str, pixels: int) -> tuple[str, ImageFont.FreeTypeFont]:
-    """What is drawn of a text, accents joined with their letters, and the font for it."""
-    text = unicodedata.normalize("NFC", text)
+    """What is drawn of a text, on one line and accents joined with their letters, and the font for it."""
+    text = " ".join(unicodedata.normalize("NFC", text).split())
     if not _font_file(text):
         text = text.encode("ascii", "replace").decode()
     return text, _font(_font_file(text), pixels)

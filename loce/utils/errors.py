@@ -52,8 +52,8 @@ def first_few(values: Iterable[object], total: int | None = None, between: str =
 def run_script(main: Callable[[], None]) -> None:
     """Run a script's `main`; what is above is printed without traceback and ends the process with its exit code.
 
-    Words `~` and `~/x` mean the home directory, as in a shell. Letters that the terminal lacks are written as escapes.
-    Where nobody reads the output any more (`| head`), the script ends with 141, as others do.
+    Words `~`, `~/x` and `~anna/x` mean home directories, as in a shell. Letters that the terminal lacks are written as
+    escapes. Where nobody reads the output any more (`| head`), the script ends with 141, as others do.
     """
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
@@ -73,8 +73,8 @@ def run_script(main: Callable[[], None]) -> None:
 
 
 def expand_home(text: str) -> str:
-    """`~` and `~/x` as paths in the home directory; as they are where there is none."""
-    return os.path.expanduser(text) if text == "~" or text.startswith("~/") else text
+    """`~`, `~/x` and `~anna/x` as paths in somebody's home directory; as they are where there is none."""
+    return os.path.expanduser(text) if os.environ.get("HOME") != "" else text
 
 
 def _nobody_reads(stream: TextIO) -> bool:

@@ -5,6 +5,7 @@ import hashlib
 import json
 import math
 import os
+import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -19,6 +20,26 @@ def inside(folder: Path | str, name: str) -> Path:
     if path.is_absolute() or ".." in path.parts or path.name in ("", "."):
         raise UserError(f"{name!r} is no name for a folder in {folder}: it leads out of it")
     return Path(folder, name)
+
+
+def require_writable(folder: Path | str, fix: str = "; choose another with output=...") -> None:
+    """UserError where `folder`, or the first above it that is there, takes no files. Makes nothing."""
+    place = Path(os.path.abspath(folder))
+    try:
+        while not _is_there(place):
+            place = place.parent
+        tempfile.TemporaryFile(dir=place).close()
+    except OSError as error:
+        raise UserError(f"{folder}: no files can be written there ({error.strerror}){fix}") from None
+
+
+def _is_there(path: Path) -> bool:
+    """Whether there is a file or folder; OSError where the path itself is wrong, as below a file."""
+    try:
+        os.stat(path)
+    except FileNotFoundError:
+        return False
+    return True
 
 
 @contextmanager

@@ -8,6 +8,7 @@ import dataclasses
 import difflib
 import inspect
 import math
+import os
 import re
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -25,8 +26,8 @@ Choice = tuple[str, "tuple[Any, ...] | Range"]  # dotted key, and its values wit
 Given = tuple[str, Any, str]  # dotted key, value, where it was written
 
 
-class NoHomeError(ValueError):
-    """`~` where nobody is at home."""
+class NoPlaceError(ValueError):
+    """`~` where nobody is at home, or a variable that is not set; the message says what to write."""
 
 
 @dataclass(frozen=True)
@@ -133,7 +134,7 @@ def build(
             values[key] = _convert(types[key], value)
         except (KeyError, ValueError, OverflowError) as error:
             wrong.add(key)
-            reason = str(error) if isinstance(error, NoHomeError) else _complaint(key, types)
+            reason = str(error) if isinstance(error, NoPlaceError) else _complaint(key, types)
             found.append(f"{source}: {key} = {show(value)}: {reason}")
     missing = [key for key in _required(cls) if key not in sources]
     found += [f"command line: {key} is missing: {_allowed(types[key])}" for key in missing]
@@ -194,7 +195,7 @@ def _split(hint: Any) -> tuple[Any, tuple[Range, ...]]:
 def _convert(hint: Any, value: Any) -> Any:
     """`value` as `hint` wants it; ValueError where it does not fit (a whole number fits a float, 1 is no bool).
 
-    `~` and `~/x` become paths in the home directory: texts are paths, and a shell leaves them alone after `key=`.
+    `~/x` and `$NAME/x` become whole paths: texts are paths, and a shell leaves `~` alone after `key=`, a recipe both.
     """
     base, limits = _split(hint)
     if get_origin(base) is tuple and isinstance(value, (list, tuple)):
@@ -206,11 +207,21 @@ def _convert(hint: Any, value: Any) -> Any:
         fits = type(value) is base and not (base is float and not math.isfinite(value))
     if not fits or any(value not in limit for limit in limits):
         raise ValueError(value)
-    if base is str:
-        value = expand_home(value)
-        if value == "~" or value.startswith("~/"):
-            raise NoHomeError("there is no home directory here (HOME is not set); give the whole path")
-    return value
+    return whole_path(value) if base is str else value
+
+
+def whole_path(text: str) -> str:
+    """A path with home directories and variables of the environment filled in; NoPlaceError where they are unknown."""
+    text = os.path.expandvars(expand_home(text))
+    if os.path.lexists(text):  # whatever it is called
+        return text
+    if text == "~" or text.startswith("~/"):
+        raise NoPlaceError("there is no home directory here (HOME is not set); give the whole path")
+    if user := re.match(r"~(\w[\w.-]*)/", text):
+        raise NoPlaceError(f"there is no user {user[1]} here; give the whole path, or ./{text}")
+    if variable := re.search(r"\$([A-Z][A-Z0-9_]+|\{\w+\})", text):
+        raise NoPlaceError(f"the environment has no variable {variable[1].strip('{}')}; give the whole path")
+    return text
 
 
 def _parse_text(hint: Any, text: str) -> Any:

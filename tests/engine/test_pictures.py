@@ -177,6 +177,32 @@ def test_without_letters_a_name_is_its_number(monkeypatch: pytest.MonkeyPatch) -
         pictures._font_file.cache_clear()
 
 
+@pytest.mark.parametrize("name", ["", " ", "\n", "a\0b", "\x1b[31mred", "\ud83d"])
+def test_a_name_that_shows_nothing_is_its_number(name: str) -> None:
+    assert class_text(name, 5) == "class 5"
+
+
+def test_names_of_several_lines_and_long_ones() -> None:
+    """A class list read line by line keeps the ends of its lines."""
+    assert np.array_equal(lettered("cat\n"), lettered("cat")) and np.array_equal(
+        lettered("a\n b\tc"), lettered("a b c")
+    )
+    image, boxes = np.zeros((60, 90, 3), np.uint8), np.array([[5, 30, 50, 55]], np.float32)
+    drawn = [
+        draw_objects(image, boxes, [], [f"{class_text(name, 3)} 0.5"], ["r"]) for name in ("left\nhand", "left hand")
+    ]
+    assert np.array_equal(*drawn)
+    assert class_text("long " * 99, 3) != class_text("long " * 99, 4) and len(class_text("x" * 10**5, 3)) < 80
+
+
+@pytest.mark.parametrize("size", [(3, 3000), (30_000, 2), (1, 1)])
+def test_pictures_of_narrow_images_stay_small(size: tuple[int, int]) -> None:
+    boxes = np.array([[0, 0, size[1], size[0]]], np.float32)
+    codes = [coco_mask.encode(np.ones(size, np.uint8, order="F"))]
+    drawn = draw_objects(np.zeros((*size, 3), np.uint8), boxes, codes, ["a 0.5"], ["r"])
+    assert drawn.any() and max(drawn.shape) <= max(pictures.LARGEST, *size) and drawn.shape[0] % size[0] == 0
+
+
 def test_letters_stay_within_the_image() -> None:
     for corner in ((-15, 40), (390, 40), (10, 3), (10, 70), (-500, -500), (900, 900)):
         lettered("Жук", corner)

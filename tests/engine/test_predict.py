@@ -125,6 +125,23 @@ def test_what_lies_in_a_folder(folder: Path) -> None:
     assert "wrote 4 pictures" in predict(folder, "run", "trip", "output=trip") and not list(trip.rglob("*.png.png.png"))
 
 
+def test_what_is_no_file_in_a_folder(folder: Path) -> None:
+    """Links that lead nowhere or to themselves, and a pipe, which would be waited for: none is an image."""
+    odd = folder / "odd"
+    odd.mkdir()
+    (odd / "one.jpg").write_bytes((folder / "images/colour.jpg").read_bytes())
+    (odd / "gone.png").symlink_to("/nowhere/gone.png")
+    (odd / "self.png").symlink_to(odd / "self.png")
+    os.mkfifo(odd / "pipe.png")
+    text = predict(folder, "run", "odd", "output=odd/found")
+    assert "wrote 1 pictures" in text and "left out: 3 files of other kinds (3 .png): odd/gone.png, " in text
+    assert "odd/found: no image in this folder, but 1 pictures of earlier" in predict(
+        folder, "run", "odd/found", code=2
+    )
+    for name, what in (("odd/pipe.png", "is no file"), ("odd/self.png", "is no file"), ("x" * 300, "there is no such")):
+        assert f"{name}: {what}" in predict(folder, "run", name, code=2)
+
+
 def test_no_image_is_overwritten(folder: Path) -> None:
     (folder / "pair").mkdir()
     for name in ("a.jpg", "a.jpg.png"):
@@ -147,6 +164,8 @@ def test_a_bad_image_stops_none_of_the_others(folder: Path) -> None:
         (("run",), "usage: predict.py CHECKPOINT IMAGE_OR_FOLDER"),
         (("run", "nowhere.jpg", "elsewhere"), "elsewhere: there is no such file or folder"),
         (("run", "run"), "run: no image in this folder"),
+        (("run", "images", "output=tiny.yaml/x"), "tiny.yaml/x: no files can be written there (Not a directory)"),
+        (("run", "images", "output=tiny.yaml"), "choose another with output="),
         (("images", "images"), "images: no finished checkpoint there"),
         (("run", "images", "treshold=0.1"), "did you mean threshold?"),
     ],

@@ -2,8 +2,12 @@
 
 import json
 import math
+from pathlib import Path
 
-from loce.utils.files import json_text
+import pytest
+
+from loce.utils.errors import UserError
+from loce.utils.files import json_text, require_writable
 from loce.utils.yaml_text import differing
 
 
@@ -19,3 +23,19 @@ def test_json_has_no_infinity_and_no_nan() -> None:
 def test_differing_keys() -> None:
     assert differing({"a": 1, "b": 2}, {"b": 2, "a": 1}) == []
     assert differing({"a": 1, "b": 2}, {"c": 0, "b": 3}, {"a": 1, "b": 2}) == ["a", "b", "c"]
+
+
+def test_a_folder_that_takes_no_files_is_known_before_it_is_made(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    require_writable(tmp_path / "new/deep")
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+    for place, reason in (
+        (tmp_path / "file", "Not a dir"),
+        (tmp_path / "file/x", "Not a dir"),
+        ("x" * 300, "too long"),
+    ):
+        with pytest.raises(UserError, match=f"no files can be written there .*{reason}.*another with output=") as error:
+            require_writable(place)
+        assert str(error.value).startswith(str(place))
+    with pytest.raises(UserError):
+        require_writable("/proc/new")  # where even an administrator makes nothing
