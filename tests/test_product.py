@@ -40,7 +40,7 @@ def words(sampler: str, head: str, memory: bool) -> list[str]:
     chosen.append("eval.score_threshold=0")  # one step from random weights
     if head in SECOND_STAGES:
         chosen += ["train.freeze=detector", "train.init=stage1"]
-    elif memory:
+    elif memory or head == "disalign":  # which rescales a frozen classifier
         chosen += ["train.freeze=trunk", "train.init=stage1"]
     if head == "forest":  # the trees that a head has before it is given some
         chosen += ["head.forest.trees=unused", "head.forest.visual=2", "head.forest.geometrical=3"]
