@@ -9,8 +9,10 @@ epoch and position.
 import contextlib
 import dataclasses
 import json
+import os
 import shutil
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -150,24 +152,67 @@ def checkpoint_bytes(config: Config, model: MaskRCNN) -> int:
     return sum(_bytes(t) for t in [*rest, *trained]) + copies * sum(_bytes(t) for t in memory.values())
 
 
-def require_room(run: Path, config: Config, model: MaskRCNN) -> None:
-    """UserError where the disk of a run has no room for one checkpoint more, its feature memory full."""
-    needed, free = checkpoint_bytes(config, model), free_bytes(run)
-    if free < needed:
-        raise UserError(
-            f"output = {run}: a checkpoint takes up to {files.megabytes(needed)}, {files.megabytes(free)} are free on "
-            f"its disk: free {files.megabytes(needed - free)}, or choose a folder on another disk with output=..."
-        )
+def require_room(runs: Sequence[tuple[Path, Config, MaskRCNN]]) -> None:
+    """UserError where the disk of runs has no room for one checkpoint more of each, their feature memories full."""
+    needed: dict[int, int] = {}  # by disk
+    for run, config, model in runs:
+        disk = os.stat(_there(run)).st_dev
+        needed[disk] = needed.get(disk, 0) + checkpoint_bytes(config, model)
+    for run, _, _ in runs:
+        most, free = needed.pop(os.stat(_there(run)).st_dev, 0), free_bytes(run)
+        if free < most:
+            what = "a checkpoint takes" if len(runs) == 1 else f"checkpoints of {len(runs)} runs take"
+            raise UserError(
+                f"output = {run}: {what} up to {files.megabytes(most)}, {files.megabytes(free)} are free on "
+                f"its disk: free {files.megabytes(most - free)}, or choose a folder on another disk with output=..."
+            )
 
 
 def free_bytes(run: Path) -> int:
     """What is free on the disk of a run folder, which may not be there yet."""
-    place = next(folder for folder in (run.absolute(), *run.absolute().parents) if folder.exists())
-    return shutil.disk_usage(place).free
+    return shutil.disk_usage(_there(run)).free
+
+
+def _there(run: Path) -> Path:
+    """The run folder or, before it is made, the folder that it will be in."""
+    return next(folder for folder in (run.absolute(), *run.absolute().parents) if folder.exists())
 
 
 def _bytes(tensor: Tensor) -> int:
     return tensor.numel() * tensor.element_size()
+
+
+def newest_of_all(runs: Sequence[Path]) -> list[Path | None]:
+    """The checkpoints that the runs of a pass go on from, the same on all ranks: `newest` where that is alike in all.
+
+    Else, of those that are not finished, the newest that all have, or None for all: a pass that is killed while it
+    saves has one more of some. UserError where that would set a run back by more than a checkpoint.
+    """
+    found = [newest(run) for run in runs]
+    if len({path and path.name for path in found}) == 1:
+        return found
+    going = [n for n, path in enumerate(found) if path is None or Checkpoint.open(path, checked=True).unfinished]
+    there = json.loads(distributed.broadcast_text(json.dumps([_undamaged(runs[n]) for n in going])))
+    common = next((name for name in there[0] if all(name in names for names in there)), "") if there else ""
+    for run, names in zip((runs[n] for n in going), there, strict=True):
+        ahead = [name for name in names if name > (common or f"{0:09d}")]
+        if len(ahead) > 1:
+            stands = "\n".join(f"  {runs[n]}: {(there[i] or ['no checkpoint'])[0]}" for i, n in enumerate(going))
+            raise UserError(
+                f"these runs stand at different iterations and have no newer checkpoint in common; {run} would lose "
+                f"{len(ahead)} of its own. Train them apart, by commands of their own, or delete those behind:\n"
+                f"{stands}"
+            )
+    for n, names in zip(going, there, strict=True):
+        name = common or (f"{0:09d}" if f"{0:09d}" in names else "")
+        found[n] = runs[n] / "checkpoints" / name if name else None
+    return found
+
+
+def _undamaged(run: Path) -> list[str]:
+    """The names of a run's checkpoints, newest first. Rank 0 only; elsewhere none."""
+    there = files.finished(run) if distributed.is_main() else []
+    return [folder.name for folder in there if not files.damage(folder)]
 
 
 def newest(run: Path) -> Path | None:

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from loce.engine.loop import PRECISION, Losses, NotFiniteError
+from loce.engine.loop import PRECISION, Losses, Samples
 from loce.models.mask_rcnn import MaskRCNN
 from loce.utils import distributed
 from loce.utils.files import json_text, write_text
@@ -26,20 +26,22 @@ MOST_NAMED = 5  # parameters with bad values
 def report(
     run: Path,
     model: MaskRCNN,
-    error: NotFiniteError,
+    batches: list[Samples],
+    losses: list[Losses],
     iteration: int,
     lr: float,
     precision: str,
     name_of: Callable[[int], str],
 ) -> str:
-    """Write report.json and report.txt; a summary for the screen. Every rank must call, with its own `error`.
+    """Write report.json and report.txt; a summary for the screen. Every rank must call, with what is its own.
 
-    iteration: steps done, had this one been taken; name_of: the file name of an image id.
+    batches, losses: of each micro-step; iteration: steps done, had this one been taken; name_of: the file name of an
+    image id.
     """
     own = {
-        "losses": _numbers(error.losses),
-        "images": [[_image(sample, model, name_of) for sample in batch] for batch in error.batches],
-        **_again(model, error, precision),
+        "losses": _numbers(losses),
+        "images": [[_image(sample, model, name_of) for sample in batch] for batch in batches],
+        **_again(model, batches, precision),
     }
     found = {
         "iteration": iteration,
@@ -86,13 +88,13 @@ def watch(model: nn.Module) -> Iterator[tuple[list[str], list[str]]]:
             handle.remove()
 
 
-def _again(model: MaskRCNN, error: NotFiniteError, precision: str) -> dict[str, Any]:
+def _again(model: MaskRCNN, batches: list[Samples], precision: str) -> dict[str, Any]:
     """The step once more on this rank alone: its losses, first bad layer, and parameters with a bad gradient."""
     device = model.pixel_mean.device
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
     with watch(model) as (forward, backward):
         with torch.autocast(device.type, PRECISION.get(precision), precision != "fp32"):
-            losses = [model(batch) for batch in error.batches]
+            losses = [model(batch) for batch in batches]
         total = torch.stack([loss.float() for each in losses for loss in each.values()]).sum()
         gradients = torch.autograd.grad(total, list(trained.values()), allow_unused=True)
     layer = forward[0] if forward else f"{backward[0]}: the gradient of its output is not finite" if backward else ""

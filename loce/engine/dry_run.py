@@ -18,6 +18,7 @@ from loce.checkpoint.save import newest, require_room
 from loce.config import Config, SamplerConfig, UserError
 from loce.data.annotations.lvis import LVISAnnotations
 from loce.data.build import val_annotations
+from loce.engine.arm import Arm
 from loce.engine.inference import evaluate_model, weights_hash
 from loce.engine.preflight import check_run_folder, preflight
 from loce.engine.summary import introduce
@@ -35,11 +36,12 @@ def dry_run(config: Config, device: torch.device) -> None:
     """Two steps on the images with the most objects, save, resume, evaluation. RuntimeError where resuming differs."""
     config = _in_folder(config, "dry_run", epochs=max(config.train.epochs, STEPS))
     with preflight(config) as found:
-        trainer = Trainer(config, device, found.annotations, saves=False)
-        require_room(trainer.folder, config, trainer.model)
+        trainer = Trainer([config], device, found.annotations, saves=False)
+        arm = trainer.arms[0]
+        require_room([(arm.folder, config, arm.model)])
     trainer.open_log()
     introduce(trainer)
-    trainer.log.line("dry run: options, data, weights and disk are in order")
+    arm.log.line("dry run: options, data, weights and disk are in order")
 
     # A step, a checkpoint, and the step after it.
     crowded = found.annotations.only(_crowded(found.annotations, STEPS * config.train.batch_size).tolist())
@@ -47,43 +49,45 @@ def dry_run(config: Config, device: torch.device) -> None:
     trainer.fill_memory()
     started = time.monotonic()
     trainer.fit(1)
-    trainer.log.line(f"dry run: step 1, on the images with the most objects: {time.monotonic() - started:.1f} s")
+    arm.log.line(f"dry run: step 1, on the images with the most objects: {time.monotonic() - started:.1f} s")
     if not trainer.save():
-        raise UserError(f"output = {trainer.folder.parent}: no checkpoint can be saved there, see above")
+        raise UserError(f"output = {arm.folder.parent}: no checkpoint can be saved there, see above")
     trainer.fit(STEPS)
-    once, weights, peak = _last_losses(trainer.folder), weights_hash(trainer.model), peak_memory()
-    trainer.log.close()
-    del trainer  # one model on the device is enough
+    once, weights, peak = _last_losses(arm.folder), weights_hash(arm.model), peak_memory()
+    trainer.close_log()
+    del trainer, arm  # one model on the device is enough
 
     # The same step again, from the checkpoint.
-    trainer = Trainer(config, device, found.annotations, newest(Path(config.output)), saves=False)
+    trainer = Trainer([config], device, found.annotations, [newest(Path(config.output))], saves=False)
+    arm = trainer.arms[0]
     trainer.set_data(crowded)
     trainer.open_log()
     trainer.fit(STEPS)
-    verdict = _compared(once, _last_losses(trainer.folder), weights == weights_hash(trainer.model), device)
-    trainer.log.line(f"dry run: step 2, again from that checkpoint: {verdict}")
+    verdict = _compared(once, _last_losses(arm.folder), weights == weights_hash(arm.model), device)
+    arm.log.line(f"dry run: step 2, again from that checkpoint: {verdict}")
 
     # Evaluation of a few images; only the log and what was found stay.
     if config.train.evaluate:
         annotations = val_annotations(config)
         usable = np.setdiff1d(np.arange(len(annotations)), annotations.absent)
         few = annotations.only(usable[: max(VALIDATION, distributed.world_size())].tolist())
-        _evaluate(trainer, f"a dry run of {trainer.folder}", few)
-        trainer.log.line(f"dry run: evaluation of a few validation images: {trainer.folder / 'eval'}")
-    trainer.log.line(f"dry run: peak memory of a process: {peak:.1f} GiB in training, {peak_memory():.1f} GiB in all")
-    trainer.log.close()
+        _evaluate(arm, f"a dry run of {arm.folder}", few)
+        arm.log.line(f"dry run: evaluation of a few validation images: {arm.folder / 'eval'}")
+    arm.log.line(f"dry run: peak memory of a process: {peak:.1f} GiB in training, {peak_memory():.1f} GiB in all")
+    trainer.close_log()
     distributed.barrier()
     if distributed.is_main():
         for part in ("checkpoints", "tensorboard"):
-            shutil.rmtree(trainer.folder / part)
-        print_line(f"dry run: passed; apart from {trainer.folder}, nothing in {trainer.folder.parent} was touched")
+            shutil.rmtree(arm.folder / part)
+        print_line(f"dry run: passed; apart from {arm.folder}, nothing in {arm.folder.parent} was touched")
 
 
 def overfit(config: Config, device: torch.device) -> None:
     """Learn `train.overfit` images by heart; says the loss and the AP on them. Without flips, jitter, weight decay."""
     config, most = _overfit_config(config), config.train.overfit
     with preflight(config) as found:
-        trainer = Trainer(config, device, found.annotations, saves=False)
+        trainer = Trainer([config], device, found.annotations, saves=False)
+        arm = trainer.arms[0]
     count = min(most, len(found.annotations.train_images))
     images = np.random.default_rng(config.seed).choice(found.annotations.train_images, count, replace=False)
     trainer.set_data(found.annotations.only(images.tolist()), OVERFIT_STEPS)
@@ -92,15 +96,15 @@ def overfit(config: Config, device: torch.device) -> None:
     trainer.fill_memory()
     trainer.fit()
     trainer.save()
-    _evaluate(trainer, f"{trainer.folder}, on the {count} images that it was trained on", trainer.annotations)
-    for line in _verdict(trainer.folder, count) if distributed.is_main() else ():
-        trainer.log.line(line)
-    trainer.log.close()
+    _evaluate(arm, f"{arm.folder}, on the {count} images that it was trained on", trainer.annotations)
+    for line in _verdict(arm.folder, count) if distributed.is_main() else ():
+        arm.log.line(line)
+    trainer.close_log()
 
 
-def _evaluate(trainer: Trainer, source: str, annotations: LVISAnnotations) -> None:
-    output = trainer.folder / "eval"
-    evaluate_model(trainer.model, trainer.config, output, source, annotations, resamples=0, errors=False)
+def _evaluate(arm: Arm, source: str, annotations: LVISAnnotations) -> None:
+    output = arm.folder / "eval"
+    evaluate_model(arm.model, arm.config, output, source, annotations, resamples=0, errors=False)
 
 
 def _in_folder(config: Config, name: str, **train: Any) -> Config:

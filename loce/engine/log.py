@@ -32,7 +32,8 @@ class RunLog:
 
     ends: iterations done after each epoch; batch_size: images of an iteration over all ranks; done: iterations done
     (0: from the beginning; else the log is cut there, so that no line is lost or doubled); pending: `unwritten` of the
-    run that goes on. UserError where the folder `config.output` cannot be written.
+    run that goes on; shown: also on the screen, as one log of a pass is. UserError where the folder `config.output`
+    cannot be written.
     """
 
     def __init__(
@@ -43,8 +44,9 @@ class RunLog:
         done: int = 0,
         pending: Mapping[str, Tensor] | None = None,
         device: torch.device | str = "cpu",
+        shown: bool = True,
     ) -> None:
-        self.folder = Path(config.output)
+        self.folder, self.shown = Path(config.output), shown
         self._ends, self._batch_size = list(ends), batch_size
         self._start, self._done, self._line_at = done, done, done  # iterations: at first, now, at the last line
         columns = {name: values.to(device).unbind() for name, values in (pending or {}).items()}
@@ -58,7 +60,7 @@ class RunLog:
                 raise UserError(
                     f"output = {self.folder}: cannot be written ({error}); choose another with output=..."
                 ) from error
-        self._bar = bar("training", ends[-1] * batch_size, done * batch_size, "images")
+        self._bar = bar("training", ends[-1] * batch_size, done * batch_size, "images", shown)
         self._waited = 0.0  # seconds, for images, since the last line
         self._started = self._line_time = time.monotonic()
 
@@ -163,7 +165,7 @@ class RunLog:
         """A line of log.txt, also printed unless `shown` is False. Rank 0 only."""
         if self._writing:
             self._warn("log.txt", self._text.write(text + "\n"))
-            if shown:
+            if shown and self.shown:
                 print_line(text)
 
     def _warn(self, what: str, problem: str) -> None:

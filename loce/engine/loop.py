@@ -1,7 +1,8 @@
 """Training step, and what it needs: learning rate, gradient norm, agreement of the ranks; filling of the memory."""
 
+from collections.abc import Sequence
 from contextlib import nullcontext
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -10,6 +11,7 @@ from torch.nn.parallel import DistributedDataParallel
 from loce.config import TrainConfig
 from loce.data.loader import Batches
 from loce.models.mask_rcnn import MaskRCNN
+from loce.models.together import Together
 from loce.utils import distributed, signals
 from loce.utils.errors import DivergedError
 from loce.utils.progress import progress
@@ -19,35 +21,39 @@ Samples = list[dict[str, Any]]
 Losses = dict[str, Tensor]
 
 
-class NotFiniteError(DivergedError):
-    """A loss or a gradient of a step is not finite; the optimiser has not used it. Raised on all ranks.
+class Learner(Protocol):
+    """What trains: a detector, its optimiser and, with fp16, the scaler of its loss (arm.py)."""
 
-    batches: this rank's samples of each micro-step; losses: scalars by name, of each micro-step.
+    model: MaskRCNN
+    optimizer: torch.optim.Optimizer
+    scaler: torch.amp.GradScaler
+
+
+class NotFiniteError(DivergedError):
+    """A loss or a gradient of a step is not finite; no optimiser has used it. Raised on all ranks.
+
+    bad: of each arm, whether it is concerned; batches: this rank's samples of each micro-step; losses: of each arm and
+    micro-step, scalars by name; stop: a rank was asked to stop.
     """
 
-    def __init__(self, batches: list[Samples], losses: list[Losses]) -> None:
+    def __init__(self, bad: list[bool], batches: list[Samples], losses: list[list[Losses]], stop: bool) -> None:
         super().__init__("training diverged: a loss or a gradient is not finite")
-        self.batches, self.losses = batches, losses
+        self.bad, self.batches, self.losses, self.stop = bad, batches, losses, stop
 
 
 def train_step(
     model: nn.Module,
+    arms: Sequence[Learner],
     batches: list[Samples],
-    optimizer: torch.optim.Optimizer,
-    scaler: torch.amp.GradScaler,
     config: TrainConfig,
     lr: float,
-) -> tuple[list[Losses], bool]:
+) -> tuple[list[list[Losses]], bool]:
     """One step of the optimiser on this rank's micro-batches, usually one; the gradient is that of their mean loss.
 
-    model: a MaskRCNN in training mode, or DistributedDataParallel around it. Returns the losses of each micro-batch
-    (scalars without gradient) and whether a rank was asked to stop, the same on all ranks. NotFiniteError, on all
-    ranks, where one of them has a loss or a gradient that is not finite.
+    model: the arm's MaskRCNN in training mode; of several arms, Together of theirs; or DistributedDataParallel around
+    it. Returns the losses of each arm and micro-batch (scalars without gradient) and whether a rank was asked to stop,
+    the same on all ranks. NotFiniteError, on all ranks, where one of them has a loss or a gradient that is not finite.
     """
-    for group in optimizer.param_groups:
-        group["lr"] = lr
-    optimizer.zero_grad(set_to_none=True)
-
     # Forward and backward; gradients of several micro-batches add up, and are averaged over ranks with the last one.
     device, steps = next(model.parameters()).device, []
     for number, batch in enumerate(batches, start=1):
@@ -55,20 +61,38 @@ def train_step(
         with model.no_sync() if adds_up else nullcontext():  # type: ignore[operator]
             with torch.autocast(device.type, PRECISION.get(config.precision), config.precision != "fp32"):
                 losses = model(batch)
-            scaler.scale(sum(losses.values()) / len(batches)).backward()
-        steps.append({name: loss.detach() for name, loss in losses.items()})
+            losses = losses if isinstance(losses, list) else [losses]
+            once = {id(loss): loss for own in losses for loss in own.values()}  # what arms share is one tensor
+            arms[0].scaler.scale(sum(once.values()) / len(batches)).backward()
+        steps.append([{name: loss.detach() for name, loss in own.items()} for own in losses])
 
     # No rank takes the step where one has a bad value.
-    scaler.unscale_(optimizer)
-    norm = gradient_norm(model)
-    finite, stop = _agree(steps, norm, scaler)
-    if not finite:
-        raise NotFiniteError(batches, steps)
+    for arm in arms:
+        arm.scaler.unscale_(arm.optimizer)
+    each, norms = [list(own) for own in zip(*steps, strict=True)], [gradient_norm(arm.model) for arm in arms]
+    bad, stop = _agree(each, norms, arms[0].scaler)
+    if any(bad):
+        raise NotFiniteError(bad, batches, each, stop)
     if config.clip_norm:
-        nn.utils.clip_grads_with_norm_(model.parameters(), config.clip_norm, norm)
-    scaler.step(optimizer)  # sync: with fp16 alone, PyTorch's scaler asks whether a gradient is infinite
-    scaler.update()
-    return steps, stop
+        nn.utils.clip_grads_with_norm_(model.parameters(), config.clip_norm, norms[0])
+    optimizer_step(arms, lr)
+    return each, stop
+
+
+def optimizer_step(arms: Sequence[Learner], lr: float) -> None:
+    """Move the weights of all arms. What they share is moved by the first, and has one momentum."""
+    moved: dict[Tensor, dict[str, Any]] = {}  # weight -> its momentum
+    for arm in arms:
+        state = arm.optimizer.state
+        for group in arm.optimizer.param_groups:
+            group["lr"] = lr
+            if moved:  # in the order of the weights, as the optimiser of a run of its own has them
+                learning = [p for p in group["params"] if p in moved or p.grad is not None]
+                state.update({p: moved.get(p, state[p]) for p in learning})
+        arm.scaler.step(arm.optimizer)  # sync: with fp16 alone, PyTorch's scaler asks whether a gradient is infinite
+        moved = moved or dict(state)
+        arm.scaler.update()
+        arm.optimizer.zero_grad(set_to_none=True)  # a weight without gradient is not moved again
 
 
 def gradient_norm(model: nn.Module) -> Tensor:
@@ -76,20 +100,20 @@ def gradient_norm(model: nn.Module) -> Tensor:
     return nn.utils.get_total_norm(p.grad for p in model.parameters() if p.grad is not None)
 
 
-def _agree(steps: list[Losses], norm: Tensor, scaler: torch.amp.GradScaler) -> tuple[bool, bool]:
-    """Over all ranks: whether the step is good, and whether one was asked to stop.
+def _agree(losses: list[list[Losses]], norms: list[Tensor], scaler: torch.amp.GradScaler) -> tuple[list[bool], bool]:
+    """Over all ranks: of each arm, whether its step is bad; and whether a rank was asked to stop.
 
     With fp16 an infinite gradient is normal: the scaler skips that step and scales less; below 1 it is no help.
     """
-    bad = ~torch.stack([loss for losses in steps for loss in losses.values()]).isfinite().all()
+    bad = [~torch.stack([x for step in own for x in step.values()]).isfinite().all() for own in losses]
     if not scaler.is_enabled():
-        bad = bad | ~norm.isfinite()
-    asked = torch.full_like(norm, bool(signals.asked))
+        bad = [one | ~norm.isfinite() for one, norm in zip(bad, norms, strict=True)]
+    asked = torch.full_like(norms[0], bool(signals.asked))
     # sync: the optimiser must not use a bad value, and all ranks must stop at the same step. It waits for the backward
     # pass when the next batch is ready and little is left to launch.
-    diverged, stop = distributed.all_reduce_sum(torch.stack([bad.to(norm.dtype), asked])).tolist()  # sync: see above
+    *diverged, stop = distributed.all_reduce_sum(torch.stack([*bad, asked])).tolist()  # sync: see above
     hopeless = scaler.is_enabled() and scaler.get_scale() < 1  # sync: with fp16 alone, its scale lives on the device
-    return not diverged and not hopeless, stop > 0
+    return [count > 0 or hopeless for count in diverged], stop > 0
 
 
 def scaled_lr(config: TrainConfig) -> float:
@@ -110,7 +134,7 @@ def learning_rate(config: TrainConfig, iteration: int, epoch: int) -> float:
 
 
 @torch.no_grad()
-def fill_memory(model: MaskRCNN, batches: Batches) -> None:
+def fill_memory(model: MaskRCNN | Together, batches: Batches) -> None:
     """Store instances of every class and warm up the mean score before stage 2 (supplement, Sec. 1).
 
     batches: of `fill_batches`; every rank fills its own bank from its own images, a shared bank deals the work out.
@@ -119,6 +143,6 @@ def fill_memory(model: MaskRCNN, batches: Batches) -> None:
     model.train()
     for samples in progress(batches, len(batches), "filling the feature memory"):
         model.fill_memory(samples)
-        asked = torch.full((), float(bool(signals.asked)), device=model.pixel_mean.device)
+        asked = torch.full((), float(bool(signals.asked)), device=next(model.parameters()).device)
         if distributed.all_reduce_sum(asked).item():  # sync: all ranks stop at the same batch; nothing trains here
             raise signals.stopped()

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TypeVar
 
 from loce.checkpoint.load import main_file
-from loce.checkpoint.save import newest
+from loce.checkpoint.save import newest_of_all
 from loce.config import MAY_CHANGE, Config, DataConfig, UserError, diff, from_dict, images_per_rank, raise_problems
 from loce.data.annotations.lvis import LVISAnnotations
 from loce.data.build import images_in_both, train_annotations, val_annotations
@@ -33,15 +33,15 @@ PARTS = ("checkpoints", "tensorboard", "eval")  # folders in a run folder that m
 
 @dataclass(frozen=True)
 class Ready:
-    """What the checks have opened. checkpoint: the newest of the run folder, which training goes on from."""
+    """What the checks have opened. checkpoints: of each run folder, the one that training goes on from."""
 
     annotations: LVISAnnotations
-    checkpoint: Path | None
+    checkpoints: list[Path | None]
 
 
 @contextmanager
-def preflight(config: Config) -> Iterator[Ready]:
-    """Check a run and lock its folder until the process ends; every rank must call.
+def preflight(*configs: Config) -> Iterator[Ready]:
+    """Check the runs of a pass, mostly one, and lock their folders until the process ends; every rank must call.
 
     UserError, on all ranks, with everything that any of them finds wrong. Nothing is written but the lock, and that is
     undone where something is wrong, here or in the block.
@@ -55,27 +55,33 @@ def preflight(config: Config) -> Iterator[Ready]:
             problems.append(str(error))
             return None
 
-    folder, init, train, main = Path(config.output), config.train.init, config.train, distributed.is_main()
-    # The run folder: whose it is, and that nobody else writes into it.
-    attempt(lambda: check_run_folder(folder, config))
-    lock = attempt(lambda: RunLock(folder)) if main and not problems else None
-    # The machine: batch and shared memory.
+    # The run folders: whose they are, and that nobody else writes into them.
+    folders, main = [Path(config.output) for config in configs], distributed.is_main()
+    for folder, each in zip(folders, configs, strict=True):
+        attempt(lambda: check_run_folder(folder, each))  # noqa: B023
+    wanted = folders if main and not problems else []
+    locks = [lock for folder in wanted if (lock := attempt(lambda: RunLock(folder)))]  # noqa: B023
+    # The machine: batch and shared memory. What is not of the method is the same in all runs.
+    config, train, init = configs[0], configs[0].train, configs[0].train.init
     images = attempt(lambda: images_per_rank(train, distributed.world_size()))
     if images is not None:
         attempt(lambda: require_shared_memory(config.data, images, distributed.local_world_size()))
     # What training starts from.
-    found = attempt(lambda: newest(folder))
-    attempt(lambda: check_resume(train.resume, folder, found))
-    if found is None and init:
+    found = attempt(lambda: newest_of_all(folders)) or [None] * len(folders)
+    for folder, checkpoint in zip(folders, found, strict=True):
+        attempt(lambda: check_resume(train.resume, folder, checkpoint))  # noqa: B023
+    begins = None in found
+    if begins and init:
         attempt(lambda: _check_init(init))
-    if found is None and not init and main:
+    if begins and not init and main:
         attempt(lambda: require_cache(config.model))
     if train.wandb and main:
         attempt(require_wandb)
     # Annotations and images, of training and of evaluation.
     annotations = data = attempt(lambda: train_annotations(config))
-    if found is None and data is not None:
-        attempt(lambda: head_files(config, data))
+    if begins and data is not None:
+        for each in configs:
+            attempt(lambda: head_files(each, data))  # noqa: B023
     if train.evaluate and (val := attempt(lambda: val_annotations(config))) is not None and data is not None:
         attempt(lambda: check_evaluation(config, val, data.stats, "the training data"))
         annotations = _with_overlap(config.data, data, val)
@@ -87,7 +93,7 @@ def preflight(config: Config) -> Iterator[Ready]:
         assert annotations is not None
         yield Ready(annotations, found)
     except UserError:
-        if lock is not None:
+        for lock in locks:
             lock.undo()
         raise
 

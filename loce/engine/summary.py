@@ -3,6 +3,7 @@
 from loce.checkpoint.files import megabytes
 from loce.checkpoint.save import checkpoint_bytes, free_bytes
 from loce.config import dump
+from loce.engine.arm import Arm
 from loce.engine.boards import Shown
 from loce.engine.log import speed_known_at
 from loce.engine.loop import scaled_lr
@@ -16,30 +17,33 @@ RUN_BYTES = 2e6  # of what a run writes once: options, environment, pictures, sn
 
 
 def introduce(trainer: Trainer) -> None:
-    """Log what this run is and, where it begins, draw its first samples: RUN/first_samples.jpg."""
-    lines = [*trainer.notes, *run_summary(trainer)]
-    for line in lines:
-        trainer.log.line(line)
-    if not distributed.is_main():
-        return
-    shown: dict[str, Shown] = {"run/header": "  \n".join(lines)}
-    shown["run/config"] = "".join(f"    {line}\n" for line in dump(trainer.config).splitlines())
-    if not trainer.step:
+    """Log what each run is and, where it begins, draw its first samples: RUN/first_samples.jpg."""
+    picture = None
+    if not trainer.step and distributed.is_main():
         from loce.engine.pictures import first_samples, write_picture  # drawing: where a run begins only
 
-        shown["run/first_samples"] = picture = first_samples(trainer.dataset, trainer.plan)
-        file = trainer.folder / "first_samples.jpg"
-        try:
-            write_picture(file, picture)
-            trainer.log.line(f"first samples, as the model will see them: {file}")
-        except OSError as error:  # a full disk ends no run
-            trainer.log.line(f"WARNING: {file}: {error.strerror}; training goes on without this picture")
-    trainer.log.show(trainer.step, shown)
+        picture = first_samples(trainer.dataset, trainer.plan)
+    for arm in trainer.arms:
+        lines = [*arm.notes, *run_summary(trainer, arm)]
+        for line in lines:
+            arm.log.line(line)
+        if not distributed.is_main():
+            continue
+        shown: dict[str, Shown] = {"run/header": "  \n".join(lines)}
+        shown["run/config"] = "".join(f"    {line}\n" for line in dump(arm.config).splitlines())
+        if picture is not None:
+            shown["run/first_samples"], file = picture, arm.folder / "first_samples.jpg"
+            try:
+                write_picture(file, picture)
+                arm.log.line(f"first samples, as the model will see them: {file}")
+            except OSError as error:  # a full disk ends no run
+                arm.log.line(f"WARNING: {file}: {error.strerror}; training goes on without this picture")
+        arm.log.show(trainer.step, shown)
 
 
-def run_summary(trainer: Trainer) -> list[str]:
+def run_summary(trainer: Trainer, arm: Arm) -> list[str]:
     """What this run is, for people who find its log later."""
-    config, train, memory, stats = trainer.config, trainer.config.train, trainer.config.memory, trainer.stats
+    config, train, memory, stats = arm.config, arm.config.train, arm.config.memory, arm.stats
     world, total = distributed.world_size(), trainer.total
     # Method.
     bank = f"feature memory ({memory.level}, {memory.capacity} per class)" if memory.enabled else "no memory"
@@ -48,18 +52,23 @@ def run_summary(trainer: Trainer) -> list[str]:
     groups = " / ".join(str(int(mask.sum())) for mask in masks)
     instances = [int(stats.instance_counts[mask].sum()) for mask in masks]
     # Model and batch.
-    trained = sum(p.numel() for p in trainer.model.parameters() if p.requires_grad)
-    every = sum(p.numel() for p in trainer.model.parameters())
+    trained = sum(p.numel() for p in arm.model.parameters() if p.requires_grad)
+    every = sum(p.numel() for p in arm.model.parameters())
     each = train.batch_size // (world * train.accumulate)
     meta = ", and as many of the meta batch, counted in images/s" if trainer.plan.meta else ""
     # Schedule.
     known = speed_known_at(trainer.step, total, train.log_every)
     end = f"said near iteration {known}, when the speed is known" if known else ""
     # Disk: checkpoints that are kept, the one that is being written, the best one, and the logs.
-    size, lines = checkpoint_bytes(config, trainer.model), total // train.log_every + train.epochs
+    size, lines = checkpoint_bytes(config, arm.model), total // train.log_every + train.epochs
     count, logs = train.keep_checkpoints + 1 + bool(train.evaluate_every), lines * LINE_BYTES + RUN_BYTES
+    others = [other for other in trainer.arms if other is not arm]
+    pass_size = sum(checkpoint_bytes(other.config, other.model) for other in trainer.arms)
+    everything = f"; up to {megabytes(count * pass_size + len(trainer.arms) * logs)} with the others" if others else ""
     kept = f"{train.keep_checkpoints} checkpoints, the next{' and the best' if train.evaluate_every else ''}"
+    beside = f"in one pass with {', '.join(str(other.folder) for other in others)}: images/s and minutes are the pass's"
     return [
+        *([beside] if others else []),
         f"method: {config.head.name} head, {bank}, indicator {config.indicator.kind}, {config.sampler.name} sampler",
         f"data: {trainer.annotations.path} (sha256 {file_hash(trainer.annotations.path)}), {len(trainer.dataset)} "
         f"images, {sum(instances)} instances ({' / '.join(map(str, instances))} of rare / common / frequent classes), "
@@ -71,9 +80,9 @@ def run_summary(trainer: Trainer) -> list[str]:
         f"batch: {train.batch_size} = {world} ranks x {each} images x {train.accumulate} steps{meta}; "
         f"learning rate {scaled_lr(train):.4g} ({train.lr:g} at {train.lr_batch_size}, scaled linearly)",
         f"schedule: {train.epochs} epochs, {total} iterations, drops after {list(train.drops)}, {train.precision}, "
-        f"seed {config.seed}; run folder {trainer.folder}",
+        f"seed {config.seed}; run folder {arm.folder}",
         f"expected end: {end or 'the run is over before its speed is known'}",
         f"disk: up to {megabytes(count * size + logs)} ({kept}: {count} x {megabytes(size)}; logs: {megabytes(logs)})"
-        f"{', detections of the evaluation come on top' if train.evaluate else ''}; "
-        f"{megabytes(free_bytes(trainer.folder))} are free",
+        f"{', detections of the evaluation come on top' if train.evaluate else ''}"
+        f"{everything}; {megabytes(free_bytes(arm.folder))} are free",
     ]

@@ -4,8 +4,10 @@ from pathlib import Path
 
 from loce.checkpoint.save import require_room
 from loce.config import Config
+from loce.data.annotations.lvis import LVISAnnotations
 from loce.data.build import val_annotations
 from loce.engine import validation
+from loce.engine.arm import Arm
 from loce.engine.boards import open_boards
 from loce.engine.dry_run import dry_run, overfit
 from loce.engine.inference import evaluate_model
@@ -14,54 +16,63 @@ from loce.engine.ranks import process_group
 from loce.engine.summary import introduce
 from loce.engine.trainer import Trainer
 from loce.utils import distributed
-from loce.utils.errors import Stopped
+from loce.utils.errors import DivergedError, Stopped
 from loce.utils.files import write_text
 from loce.utils.progress import print_line
 
 STOPPED = "stopped.txt"  # in the run folder while a run that was asked to stop waits to go on
 
 
-def train(config: Config) -> None:
-    """Train to the end, from the newest checkpoint in the run folder where there is one, and evaluate."""
-    with process_group(config.device) as device:
+def train(*configs: Config) -> None:
+    """Train to the end, from the newest checkpoint in the run folder where there is one, and evaluate.
+
+    Several configs train in one pass (see passes.py), each into its own run folder.
+    """
+    with process_group(configs[0].device) as device:
         try:
-            if config.train.dry_run or config.train.overfit:
-                return (dry_run if config.train.dry_run else overfit)(config, device)
-            # Everything that can be wrong is found here; a mistake leaves the run folder as it was.
-            with preflight(config) as found:
-                trainer = Trainer(config, device, found.annotations, found.checkpoint)
-                if trainer.step < trainer.total:
-                    require_room(trainer.folder, config, trainer.model)
-            if distributed.is_main():
-                (trainer.folder / STOPPED).unlink(missing_ok=True)
+            if configs[0].train.dry_run or configs[0].train.overfit:
+                for config in configs:
+                    (dry_run if config.train.dry_run else overfit)(config, device)
+                return
+            # Everything that can be wrong is found here; a mistake leaves the run folders as they were.
+            with preflight(*configs) as found:
+                trainer = Trainer(configs, device, found.annotations, found.checkpoints)
+                require_room([(arm.folder, arm.config, arm.model) for arm in trainer.arms])
+            for config in configs if distributed.is_main() else ():
+                Path(config.output, STOPPED).unlink(missing_ok=True)
 
             # Training.
-            if trainer.step < trainer.total:
+            for arm in trainer.finished if distributed.is_main() else ():
+                print_line(f"{arm.folder}: training is finished already")
+            if trainer.arms:
                 trainer.open_log()
                 introduce(trainer)
                 trainer.fill_memory()
                 trainer.fit()
-                trainer.log.close()
-            elif distributed.is_main():
-                print_line(f"{trainer.folder}: training is finished already")
+                trainer.close_log()
 
-            if config.train.evaluate:
-                _evaluate(trainer)
+            # Evaluation.
+            if trainer.config.train.evaluate:
+                annotations = val_annotations(trainer.config)
+                for arm in [*trainer.finished, *trainer.arms]:
+                    _evaluate(arm, annotations)
+            if trainer.diverged:
+                raise DivergedError("\n".join(trainer.diverged))
         except Stopped as request:
-            if distributed.is_main():  # for scripts that put the job back into its queue: torchrun hides the exit code
+            # For scripts that put the job back into its queue: torchrun hides the exit code.
+            for config in configs if distributed.is_main() else ():
                 write_text(Path(config.output) / STOPPED, f"stopped by {request}; the same command goes on\n")
             raise
 
 
-def _evaluate(trainer: Trainer) -> None:
+def _evaluate(arm: Arm, annotations: LVISAnnotations) -> None:
     """Evaluate into RUN/eval; numbers and a picture also on the pages of TensorBoard."""
-    folder, config, step = trainer.folder / "eval", trainer.config, trainer.step
-    annotations = val_annotations(config)
-    evaluate_model(trainer.model, config, folder, f"{trainer.folder} after {step} iterations", annotations)
+    folder, config = arm.folder / "eval", arm.config
+    evaluate_model(arm.model, config, folder, f"{arm.folder} after {arm.step} iterations", annotations)
     if distributed.is_main():
-        boards = open_boards(trainer.folder, None, config)
-        values = validation.results(trainer.model, config, folder, annotations)
+        boards = open_boards(arm.folder, None, config)
+        values = validation.results(arm.model, config, folder, annotations)
         for board in boards:
-            if problem := board.show(step, values):
+            if problem := board.show(arm.step, values):
                 print_line(f"WARNING: {problem}")
             board.close()

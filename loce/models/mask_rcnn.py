@@ -17,7 +17,7 @@ from loce.data.transforms import Geometry, resized
 from loce.heads import HEADS
 from loce.mean_score import MeanScoreTracker
 from loce.models.backbone import build_backbone
-from loce.models.boxes import INSTANCES, ROI_STDS, decode, generator_for
+from loce.models.boxes import ROI_STDS, decode
 from loce.models.detection import detect
 from loce.models.lost_objects import find_near_misses
 from loce.models.mask_head import MaskHead
@@ -32,6 +32,7 @@ PIXEL_STD = (58.395, 57.12, 57.375)
 DIVISOR = 32
 REGIONS = 32  # whose masks are predicted at once
 Size = tuple[int, int]
+FirstStage = tuple[list[Tensor], list[Tensor], list[Targets], list[Size]]  # maps, proposals, targets, content sizes
 
 
 def build_roi_heads(
@@ -149,24 +150,20 @@ class MaskRCNN(nn.Module):
         return list(self.backbone(batch).values())
 
     def targets_of(self, sample: dict[str, Any], batch_index: int = 0) -> Targets:
-        """Ground truth on the model's device; the instances to store are chosen while labels are on the host."""
-        device, seed, memory = self.pixel_mean.device, sample.get("seed"), self.roi_heads.memory
-        rows = sample.get("store_rows", torch.empty(0, dtype=torch.long))
-        if "store_rows" not in sample and memory is not None:
-            rows = memory.choose_rows(sample["labels"], generator_for(seed, INSTANCES, torch.device("cpu")))
-            rows = rows.pin_memory() if device.type == "cuda" else rows  # as the data loader leaves the others
-        ignored = sample.get("ignored", torch.empty((0, 4)))
-        tensors = (x.to(device, non_blocking=True) for x in (sample["boxes"], sample["labels"], rows, ignored))
-        boxes, labels, rows, ignored = tensors
+        """Ground truth on the model's device."""
+        device, rows, ignored = self.pixel_mean.device, sample.get("store_rows"), sample.get("ignored")
+        ignored = torch.empty((0, 4)) if ignored is None else ignored
+        boxes, labels, ignored = (x.to(device, non_blocking=True) for x in (sample["boxes"], sample["labels"], ignored))
         return Targets(
             boxes=boxes,
             labels=labels,
             masks=sample["masks"].to(device, non_blocking=True),
-            store_rows=rows,
+            store_rows=None if rows is None else rows.to(device, non_blocking=True),
             sampled_class=sample.get("sampled_class", -1),
-            seed=seed,
+            seed=sample.get("seed"),
             batch_index=sample.get("batch_index", batch_index),
             ignored=ignored,
+            host_labels=sample["labels"],
         )
 
     def forward(self, samples: list[Any]) -> Any:
@@ -174,6 +171,11 @@ class MaskRCNN(nn.Module):
         scores, masks}."""
         if not self.training:
             return self.predict(samples)
+        losses, batch = self.first_stage(samples)
+        return losses | self.roi_heads.losses(*batch)
+
+    def first_stage(self, samples: list[Any], learns: bool = True) -> tuple[dict[str, Tensor], FirstStage]:
+        """Trunk and RPN: its losses, none where it does not learn, and what the RoI heads work on."""
         batch, sizes, padded = self.batch_images([s["image"] for s in samples])
         targets = [self.targets_of(s, i) for i, s in enumerate(samples)]
         features = self.features(batch)
@@ -181,22 +183,17 @@ class MaskRCNN(nn.Module):
             logits, deltas = self.rpn(features)
         anchors = self.rpn.anchors(features)
         losses = {}
-        if not self.roi_heads.only_classifier:
+        if learns and not self.roi_heads.only_classifier:
             boxes, seeds, ignored = [t.boxes for t in targets], [t.seed for t in targets], [t.ignored for t in targets]
             losses = self.rpn.losses(features, anchors, padded, boxes, seeds, ignored)
         proposals = self.rpn.proposals(logits, deltas, anchors, sizes, [(t.boxes, t.labels) for t in targets])
-        return losses | self.roi_heads.losses(features, proposals, targets, sizes)
+        return losses, (features, proposals, targets, sizes)
 
     @torch.no_grad()
     def fill_memory(self, samples: list[dict[str, Any]]) -> None:
         """Store the features of the samples' `store_rows` and update the mean score; nothing is learned."""
-        batch, sizes, _ = self.batch_images([s["image"] for s in samples])
-        targets, features = [self.targets_of(s, i) for i, s in enumerate(samples)], self.features(batch)
-        logits, deltas = self.rpn(features)
-        known = [(t.boxes, t.labels) for t in targets]
-        proposals = self.rpn.proposals(logits, deltas, self.rpn.anchors(features), sizes, known)
-        sampled = [self.roi_heads.select(p, t) for p, t in zip(proposals, targets, strict=True)]
-        self.roi_heads.forward_rows(features, sampled, targets, sizes)
+        _, batch = self.first_stage(samples, learns=False)
+        self.roi_heads.fill_memory(*batch)
 
     @torch.no_grad()
     def detect(

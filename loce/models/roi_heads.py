@@ -4,7 +4,9 @@ Shapes: B images, R sampled RoIs over the batch, K rows from the memory, N = R +
 classes, L logits of the classifier, P positives, G ground-truth instances over the batch.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -18,6 +20,7 @@ from loce.heads.base import Head, RoIs
 from loce.mean_score import MeanScoreTracker, instance_scores
 from loce.models.boxes import (
     HEAD,
+    INSTANCES,
     REGIONS,
     ROI_STDS,
     encode,
@@ -35,6 +38,7 @@ from loce.utils.distributed import mean_count
 BOX_SIDE, MASK_SIDE = 7, 14
 POOL_STRIDES = (4, 8, 16, 32)  # P2..P5; P6 serves the RPN only
 TORCHVISION_SAMPLES = 2  # a bin and axis
+T = TypeVar("T")
 
 
 @dataclass
@@ -44,11 +48,12 @@ class Targets:
     boxes: Tensor  # (G, 4)
     labels: Tensor  # (G,)
     masks: CroppedMasks
-    store_rows: Tensor  # (n,) instances whose features the memory stores
+    store_rows: Tensor | None = None  # (n,) instances whose features the memory stores; None: it chooses
     sampled_class: int = -1  # as RoIs.sampled_class_N
     seed: int | None = None  # of the image's random numbers
     batch_index: int = 0  # position in the batch over all ranks
     ignored: Tensor | None = None  # (M, 4) boxes of regions that are neither objects nor background
+    host_labels: Tensor | None = None  # (G,) `labels` on the host, where the memory chooses
 
 
 @dataclass
@@ -58,6 +63,20 @@ class SampledRoIs:
     boxes: Tensor
     labels: Tensor
     instances: Tensor
+
+
+class Once:
+    """Results of one batch, by what makes them: models that share a module (together.py) share its work."""
+
+    def __init__(self) -> None:
+        self.results: dict[Any, Any] = {}
+
+    def __call__(self, key: Any, compute: Callable[[], T]) -> T:
+        """`compute()`, or what it gave before under this key."""
+        if key not in self.results:
+            self.results[key] = compute()
+        result: T = self.results[key]
+        return result
 
 
 class BoxHead(nn.Module):
@@ -118,10 +137,15 @@ class RoIHeads(nn.Module):
         proposals: list[Tensor],
         targets: list[Targets],
         sizes: list[tuple[int, int]],
+        once: Once | None = None,
     ) -> dict[str, Tensor]:
-        """Losses of one batch. sizes: (height, width) of each image's content."""
-        sampled = [self.select(p, t) for p, t in zip(proposals, targets, strict=True)]
-        x_ND, box_targets_N4, logits_NL, rois = self.forward_rows(features, sampled, targets, sizes)
+        """Losses of one batch. sizes: (height, width) of each image's content; once: what other models computed of it.
+
+        The loss of a mask head that they share is the same tensor in all.
+        """
+        once = once or Once()
+        sampled = once("RoIs", lambda: [self.select(p, t) for p, t in zip(proposals, targets, strict=True)])
+        x_ND, box_targets_N4, logits_NL, rois = self.forward_rows(features, sampled, targets, sizes, once)
         counted, positive = rois.labels_N != IGNORED, rois.instances_N >= 0
         rois.count, positives = mean_count(torch.stack([counted.sum(), positive.sum()]))
         with record_function("classification loss"):
@@ -129,8 +153,21 @@ class RoIHeads(nn.Module):
         if self.only_classifier:
             return losses
         losses["loss_box"] = self._box_loss(self.deltas(x_ND), rois, box_targets_N4)
-        losses["loss_mask"] = self._mask_loss(features, sampled, targets, positives)
+        losses["loss_mask"] = once(self.mask_head, lambda: self._mask_loss(features, sampled, targets, positives))
         return losses
+
+    def fill_memory(
+        self,
+        features: list[Tensor],
+        proposals: list[Tensor],
+        targets: list[Targets],
+        sizes: list[tuple[int, int]],
+        once: Once | None = None,
+    ) -> None:
+        """`losses` without losses: what it stores, and what it does to the mean score."""
+        once = once or Once()
+        sampled = once("RoIs", lambda: [self.select(p, t) for p, t in zip(proposals, targets, strict=True)])
+        self.forward_rows(features, sampled, targets, sizes, once)
 
     def forward_rows(
         self,
@@ -138,27 +175,26 @@ class RoIHeads(nn.Module):
         sampled: list[SampledRoIs],
         targets: list[Targets],
         sizes: list[tuple[int, int]],
+        once: Once,
     ) -> tuple[Tensor, Tensor, Tensor, RoIs]:
         """Pool, store, draw, classify, update the mean score: everything but the losses.
 
         Returns what the classifier read (N, D), box targets (N, 4), logits (N, L), and the RoIs that its loss gets.
         """
-        pooled = self.pool(features, [r.boxes for r in sampled], BOX_SIDE)
-        labels_N = torch.cat([r.labels for r in sampled])
-        box_targets_N4 = torch.cat([_box_targets(r, t) for r, t in zip(sampled, targets, strict=True)])
-        instances_N, sampled_class_N = _batch_instances(sampled, targets), _sampled_classes(sampled, targets)
+        pooled = once("pooled", lambda: self.pool(features, [r.boxes for r in sampled], BOX_SIDE))
+        labels_N, box_targets_N4, instances_N, sampled_class_N = once("rows", lambda: _rows(sampled, targets))
 
         # MFS (Sec. 3.3): features around this batch's objects are stored, then rows of weak classes are drawn.
         memory, drawn = None, 0
         if self.memory is not None:
-            self.memory.store(*self.rows_to_store(features, targets, sizes))
+            once(self.memory.bank, lambda: self.store(features, targets, sizes))
             images = [ImageSeed(t.seed, t.batch_index) for t in targets if t.sampled_class != META]
             memory = self.memory.draw(self.indicator, images)
             drawn = len(memory.labels)
             labels_N = torch.cat([labels_N, memory.labels])
             box_targets_N4 = torch.cat([box_targets_N4, memory.box_targets])
             instances_N, sampled_class_N = (F.pad(x, (0, drawn), value=-1) for x in (instances_N, sampled_class_N))
-        x_ND = self._classifier_input(pooled, memory)
+        x_ND = self._classifier_input(pooled, memory, once)
         with record_function("classifier"):
             logits_NL = self.classifier(x_ND)
 
@@ -178,29 +214,31 @@ class RoIHeads(nn.Module):
         return x_ND, box_targets_N4, logits_NL, rois
 
     @torch.no_grad()
-    def rows_to_store(
-        self, features: list[Tensor], targets: list[Targets], sizes: list[tuple[int, int]]
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """Of jittered boxes around the instances to store: features (B, D), labels (B,) and box targets (B, 4).
-
-        Features are pooled ones (`memory.level=roi`) or what the classifier reads (fc).
-        """
+    def store(self, features: list[Tensor], targets: list[Targets], sizes: list[tuple[int, int]]) -> None:
+        """Store features of jittered boxes around some instances: pooled ones, or what the classifier reads."""
         assert self.memory is not None
-        boxes, labels = [t.boxes for t in targets], [t.labels for t in targets]
-        rows, seeds = [t.store_rows for t in targets], [t.seed for t in targets]
-        jittered, labels_B, box_targets_B4 = self.memory.boxes(boxes, labels, rows, sizes, seeds)
+        chosen = [self._choose(t) if t.store_rows is None else t.store_rows for t in targets]
+        boxes, labels, seeds = [t.boxes for t in targets], [t.labels for t in targets], [t.seed for t in targets]
+        jittered, labels_B, box_targets_B4 = self.memory.boxes(boxes, labels, chosen, sizes, seeds)
         pooled = self.pool(features, jittered, BOX_SIDE)
         stored = self.features_of(pooled) if self.memory.config.level == "fc" else pooled
-        return stored, labels_B, box_targets_B4
+        self.memory.store(stored, labels_B, box_targets_B4)
 
-    def _classifier_input(self, pooled: Tensor, memory: MemoryRows | None) -> Tensor:
+    def _choose(self, target: Targets) -> Tensor:
+        """(n,) the instances of an image to store, chosen on the host."""
+        assert self.memory is not None and target.host_labels is not None
+        generator = generator_for(target.seed, INSTANCES, torch.device("cpu"))
+        rows = self.memory.choose_rows(target.host_labels, generator)
+        rows = rows.pin_memory() if target.labels.is_cuda else rows  # as the data loader leaves the others
+        return rows.to(target.labels.device, non_blocking=True)
+
+    def _classifier_input(self, pooled: Tensor, memory: MemoryRows | None, once: Once) -> Tensor:
         """(N, D) what the classifier reads of pooled features (R, D, 7, 7) and, after them, of rows from the memory."""
-        if self.memory is None or memory is None:
-            return self.features_of(pooled)
-        drawn = memory.features.to(pooled.dtype)
-        if self.memory.config.level == "fc":
-            return torch.cat([self.features_of(pooled), drawn])
-        return self.features_of(torch.cat([pooled, drawn]))
+        drawn = None if memory is None else memory.features.to(pooled.dtype)
+        if drawn is not None and drawn.dim() == pooled.dim():  # memory.level=roi
+            return self.features_of(torch.cat([pooled, drawn]))
+        x_RD = once((self.box_head, self.classifier.depth), lambda: self.features_of(pooled))
+        return x_RD if drawn is None else torch.cat([x_RD, drawn])
 
     def pool(self, features: list[Tensor], boxes: list[Tensor], side: int) -> Tensor:
         """(N, D, S, S) features of boxes, as `config` says; see the function `pool`."""
@@ -290,26 +328,24 @@ class RoIHeads(nn.Module):
         return mask_loss(logits, torch.cat(wanted), positives)
 
 
+def _rows(sampled: list[SampledRoIs], targets: list[Targets]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Of all RoIs: label, box target (R, 4), instance in the batch or -1, class that the image was drawn for."""
+    labels, box_targets, instances, sampled_classes, offset = [], [], [], [], 0
+    for r, t in zip(sampled, targets, strict=True):
+        labels.append(r.labels)
+        box_targets.append(_box_targets(r, t))
+        instances.append(torch.where(r.instances >= 0, r.instances + offset, -1))
+        sampled_classes.append(torch.full_like(r.labels, t.sampled_class))
+        offset += len(t.labels)
+    return torch.cat(labels), torch.cat(box_targets), torch.cat(instances), torch.cat(sampled_classes)
+
+
 def _box_targets(sampled: SampledRoIs, target: Targets) -> Tensor:
     """(R, 4) deltas from each positive RoI to its ground truth, 0 elsewhere."""
     if len(target.boxes) == 0:
         return torch.zeros_like(sampled.boxes)
     deltas = encode(sampled.boxes, target.boxes[sampled.instances.clamp(min=0)], ROI_STDS)
     return torch.where((sampled.instances >= 0)[:, None], deltas, 0)
-
-
-def _batch_instances(sampled: list[SampledRoIs], targets: list[Targets]) -> Tensor:
-    """(R,) instance index over the whole batch, -1 where a RoI has none."""
-    parts, offset = [], 0
-    for r, t in zip(sampled, targets, strict=True):
-        parts.append(torch.where(r.instances >= 0, r.instances + offset, -1))
-        offset += len(t.labels)
-    return torch.cat(parts)
-
-
-def _sampled_classes(sampled: list[SampledRoIs], targets: list[Targets]) -> Tensor:
-    """(R,) the class that each RoI's image was drawn for."""
-    return torch.cat([torch.full_like(r.labels, t.sampled_class) for r, t in zip(sampled, targets, strict=True)])
 
 
 def pyramid_level(boxes_N4: Tensor, finest_scale: float) -> Tensor:

@@ -49,9 +49,9 @@ class Progress:
             print_line(f"{self.label}: {self.done}/{self.total} {self.unit} in {took}, {peak_memory():.1f} GiB")
 
 
-def bar(label: str, total: int, done: int, unit: str) -> "tqdm[Any]":
+def bar(label: str, total: int, done: int, unit: str, shown: bool = True) -> "tqdm[Any]":
     """A tqdm bar on rank 0 of a terminal; elsewhere one that shows nothing (`disable` is true)."""
-    if not (_is_main() and sys.stderr.isatty()):
+    if not (shown and _is_main() and sys.stderr.isatty()):
         return tqdm(total=total, initial=done, disable=True)
     columns, _ = os.get_terminal_size(sys.stderr.fileno())
     # Some terminals say that they are 0 x 0.

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import replace
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -66,14 +67,15 @@ def train(
     config = TrainConfig(precision=precision, clip_norm=10.0)  # type: ignore[arg-type]
     optimizer = build_optimizer(model, replace(config, lr=0.02))
     scaler = torch.amp.GradScaler(device.type, init_scale=256.0, enabled=precision == "fp16")
+    arm = SimpleNamespace(model=model, optimizer=optimizer, scaler=scaler)
     losses = []
     if fill:
         with torch.no_grad():
             model.fill_memory(samples(50))
     for step in range(first, first + steps):
         batches = [samples(2 * step + part) for part in range(accumulate)]
-        found, _ = train_step(model, batches, optimizer, scaler, config, 0.02)
-        losses += found
+        found, _ = train_step(model, [arm], batches, config, 0.02)
+        losses += found[0]
     return {"losses": losses, "state": dict(model.state_dict()), "momentum": optimizer.state_dict()["state"]}
 
 

@@ -266,8 +266,8 @@ def test_an_older_format_gives_its_weights_only(tiny: Config) -> None:
 def test_a_disk_without_room_is_found_at_the_start(tiny: Config) -> None:
     huge = dataclasses.replace(tiny, memory=dataclasses.replace(tiny.memory, capacity=1))
     model, _ = job(huge, 0)
-    resume.require_room(Path(tiny.output), huge, model)
+    resume.require_room([(Path(tiny.output), huge, model)])
     with torch.device("meta"):
         model.roi_heads.memory.bank.register_buffer("features", torch.empty(10**15))
     with pytest.raises(UserError, match=r"a checkpoint takes up to 400000\d\.\d GB, .* are free on its disk: free "):
-        resume.require_room(Path(tiny.output), huge, model)
+        resume.require_room([(Path(tiny.output), huge, model)])

@@ -137,12 +137,12 @@ MUTANTS = (
     Mutant(
         "drawn before stored",
         "models/roi_heads.py",
-        "            self.memory.store(*self.rows_to_store(features, targets, sizes))\n"
+        "            once(self.memory.bank, lambda: self.store(features, targets, sizes))\n"
         "            images = [ImageSeed(t.seed, t.batch_index) for t in targets if t.sampled_class != META]\n"
         "            memory = self.memory.draw(self.indicator, images)\n",
         "            images = [ImageSeed(t.seed, t.batch_index) for t in targets if t.sampled_class != META]\n"
         "            memory = self.memory.draw(self.indicator, images)\n"
-        "            self.memory.store(*self.rows_to_store(features, targets, sizes))\n",
+        "            once(self.memory.bank, lambda: self.store(features, targets, sizes))\n",
     ),
     Mutant("jitter of a fifth", "box_generator.py", "[:, None] / 6", "[:, None] / 5"),
     Mutant(

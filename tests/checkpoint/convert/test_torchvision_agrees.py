@@ -99,20 +99,20 @@ def recipe(converted: Path, glyphs: Path, folder: Path, *words: str) -> list[str
 def test_loce_starts_from_it(converted: Path, glyphs: Path, tmp_path: Path) -> None:
     config = load_config(recipe(converted, glyphs, tmp_path, "device=cpu"))
     with preflight(config) as found:
-        made = Trainer(config, torch.device("cpu"), found.annotations)
-    assert not any("WARNING" in line for line in made.notes)
+        made = Trainer([config], torch.device("cpu"), found.annotations)
+    assert not any("WARNING" in line for line in made.arms[0].notes)
     stored = torch.load(converted, weights_only=True)["model"]
-    state = made.model.state_dict()
+    state = made.arms[0].model.state_dict()
     assert all(torch.equal(state[key], value) for key, value in stored.items() if "tracker" not in key)
-    assert made.model.roi_heads.memory is not None and not made.model.config.roi.aligned
+    assert made.arms[0].model.roi_heads.memory is not None and not made.arms[0].model.config.roi.aligned
 
 
 def test_options_against_the_weights_are_warned_of(converted: Path, glyphs: Path, tmp_path: Path) -> None:
     words = recipe(converted, glyphs, tmp_path, "model.roi.aligned=true", "model.mask_predictor=normalised")
     config = load_config(words)
     with preflight(config) as found:
-        made = Trainer(config, torch.device("cpu"), found.annotations)
-    warning = next(line for line in made.notes if line.startswith("WARNING"))
+        made = Trainer([config], torch.device("cpu"), found.annotations)
+    warning = next(line for line in made.arms[0].notes if line.startswith("WARNING"))
     assert "made with model.mask_predictor=linear model.roi.aligned=false, this run says otherwise" in warning
 
 

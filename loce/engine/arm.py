@@ -1,0 +1,196 @@
+"""Arm of a training: model, optimiser, log and checkpoints of one recipe. An ordinary run has one, a pass several.
+
+Arms of a pass share parts of their models (models/together.py). What an arm writes is a run folder like any other.
+"""
+
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import torch
+
+from loce.checkpoint.files import megabytes
+from loce.checkpoint.load import Checkpoint, load_weights
+from loce.checkpoint.save import restore, save
+from loce.config import Config, UserError, diff
+from loce.data.annotations.lvis import LVISAnnotations
+from loce.engine import divergence, validation
+from loce.engine.boards import Shown
+from loce.engine.log import RunLog
+from loce.engine.loop import Losses, Samples
+from loce.models.build import build_model, build_optimizer, load_head_files
+from loce.models.mask_rcnn import MaskRCNN
+from loce.models.together import share, unshare_memory
+from loce.utils import distributed
+from loce.utils.classes import GROUPS, ClassStats
+from loce.utils.errors import DivergedError
+from loce.utils.yaml_text import show
+
+# Options that give weights their meaning, and that no shape shows.
+UNSEEN = ("model.mask_predictor", "model.rpn.anchor_scale", "model.roi.finest_scale", "model.roi.aligned")
+LAST_TRIES, LAST_WAIT = 20, 30.0  # of saving the last checkpoint; seconds between them
+
+
+class Arm:
+    """Model, optimiser and how many iterations are done, from `checkpoint` or from the weights of `train.init`.
+
+    beside: arms of the same pass; it shares parts with those that stand where it does. UserError where the weights do
+    not fit.
+    """
+
+    log: RunLog  # from `Trainer.open_log` on
+
+    def __init__(
+        self,
+        config: Config,
+        device: torch.device,
+        annotations: LVISAnnotations,
+        checkpoint: Path | None = None,
+        beside: Sequence["Arm"] = (),
+    ) -> None:
+        self.config, self.stats, self.folder = config, annotations.stats, Path(config.output)
+        self.step, self.resumed = 0, checkpoint is not None
+
+        # Model; `notes` says what was loaded.
+        torch.manual_seed(config.seed)
+        self.model = build_model(config, self.stats, pretrained=checkpoint is None and not config.train.init)
+        self.notes: list[str] = []
+        if checkpoint is None:
+            load_head_files(config, annotations, self.model)
+            self.notes = load_initial_weights(config, self.model, self.stats) if config.train.init else []
+        self.model.to(device)
+
+        # The model's choices are keyed by image; a head's own random numbers differ between ranks.
+        torch.manual_seed(config.seed * 1000003 + distributed.rank())
+        state = None
+        self.pending: dict[str, torch.Tensor] = {}  # losses of iterations done without their line in the log
+        if checkpoint is not None:
+            state, changes = restore(checkpoint, config, self.model, device)
+            self.step, self.pending = state["iteration"], state["window"]
+            self.notes = [f"going on from {checkpoint}", *changes]
+        share(self.model, [arm.model for arm in beside if arm.step == self.step])
+
+        # Optimiser and, with fp16, the scaler of the loss.
+        self.optimizer: torch.optim.Optimizer = build_optimizer(self.model, config.train)
+        self.scaler = torch.amp.GradScaler(device.type, enabled=config.train.precision == "fp16")
+        if state is not None:
+            self.optimizer.load_state_dict(state["optimizer"])
+            self.scaler.load_state_dict(state["scaler"])
+
+    def write(self, lr: float) -> None:
+        """A line of the log."""
+        self.log.write(lr, equilibrium_scalars(self.model, self.stats))
+
+    def snapshot(self) -> None:
+        """A line of equilibrium.jsonl."""
+        self.log.snapshot(self.step, equilibrium_of_classes(self.model))
+
+    def evaluate(self, epoch: int) -> None:
+        """Evaluate between two epochs."""
+        found = validation.evaluate_epoch(self.model, self.config, self.folder, epoch, self.step)
+        self.log.scalars(self.step, found)
+
+    def diverged(
+        self,
+        batches: list[Samples],
+        losses: list[Losses],
+        lr: float,
+        name_of: Callable[[int], str],
+    ) -> str:
+        """The end of a training whose next step is not finite: a summary; a report on disk says where it came from."""
+        unshare_memory(self.model)  # the report stores the batch again
+        found = (batches, losses, self.step + 1, lr, self.config.train.precision, name_of)
+        summary = divergence.report(self.folder, self.model, *found)
+        self.log.line(summary, shown=False)
+        return summary
+
+    def save(self, total: int, last: bool = False) -> bool:
+        """Write a checkpoint; False, with a warning, where the disk does not take it. Every rank must call.
+
+        total: iterations of the whole training; last: nothing comes after it, so it is tried again for ten minutes,
+        then UserError. DivergedError where a value is not finite.
+        """
+        numbers = [x for x in self.model.state_dict().values() if x.is_floating_point()]
+        bad = ~torch.stack([x.isfinite().all() for x in numbers]).all()
+        if distributed.all_reduce_sum(bad.float()).item():  # sync: a save
+            raise DivergedError(
+                "training diverged: a weight or a buffer is not finite; the checkpoints before are good"
+            )
+        self.log.sync()
+        self.model.roi_heads.progress = self.step / total
+        state = {"iteration": self.step, "optimizer": self.optimizer.state_dict(), "scaler": self.scaler.state_dict()}
+        best, pending = validation.best_checkpoint(self.folder), self.log.unwritten()
+        for attempt in range(1 + LAST_TRIES if last else 1):
+            if attempt:
+                self.log.line(f"training is done, but not saved; the next try is in {LAST_WAIT:g} s")
+                time.sleep(LAST_WAIT)
+            saved = save(self.folder, self.config, self.stats, self.model, state, pending, best)
+            if not saved.problems:
+                self.log.line(f"checkpoint {saved.folder.name}: {megabytes(saved.bytes)} in {saved.seconds:.2f} s")
+                return True
+            self.log.line(
+                f"WARNING: no checkpoint of iteration {self.step}: {'; '.join(saved.problems)}. The checkpoints before "
+                "are untouched, training goes on; the next try is at the next checkpoint"
+            )
+        if last:
+            raise UserError(
+                f"{self.folder}: training is done, but its last checkpoint could not be saved. Make room on the disk "
+                "and give the same command again: it goes on from the checkpoint before"
+            )
+        return False
+
+
+def load_initial_weights(config: Config, model: MaskRCNN, stats: ClassStats) -> list[str]:
+    """Take over the weights of `train.init`; lines that say what was loaded. UserError where frozen parts lack."""
+    init = config.train.init
+    start = Checkpoint.open(init)
+    found = load_weights(start, model, stats, config.head.reset)
+    frozen = {name for name, p in model.named_parameters() if not p.requires_grad}
+    lacking = sorted(frozen & set(found["new"]))
+    if lacking:
+        raise UserError(
+            f"train.init = {init}: has no {', '.join(lacking[:5])}, which would stay random: they are frozen"
+        )
+    counts = ", ".join(f"{len(names)} {what}" for what, names in found.items())
+    lines = [f"weights from {init}: {counts}; {len(frozen)} tensors are frozen"]
+    if start.unfinished:
+        lines.append(f"WARNING: {start.path} is of an unfinished run: {start.iterations} iterations were done")
+    lines += [f"weights: {what}: {name}" for what in ("new", "dropped") for name in found[what]]
+    options = [f"{key}={show(value)}" for key, value in diff(config, start.config).items() if key in UNSEEN]
+    if options:
+        lines.append(
+            f"WARNING: {init} was made with {' '.join(options)}, this run says otherwise: its weights fit worse"
+        )
+    return lines
+
+
+def equilibrium_scalars(model: MaskRCNN, stats: ClassStats) -> dict[str, Shown]:
+    """Mean score and memory fill by rare, common and frequent classes, and of all classes (C,), for the log."""
+    roi = model.roi_heads
+    values = {"mean_score": roi.tracker.scores[:-1].cpu()}  # sync: log line
+    if roi.memory is not None:
+        values["memory_fill"] = roi.memory.bank.fill.cpu()  # sync: log line
+    masks = {group: torch.from_numpy(stats.group_mask(group)) for group in GROUPS}
+    means = {f"{k}/{g}": float(v[m].mean()) for k, v in values.items() for g, m in masks.items() if m.any()}
+    return {**means, **{f"{name}/classes": value for name, value in values.items()}}
+
+
+def equilibrium_of_classes(model: MaskRCNN) -> dict[str, list[float]]:
+    """Mean score (four digits) and rows in the memory (this rank's) of every class, for equilibrium.jsonl."""
+    roi = model.roi_heads
+    scores = roi.tracker.scores[:-1].tolist()  # sync: a snapshot
+    values: dict[str, list[float]] = {"mean_score": [float(f"{score:.4g}") for score in scores]}
+    if roi.memory is not None:
+        values["memory"] = roi.memory.bank.counts.tolist()  # sync: a snapshot
+    return values
+
+
+def memory_contents(model: MaskRCNN) -> str:
+    """A line on what the feature memory holds."""
+    assert model.roi_heads.memory is not None
+    bank = model.roi_heads.memory.bank
+    counts = bank.counts.cpu()
+    return (
+        f"feature memory: {int(counts.sum())} rows, {int((counts > 0).sum())} of {len(counts)} classes have some, "
+        f"{sum(b.numel() * b.element_size() for b in bank.buffers()) / 2**20:.0f} MiB"
+    )

@@ -1,0 +1,203 @@
+"""Several second stages in one pass: each bit for bit as its own run; stops, divergence and refusals."""
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import pytest
+import torch
+
+from loce.config import Config, UserError, load_config
+from loce.engine.passes import passes, read_recipes
+from loce.engine.preflight import preflight
+from loce.engine.trainer import Trainer
+from loce.utils.errors import DivergedError
+from tests.tiny_runs import metrics, run, same_run, weights
+
+CPU = torch.device("cpu")
+FC = ("memory.enabled=true", "memory.capacity=20")
+ROI = (*FC, "memory.level=roi")
+# Heads with and without state, both memory levels, banks that are shared and not, FCs that train.
+ARMS = {
+    "softmax": (),
+    "ebl": ("head.name=equilibrium",),
+    "mfs": FC,
+    "loce": ("head.name=equilibrium", *FC),
+    "prior": ("head.name=equilibrium", "indicator.kind=prior", *FC),
+    "alpha": ("head.name=equilibrium", "indicator.momentum=0.5", *FC, "memory.classes_per_draw=2"),
+    "fill 1": ("head.name=equilibrium", *FC, "memory.fill_instances=1"),
+    "few": ("head.name=equilibrium", *FC, "memory.instances_per_class=1", "memory.dtype=bfloat16"),
+    "roi": ("head.name=equilibrium", *ROI),
+    "seesaw": ("head.name=seesaw", "head.reset=true", *FC),
+    "eqlv2": ("head.name=eqlv2", "head.reset=true", *ROI),
+    "bags": ("head.name=bags", "head.reset=true"),
+    "FCs train": ("head.name=equilibrium", "train.freeze=backbone", *ROI),
+}
+SECOND_STAGE = ("train.freeze=trunk", "train.clip_norm=0", "train.evaluate=false")
+
+
+def recipe(config: Path, stage1: Path, output: Path, words: Sequence[str]) -> Config:
+    given = {word.partition("=")[0]: word for word in [*SECOND_STAGE, f"train.init={stage1}", *words]}
+    return load_config([str(config), f"output={output}", *given.values()])
+
+
+def train(configs: Sequence[Config], last: int | None = None) -> Trainer:
+    """What `loce.engine.train` does, in this process: to the end, or until `last` iterations are done."""
+    with preflight(*configs) as found:
+        trainer = Trainer(configs, CPU, found.annotations, found.checkpoints)
+    trainer.open_log()
+    trainer.fill_memory()
+    trainer.fit(last)
+    trainer.close_log()
+    return trainer
+
+
+@pytest.fixture(scope="module")
+def alone(config: Path, stage1: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """The run folder of an arm that was trained by itself."""
+    folder = tmp_path_factory.mktemp("alone")
+
+    def trained(name: str) -> Path:
+        if not (folder / name).exists():
+            train([recipe(config, stage1, folder / name, ARMS[name])])
+        return folder / name
+
+    return trained
+
+
+FEW = ("ebl", "mfs", "loce", "fill 1", "roi", "seesaw", "FCs train")
+
+
+@pytest.mark.parametrize("names", [FEW, pytest.param(tuple(ARMS), marks=pytest.mark.slow)], ids=["few", "all"])
+def test_each_arm_is_as_its_own_run(
+    config: Path, stage1: Path, alone: Callable[[str], Path], tmp_path: Path, names: tuple[str, ...]
+) -> None:
+    trainer = train([recipe(config, stage1, tmp_path / name, ARMS[name]) for name in names])
+    for name in names:
+        same_run(tmp_path / name, alone(name))
+    models = {name: arm.model for name, arm in zip(names, trainer.arms, strict=True)}
+    assert len({model.backbone for model in models.values()}) == len({model.rpn for model in models.values()}) == 1
+    assert len({model.roi_heads.box_head for model in models.values()}) == 2  # one trains
+    banks = {m.roi_heads.memory.bank for m in models.values() if m.roi_heads.memory is not None}
+    assert len(banks) == (3 if names == FEW else 4)  # at level fc, filled with one, few and in bf16; at level roi
+
+
+STOPPED = ("fill 1", "roi", "ebl")
+
+
+def test_a_pass_that_was_stopped_goes_on_exactly(
+    config: Path, stage1: Path, alone: Callable[[str], Path], tmp_path: Path
+) -> None:
+    """Killed between the saves of two arms, too: the newest checkpoint that all have; one is finished by itself."""
+    configs = [recipe(config, stage1, tmp_path / name, [*ARMS[name], "train.checkpoint_every=1"]) for name in STOPPED]
+    train(configs, 3)
+    newest = tmp_path / "fill 1/checkpoints/000000003"
+    (newest / "main.pt").rename(newest / "main.pt.new")  # as before it was written
+    trainer = train(configs, 4)
+    assert (
+        trainer.arms[0].notes[0] == f"going on from {tmp_path}/fill 1/checkpoints/000000002, 2 of 6 iterations are done"
+    )
+    train(configs[2:])
+    trainer = train(configs)
+    assert [arm.folder.name for arm in trainer.finished] == ["ebl"]
+    for name in STOPPED:
+        same_run(tmp_path / name, alone(name))
+
+
+def test_the_others_go_on_without_one_that_diverges(
+    config: Path, stage1: Path, alone: Callable[[str], Path], tmp_path: Path
+) -> None:
+    """It is the first, which moves what all share; it shares its memory with another one."""
+    names = ("loce", "mfs", "ebl")
+    configs = [recipe(config, stage1, tmp_path / name, ARMS[name]) for name in names]
+    with preflight(*configs) as found:
+        trainer = Trainer(configs, CPU, found.annotations, found.checkpoints)
+    trainer.open_log()
+    trainer.fill_memory()
+    trainer.fit(2)
+    with torch.no_grad():
+        trainer.arms[0].model.roi_heads.classifier.fc_cls.bias[0] = float("nan")
+    trainer.fit()
+    trainer.close_log()
+    assert (
+        len(trainer.diverged) == 1
+        and "training diverged at iteration 3: not finite: loss_cls = nan" in trainer.diverged[0]
+    )
+    assert (tmp_path / "loce/nan_report/report.txt").is_file() and not (tmp_path / "mfs/nan_report").exists()
+    assert "loce ends here, the others go on" in (tmp_path / "mfs/log.txt").read_text()
+    assert len(metrics(tmp_path / "loce")) == 2
+    for name in names[1:]:
+        same_run(tmp_path / name, alone(name))
+
+
+def test_when_all_diverge_the_training_ends(config: Path, stage1: Path, tmp_path: Path) -> None:
+    configs = [recipe(config, stage1, tmp_path / name, [*ARMS[name], "train.lr=1e30"]) for name in ("mfs", "ebl")]
+    with pytest.raises(DivergedError, match="iteration"):
+        train(configs)
+    assert all((tmp_path / name / "nan_report").is_dir() for name in ("mfs", "ebl"))
+
+
+def test_words_of_a_command(config: Path, tmp_path: Path) -> None:
+    common = ["train.init=x", *SECOND_STAGE]
+    one, other = read_recipes([str(config), f"{config} memory.enabled=true output={tmp_path}/mfs", *common])
+    assert one.output == "runs/tiny" and not one.memory.enabled and one.train.init == "x"
+    assert other.output == f"{tmp_path}/mfs" and other.memory.enabled and other.train.freeze == "trunk"
+    assert read_recipes([str(config), "seed=3"])[0].seed == 3
+    assert read_recipes([f"{config} seed=3"])[0].seed == 3
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["seed=1"], "seed = 0 in a, 1 in b"),
+        (["train.freeze=detector"], "train.freeze = trunk in a, detector in b"),
+        (["train.clip_norm=1"], "b: train.clip_norm = 1: clipping by the norm of all gradients would mix the runs"),
+        (["train.precision=fp16"], "b: train.precision = fp16"),
+        (["output=./a"], "output = ./a: two runs of the pass would write into it"),
+    ],
+)
+def test_what_cannot_share_is_refused(config: Path, words: list[str], message: str) -> None:
+    given = {word.partition("=")[0]: word for word in ["output=b", *SECOND_STAGE, *words]}
+    lines = [" ".join([str(config), "output=a", *SECOND_STAGE]), " ".join([str(config), *given.values()])]
+    with pytest.raises(UserError) as error:
+        read_recipes([*lines, "train.init=x"])
+    assert message in str(error.value)
+    assert "output" in words[0] or "passes there could be: a | b" in str(error.value)
+
+
+def test_runs_are_sorted_into_few_passes(config: Path) -> None:
+    given = [[], ["seed=1"], ["head.name=seesaw"], ["train.freeze=backbone"], ["train.freeze=none"], ["seed=1"]]
+    configs = []
+    for words in given:
+        every = {word.partition("=")[0]: word for word in [*SECOND_STAGE, *words]}
+        configs.append(load_config([str(config), "train.init=x", *every.values()]))
+    assert passes(configs) == [[0, 2, 3], [1, 5], [4]]
+
+
+def test_the_command(config: Path, stage1: Path, tmp_path: Path) -> None:
+    """Evaluated as runs of their own; each says which others ran beside it."""
+    words = [f"train.init={stage1}", *SECOND_STAGE[:2]]
+    recipes = [f"{config} output={tmp_path}/ebl head.name=equilibrium", f"{config} output={tmp_path}/softmax"]
+    text = run("finetune.py", *recipes, *words)
+    for name, other in (("ebl", "softmax"), ("softmax", "ebl")):
+        assert (tmp_path / name / "eval/metrics.json").is_file()
+        log = (tmp_path / name / "log.txt").read_text()
+        assert f"in one pass with {tmp_path}/{other}: images/s and minutes are the pass's" in log
+        assert "with the others" in log and "6/6 iterations done" in log
+    assert text.count("epoch 1/2 iter 1/3") == 1
+
+
+@pytest.mark.slow
+def test_two_ranks(config: Path, stage1: Path, tmp_path: Path) -> None:
+    """To rounding: gradients are added up in another order."""
+    names = ("loce", "ebl", "shared")
+    arms = {**ARMS, "shared": (*ARMS["loce"], "memory.shared=true")}
+    words = [f"train.init={stage1}", *SECOND_STAGE]
+    recipes = [" ".join([str(config), f"output={tmp_path}/{name}", *arms[name]]) for name in names]
+    run("finetune.py", *recipes, *words, processes=2)
+    for name in names:
+        run("finetune.py", config, f"output={tmp_path}/alone/{name}", *arms[name], *words, processes=2)
+        for line, expected in zip(metrics(tmp_path / name), metrics(tmp_path / "alone" / name), strict=True):
+            assert line["loss"] == pytest.approx(expected["loss"], rel=1e-6)
+        one, other = weights(tmp_path / name), weights(tmp_path / "alone" / name)
+        for key, value in one.items():
+            torch.testing.assert_close(value, other[key], rtol=1e-5, atol=1e-7)
