@@ -8,6 +8,7 @@ both must have the same checkpoint, bit for bit, and the same lines of metrics.j
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -218,6 +219,7 @@ def main() -> None:
     data = out / "data"
     size = [f"train_images={options.images}", "val_images=4", "classes=6", "size=64", "smallest=0.26", "largest=0.4"]
     subprocess.run([sys.executable, str(SCRIPTS / "make_glyphs.py"), f"out={data}", "workers=1", *size], check=True)
+    # Both runs begin with the same data and empty folders; the strikes are shared out over the two stages.
     files = [f"data.train_annotations={data}/annotations/train.json", f"data.train_images={data}"]
     files += [f"data.val_annotations={data}/annotations/val.json", f"data.val_images={data}"]
     kinds = ["kill"] * options.kills + ["stop"] * options.stops
@@ -226,7 +228,7 @@ def main() -> None:
     per_epoch, rows, wrong = -(-options.images // 4), [], []
     for folder in (out / "peace", out / "chaos"):
         if folder.exists():
-            subprocess.run(["rm", "-r", str(folder)], check=True)
+            shutil.rmtree(folder)
         folder.mkdir(parents=True)
     for stage, strikes in (("stage1", kinds[:share]), ("loce", kinds[share:])):
         epochs = f"train.epochs={max(2, -(-(8 * len(strikes) + 6) // per_epoch))}"
@@ -236,6 +238,7 @@ def main() -> None:
         chaos(words, out / "peace" / stage, [], generator)
         rows += chaos(words, out / "chaos" / stage, list(strikes), generator)
         wrong += compare(out / "peace" / stage, out / "chaos" / stage)
+    # The log.
     minutes = (time.monotonic() - started) / 60
     equal = "the last checkpoints and all lines of the logs are equal"
     result = f"{f'NOT EQUAL: {wrong[:20]}' if wrong else equal}, {minutes:.0f} min."

@@ -180,6 +180,7 @@ def main() -> None:
     from loce.utils import distributed
     from loce.utils.files import write_text
 
+    # Every image with its picture; all detections in one file.
     checkpoint = Checkpoint.open(names[0])
     model = checkpoint.detector().to(distributed.setup(options.device)).eval()
     print("\n".join(left_out), end="\n" * bool(left_out))
@@ -191,6 +192,7 @@ def main() -> None:
         write_picture(targets[file], picture)
         all_records += records(file, image, found, model.stats, drawn.tolist())
     write_text(output / RECORDS, json.dumps(all_records))
+    # What was written, and what to change where nothing was drawn or not all could be read.
     shown = sum(record["drawn"] for record in all_records)
     count = f"{len(files) - len(bad)} pictures with {shown} objects (score >= {options.threshold:g})"
     print(f"wrote {count} to {options.output}/")

@@ -1,10 +1,10 @@
-"""Samples: an image with its boxes, labels and masks, ready for the model.
+"""Data sets of training and evaluation: an image with its boxes, labels and masks, ready for the model.
 
-A training image that cannot be read is replaced by another one, chosen at random but repeatably, and the sample says
-so ("replaced": list of messages). An evaluation image that cannot be read is shown black: its objects count as missed.
+A training image that cannot be read is replaced by another one, chosen at random but repeatably, and the sample has
+"replaced", a list of messages. An evaluation image that cannot be read becomes black: its objects count as missed.
 Of an image with more instances than `data.max_instances` some are used, rare classes first, so that it cannot exhaust
-the memory; the others' regions are neither objects nor background. Of a 16-bit image that is nearly black in 8 bits
-the sample says so ("few_levels": a message).
+the memory; the others' regions are neither objects nor background. The sample of a 16-bit image that is nearly black in
+8 bits has "few_levels", a message.
 """
 
 from pathlib import Path
@@ -31,7 +31,7 @@ _TRIES = 20  # images tried in place of one that cannot be read
 
 
 class ShownImage(NamedTuple):
-    """What a training sample is asked for by: the image at a position of a batch."""
+    """Index of a training sample: an image, its epoch and its position in the batch."""
 
     image: int  # index into the annotation file's list of images
     epoch: int
@@ -71,10 +71,12 @@ class TrainDataset:
         """One sample; ImageError where the image cannot be used. Depends on (seed, epoch, image id, repeat) only."""
         annotations, config = self.annotations, self.config
         height, width = (int(side) for side in annotations.image_sizes[index])
+        # Scale jitter and flip come before the choice of instances: both draw from the image's own random numbers.
         generator = image_generator(self.seed, epoch, int(annotations.image_ids[index]), repeat)
         geometry = random_geometry((height, width), config.short_edges, config.long_edge, config.flip, generator)
         path = annotations.image_path(index, self.folder)
         image, few_levels = read_levels(path, (height, width), config.exif, config.scale_16bit)
+        # Instances above the limit become regions to ignore, beside those that the file marks so.
         every = annotations.rows(index)
         rarity = annotations.stats.image_counts[annotations.labels[every]]
         rows = limit_instances(every, rarity, config.max_instances, generator)

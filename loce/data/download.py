@@ -402,7 +402,7 @@ def _fetch(url: str, part: Path, size: int | None, wait: float) -> None:
 
 
 def _stream(url: str, part: Path, size: int | None) -> str:
-    """One request for what `part` lacks; gives "" when it is complete then, else what happened."""
+    """One request for the rest of `part`; "" when it is complete then, else what happened."""
     try:
         part.parent.mkdir(parents=True, exist_ok=True)
         file = open(part, "ab")  # noqa: SIM115 (closed below; what cannot be opened is the user's to mend, not to retry)
@@ -412,6 +412,7 @@ def _stream(url: str, part: Path, size: int | None) -> str:
         have = file.tell()
         if size is not None and have >= size:
             return ""  # the checksum decides
+        # Ask for the rest. 416: the server has no bytes beyond those that are here.
         headers = {"User-Agent": "loce", **({"Range": f"bytes={have}-"} if have else {})}
         try:
             answer = urlopen(Request(url, headers=headers), timeout=TIMEOUT)
@@ -422,6 +423,7 @@ def _stream(url: str, part: Path, size: int | None) -> str:
                 return ""
             file.truncate(0)  # longer than the file there: something else
             return "the part that was here does not belong to this file; starting over"
+        # Append the answer, or start over where the server sends the whole file again.
         with answer:
             start, total = _range(answer, have)
             if total is not None and size is not None and total != size:

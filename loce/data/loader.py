@@ -19,7 +19,6 @@ import torch
 from torch.utils.data import DataLoader
 
 from loce.config import DataConfig, SamplerConfig
-from loce.data.annotations.lvis import LVISAnnotations
 from loce.data.dataset import EvalDataset, Sample, ShownImage, TrainDataset
 from loce.data.samplers import TrainingPlan, image_labels, memory_fill_images, rank_slice
 from loce.utils import distributed, signals
@@ -31,7 +30,7 @@ SHARED = Path("/dev/shm")  # where Linux keeps what a worker hands over
 PREFETCH = 3  # micro-batches each worker prepares ahead
 OPEN_FILES = 65536
 BAD_SHARE = 1e-3  # of all images; more bad ones than this end the run
-AGREE_EVERY = 20  # micro-batches; several ranks tell each other of bad images this often
+AGREE_EVERY = 20  # micro-batches between two exchanges of bad images among the ranks
 FILL_EPOCH = 1 << 31  # the augmentation of filling is that of no epoch
 Fill = tuple[int, np.ndarray]  # image index, annotations to store
 
@@ -110,7 +109,7 @@ class Batches:
 
 
 def _start_worker(parent: int, _: int) -> None:
-    """One thread per worker, and deaf to signals: the main process decides when to stop, and takes it with it."""
+    """One thread per worker; signals are ignored: the main process decides when to stop, and ends its workers."""
     signals.die_with_parent(signal.SIGKILL, parent)
     cv2.setNumThreads(0)
     for number in signals.SIGNALS:
@@ -202,11 +201,15 @@ def fill_batches(
     """Samples that fill the feature memory before stage 2, each with "store_rows" (n,) long: the instances to store.
 
     images: on a rank at once. shared: one choice of images, shared out batch by batch as in training; else every rank
-    makes its own. All ranks get the same number of batches, and all of them are full: what lacks are images that are
-    shown again, with nothing to store.
+    makes its own. All ranks get the same number of batches, and all of them are full: places that are left are filled
+    with images shown again, of which nothing is stored.
     """
     place, ranks = _place(rank, world)
-    fills = [_fills(dataset.annotations, per_class, seed, stream) for stream in range(1 if shared else ranks)]
+    annotations, fills = dataset.annotations, []
+    for stream in range(1 if shared else ranks):
+        chosen = memory_fill_images(annotations, per_class, np.random.default_rng([FILL_EPOCH, seed, stream]))
+        # Wide images first, so that those on a rank at once need little padding.
+        fills.append(sorted(chosen, key=lambda fill: not annotations.wide[fill[0]]))
     together, first = (images * ranks, images * place) if shared else (images, 0)
     length = -(-max(map(len, fills)) // together) * together
     own = fills[0 if shared else place]
@@ -214,12 +217,6 @@ def fill_batches(
     own = own + [(own[i % len(own)][0], nothing) for i in range(length - len(own))]
     batches = [list(range(start, start + images)) for start in range(first, length, together)]
     return Batches(_FillDataset(dataset, own, together), batches, length // together, workers, together=True)
-
-
-def _fills(annotations: LVISAnnotations, per_class: int, seed: int, stream: int) -> list[Fill]:
-    """Images to read, wide ones first, so that those on a rank at once need little padding."""
-    chosen = memory_fill_images(annotations, per_class, np.random.default_rng([FILL_EPOCH, seed, stream]))
-    return sorted(chosen, key=lambda fill: not annotations.wide[fill[0]])
 
 
 class _FillDataset:
@@ -246,7 +243,7 @@ def _place(rank: int | None, world: int | None) -> tuple[int, int]:
     )
 
 
-# What workers need of the system: room in /dev/shm for images on their way, and files that may be open.
+# Resources of workers: shared memory for images on their way, and open files.
 
 
 def bytes_ahead(data: DataConfig, images: int, ranks: int = 1) -> int:

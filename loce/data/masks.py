@@ -1,4 +1,4 @@
-"""Instance masks as small crops: cut to what they cover, resized there, sampled there.
+"""Instance masks as small crops, cut to their pixels: resized and sampled without a full-size mask.
 
 A full-size mask of every instance of a crowded image costs hundreds of megabytes; the pixels that differ from zero
 cost a few. Cutting is exact: the rasteriser fills the polygon on the whole canvas, as run lengths, and only the run

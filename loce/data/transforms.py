@@ -1,4 +1,4 @@
-"""Reading, resizing and flipping images and boxes with MMDetection 2.8's numerics.
+"""Image reading, and resizing and flipping of images and boxes with MMDetection 2.8's numerics.
 
 8-bit RGB, OpenCV's bilinear resize on integers, sides rounded as int(side * scale + 0.5), boxes scaled by the ratio of
 new to old sides per axis (float32) and clipped. Random choices depend on (seed, epoch, image, how often this epoch has

@@ -47,9 +47,9 @@ def tag(name: str) -> str:
 
 
 class TensorBoardLog:
-    """Writes into `folder`; points that are there already lose their place from iteration `first` on (None: none do).
+    """Writes into `folder`; points of an earlier run from iteration `first` on are dropped (None: none are).
 
-    TensorBoard's writer does not survive a full disk: a new one shows again what has got lost.
+    TensorBoard's writer does not survive a full disk: a new one writes again what was lost.
     """
 
     name = "tensorboard"

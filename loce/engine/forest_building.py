@@ -37,7 +37,7 @@ def build_trees(
     instances: int,
     device: torch.device,
 ) -> dict[str, int]:
-    """Write the trees that `config` uses to its head.forest.trees: tree -> parents. UserError with all that lacks.
+    """Write the trees that `config` uses to its head.forest.trees: tree -> parents. UserError with all that is missing.
 
     start: checkpoint of a detector trained on these classes, for the visual tree; lexical: the user's file; instances:
     of a class that are looked at.
@@ -149,14 +149,14 @@ def shape_of(bits: np.ndarray) -> np.ndarray:
 
 
 def _shares(side: int) -> np.ndarray:
-    """(8, side) what each pixel makes of each of 8 equal cells; rows add up to 1."""
+    """(8, side) share of each of 8 equal cells that each pixel covers; rows add up to 1."""
     edges, pixels = np.linspace(0, side, GRID + 1), np.arange(side)
     overlap = np.minimum(edges[1:, None], pixels + 1) - np.maximum(edges[:-1, None], pixels)
     return overlap.clip(min=0) * GRID / side
 
 
 def lexical_tree(path: Path, names: tuple[str, ...], parents: int) -> np.ndarray:
-    """(C,) from the user's {class name: parent name}; UserError where classes lack or are unknown, or the number."""
+    """(C,) from the user's {class name: parent name}; UserError for missing or unknown classes, or another number."""
     try:
         parent_of = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:

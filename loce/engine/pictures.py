@@ -1,4 +1,4 @@
-"""Pictures of objects: what a training shows its model, and what models find in validation images.
+"""Pictures of images with their objects: first training samples, annotations and detections of validation images.
 
 OpenCV scales images and finds outlines, Pillow draws; figures with axes are matplotlib's (loce/report/figures.py).
 """
@@ -35,7 +35,7 @@ TINT = 0.45  # how much of the colour goes into a mask
 READABLE = 480  # pixels of the short side; smaller images are enlarged by a whole number, so that names fit
 LARGEST = 4096  # pixels of the long side, beyond which nothing is enlarged
 LONGEST_NAME = 60  # letters
-FIRST = 16  # training samples
+FIRST, PREDICTED = 16, 8  # training samples, and validation images, on a sheet
 Colour = tuple[int, int, int]
 
 
@@ -77,15 +77,15 @@ def _caption(sample: Sample) -> str:
     return f"image {sample['image_id']}, {width} x {height} px, {len(sample['labels'])} objects"
 
 
-def predictions(model: MaskRCNN, dataset: TrainDataset, most: int = 8) -> np.ndarray:
-    """(H, W, 3) uint8 RGB: some validation images twice, with what is there and with what the model finds.
+def predictions(model: MaskRCNN, dataset: TrainDataset) -> np.ndarray:
+    """(H, W, 3) uint8 RGB: some validation images twice, with their annotations and with the model's detections.
 
     The same images whatever the model: in turn one with a rare, a common and a frequent class. One rank suffices.
     """
     stats = model.stats
     pictures, captions = [], []
     model.eval()
-    for index in examples(dataset, stats, most):
+    for index in examples(dataset, stats, PREDICTED):
         sample = dataset[index, 0]
         height, width = sample["image"].shape[1:]
         found = model.detect([sample["image"]], [(1.0, 1.0)], [(height, width)])[0]
@@ -142,7 +142,7 @@ def comparisons(
     classes: Mapping[int, tuple[str, str]],
     count: int,
 ) -> Iterator[tuple[str, dict[str, np.ndarray]]]:
-    """Name of an image -> caption -> (H, W, 3) uint8 RGB: what is there ("ground truth"), and what each run found.
+    """Name of an image -> caption -> (H, W, 3) uint8 RGB: "ground truth", and the detections of each run.
 
     At most `count` images, those with most objects of rare classes first. images: their folder; found: title -> stored
     detections; classes: category id -> name and group, by the training data. `RULE` says what is drawn.

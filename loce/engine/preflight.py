@@ -99,7 +99,7 @@ def preflight(*configs: Config) -> Iterator[Ready]:
 
 
 def check_run_folder(folder: Path, config: Config) -> None:
-    """UserError where `folder` holds another run than `config` describes, or files that are no run of ours.
+    """UserError where `folder` holds another run than `config` describes, or files of something else.
 
     An option that is newer than the run there had its default when that run began.
     """

@@ -1,7 +1,7 @@
-"""Process group and failure reporting: a rank that ends leaves the reason to the others, which end, too.
+"""Process group and failure reporting: when a rank fails, the others learn the reason and end, too.
 
-Reasons go through the store of torchrun, which outlives any rank. A rank that was killed leaves none; that its process
-is gone is seen by the ranks on the same machine.
+Reasons go through the store of torchrun, which outlives any rank. A killed rank leaves no reason; the ranks on the same
+machine see that its process is gone.
 """
 
 import multiprocessing
@@ -20,7 +20,7 @@ import torch.distributed as dist
 from loce.utils import distributed, signals
 from loce.utils.errors import DivergedError, RankLostError, Stopped
 
-PATIENCE = 10.0  # seconds that a rank which lost another one looks for the cause
+PATIENCE = 10.0  # seconds that a rank waits for the reason of another one's end
 LOST = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "NCCL", "Gloo", "gloo")
 
 
@@ -40,18 +40,15 @@ def process_group(device: str) -> Iterator[torch.device]:
         yield chosen
     except BaseException as error:
         signals.only_note()
-        _end_workers()
+        # Data workers that are left ignore SIGTERM, so Python would wait for them at its end for ever; their end is no
+        # error of PyTorch's loader.
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+        for worker in multiprocessing.active_children():
+            worker.kill()
         if reports is not None and not isinstance(error, DivergedError):  # all ranks diverge together
             reports.report(error)
         raise
     distributed.teardown()
-
-
-def _end_workers() -> None:
-    """Kill data workers that an error has left: deaf to SIGTERM, they would keep Python waiting at its end for ever."""
-    signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # PyTorch would take their end for another error
-    for worker in multiprocessing.active_children():
-        worker.kill()
 
 
 class FailureReports:
@@ -66,7 +63,7 @@ class FailureReports:
         distributed.barrier()
 
     def report(self, error: BaseException) -> None:
-        """Report why this rank ends; raises RankLostError or Stopped where it is because another one does."""
+        """Leave the reason why this rank ends; raises RankLostError or Stopped where another rank caused it."""
         lost = isinstance(error, RuntimeError) and any(sign in str(error) for sign in LOST)
         stopped = isinstance(error, Stopped)  # by torchrun, perhaps, because a rank died
         causes = self._causes(PATIENCE if lost else 1.0) if lost or stopped else {}
@@ -84,7 +81,7 @@ class FailureReports:
             raise Stopped("a signal to another rank") from None
 
     def _causes(self, seconds: float) -> dict[int, str]:
-        """Rank -> why it ended, of those that did not end because of another; waits so long for the first."""
+        """Rank -> its reason, of those that did not end because of another; waits up to `seconds` for the first."""
         end = time.monotonic() + seconds
         others = [r for r in range(distributed.world_size()) if r != distributed.rank()]
         while time.monotonic() < end:
@@ -120,7 +117,7 @@ def _is_alive(pid: int) -> bool:
 
 
 def _message(causes: dict[int, str], symptom: str) -> str:
-    """The message on the end of other ranks; of those that are left only the first has one."""
+    """The message on the ranks that ended; only the first of the remaining ranks prints one."""
     if distributed.rank() != min(r for r in range(distributed.world_size()) if r not in causes):
         return ""
     lines = [f"error: rank {rank} ended: {text}" for rank, text in causes.items()]

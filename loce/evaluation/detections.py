@@ -1,4 +1,4 @@
-"""Detections as columns, a few arrays instead of millions of dicts, and the official results format."""
+"""Detections in flat arrays, and reading and checking of COCO's results format."""
 
 import json
 from array import array
@@ -180,6 +180,7 @@ def _columns(entries: Sequence[Any], first: int, mistakes: Mistakes) -> Detectio
     none = np.zeros(0, dtype=np.int64)
     empty = Detections(image_ids=none, category_ids=none, scores=np.zeros(0))
     before = mistakes.counts.total()
+    # Results in memory may be other mappings than dicts; what is none ends here.
     if set(map(type, entries)) != {dict}:
         for row, entry in enumerate(entries, first):
             if not isinstance(entry, Mapping):
@@ -200,6 +201,7 @@ def _columns(entries: Sequence[Any], first: int, mistakes: Mistakes) -> Detectio
             mistakes.add(f"results whose {key} is not {what}", told)
         return None if bad else pack(values)
 
+    # A column a key; boxes and masks where any row has one (then all must).
     image_ids = column("image_id", _pack_whole, _plain_whole, "a whole number of 64 bits")
     category_ids = column("category_id", _pack_whole, _plain_whole, "a whole number of 64 bits")
     scores = column("score", _pack_floats, _plain_float, "a number")
@@ -291,6 +293,7 @@ def check_detections(detections: Detections, truth: GroundTruth, source: str, co
     """
     row, known = positions(truth.image_ids, detections.image_ids)
     problems = []
+    # Ids that the annotation file does not have.
     unknown = np.unique(detections.image_ids[~known])
     if len(unknown):
         total = len(np.unique(detections.image_ids))
@@ -304,6 +307,7 @@ def check_detections(detections: Detections, truth: GroundTruth, source: str, co
             f"category ids that are not in {truth.source}: {first_few(unknown)}; "
             "write the file's category ids, not class indices"
         )
+    # Scores and boxes that are no numbers, or cannot be meant.
     problems += _bad_rows(
         detections, ~np.isfinite(detections.scores), "scores that are NaN or infinite", detections.scores, _MEND
     )
@@ -315,6 +319,7 @@ def check_detections(detections: Detections, truth: GroundTruth, source: str, co
         negative = finite & (detections.boxes[:, 2:] < 0).any(axis=1)
         what = "boxes with negative width or height (bbox is [x, y, width, height], not corners)"
         problems += _bad_rows(detections, negative, what, detections.boxes, "write x2 - x1 and y2 - y1")
+    # Masks of another size than their image, or with broken codes.
     if (masks := detections.masks) is not None:
         wrong = known & (masks.sizes != truth.sizes[row]).any(axis=1)
         what = "masks whose RLE size is not the [height, width] of their image"

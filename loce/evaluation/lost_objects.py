@@ -21,7 +21,7 @@ import numpy as np
 from pycocotools import mask as mask_utils
 
 from loce.evaluation.annotations import positions
-from loce.evaluation.detections import Detections, offsets_of
+from loce.evaluation.detections import Detections
 from loce.evaluation.iou import overlaps
 from loce.evaluation.lvis_ap import RECALLS, Evaluation, counts
 from loce.evaluation.matching import within_cap
@@ -49,7 +49,7 @@ LOW = 0.1  # IoU below which a detection has nothing to do with an object
 class Outcomes:
     """What became of every object: cause (G,) index into CAUSES or -1 for ignored objects; score (G,) of the detection
     that the cause is about, inf for none; other (G,) category index of the best other detection at IoU .5 where the
-    cause is classified_as, removed_by_nms or cut_by_cap, or -1; unseen: causes that could not be told apart."""
+    cause is classified_as, removed_by_nms or cut_by_cap, or -1; unseen: causes that could not be known."""
 
     cause: np.ndarray
     score: np.ndarray
@@ -57,24 +57,13 @@ class Outcomes:
     unseen: tuple[str, ...]
 
 
-@dataclass(frozen=True, kw_only=True)
-class _ByImage:
-    """Rows of detections or near misses grouped by image, with their category index."""
-
-    rows: np.ndarray
-    bounds: np.ndarray
-    category: np.ndarray
-
-    def of(self, image: int) -> np.ndarray:
-        return self.rows[self.bounds[image] : self.bounds[image + 1]]
-
-
-def _by_image(evaluation: Evaluation, columns: Detections | NearMisses) -> _ByImage:
+def _by_image(evaluation: Evaluation, columns: Detections | NearMisses) -> tuple[list[np.ndarray], np.ndarray]:
+    """The rows of detections or near misses in each image, and the category index of every row."""
     truth = evaluation.truth
     image, _ = positions(truth.image_ids, columns.image_ids)
     rows = np.argsort(image, kind="stable")
-    category, _ = positions(truth.category_ids, columns.category_ids)
-    return _ByImage(rows=rows, bounds=offsets_of(np.bincount(image, minlength=len(truth.image_ids))), category=category)
+    ends = np.searchsorted(image[rows], np.arange(1, len(truth.image_ids)))
+    return np.split(rows, ends), positions(truth.category_ids, columns.category_ids)[0]
 
 
 def explain(evaluation: Evaluation, detections: Detections, near_misses: NearMisses | None = None) -> Outcomes:
@@ -97,20 +86,21 @@ def explain(evaluation: Evaluation, detections: Detections, near_misses: NearMis
     outcomes.cause[lost] = _NUMBER["no_detection" if near_misses is None else "no_proposal"]
 
     # The lost ones, image by image, from the detections there and the near misses.
-    own, image = _by_image(evaluation, detections), positions(truth.image_ids, detections.image_ids)[0]
-    kept = within_cap(evaluation.protocol, image, own.category, detections.scores)
-    hints = none() if near_misses is None else near_misses
-    near = _by_image(evaluation, hints)
+    own_rows, own_category = _by_image(evaluation, detections)
+    own_image, _ = positions(truth.image_ids, detections.image_ids)
+    kept = within_cap(evaluation.protocol, own_image, own_category, detections.scores)
+    seen = none() if near_misses is None else near_misses
+    seen_rows, seen_category = _by_image(evaluation, seen)
     images = np.unique(truth.image[lost])
     cut = np.searchsorted(truth.image[lost], np.append(images, len(truth.image_ids)))
     for n, i in enumerate(watched(images.tolist(), len(images), "causes of lost objects", "images")):
-        objects, rows, more = lost[cut[n] : cut[n + 1]], own.of(i), near.of(i)
+        objects, rows, more = lost[cut[n] : cut[n + 1]], own_rows[i], seen_rows[i]
         overlap = np.concatenate(
-            [_overlap(evaluation, detections, rows, objects), overlaps(hints.boxes[more], truth.boxes[objects])]
+            [_overlap(evaluation, detections, rows, objects), overlaps(seen.boxes[more], truth.boxes[objects])]
         )
-        kinds = np.concatenate([np.where(kept[rows], _KEPT, KINDS.index("cut_by_cap")), hints.kinds[more]])
-        category = np.concatenate([own.category[rows], near.category[more]])
-        scores = np.concatenate([detections.scores[rows], hints.scores[more]])
+        kinds = np.concatenate([np.where(kept[rows], _KEPT, KINDS.index("cut_by_cap")), seen.kinds[more]])
+        category = np.concatenate([own_category[rows], seen_category[more]])
+        scores = np.concatenate([detections.scores[rows], seen.scores[more]])
         _judge(outcomes, truth.category[objects], objects, overlap, kinds, category, scores)
     return outcomes
 
@@ -147,7 +137,7 @@ def _judge(
         outcomes.score[objects[some]] = np.inf if name in _SURE else scores[best]
         if name == "classified_as":
             outcomes.other[objects[some]] = category[best]
-        elif name == "taken":  # localised and classified; of what was dropped it is told what stands in its place
+        elif name == "taken":  # localised and classified, so there is no other category
             outcomes.other[objects[some]] = -1
 
 

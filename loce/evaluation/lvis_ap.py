@@ -221,6 +221,7 @@ def _per_category(matches: Matches, precision: np.ndarray, recall: np.ndarray) -
     images, instances = np.bincount(cells, minlength=size), np.bincount(truth.category, minlength=size)
     found = np.zeros(len(matches.row), dtype=bool)
     found[matches.overlapping] = matches.matched[:, 0, 0] & ~matches.ignored[:, 0, 0]
+    # Means over thresholds and recalls, for objects of all sizes.
     ap, ap50, ar = precision[..., 0].mean(axis=(0, 1)), precision[0, ..., 0].mean(axis=0), recall[..., 0].mean(axis=0)
     rows = []
     for k in range(size):

@@ -224,6 +224,7 @@ def _lock_step(
         turn 2  d2 wishes b 1, a 0 (taken)            the maximum is 1 <= bonus: d2 takes b, which is ignored
     """
     areas, columns = ignored.shape[1], ignored.shape[1] * len(THRESHOLDS)
+    # Each detection's run of pairs, in ascending order of preference, and its turn: its rank in its cell.
     first = np.flatnonzero(np.diff(detection, prepend=-1))  # of each overlapping detection; they stand in cell order
     rank = _rank(cell[first])
     pairs_of = np.diff(np.append(first, len(detection)))
@@ -249,6 +250,7 @@ def _lock_step(
         hit = best > 0
         choice = ground[first[turn][:, None, None] + np.where(hit, (best - 1) % bonus, 0)]
         matched[turn], to_ignored[turn] = hit, hit & (best <= bonus)
+        # Mark what was taken: one write for all areas and thresholds.
         flat = choice.reshape(len(turn), columns) * columns + np.arange(columns)
         taken.reshape(-1)[flat[hit.reshape(len(turn), columns)]] = True
         took[turn] = np.where(hit[:, 0], choice[:, 0], -1)

@@ -20,7 +20,7 @@ Found = Mapping[str, tuple[Any, Any, Any]]  # kind -> boxes (n, 4) x1, y1, x2, y
 @dataclass(frozen=True, kw_only=True)
 class NearMisses:
     """N near misses: image_ids (N,) int64, kinds (N,) uint8 index into KINDS, category_ids (N,) int64, scores (N,)
-    float32, boxes (N, 4) float32 x, y, width, height. No rows of an image: there was nothing to tell."""
+    float32, boxes (N, 4) float32 x, y, width, height. An image without rows had none."""
 
     image_ids: np.ndarray
     kinds: np.ndarray

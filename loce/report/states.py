@@ -15,7 +15,7 @@ States = dict[str, list[tuple[int, Values]]]  # kind -> (iteration, number of ea
 
 @dataclass(frozen=True)
 class Kind:
-    """What a chart and a column of the class table show. percent: written times 100."""
+    """A chart, and a column of the class table. percent: written times 100."""
 
     title: str
     short: str

@@ -1,4 +1,4 @@
-"""The label convention, written once, and what is known of each class before training.
+"""Label convention, and statistics of the classes of a training set.
 
 Labels: foreground classes are 0..C-1 in the order of the annotation file's `categories` list, background is C (the
 paper's C+1, Sec. 3.1). A row that takes no part in any loss carries `IGNORED`. C is read from the data, never typed in.

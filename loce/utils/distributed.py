@@ -15,7 +15,7 @@ from torch import Tensor
 from loce.utils.environment import available_cores
 from loce.utils.errors import RankLostError, UserError
 
-TIMEOUT = timedelta(minutes=30)  # the longest honest wait: the others while rank 0 merges an evaluation
+TIMEOUT = timedelta(minutes=30)  # the longest wait in a healthy run: the others while rank 0 merges an evaluation
 
 
 def setup(device: str = "auto") -> torch.device:
@@ -147,6 +147,6 @@ def barrier() -> None:
     if dist.is_initialized():
         devices = [torch.cuda.current_device()] if dist.get_backend() == "nccl" else None
         arrival = dist.barrier(device_ids=devices, async_op=True)
-        while not arrival.is_completed():  # not in one long wait: signals are heard of in between
+        while not arrival.is_completed():  # not one long wait, so that signals are handled in between
             time.sleep(0.002)
         arrival.wait()

@@ -1,4 +1,4 @@
-"""Options from YAML and `key.sub=value` words into frozen dataclasses; every mistake is found and reported at once.
+"""Command-line and YAML options as frozen dataclasses; all mistakes are reported at once.
 
 What is allowed stands in a field's type: plain `bool`, `int`, `float` and `str`, `Literal["a", "b"]`, a number with
 limits (`Count`, `Share`, ... below), `tuple[X, ...]` of these, or another dataclass (a section).
@@ -101,7 +101,10 @@ def split_words(cls: type, words: Iterable[str]) -> tuple[list[Given], list[str]
     for word in words:
         key, equals, text = word.partition("=")
         if equals and not key.startswith("-"):
-            given.append((key, _parse_text(types.get(key), text), "command line"))
+            # Text and choices stand as they are, unless quoted; the rest is YAML.
+            base, _ = _split(types.get(key))
+            is_text = (base is str or get_origin(base) is Literal) and not text.startswith(("'", '"'))
+            given.append((key, text if is_text else parse_value(text), "command line"))
         else:
             problems.append(
                 f"command line: {word}: must be key=value, without dashes{_suggest(key.lstrip('-'), types)}"
@@ -125,6 +128,7 @@ def build(
     values: dict[str, Any] = {}
     sources: dict[str, str] = {}
     wrong: set[str] = set()
+    # Each value as its type wants it; a later source replaces an earlier one, with its mistake.
     for key, value, source in given:
         if sources.get(key) == source:
             found.append(f"{source}: {key} = {show(value)}: given twice")
@@ -136,6 +140,7 @@ def build(
             wrong.add(key)
             reason = str(error) if isinstance(error, NoPlaceError) else _complaint(key, types)
             found.append(f"{source}: {key} = {show(value)}: {reason}")
+    # Then what is missing, options that exclude each other, and options of what is not chosen.
     missing = [key for key in _required(cls) if key not in sources]
     found += [f"command line: {key} is missing: {_allowed(types[key])}" for key in missing]
     if not missing and wrong.isdisjoint(_required(cls)):
@@ -222,15 +227,6 @@ def whole_path(text: str) -> str:
     if variable := re.search(r"\$([A-Z][A-Z0-9_]+|\{\w+\})", text):
         raise NoPlaceError(f"the environment has no variable {variable[1].strip('{}')}; give the whole path")
     return text
-
-
-def _parse_text(hint: Any, text: str) -> Any:
-    """The value that the text after `key=` means for a field of type `hint`."""
-    base, _ = _split(hint)
-    wants_text = base is str or get_origin(base) is Literal
-    if wants_text and not text.startswith(("'", '"')):
-        return text
-    return parse_value(text)
 
 
 def _allowed(hint: Any, many: bool = False) -> str:

@@ -1,4 +1,4 @@
-"""Signals as requests to stop: SIGTERM, SIGINT (Ctrl-C), SIGUSR1 (SLURM) end a run where nothing is lost, with 75.
+"""Signal handling: SIGTERM, SIGINT (Ctrl-C) and SIGUSR1 (SLURM) end a run without loss, with exit code 75.
 
 Outside of training a signal raises `Stopped` at once: what is finished is on disk. In training (`deferred`) it is only
 noted in `asked`; all ranks agree at the end of a step and save. A second signal ends the process wherever it is; within
@@ -59,7 +59,7 @@ def _end_at_the_second(arrivals: socket.socket, _: socket.socket) -> None:
 
 @contextmanager
 def deferred() -> Iterator[None]:
-    """Signals are only noted in here; whoever works in here looks at `asked`. Raises `Stopped` after it."""
+    """Signals are only noted in this block, whose code checks `asked`; `Stopped` is raised after it."""
     only_note()
     yield  # an error on the way out needs no signal on top: what happens next is the end
     _raise_again()
@@ -67,7 +67,7 @@ def deferred() -> Iterator[None]:
 
 @contextmanager
 def at_once() -> Iterator[None]:
-    """Within `deferred`, for work that may end anywhere: signals, also one that was noted before, raise `Stopped`."""
+    """Within `deferred`, a block that may end anywhere: signals, also one noted before, raise `Stopped`."""
     _raise_again()
     yield
     only_note()

@@ -1,4 +1,4 @@
-"""YAML in and out: safe, numbers as people write them, no key twice, and what is written is read back equal."""
+"""Safe YAML reading and writing: numbers as people write them, no key twice, and what is written is read back equal."""
 
 import math
 import re

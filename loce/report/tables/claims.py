@@ -8,7 +8,7 @@ from loce.report.tables.statistics import difference, score_tracks_accuracy
 
 TRACKS = 0.7  # rank correlation from which on the mean score tracks accuracy
 LITTLE = 1.0  # box AP: what matters less matters little
-ENOUGH_SEEDS = 3  # for a verdict without a word of warning
+ENOUGH_SEEDS = 3  # for a verdict without a warning
 
 
 def claims(tables: list[Table]) -> list[str]:
@@ -88,7 +88,7 @@ def answers(table: Table, head: str) -> list[str]:
 
 
 def few_seeds(seeds: int) -> str:
-    """A word of warning where these are too few to say much."""
+    """A warning where these are too few to say much."""
     return "" if seeds >= ENOUGH_SEEDS else f", by {seeds} seed{'s' * (seeds > 1)} only"
 
 

@@ -15,7 +15,7 @@ TRIALS = ("dry_run", "overfit")  # folders in a run folder
 
 
 def run(name: str, *words: str, processes: int = 1) -> float:
-    """Run a script of ours; minutes it took. Ends this process with the script's exit code when it fails."""
+    """Run a script of scripts/; minutes it took. Ends this process with the script's exit code when it fails."""
     torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"] if processes > 1 else []
     launch = f"torchrun --nproc_per_node={processes}" if torchrun else "python"
     print(f"\n$ {launch} scripts/{name} {' '.join(words)}", flush=True)
