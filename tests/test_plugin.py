@@ -36,7 +36,7 @@ def insert(file: Path, after: str, line: str) -> None:
 
 
 def test_the_worked_example(tmp_path: Path) -> None:
-    head, entry, name = BLOCK.findall((ROOT / "docs/plugin.md").read_text())
+    head, entry, name, _ = BLOCK.findall((ROOT / "docs/plugin.md").read_text())
     statements = [line for line in head.partition('"""\n\nfrom')[2].splitlines() if line.strip()]
     assert len(statements) <= 20, "the page promises 20 lines"
     shutil.copytree(ROOT / "loce", tmp_path / "loce", ignore=shutil.ignore_patterns("__pycache__"))
@@ -63,3 +63,10 @@ def test_the_worked_example(tmp_path: Path) -> None:
     ]
     done = subprocess.run(contract, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0 and "passed" in done.stdout, done.stdout
+
+
+def test_a_head_in_another_detector() -> None:
+    code = BLOCK.findall((ROOT / "docs/plugin.md").read_text())[-1]
+    check = "loss.backward()\nassert loss > 0 and scores.shape == (8, 3) and head.fc_cls.weight.grad.any()"
+    done = subprocess.run([sys.executable, "-c", f"{code}\n{check}"], capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 0, done.stderr

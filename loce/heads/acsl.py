@@ -43,10 +43,6 @@ class ACSLHead(Head):
             mask_L = torch.tensor([*stats.group_mask(group).tolist(), False])
             self.register_buffer(name, mask_L, persistent=False)
 
-    def forward(self, x_ND: Tensor) -> Tensor:
-        """Features (N, D) -> logits (N, C+1)."""
-        return self.fc_cls(x_ND)
-
     def losses(self, logits_NL: Tensor, rois: RoIs) -> dict[str, Tensor]:
         """`loss_cls`: the losses of the entries that take part, divided by the number of rows that do."""
         section, labels_N, z_NL = self.options.acsl, rois.labels_N, at_least_fp32(logits_NL)

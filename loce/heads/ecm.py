@@ -49,10 +49,6 @@ class ECMHead(Head):
         self.register_buffer("margin_L", torch.from_numpy(-np.log(ratio_L) / 4).float(), persistent=False)
         self.register_buffer("weight_L", torch.from_numpy(ratio_L * np.log1p(1 / ratio_L)).float(), persistent=False)
 
-    def forward(self, x_ND: Tensor) -> Tensor:
-        """Features (N, D) -> logits (N, C+1)."""
-        return self.fc_cls(x_ND)
-
     def losses(self, logits_NL: Tensor, rois: RoIs) -> dict[str, Tensor]:
         """`loss_cls`: the weighted losses of all outputs, divided by the number of rows that take part."""
         z_NL = 2 * at_least_fp32(logits_NL) + self.margin_L

@@ -43,10 +43,6 @@ class FCBLHead(Head):
         self.register_buffer("sums", torch.zeros(classes, classes))
         self.register_buffer("rows", torch.zeros(classes, dtype=torch.long))
 
-    def forward(self, x_ND: Tensor) -> Tensor:
-        """Features (N, D) -> logits (N, C+1)."""
-        return self.fc_cls(x_ND)
-
     def losses(self, logits_NL: Tensor, rois: RoIs) -> dict[str, Tensor]:
         """`loss_cls`; in training mode the rows enter the state afterwards, and every rank must call."""
         z_NL, labels_N = at_least_fp32(logits_NL), rois.labels_N

@@ -38,10 +38,6 @@ class FedLossHead(Head):
         log_weight_C = 0.5 * torch.tensor(stats.image_counts, dtype=torch.float64).log()
         self.register_buffer("log_weight_C", log_weight_C.float(), persistent=False)
 
-    def forward(self, x_ND: Tensor) -> Tensor:
-        """Features (N, D) -> logits (N, C)."""
-        return self.fc_cls(x_ND)
-
     def losses(self, logits_NL: Tensor, rois: RoIs) -> dict[str, Tensor]:
         """`loss_cls`: the sigmoid losses of the classes in S, divided by the number of rows that take part."""
         taking_part_C = self.draw(rois.labels_N, rois.generator)

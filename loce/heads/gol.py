@@ -47,10 +47,6 @@ class GOLHead(Head):
         tail_C = stats.image_counts < self.options.gol.threshold * stats.image_total
         self.register_buffer("tail_C", torch.from_numpy(tail_C), persistent=False)
 
-    def forward(self, x_ND: Tensor) -> Tensor:
-        """Features (N, D) -> logits (N, C)."""
-        return self.fc_cls(x_ND)
-
     def losses(self, logits_NL: Tensor, rois: RoIs) -> dict[str, Tensor]:
         """`loss_cls`: the weighted losses of all classes, divided by the number of rows that take part."""
         uniform_NC = torch.rand(logits_NL.shape, generator=rois.generator, device=logits_NL.device)

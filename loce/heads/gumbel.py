@@ -31,10 +31,6 @@ class GumbelHead(Head):
         nn.init.constant_(self.fc_cls.weight, 0.001)
         nn.init.constant_(self.fc_cls.bias, -2.0)
 
-    def forward(self, x_ND: Tensor) -> Tensor:
-        """Features (N, D) -> logits (N, C+1)."""
-        return self.fc_cls(x_ND)
-
     def losses(self, logits_NL: Tensor, rois: RoIs) -> dict[str, Tensor]:
         """`loss_cls`: summed over outputs and the rows that take part, divided by the number of these rows."""
         loss_NL = gumbel_cross_entropy(at_least_fp32(logits_NL), one_hot(rois.labels_N, self.num_classes + 1))
