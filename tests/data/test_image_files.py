@@ -1,10 +1,11 @@
 """Image files are found by their names; what lies there in place of a missing one is said."""
 
+import os
 import unicodedata
 
 import pytest
 
-from loce.data.annotations.image_files import Listings, is_readable_name
+from loce.data.annotations.image_files import Listings, image_name, is_readable_name
 from loce.data.annotations.lvis import LVISAnnotations
 from loce.data.build import images_in_both
 from loce.utils.errors import UserError
@@ -49,6 +50,9 @@ LAYOUTS = [  # name in the file, name on disk
     ("day1\\0007.jpg", "day1/0007.jpg"),
     ("D:\\set\\day1\\0007.jpg", "0007.jpg"),
     ("./day1//0007.jpg", "day1/0007.jpg"),
+    ("/home/anna/set/day1/0007.jpg", "day1/0007.jpg"),
+    ("../other/day1/0007.jpg", "day1/0007.jpg"),
+    ("COCO_val2014_000000000007.jpg", "val2014/COCO_val2014_000000000007.jpg"),
     ("Screenshot 10.00.00\u202fAM.png", "Screenshot 10.00.00\u202fAM.png"),
     ("全角\u3000空白\u00a0.png", "全角\u3000空白\u00a0.png"),
     ("👩\u200d🌾.png", "👩\u200d🌾.png"),
@@ -73,6 +77,9 @@ def test_a_file_is_found(name, file, named):
         (["left/1.png", "./left/1.png"], ["1.png"], []),  # one image, listed twice
         (["COCO_train2014_000000000001.jpg", "COCO_val2014_000000000001.jpg"], ["000000000001.jpg"], [0, 1]),
         (["COCO_val2014_000000000001.jpg", "000000000001.jpg"], ["000000000001.jpg"], [0]),
+        (["D:\\set\\left\\1.png", "D:\\set\\right\\1.png"], ["left/1.png", "right/1.png"], []),
+        (["/a/left/1.png", "/b/left/1.png", "/b/right/1.png"], ["left/1.png", "right/1.png"], [0, 1]),
+        (["a/left/1.png", "left/1.png"], ["left/1.png", "1.png"], [0]),
     ],
 )
 def test_two_images_never_get_one_file(names, files, missing, named):
@@ -92,7 +99,14 @@ TWINS = [  # name in the file, name on disk, what differs
     ("1.png", "1.JPG", "the extension"),
     ("Day1/1.png", "day1/1.PNG", "upper and lower case"),
     ("gone/Photo.png", "photo.png", "spelling"),
-    ("10.00 AM.png", "10.00\u202fAM.png", "spelling"),
+    ("10.00 AM.png", "10.00\u202fAM.png", "spaces"),
+    ("1.png ", "1.png", "spaces"),
+    ("1.png", "1 .png", "spaces"),
+    ("my+photo#1.png", "my photo%231.png", "the escapes"),
+    ("\u2764\ufe0f.png", "\u2764.png", "spelling"),
+    ("Käfer.png", os.fsdecode("Käfer.png".encode("latin-1")), "spelling"),
+    (unicodedata.normalize("NFC", "Käfer/1.png"), unicodedata.normalize("NFD", "Käfer/1.png"), "the Unicode form"),
+    ("/home/anna/Set/1.png", "set/1.png", "spelling"),
 ]
 
 
@@ -104,6 +118,53 @@ def test_a_twin_of_a_missing_image_is_named(name, file, difference, named):
     assert repr(name) in message and repr(file) in message and f"they differ in {difference}" in message
     if not file.isascii():
         assert ascii(name)[1:-1] in message and ascii(file)[1:-1] in message
+
+
+def test_of_two_folders_that_look_alike_the_one_with_the_file_is_named(named):
+    kept, other = unicodedata.normalize("NFC", "Käfer"), unicodedata.normalize("NFD", "Käfer")
+    annotations, folder = named([f"{kept}/1.png", f"{kept}/2.png"], [f"{kept}/1.png", f"{other}/2.png"])
+    assert f"{ascii(other)[1:-1]}/2.png" in refusal(annotations, folder)
+
+
+@pytest.mark.parametrize("twin", ["a.jpg", "A.jpeg"])
+def test_the_file_of_another_image_is_no_twin(twin, named):
+    annotations, folder = named(["a.jpg", "A.JPG"], ["a.jpg"])
+    assert "another name" not in refusal(annotations, folder)  # to rename it would lose the other
+    annotations, folder = named(["a.jpg", "A.JPG"], ["a.jpg", twin])
+    assert ("another name" in refusal(annotations, folder)) == (twin == "A.jpeg")
+
+
+URLS = [  # what the JSON says, the name that is read
+    ("http://images.cocodataset.org/val2017/1.png", "val2017/1.png"),
+    ("https://disk.org/set/day%201/a%231.png?sig=x%2Fy&e=1#top", "set/day 1/a#1.png"),
+    ("gs://bucket/day1/1.png", "day1/1.png"),
+    ("file:///home/anna/1.png", "/home/anna/1.png"),
+    ("C:/set/1.png", "C:/set/1.png"),
+    ("a%20b.png", "a%20b.png"),  # no URL, so a name as it stands
+]
+
+
+@pytest.mark.parametrize(("text", "name"), URLS)
+def test_of_a_url_the_path_is_the_name(text, name):
+    assert image_name({"file_name": text}) == name
+    if "://" in text:
+        assert image_name({"coco_url": text}) == "/".join(name.split("/")[-2:])
+
+
+def test_what_is_there_in_place_of_the_folder(named, tmp_path):
+    annotations, _ = named(["1.png"], ["1.png"], "Pictures/new")
+    (tmp_path / "new.zip").write_bytes(b"PK")
+    assert "new.zip is no folder: give the one" in refusal(annotations, tmp_path / "new.zip")
+    assert f"Did you mean '{tmp_path}/Pictures/new'?" in refusal(annotations, tmp_path / "pictures/New")
+    assert "Did you mean" not in refusal(annotations, tmp_path / "old")
+
+
+def test_files_in_several_folders_are_in_none_of_them(named):
+    annotations, folder = named(["1.png", "2.png"], ["a/1.png", "b/2.png"])
+    assert f"(1 in {folder}/a, 1 in {folder}/b): put the folder before" in refusal(annotations, folder)
+    names = ["COCO_val2014_000000000001.jpg", "COCO_train2014_000000000002.jpg"]
+    annotations, folder = named(names, ["train2017/000000000001.jpg", "val2017/000000000002.jpg"], "years")
+    assert f"(1 in {folder}/train2017, 1 in {folder}/val2017)" in refusal(annotations, folder)
 
 
 def test_files_a_folder_further_down_are_named(named):

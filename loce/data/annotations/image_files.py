@@ -1,23 +1,28 @@
 """Image files by the names in an annotation file: where each lies, and what is there in place of a missing one.
 
-A name is a path below the image folder, "split/file" or "file". Where no file has it, others are tried: the file
-without its folder, and COCO's names of 2014 and 2017 for each other. No two names ever get one file that way.
+A name is a path below the image folder, "split/file" or "file". Where no file has it, others are tried: its ends
+("day1/a.jpg" and "a.jpg" of "/home/anna/day1/a.jpg"), and COCO's names of 2014 and 2017 for each other. No two names
+ever get one file that way.
 """
 
 import os
 import re
 import unicodedata
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Container, Iterable, Iterator, Mapping, Sequence
 from functools import cache
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Any
-from urllib.parse import unquote
+from urllib.parse import unquote, unquote_plus
 
-from loce.utils.errors import UserError
+from loce.utils.errors import UserError, first_few
 
-_COCO_2014 = re.compile(r"COCO_[a-z]+20\d\d_(\d{12}\.\w+)")  # COCO_val2014_000000000001.jpg; since 2017 without prefix
+_COCO_2014 = re.compile(
+    r"COCO_([a-z]+20\d\d)_(\d{12}\.\w+)"
+)  # COCO_val2014_000000000001.jpg; since 2017 without prefix
 _COCO_2017 = re.compile(r"\d{12}\.\w+")
+_URL = re.compile(r"(\w[\w+.-]+)://[^/]*(/[^?#]*)")  # of any kind: https, gs, file
+_HIDDEN = dict.fromkeys([*range(0xFE00, 0xFE10), 0x200B, 0x200D, 0x2060, 0xFEFF])  # code points that show nothing
 _SUBFOLDERS = 100  # looked into for files that are not where they are looked for
 
 
@@ -25,15 +30,23 @@ def image_name(image: Mapping[str, Any]) -> str:
     """The path "split/file" or "file" below the image folder; empty where the image has no name.
 
     COCO and LVIS v0.5 give `file_name`, LVIS v1 `coco_url`, whose last two parts are the split and the file; where both
-    name one file, the split counts. Backslashes are read as slashes.
+    name one file, the split counts. Of a URL the path is read, and backslashes as slashes.
     """
     url, name = image.get("coco_url"), image.get("file_name")
-    split = "/".join(url.split("/")[-2:]) if isinstance(url, str) else ""
+    split = "/".join(_path(url).split("/")[-2:]) if isinstance(url, str) else ""
     if not isinstance(name, str) or not name:
         return split
-    name = name.replace("\\", "/")
+    name = _path(name)
     same = "/" in split and "/" not in name and bare_name(name) == bare_name(split)
     return split if same else name
+
+
+def _path(name: str) -> str:
+    """A name with slashes; of a URL its path, without server, query and escapes."""
+    if not (url := _URL.match(name)):
+        return name.replace("\\", "/")
+    path = unquote(url[2])
+    return path if url[1] == "file" else path.lstrip("/")
 
 
 def is_readable_name(name: str) -> bool:
@@ -45,22 +58,35 @@ def bare_name(name: str) -> str:
     """The file's own name, as COCO writes it since 2017."""
     file = name.rpartition("/")[2]
     match = _COCO_2014.fullmatch(file)
-    return match[1] if match else file
+    return match[2] if match else file
+
+
+def _ends(name: str) -> Iterator[tuple[str, str]]:
+    """Ends of a path, the longest first, each as it stands and with the bare name: a/b.png, b.png."""
+    folders, bare = [part for part in name.split("/")[:-1] if part not in ("", ".", "..")], bare_name(name)
+    for start in range(len(folders) + 1):
+        folder = "".join(f"{part}/" for part in folders[start:])
+        yield folder + name.rpartition("/")[2], folder + bare
 
 
 def shared_names(names: Iterable[str]) -> frozenset[str]:
-    """Bare names that several different names have: only the whole name says which file is meant."""
-    counts = Counter(bare_name(name) for name in {os.path.normpath(name) for name in names})
+    """Ends, with bare names, that several different names have: only a longer one says which file is meant."""
+    counts = Counter(bare for name in {os.path.normpath(name) for name in names} for _, bare in _ends(name))
     return frozenset(name for name, count in counts.items() if count > 1)
 
 
-def other_places(name: str) -> Iterator[str]:
-    """Where else below the folder the file of a name may lie that no other image has."""
-    split, _, file = name.rpartition("/")
-    yield file
-    if (bare := bare_name(name)) != file:
-        yield os.path.join(split, bare)
-        yield bare
+def other_places(name: str, shared: Container[str]) -> Iterator[str]:
+    """Where else below the folder the file of a name may lie that no other image has. shared: see `shared_names`."""
+    for end, bare in _ends(name):
+        if bare not in shared:
+            yield end
+            if bare != end:
+                yield bare
+    if bare_name(name) in shared:
+        return
+    file = name.rpartition("/")[2]
+    if own := _COCO_2014.fullmatch(file):
+        yield f"{own[1]}/{file}"
     elif _COCO_2017.fullmatch(file):
         for year in ("train2014", "val2014"):
             yield f"{year}/COCO_{year}_{file}"
@@ -88,28 +114,46 @@ class Listings:
         except OSError as error:
             raise UserError(f"{folder}: cannot be read ({error.strerror})") from None
 
-    def _twins(self, folder: str, whole: bool) -> dict[str, str]:
+    def _twins(self, folder: str, whole: bool) -> dict[str, list[str]]:
         """Names in a folder by `_alike`."""
-        return {_alike(name, whole): name for name in sorted(self.names(folder), reverse=True)}
-
-    def twin(self, folder: str, name: str) -> str | None:
-        """The path below `folder` that differs from `name` in spelling alone, step by step; None where none does."""
-        found, parts = "", PurePosixPath(name).parts
-        for number, part in enumerate(parts, 1):
-            here = os.path.join(folder, found) if found else folder
-            there = part if part in self.names(here) else self.twins(here, True).get(_alike(part, True))
-            if there is None and number == len(parts):  # of a file, not of a folder, the extension may differ, too
-                there = self.twins(here, False).get(_alike(part, False))
-            if there is None:
-                return None
-            found = os.path.join(found, there)
+        found: dict[str, list[str]] = {}
+        for name in sorted(self.names(folder)):
+            found.setdefault(_alike(name, whole), []).append(name)
         return found
+
+    def twin(self, folder: str, name: str, others: Container[str] = ()) -> str | None:
+        """The path below `folder` that differs from `name` in spelling alone, at any step; None where none does.
+
+        others: paths, with `folder`, that are none, since they are somebody else's.
+        """
+        part, _, rest = name.partition("/")
+        alike = self.twins(folder, True).get(_alike(part, True), [])
+        there = [part] if part in self.names(folder) else []
+        there += [twin for twin in alike if twin != part]
+        if not rest:  # of a file, not of a folder, the extension may differ, too
+            there += self.twins(folder, False).get(_alike(part, False), [])
+        for step in there:
+            path = os.path.join(folder, step)
+            found = self.twin(path, rest, others) if rest else step
+            if found and (rest or path not in others):
+                return f"{step}/{found}" if rest else step
+        return None
 
 
 def _alike(name: str, whole: bool) -> str:
     """Equal for names that people take for the same; whole: with the extension."""
-    plain = " ".join(unicodedata.normalize("NFKC", unquote(name)).casefold().split())
-    return plain if whole else os.path.splitext(plain)[0]
+    plain = unicodedata.normalize("NFKC", _one_encoding(unquote_plus(name))).translate(_HIDDEN).casefold()
+    plain = " ".join(plain.split())
+    return plain if whole else os.path.splitext(plain)[0].rstrip()
+
+
+def _one_encoding(name: str) -> str:
+    """The text of a name whose bytes on the disk are Latin-1, as old archives of Windows unpack."""
+    try:
+        name.encode()
+    except UnicodeEncodeError:
+        return os.fsencode(name).decode("cp1252", "replace")
+    return name
 
 
 def _difference(wanted: str, there: str) -> str:
@@ -117,7 +161,8 @@ def _difference(wanted: str, there: str) -> str:
     steps: dict[str, Callable[[str], str]] = {
         "the Unicode form": lambda name: unicodedata.normalize("NFC", name),
         "upper and lower case": str.casefold,
-        "the escapes (%20 and such)": unquote,
+        "the escapes (%20 and such)": unquote_plus,
+        "spaces": lambda name: "".join(name.split()),
         "the extension": lambda name: os.path.splitext(name)[0].casefold(),
     }
     for difference, step in steps.items():
@@ -131,18 +176,27 @@ def _quoted(name: str, unlike: str) -> str:
     return f"{name!r}" if name.isascii() and unlike.isascii() else f"{name!r} ({ascii(name)[1:-1]})"
 
 
-def there_instead(names: Sequence[str], shared: frozenset[str], folder: str | Path) -> str:
-    """A sentence on what the folder has in place of missing images: nearly their names, files of others; else ""."""
+def there_instead(
+    names: Sequence[str],
+    shared: frozenset[str],
+    folder: str | Path,
+    taken: Collection[str] = (),
+) -> str:
+    """A sentence on what the folder has in place of missing images: nearly their names, files of others; else "".
+
+    taken: the files of the images that are not missing.
+    """
     folder, listings = str(folder), Listings()
+    if not os.path.isdir(folder):
+        return _no_folder(folder)
     # One file for several images.
-    flat = [name for name in names if bare_name(name) in shared and listings.holds(f"{folder}/{bare_name(name)}")]
-    if flat:
-        file = bare_name(flat[0])
-        same = sorted(name for name in names if bare_name(name) == file)
+    ends = {name: [bare for _, bare in _ends(name) if bare in shared] for name in names}
+    for file in (bare for some in ends.values() for bare in some if listings.holds(f"{folder}/{bare}")):
+        same = sorted(name for name in names if file in ends[name])
         which = f"{' or '.join(same[:2])}" if len(same) > 1 else f"{same[0]} or another image called so"
         return f"{folder} has {file}, which may be {which}; put each of them under its whole name."
     # Files of nearly these names.
-    twins = [(name, twin) for name in names if (twin := _twin(name, shared, folder, listings))]
+    twins = [(name, twin) for name in names if (twin := _twin(name, shared, folder, listings, taken))]
     if twins:
         wanted, there = twins[0]
         return (
@@ -152,14 +206,32 @@ def there_instead(names: Sequence[str], shared: frozenset[str], folder: str | Pa
         )
     # The files themselves, a folder further down.
     below = sorted(name for name in listings.names(folder) if os.path.isdir(os.path.join(folder, name)))
-    for place in (os.path.join(folder, name) for name in below[:_SUBFOLDERS]):
-        found = sum(listings.holds(f"{place}/{name}") for name in names)
-        if found:
-            return f"{found} of them are in {place}: is this the folder to give?"
+    places = [os.path.join(folder, name) for name in below[:_SUBFOLDERS]]
+    known = [(name, name if bare_name(name) in shared else bare_name(name)) for name in names]
+    held = {place: sum(any(listings.holds(f"{place}/{n}") for n in both) for both in known) for place in places}
+    held = {place: number for place, number in held.items() if number}
+    if len(held) == 1 and not taken:
+        place, number = next(iter(held.items()))
+        return f"{number} of them are in {place}: is this the folder to give?"
+    if held:
+        where = first_few(f"{number} in {place}" for place, number in held.items())
+        return (
+            f"Some are further down ({where}): put the folder before the name in the file, or link all into {folder}."
+        )
     return ""
 
 
-def _twin(name: str, shared: frozenset[str], folder: str, listings: Listings) -> str | None:
+def _no_folder(folder: str) -> str:
+    """A sentence on what is there in place of a folder of images; "" where nothing is."""
+    path = os.path.abspath(folder)
+    if os.path.lexists(path):
+        packed = "; an archive is unpacked first" if os.path.splitext(path)[1] in (".zip", ".tar", ".gz") else ""
+        return f"{folder} is no folder: give the one that has the images{packed}."
+    twin = Listings().twin("/", path.lstrip("/"))
+    return f"Did you mean {f'/{twin}'!r}?" if twin and os.path.isdir(f"/{twin}") else ""
+
+
+def _twin(name: str, shared: frozenset[str], folder: str, listings: Listings, taken: Container[str]) -> str | None:
     """The path below `folder` of nearly a missing image's name, with its folders or without them."""
-    flat = name.rpartition("/")[2]
-    return listings.twin(folder, name) or (None if flat in shared else listings.twin(folder, flat))
+    ends = (end for end, bare in _ends(name) if bare not in shared)
+    return next((twin for end in (name, *ends) if (twin := listings.twin(folder, end, taken))), None)

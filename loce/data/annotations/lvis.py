@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 from pycocotools import mask as coco_mask
 
-from loce.data.annotations.image_files import Listings, bare_name, other_places, shared_names, there_instead
+from loce.data.annotations.image_files import Listings, other_places, shared_names, there_instead
 from loce.data.annotations.lookups import (
     LabelLists,
     category_ids,
@@ -149,9 +149,10 @@ class LVISAnnotations:
     def _place(self, index: int, folder: str, exists: Callable[[str], bool]) -> str:
         name = self.name(index)
         path = os.path.join(folder, name)
-        if exists(path) or bare_name(name) in self.shared_names:
+        if exists(path):
             return path
-        return next((other for place in other_places(name) if exists(other := os.path.join(folder, place))), path)
+        others = (os.path.join(folder, place) for place in other_places(name, self.shared_names))
+        return next((other for other in others if exists(other)), path)
 
     @cached_property
     def shared_names(self) -> frozenset[str]:
@@ -171,7 +172,9 @@ class LVISAnnotations:
 
     def there_instead(self, missing: Sequence[int], folder: str | Path) -> str:
         """A sentence for missing images that lie there under nearly their name; "" where there is none such."""
-        return there_instead([self.name(index) for index in missing], self.shared_names, folder)
+        holds, rest = Listings().holds, np.setdiff1d(np.arange(len(self)), missing).tolist()
+        taken = {place for index in rest if holds(place := self._place(index, str(folder), holds))}
+        return there_instead([self.name(index) for index in missing], self.shared_names, folder, taken)
 
     def without_images(self, missing: Sequence[int], folder: str | Path) -> "LVISAnnotations":
         """The same file, where training and evaluation leave out the images `missing` in `folder`."""
@@ -199,7 +202,7 @@ class LVISAnnotations:
             + ", ".join(f"{count} in {Path(folder, split)}" for split, count in sorted(by_split.items()))
             + f" (the first: {first_few([self.name(i) for i in missing[:FEW]])}).",
             self.there_instead(missing, folder),
-            "" if Path(folder).is_dir() else f"There is no folder {folder}.",
+            "" if Path(folder).exists() else f"There is no folder {folder}.",
             f"This file needs the images of {' and '.join(splits)}: put or link them into {folder}." if splits else "",
             "data.train_images and data.val_images name the folder; data.allow_missing=true goes on without them.",
         ]
