@@ -2,7 +2,7 @@
 
     python benchmarks/launches.py [size=small] [sides=[ours_stage1,ours_loce,torchvision]]
 
-A GPU is kept busy only while the host is ahead of it, and each wait ends that. The steps run on the pretended device of
+A GPU is kept busy only while the host is ahead of it, and each wait ends that. The steps run on the device of
 pretend_device.py, which says what counts as a launch and as a wait; a foreach operation counts as one launch. Both sides
 train on the same two images (sizes and regions as in bench.py) and take a whole step: copies, forward, backward,
 optimiser, and what decides whether the step is good. Ours are as the data loader leaves them, in page-locked memory;

@@ -185,6 +185,7 @@ class PretendDevice(TorchDispatchMode):
 
     def __enter__(self) -> "PretendDevice":  # type: ignore[override]
         import_module("torch._dynamo")  # an optimiser loads it; before anything is patched
+        forget_kept_tensors()
         self.patches = ExitStack()
         for patched in self._patches():
             self.patches.enter_context(patched)
@@ -202,6 +203,7 @@ class PretendDevice(TorchDispatchMode):
     def __exit__(self, *error: Any) -> None:
         super().__exit__(*error)
         self.patches.close()
+        forget_kept_tensors()
 
     def _patches(self) -> Iterator[Any]:
         def seed(number: int) -> None:
@@ -367,6 +369,14 @@ class PretendDevice(TorchDispatchMode):
     def note_wait(self, what: str) -> None:
         """Count a wait."""
         self.waits[what, line_of_code()] += 1
+
+
+def forget_kept_tensors() -> None:
+    """Empty the caches of the code: what it keeps between steps is of this device, or of a real one with its name."""
+    for name in [name for name in sys.modules if name.startswith("loce.")]:
+        for value in vars(sys.modules[name]).values():
+            if hasattr(value, "cache_clear"):
+                value.cache_clear()
 
 
 def line_of_code() -> str:

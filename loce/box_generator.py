@@ -3,6 +3,8 @@
 Shape suffixes: N ground-truth instances, K chosen instances; 16 sign patterns; 4 = x1, y1, x2, y2 in pixels.
 """
 
+from functools import lru_cache
+
 import torch
 from torch import Tensor
 
@@ -32,7 +34,7 @@ def dense_boxes(
         eta = torch.rand(shape, generator=generator, dtype=boxes.dtype, device=boxes.device)
     side_N2 = boxes[:, 2:] - boxes[:, :2]
     reach_N14 = torch.cat([side_N2, side_N2], dim=1)[:, None] / 6
-    dense_N164 = boxes[:, None] + _signs(boxes) * eta * reach_N14
+    dense_N164 = boxes[:, None] + _signs(boxes.dtype, boxes.device) * eta * reach_N14
     x_N162 = dense_N164[..., 0::2].clamp(0, width)
     y_N162 = dense_N164[..., 1::2].clamp(0, height)
     return torch.stack([x_N162, y_N162], dim=-1).flatten(-2)
@@ -61,8 +63,10 @@ def choose_instances(labels: Tensor, per_class: int, generator: torch.Generator 
     return order_N[(rank_N < per_class) & (sorted_N >= 0)].sort().values
 
 
-def _signs(like: Tensor) -> Tensor:
-    """(16, 4) of -1 and +1, the last column changing fastest; computed where `like` is, since a copy would wait."""
-    pattern_161 = torch.arange(SIGN_PATTERNS, device=like.device)[:, None]
-    bit_4 = torch.arange(3, -1, -1, device=like.device)
-    return ((pattern_161 >> bit_4) & 1).to(like.dtype) * 2 - 1
+@lru_cache
+@torch.inference_mode(False)
+def _signs(dtype: torch.dtype, device: torch.device) -> Tensor:
+    """(16, 4) of -1 and +1, the last column changing fastest; computed on the device, since a copy would wait."""
+    pattern_161 = torch.arange(SIGN_PATTERNS, device=device)[:, None]
+    bit_4 = torch.arange(3, -1, -1, device=device)
+    return ((pattern_161 >> bit_4) & 1).to(dtype) * 2 - 1

@@ -6,7 +6,7 @@ so that nothing waits for the device.
 """
 
 import math
-from collections.abc import Sequence
+from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -16,9 +16,11 @@ ROI_STDS = (0.1, 0.1, 0.2, 0.2)
 MAX_LOG_RATIO = abs(math.log(16 / 1000))  # |dw|, |dh| at most: both shrinking and growing are limited
 
 
-def constants(values: Sequence[float], device: torch.device) -> Tensor:
-    """(len(values),) fp32, filled in on the device: a tensor made from a list is a copy that waits for it."""
-    return torch.stack([torch.full((), value, dtype=torch.float32, device=device) for value in values])
+@lru_cache(maxsize=1024)
+@torch.inference_mode(False)
+def constants(values: tuple[float, ...], device: torch.device, dtype: torch.dtype = torch.float32) -> Tensor:
+    """(len(values),), filled in on the device, since a tensor made from a list is a copy that waits, and kept."""
+    return torch.stack([torch.full((), value, dtype=dtype, device=device) for value in values])
 
 
 def box_iou(boxes_N4: Tensor, others_M4: Tensor) -> Tensor:
@@ -57,15 +59,15 @@ def decode(
     references_N4: Tensor,
     deltas_N4: Tensor,
     stds: tuple[float, ...],
-    image_size: tuple[int, int],
+    image_size: tuple[int, int] | None,
 ) -> Tensor:
-    """Boxes (..., 4) from references (..., 4) and deltas (..., 4), clipped to an image (height, width)."""
+    """Boxes (..., 4) from references (..., 4) and deltas (..., 4), clipped to an image (height, width) if given."""
     deltas_N4 = deltas_N4.float() * constants(stds, deltas_N4.device)
     centre_N2, size_N2 = _centre_size(references_N4.float())
     new_centre_N2 = centre_N2 + size_N2 * deltas_N4[..., :2]
     new_size_N2 = size_N2 * deltas_N4[..., 2:].clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO).exp()
     boxes_N4 = torch.cat([new_centre_N2 - new_size_N2 * 0.5, new_centre_N2 + new_size_N2 * 0.5], dim=-1)
-    return clip(boxes_N4, image_size)
+    return boxes_N4 if image_size is None else clip(boxes_N4, image_size)
 
 
 def clip(boxes_N4: Tensor, image_size: tuple[int, int]) -> Tensor:
@@ -77,7 +79,8 @@ def clip(boxes_N4: Tensor, image_size: tuple[int, int]) -> Tensor:
 
 def finite(boxes_N4: Tensor) -> Tensor:
     """The boxes, (0, 0, 0, 0) in place of any with nan or inf: RoIAlign derives the size of its work from them."""
-    return torch.where(boxes_N4.isfinite().all(dim=1)[:, None], boxes_N4, 0)
+    finite_N = (boxes_N4 - boxes_N4 == 0).all(dim=1)  # `isfinite` is twice as many operations
+    return torch.where(finite_N[:, None], boxes_N4, 0)
 
 
 NEGATIVE, BETWEEN = -1, -2  # matched index of background boxes, and of boxes that are neither

@@ -58,7 +58,10 @@ class Targets:
 
 @dataclass
 class SampledRoIs:
-    """RoIs of one image: boxes (R, 4), labels (R,) with IGNORED in unused slots, instance (R,) or -1."""
+    """RoIs of one image: boxes (R, 4), labels (R,) with IGNORED in unused slots, instance (R,) or -1.
+
+    Those with an instance come first.
+    """
 
     boxes: Tensor
     labels: Tensor
@@ -318,11 +321,13 @@ class RoIHeads(nn.Module):
         positives: Tensor,
     ) -> Tensor:
         """Binary cross-entropy of the own class's mask over positives."""
-        rows = [(r.instances >= 0).nonzero()[:, 0] for r in sampled]  # sync: masks are predicted for positives only
-        boxes = [r.boxes[p] for r, p in zip(sampled, rows, strict=True)]
-        labels_P = torch.cat([r.labels[p] for r, p in zip(sampled, rows, strict=True)])
+        counts_B = torch.stack([(r.instances >= 0).sum() for r in sampled])
+        counts = counts_B.tolist()  # sync: masks are predicted for positives only, which come first
+        boxes = [r.boxes[:p] for r, p in zip(sampled, counts, strict=True)]
+        labels_P = torch.cat([r.labels[:p] for r, p in zip(sampled, counts, strict=True)])
         wanted = [
-            mask_targets(t.masks, r.instances[p], r.boxes[p]) for r, t, p in zip(sampled, targets, rows, strict=True)
+            mask_targets(t.masks, r.instances[:p], b)
+            for r, t, p, b in zip(sampled, targets, counts, boxes, strict=True)
         ]
         logits = self.mask_head(self.pool(features, boxes, MASK_SIDE), labels_P)
         return mask_loss(logits, torch.cat(wanted), positives)
@@ -373,9 +378,12 @@ def pool(
     boxes_N4 = finite(torch.cat(boxes))
     level_N = pyramid_level(boxes_N4, finest_scale)
     regions_N5 = torch.cat([image_N[:, None], boxes_N4], dim=1)
-    rows, parts = [], []
-    for level, stride in enumerate(POOL_STRIDES):
-        rows.append((level_N == level).nonzero()[:, 0])  # sync: how many boxes each level gets
-        parts.append(roi_align(features[level].float(), regions_N5[rows[-1]], side, 1 / stride, samples, aligned))
-    back_N = torch.cat(rows).argsort()
-    return torch.cat(parts).to(features[0].dtype).index_select(0, back_N)
+    # Level by level, in their order within a level.
+    levels = torch.arange(len(POOL_STRIDES), device=level_N.device)
+    counts = (level_N[:, None] == levels).sum(dim=0).tolist()  # sync: how many boxes each level gets
+    order_N = level_N.argsort(stable=True)
+    parts = [
+        roi_align(maps.float(), part_n5, side, 1 / stride, samples, aligned)
+        for maps, part_n5, stride in zip(features, regions_N5[order_N].split(counts), POOL_STRIDES, strict=False)
+    ]
+    return torch.cat(parts).to(features[0].dtype).index_select(0, order_N.argsort())

@@ -4,6 +4,7 @@ Shapes: L pyramid levels, A anchors of one image over all levels (order: level, 
 """
 
 from collections.abc import Sequence
+from functools import lru_cache
 
 import torch
 import torch.nn.functional as F
@@ -17,6 +18,7 @@ from loce.models.boxes import (
     ANCHORS,
     BETWEEN,
     RPN_STDS,
+    clip,
     constants,
     decode,
     encode,
@@ -40,15 +42,22 @@ def level_anchors(
     device: torch.device,
 ) -> Tensor:
     """(height * width * 3, 4) float anchors of one level, centred on (x * stride, y * stride), side scale * stride."""
+    side = 1 << (max(height, width) - 1).bit_length()  # few sizes, so that few are kept
+    return _square_of_anchors(side, stride, scale, device)[:height, :width].reshape(-1, 4)
+
+
+@lru_cache(maxsize=64)
+@torch.inference_mode(False)
+def _square_of_anchors(side: int, stride: int, scale: float, device: torch.device) -> Tensor:
+    """(side, side, 3, 4) anchors, by y, x and ratio; kept between steps, 12 MB for the finest level of 1333 pixels."""
     ratio_R = constants(RATIOS, device)
     half_h_R = scale * stride * ratio_R.sqrt() / 2
     half_w_R = scale * stride / ratio_R.sqrt() / 2
     cell_R4 = torch.stack([-half_w_R, -half_h_R, half_w_R, half_h_R], dim=1)
-    y, x = torch.meshgrid(
-        torch.arange(height, device=device) * stride, torch.arange(width, device=device) * stride, indexing="ij"
-    )
-    centres = torch.stack([x, y, x, y], dim=-1).reshape(-1, 1, 4)
-    return (centres + cell_R4).reshape(-1, 4)
+    place = torch.arange(side, device=device) * stride
+    y, x = torch.meshgrid(place, place, indexing="ij")
+    centres = torch.stack([x, y, x, y], dim=-1)[:, :, None]
+    return centres + cell_R4
 
 
 def level_validity(
@@ -59,9 +68,9 @@ def level_validity(
     device: torch.device,
 ) -> Tensor:
     """(height * width * 3,) bool: anchors whose cell lies in the image's own padded area, not the batch's."""
-    y = torch.arange(height, device=device) < -(-padded_size[0] // stride)
-    x = torch.arange(width, device=device) < -(-padded_size[1] // stride)
-    return (y[:, None] & x[None, :]).reshape(-1, 1).expand(-1, len(RATIOS)).reshape(-1)
+    valid = torch.zeros((height, width, len(RATIOS)), dtype=torch.bool, device=device)
+    valid[: -(-padded_size[0] // stride), : -(-padded_size[1] // stride)].fill_(True)
+    return valid.reshape(-1)
 
 
 def _validity(shapes: list[tuple[int, int]], padded_size: tuple[int, int], device: torch.device) -> Tensor:
@@ -108,26 +117,33 @@ class RPN(nn.Module):
 
         truths: in training, ground-truth boxes (G, 4) and labels (G,) of each image, for NMS resampling.
         """
+        # The best anchors of each level, S of all levels together, become boxes by one call for all images.
+        pre_nms = self.config.pre_nms_train if self.training else self.config.pre_nms_test
+        scores, deltas_of_best, best_anchors = [], [], []
+        for logits_BA, deltas_BA4, anchors_A4 in zip(logits, deltas, anchors, strict=True):
+            scores_BK, top_BK = logits_BA.float().sigmoid().topk(min(pre_nms, logits_BA.shape[1]), dim=1)
+            scores.append(scores_BK)
+            deltas_of_best.append(deltas_BA4.gather(1, top_BK[..., None].expand(-1, -1, 4)))
+            best_anchors.append(anchors_A4[top_BK])
+        boxes_BS4 = decode(torch.cat(best_anchors, dim=1), torch.cat(deltas_of_best, dim=1), RPN_STDS, None)
+        scores_BS, lengths = torch.cat(scores, dim=1), [x.shape[1] for x in scores]
+
+        known: Sequence[tuple[Tensor, Tensor] | None] = truths or [None] * len(image_sizes)
         return [
-            self._image_proposals(
-                [x[i] for x in logits], [x[i] for x in deltas], anchors, size, None if truths is None else truths[i]
-            )
-            for i, size in enumerate(image_sizes)
+            self._suppressed(clip(boxes_S4, size), scores_S, lengths, truth)
+            for boxes_S4, scores_S, size, truth in zip(boxes_BS4, scores_BS, image_sizes, known, strict=True)
         ]
 
-    def _image_proposals(
+    def _suppressed(
         self,
-        logits: list[Tensor],
-        deltas: list[Tensor],
-        anchors: list[Tensor],
-        image_size: tuple[int, int],
+        boxes_S4: Tensor,
+        scores_S: Tensor,
+        lengths: list[int],
         truth: tuple[Tensor, Tensor] | None,
     ) -> Tensor:
-        pre_nms = self.config.pre_nms_train if self.training else self.config.pre_nms_test
+        """What NMS leaves of an image's boxes, which lie level after level, best first; at most `post_nms`."""
         boxes, scores = [], []
-        for logits_A, deltas_A4, anchors_A4 in zip(logits, deltas, anchors, strict=True):
-            scores_K, top_K = logits_A.float().sigmoid().topk(min(pre_nms, len(logits_A)))
-            boxes_K4 = decode(anchors_A4[top_K], deltas_A4[top_K], RPN_STDS, image_size)
+        for boxes_K4, scores_K in zip(boxes_S4.split(lengths), scores_S.split(lengths), strict=True):
             if self.resampling is None or truth is None:
                 kept = nms(boxes_K4, scores_K, self.config.nms)  # sync: NMS decides how many stay
             else:
@@ -194,19 +210,21 @@ class RPN(nn.Module):
         conv, device = self.head.conv[0][0], anchors_K.device
         stacked_DS = torch.cat([F.pad(x, (1, 1, 1, 1)).flatten(1) for x in features], dim=1)
 
-        # Of each cell's neighbourhood: its first pixel in S (7 in the example), and how far away the next line is (5).
-        corners, lines, first = [], [], 0
+        # Of each level: its first cell, and in S its first pixel (0 in the example) and its line's length (5).
+        table, cells, pixels = [], 0, 0
         for h, w in [(x.shape[1], x.shape[2]) for x in features]:
-            y, x = torch.arange(h, device=device), torch.arange(w, device=device)
-            corners.append((first + y[:, None] * (w + 2) + x).flatten())
-            lines.append(torch.full_like(corners[-1], w + 2))
-            first += (h + 2) * (w + 2)
+            table += [cells, pixels, w + 2]
+            cells, pixels = cells + h * w, pixels + (h + 2) * (w + 2)
+        table_3L = constants((*table[0::3], *table[1::3], *table[2::3]), device, torch.long).view(3, -1)
 
         # The nine pixels of the cell of each anchor, through the head's layers as matrix products.
         cell_K, ratio_K = anchors_K // len(RATIOS), anchors_K % len(RATIOS)
+        level_K = torch.bucketize(cell_K, table_3L[0], right=True) - 1
+        first_cell_K, first_pixel_K, line_K = table_3L.index_select(1, level_K)
+        cell_K, width_K = cell_K - first_cell_K, line_K - 2
+        corner_K = first_pixel_K + cell_K // width_K * line_K + cell_K % width_K
         three = torch.arange(3, device=device)
-        line_K11 = torch.cat(lines)[cell_K, None, None]
-        index_K33 = torch.cat(corners)[cell_K, None, None] + three[:, None] * line_K11 + three
+        index_K33 = corner_K[:, None, None] + three[:, None] * line_K[:, None, None] + three
         patch_DK9 = stacked_DS.index_select(1, index_K33.flatten()).reshape(len(stacked_DS), -1, 9)
         x_KD = F.relu(F.linear(patch_DK9.transpose(0, 1).flatten(1), conv.weight.flatten(1), conv.bias))
         score, box = self.head.cls_logits, self.head.bbox_pred

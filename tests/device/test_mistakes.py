@@ -49,9 +49,9 @@ class Mistake:
 
 MISTAKES = (
     Mistake(
-        "anchors without a device", rpn.level_anchors, "torch.arange(height, device=device)", "torch.arange(height)"
+        "anchors without a device", rpn._square_of_anchors, "torch.arange(side, device=device)", "torch.arange(side)"
     ),
-    Mistake("constants without a device", boxes.constants, "dtype=torch.float32, device=device", "dtype=torch.float32"),
+    Mistake("constants without a device", boxes.constants, "dtype=dtype, device=device", "dtype=dtype"),
     Mistake(
         "random numbers without a device",
         boxes.choose_random,
@@ -63,7 +63,7 @@ MISTAKES = (
     Mistake(
         "signs of Eq. 5 without a device",
         box_generator._signs,
-        "torch.arange(SIGN_PATTERNS, device=like.device)",
+        "torch.arange(SIGN_PATTERNS, device=device)",
         "torch.arange(SIGN_PATTERNS)",
     ),
     Mistake("uniform numbers drawn on the host", MemorySampling._uniform, "device=device", "device='cpu'"),
