@@ -37,11 +37,11 @@ class Mutant:
 
 
 MUTANTS = (
-    Mutant("RoIAlign not aligned", "models/roi_heads.py", "samples, aligned))", "samples, False))"),
-    Mutant("RoIAlign with 2 samples a bin", "models/roi_heads.py", "samples, aligned))", "2, aligned))"),
+    Mutant("RoIAlign not aligned", "models/roi_heads.py", "stride, samples, aligned)", "stride, samples, False)"),
+    Mutant("RoIAlign with 2 samples a bin", "models/roi_heads.py", "stride, samples, aligned)", "stride, 2, aligned)"),
     Mutant("level by rounding", "models/roi_heads.py", ".log2().floor()", ".log2().round()"),
-    Mutant("anchors rounded to pixels", "models/rpn.py", "(centres + cell_R4)", "(centres + cell_R4.round())"),
-    Mutant("anchors at cell centres", "models/rpn.py", "(centres + cell_R4)", "(centres + stride / 2 + cell_R4)"),
+    Mutant("anchors rounded to pixels", "models/rpn.py", "centres + cell_R4", "centres + cell_R4.round()"),
+    Mutant("anchors at cell centres", "models/rpn.py", "centres + cell_R4", "centres + stride / 2 + cell_R4"),
     Mutant(
         "proposals without area removed",
         "models/rpn.py",
