@@ -131,7 +131,7 @@ class Ours:
             losses = self.model(samples)
         total = torch.stack(list(losses.values())).sum()
         total.backward()
-        if not torch.stack([total, gradient_norm(self.model)]).isfinite().all():
+        if not torch.stack([total, gradient_norm(self.optimizer)]).isfinite().all():
             raise RuntimeError(f"the benchmark diverged: {losses}")
         self.optimizer.step()
         return losses

@@ -75,6 +75,8 @@ class Arm:
         self.scaler = torch.amp.GradScaler(device.type, enabled=config.train.precision == "fp16")
         if state is not None:
             self.optimizer.load_state_dict(state["optimizer"])
+            for group in self.optimizer.param_groups:
+                group["fused"] = True  # a checkpoint of before says None
             self.scaler.load_state_dict(state["scaler"])
 
     def write(self, lr: float) -> None:

@@ -69,7 +69,7 @@ def train_step(
     # No rank takes the step where one has a bad value.
     for arm in arms:
         arm.scaler.unscale_(arm.optimizer)
-    each, norms = [list(own) for own in zip(*steps, strict=True)], [gradient_norm(arm.model) for arm in arms]
+    each, norms = [list(own) for own in zip(*steps, strict=True)], [gradient_norm(arm.optimizer) for arm in arms]
     bad, stop = _agree(each, norms, arms[0].scaler)
     if any(bad):
         raise NotFiniteError(bad, batches, each, stop)
@@ -95,9 +95,10 @@ def optimizer_step(arms: Sequence[Learner], lr: float) -> None:
         arm.optimizer.zero_grad(set_to_none=True)  # a weight without gradient is not moved again
 
 
-def gradient_norm(model: nn.Module) -> Tensor:
-    """The norm of all gradients together."""
-    return nn.utils.get_total_norm(p.grad for p in model.parameters() if p.grad is not None)
+def gradient_norm(optimizer: torch.optim.Optimizer) -> Tensor:
+    """The norm of the gradients of all that an optimiser moves together."""
+    parameters = (p for group in optimizer.param_groups for p in group["params"])
+    return nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
 
 
 def _agree(losses: list[list[Losses]], norms: list[Tensor], scaler: torch.amp.GradScaler) -> tuple[list[bool], bool]:

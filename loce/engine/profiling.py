@@ -106,7 +106,7 @@ def make_step(model: MaskRCNN, config: Config) -> Callable[[list[dict[str, Any]]
             losses = model(samples)
         sum(losses.values()).backward()
         with record_function("optimiser"):
-            gradient_norm(model).isfinite()
+            gradient_norm(optimizer).isfinite()
             optimizer.step()
 
     return step

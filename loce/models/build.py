@@ -38,6 +38,10 @@ def load_head_files(config: Config, annotations: LVISAnnotations, model: MaskRCN
 
 
 def build_optimizer(model: torch.nn.Module, train: TrainConfig) -> torch.optim.SGD:
-    """SGD over everything that is not frozen, biases and norms included in the weight decay (MMDetection's default)."""
+    """SGD over everything that is not frozen, biases and norms included in the weight decay (MMDetection's default).
+
+    fused: one pass over a weight, its gradient and its momentum, instead of one for each operation.
+    """
     parameters = [p for p in model.parameters() if p.requires_grad]
-    return torch.optim.SGD(parameters, lr=train.lr, momentum=train.momentum, weight_decay=train.weight_decay)
+    lr, momentum, decay = train.lr, train.momentum, train.weight_decay
+    return torch.optim.SGD(parameters, lr=lr, momentum=momentum, weight_decay=decay, fused=True)

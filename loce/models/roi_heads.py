@@ -155,7 +155,7 @@ class RoIHeads(nn.Module):
             losses = self.classifier.losses(logits_NL, rois)
         if self.only_classifier:
             return losses
-        losses["loss_box"] = self._box_loss(self.deltas(x_ND), rois, box_targets_N4)
+        losses["loss_box"] = self._box_loss(x_ND, rois, box_targets_N4, self._most(sampled, rois))
         losses["loss_mask"] = once(self.mask_head, lambda: self._mask_loss(features, sampled, targets, positives))
         return losses
 
@@ -211,8 +211,8 @@ class RoIHeads(nn.Module):
             generator=generator_for(targets[0].seed, HEAD, x_ND.device),
         )
         # The mean score (Sec. 3.1) is updated by this step's probabilities before the loss takes its margins from it.
-        positives = len(targets) * int(self.config.batch_per_image * self.config.positive_fraction)
-        self._update_mean_score(logits_NL, rois, sum(len(t.labels) for t in targets), positives + drawn)
+        instances = sum(len(t.labels) for t in targets)
+        self._update_mean_score(logits_NL, rois, instances, self._most(sampled, rois))
         rois.indicator = self.indicator.clone()
         return x_ND, box_targets_N4, logits_NL, rois
 
@@ -282,6 +282,11 @@ class RoIHeads(nn.Module):
         slots = (labels == IGNORED).to(torch.uint8).sort(stable=True).indices[: self.config.batch_per_image]
         return SampledRoIs(boxes[picked[slots]], labels[slots], instances[slots])
 
+    def _most(self, sampled: list[SampledRoIs], rois: RoIs) -> int:
+        """Positives and rows from the memory that there can be."""
+        positives = len(sampled) * int(self.config.batch_per_image * self.config.positive_fraction)
+        return len(rois.labels_N) - sum(len(r.labels) for r in sampled) + positives
+
     @record_function("mean score")
     @torch.no_grad()
     def _update_mean_score(
@@ -304,13 +309,27 @@ class RoIHeads(nn.Module):
         self.tracker.update(*instance_scores(probabilities_M, labels_M, own_M, instances), memory)
 
     @record_function("box loss")
-    def _box_loss(self, deltas_NC4: Tensor, rois: RoIs, box_targets_N4: Tensor) -> Tensor:
-        """L1 of the own class's deltas over positives, divided by the number of rows that count."""
+    def _box_loss(
+        self,
+        x_ND: Tensor,
+        rois: RoIs,
+        box_targets_N4: Tensor,
+        most: int,
+    ) -> Tensor:
+        """L1 of the own class's deltas over positives, divided by the number of rows that count.
+
+        most: as `_update_mean_score`; the regressor is evaluated for so many rows, and of each for one class.
+        """
         positive_N = (rois.labels_N >= 0) & (rois.labels_N < self.num_classes)
-        own_N = torch.where(positive_N, rois.labels_N, 0)
-        deltas_N4 = deltas_NC4.reshape(-1, self.num_classes, 4)[torch.arange(len(own_N), device=own_N.device), own_N]
-        errors_N4 = torch.where(positive_N[:, None], deltas_N4.float() - box_targets_N4, 0)
-        return errors_N4.abs().sum() / rois.count
+        rows = (~positive_N).to(torch.uint8).sort(stable=True).indices[:most]
+        positive_M = positive_N[rows]
+        own_M = torch.where(positive_M, rois.labels_N[rows], 0)
+        hidden_MF = self.box_head(x_ND[rows], first=self.classifier.depth)
+        weight_M4F = self.fc_reg.weight.unflatten(0, (-1, 4)).index_select(0, own_M)
+        bias_M4 = self.fc_reg.bias.unflatten(0, (-1, 4)).index_select(0, own_M)
+        deltas_M4 = (weight_M4F @ hidden_MF[:, :, None])[:, :, 0] + bias_M4
+        errors_M4 = torch.where(positive_M[:, None], deltas_M4.float() - box_targets_N4[rows], 0)
+        return errors_M4.abs().sum() / rois.count
 
     @record_function("mask targets and loss")
     def _mask_loss(
