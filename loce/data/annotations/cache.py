@@ -1,4 +1,4 @@
-"""Large annotation files, opened a second time: their flat arrays from a cache, mapped into memory and not read.
+"""Cache of large annotation files: their flat arrays on disk, mapped into memory instead of parsed again.
 
 A folder for each (content of the file, options, this package's code that reads it), so that nothing stale is ever
 found: one .npy file for each array, and meta.json, which is written last; without it the folder does not count. The
@@ -34,7 +34,7 @@ PARTS: dict[str, Any] = {
 def default_folder() -> Path | None:
     """$XDG_CACHE_HOME/loce/annotations, by default ~/.cache/loce/annotations; may be deleted at any time.
 
-    None where the user has no home directory, as in containers that know no name for him.
+    None where the user has no home directory, as in containers without an entry for the user.
     """
     cache = expand_home(os.environ.get("XDG_CACHE_HOME") or "~/.cache")
     return None if cache.startswith("~/") else Path(cache, "loce/annotations")
@@ -86,7 +86,10 @@ def _key(path: Path, options: tuple[Any, ...]) -> str:
 
 def _store(annotations: LVISAnnotations, place: Path) -> None:
     values: dict[str, Any] = {}
-    for name, part in _parts(annotations).items():
+    parts = {"file": annotations} | {name: getattr(annotations, name) for name in PARTS}
+    for name, part in parts.items():
+        if part is None:
+            continue
         values[name] = {}
         for field in dataclasses.fields(part):
             value = getattr(part, field.name)
@@ -96,12 +99,6 @@ def _store(annotations: LVISAnnotations, place: Path) -> None:
             elif field.name not in (*PARTS, "path"):
                 values[name][field.name] = value
     write_text(place / "meta.json", json.dumps(values))
-
-
-def _parts(annotations: LVISAnnotations) -> dict[str, Any]:
-    """The dataclasses that hold the arrays, by name; those that are None are left out."""
-    parts = {"file": annotations} | {name: getattr(annotations, name) for name in PARTS}
-    return {name: part for name, part in parts.items() if part is not None}
 
 
 def _load(place: Path, path: str) -> LVISAnnotations:

@@ -1,4 +1,4 @@
-"""Image files by the names in an annotation file: where each lies, and what is there in place of a missing one.
+"""Image files of an annotation file: where each lies, and files of similar names where one is missing.
 
 A name is a path below the image folder, "split/file" or "file". Where no file has it, others are tried: its ends
 ("day1/a.jpg" and "a.jpg" of "/home/anna/day1/a.jpg"), and COCO's names of 2014 and 2017 for each other. No two names
@@ -141,7 +141,7 @@ class Listings:
 
 
 def _alike(name: str, whole: bool) -> str:
-    """Equal for names that people take for the same; whole: with the extension."""
+    """A key that is equal for names of different spelling; whole: with the extension."""
     plain = unicodedata.normalize("NFKC", _one_encoding(unquote_plus(name))).translate(_HIDDEN).casefold()
     plain = " ".join(plain.split())
     return plain if whole else os.path.splitext(plain)[0].rstrip()
@@ -157,7 +157,7 @@ def _one_encoding(name: str) -> str:
 
 
 def _difference(wanted: str, there: str) -> str:
-    """In what two names that are alike differ."""
+    """The difference between two names that are alike, in words."""
     steps: dict[str, Callable[[str], str]] = {
         "the Unicode form": lambda name: unicodedata.normalize("NFC", name),
         "upper and lower case": str.casefold,

@@ -1,4 +1,4 @@
-"""Opening JSON files of users: what people really have where an annotation or results file should be, and its fix."""
+"""Opening of JSON files, with a message and a fix for what users often have in their place."""
 
 import gc
 import json
@@ -29,8 +29,8 @@ def open_json(path: str | Path, wanted: str) -> Iterator[tuple[JsonStream, Phase
     wanted: what the file should be, for messages. UserError for everything that is wrong with the file as a file:
     missing, empty, packed, in another encoding, no JSON, cut short.
 
-    Python's garbage collector rests meanwhile: it would look at all that was parsed again and again, for two thirds of
-    the time, and what JSON makes has no cycles.
+    Python's garbage collector is off meanwhile: it would visit all that was parsed again and again, for two thirds of
+    the time, and parsed JSON has no cycles.
     """
     path = Path(path)
     size = _check_kind(path, wanted)

@@ -1,4 +1,4 @@
-"""A JSON file of any size read member by member and element by element, with a small part of it in memory.
+"""Incremental JSON reader: the members of an object and the elements of an array, with a small part in memory.
 
 For files that are one object whose large members are arrays, as annotation files are, or one array, as results are.
 Python's own parser reads whole pieces of an array; where a value does not end within what is held, more is read and it
@@ -106,17 +106,19 @@ class JsonStream:
         return line, character, max(0, total - character)
 
     def _held_objects(self) -> list[Any]:
-        """All elements but the last one, or the whole rest of the array, that are held; [] where that cannot be told.
+        """The held elements up to the last one, or to the array's end, parsed at once; [] where there is no such part.
 
-        The text up to the last "}, {" is closed by a bracket and parsed at once:  {"a": 1}, {"a": 2}, {"a"...
-        becomes [{"a": 1}, {"a": 2}]. Where the array ends earlier, its own bracket ends the parsing.
+            held      {"a": 1}, {"a": 2}, {"a"      the block ends within the third element
+            parsed    [{"a": 1}, {"a": 2}]          the text before the last "}, {", between two brackets
+            left      , {"a"                        the next block is appended to it
+        Where the array ends in the held text, its own bracket ends the parsing.
         """
         cut = self._last_border()
         if self._characters + cut <= max(self._single, self._characters + self._at):
             return []
         try:
             found, end = self._decoder.raw_decode(f"[{self._text[self._at : cut]}]")
-        except json.JSONDecodeError:  # cut inside an element, or something is wrong: `value` finds its place
+        except json.JSONDecodeError:  # cut inside an element, or an error: `value` finds its place
             self._single = self._characters + cut
             return []
         self._at += end - 2  # of the two brackets one is put before, the other is still to be passed

@@ -1,4 +1,4 @@
-"""From the ids of an annotation file to positions in its lists, with a mistake for each id that leads nowhere.
+"""Lookup of the ids in an annotation file: positions in its lists, and a mistake for each unknown id.
 
 Shapes: A annotations, I images, C categories.
 """
@@ -51,7 +51,7 @@ def category_ids(categories: list[Any], mistakes: Mistakes) -> np.ndarray:
 
 
 def check_unique(kind: str, ids: np.ndarray, mistakes: Mistakes) -> None:
-    """A mistake for each id that is there more than once."""
+    """A mistake for each id that is used more than once."""
     values, counts = np.unique(ids, return_counts=True)
     for value in values[counts > 1]:
         mistakes.add(f"{kind} ids used more than once", str(value))
@@ -117,10 +117,10 @@ def tell_apart(ids: np.ndarray) -> tuple[np.ndarray, list[str]]:
     number = int(again.sum())
     if not number:
         return ids, []
-    told = ids.copy()
-    told[again] = np.setdiff1d(np.arange(1, len(ids) + number + 1), ids)[:number]
+    unique = ids.copy()
+    unique[again] = np.setdiff1d(np.arange(1, len(ids) + number + 1), ids)[:number]
     named = first_few(np.unique(ids[again]))
-    return told, [f"{number} annotations have the id of another one ({named}): they were given new ids"]
+    return unique, [f"{number} annotations have the id of another one ({named}): they were given new ids"]
 
 
 def equal_names(categories: list[Mapping[str, Any]]) -> list[str]:

@@ -43,13 +43,13 @@ class LVISAnnotations:
     width, height in pixels, as in the file; NaN where they are not four numbers. areas: (A,) float64, of the mask or
     the box where the file gives none, NaN where it is no number. crowd, ignore: (A,) bool. negatives, not_exhaustive:
     per image the labels that are known to be absent, or not annotated everywhere (None where the file does not say).
-    file_counts: (C,) int64 images of each class by the file's own word, or None.
+    file_counts: (C,) int64 images of each class as the file gives them, or None.
     train_rows: (R,) int64, the annotations training uses, image by image; first_row: (I+1,) int64 into train_rows;
     train_images: (T,) int64, the images training uses. ignored_rows: (Q,) int64 ascending by image, annotations whose
     region is neither object nor background (crowds). has_mask: (A,) bool. empty_masks, misplaced: annotations whose
     mask has no pixel, or lies elsewhere than its box; masks_compared: of how many; mask_cause: what probably happened.
     dropped: how much of the file training leaves out, by reason; examples: the first indices of each. own_groups: the
-    file says what is rare. suspicion: what the boxes may be, or "". notes: what else is to be known of the content.
+    file gives the groups. suspicion: what the boxes may be, or "". notes: what else users should know of the content.
     absent: images that are not on disk, which the user allows.
     """
 
@@ -164,11 +164,10 @@ class LVISAnnotations:
         """(I,) bool: wider than high."""
         return self.image_sizes[:, 1] > self.image_sizes[:, 0]
 
-    def missing_images(self, folder: str | Path, indices: Sequence[int] | np.ndarray | None = None) -> list[int]:
-        """Images (of all, or of `indices`) that `folder` does not hold; lists folders, does not ask file by file."""
-        holds = Listings().holds
-        wanted = range(len(self)) if indices is None else map(int, indices)
-        return [index for index in wanted if not holds(self._place(index, os.path.normpath(folder), holds))]
+    def missing_images(self, folder: str | Path) -> list[int]:
+        """Images that `folder` does not hold; lists folders, does not ask file by file."""
+        holds, folder = Listings().holds, os.path.normpath(folder)
+        return [index for index in range(len(self)) if not holds(self._place(index, folder, holds))]
 
     def there_instead(self, missing: Sequence[int], folder: str | Path) -> str:
         """A sentence for missing images that lie there under nearly their name; "" where there is none such."""
@@ -189,16 +188,15 @@ class LVISAnnotations:
         rest = np.setdiff1d(np.arange(len(self)), images).tolist()
         return replace(self, train_images=np.array(sorted(images)), absent=rest)
 
-    def require_images(self, folder: str | Path, indices: Sequence[int] | np.ndarray | None = None) -> None:
+    def require_images(self, folder: str | Path) -> None:
         """UserError with counts per split folder where images are missing."""
-        missing = self.missing_images(folder, indices)
+        missing = self.missing_images(folder)
         if not missing:
             return
-        total = len(self) if indices is None else len(indices)
         by_split = Counter(os.path.dirname(self.name(i)) for i in missing)
         splits = sorted({os.path.dirname(self.name(i)) for i in range(len(self))} - {""})
         lines = [
-            f"{self.path}: {len(missing)} of {total} images are missing: "
+            f"{self.path}: {len(missing)} of {len(self)} images are missing: "
             + ", ".join(f"{count} in {Path(folder, split)}" for split, count in sorted(by_split.items()))
             + f" (the first: {first_few([self.name(i) for i in missing[:FEW]])}).",
             self.there_instead(missing, folder),
@@ -233,7 +231,7 @@ def _build(
     box_masks: bool,
     named: bool,
 ) -> LVISAnnotations:
-    # Mistakes of one kind hide others, so they are told where a kind of check is done.
+    # A mistake of one kind may cause others, so each kind is reported before the next is looked for: ids first.
     mistakes = columns.mistakes
     own_ids = category_ids(categories, mistakes)
     image_ids = np.array(columns.image_ids, dtype=np.int64)
@@ -256,6 +254,7 @@ def _build(
     groups = file_groups(categories, mistakes)
     mistakes.raise_all(path)
 
+    # Columns as arrays.
     names = [name.encode() for name in columns.image_names]
     xywh = np.array(columns.boxes, dtype=np.float64).reshape(-1, 4)
     sizes = np.stack([columns.heights, columns.widths], axis=1).astype(np.int32)
@@ -267,6 +266,7 @@ def _build(
     for row in columns.without_area:
         size = sizes[image_of[row]].tolist()
         areas[row] = coco_mask.area(masks.rles([row], *size)[0]) if has_mask[row] else xywh[row, 2] * xywh[row, 3]
+    # What training uses; masks that lie elsewhere than their boxes, and what the boxes may be.
     training = training_rows(xywh, areas, image_of, sizes, crowd, ignore, has_mask, keep_empty, box_masks)
     compared = has_mask & sensible_boxes(xywh, sizes[image_of]) & columns.masks
     empty, misplaced = misplaced_masks(masks, xywh, sizes[image_of], compared)

@@ -1,5 +1,5 @@
-"""Boxes and masks that are well formed but cannot be meant as they stand: corners in place of width and height, shares
-of the image in place of pixels, another scale, x and y exchanged.
+"""Plausibility of boxes and masks: corners in place of width and height, shares of the image in place of pixels,
+another scale, x and y exchanged.
 
 Legend: N boxes (or masks and their boxes), A annotations, P polygon parts. Boxes are x, y, width, height in pixels.
 """
@@ -11,7 +11,7 @@ from loce.data.annotations.segmentations import GRID, Segmentations
 
 MANY_OUTSIDE = 0.1  # of the boxes beyond the border: the file's boxes mean something else
 MANY_MISPLACED = 0.05  # of the masks: they are those of other images, or mean something else
-SINGLE = 2  # masks, of which nothing is concluded in a small file
+SINGLE = 2  # misplaced masks that are accepted in any file, also a small one
 _SMALL = 4.0  # px^2; a polygon of less may fill no pixel
 _PARTS = 1 << 16  # polygon parts whose area is computed at a time
 
@@ -62,7 +62,7 @@ def misplaced_masks(
     limits = np.tile(sizes[:, ::-1], 2)
     inside = np.clip(outline, 0, limits)  # NaN, of what has no mask, stays
     extent = inside[:, 2:] - inside[:, :2]
-    # Only what is small, or a line, may fill no pixel at all: the mask library has the last word.
+    # Only a small or thin mask may fill no pixel at all: the mask library decides.
     doubtful = compared & ((extent.min(axis=1) < 2) | (_polygon_areas(masks) < _SMALL))
     empty = np.array(
         [

@@ -1,4 +1,4 @@
-"""An annotation file as flat columns, and a clear message for each way in which such a file is commonly broken.
+"""Annotation file as flat columns, with a message for each way in which such files are commonly broken.
 
 Annotations and images are copied into columns some thousands at a time and forgotten at once: neither a million
 dictionaries nor a gigabyte of text ever exist. A dict that is loaded already goes the same way and is left as it is.
@@ -25,8 +25,8 @@ NO_NUMBER = float("nan")
 class Columns:
     """What a file says about images and annotations, in file order; an annotation's box is x, y, width, height.
 
-    masks: segmentations are wanted, else only those that an area is taken of. areas: NaN where they are no number;
-    without_area: rows that have none at all.
+    masks: all segmentations are read, else only those of annotations that have no area. areas: NaN where they are no
+    number; without_area: rows that have none at all.
     """
 
     def __init__(self, masks: bool = True) -> None:
@@ -54,6 +54,7 @@ class Columns:
                 "annotations whose id, image_id or category_id is no whole number of 64 bits", short(list(ids))
             )
             return
+        # From here on every column gets a value, so that all have as many rows.
         self.annotation_ids.append(ids[0])
         self.annotation_images.append(ids[1])
         self.annotation_classes.append(ids[2])
@@ -91,6 +92,7 @@ class Columns:
             kind = f"images whose id, height or width is no whole number of 64 bits, or a side is not 1 to {LONGEST}"
             self.mistakes.add(kind, f"({', '.join(short(side) for side in sides)})")
             return
+        # A bad name is a mistake only where images are read, and may end there.
         name = image_name(obj)
         if not name:
             self.nameless.add("images with neither file_name nor coco_url", f"image {obj['id']}")
@@ -161,7 +163,7 @@ def read_annotation_file(
 def _sections(
     path: str, arrays: Iterable[tuple[str, Iterator[list[Any]]]], columns: Columns, annotated: bool
 ) -> list[Any]:
-    """Take in all images and annotations; gives the categories, which are few. Other lists are gone past."""
+    """Add all images and annotations to the columns; returns the categories. Other lists are skipped."""
     found: dict[str, list[Any]] = {}
     takers: dict[str, Callable[[Any, int], None]] = {"images": columns.add_image, "annotations": columns.add_annotation}
     for section, parts in arrays:

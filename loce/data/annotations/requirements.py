@@ -1,5 +1,4 @@
-"""What a training and an evaluation refuse in an annotation file that could be read, in the words of both and of
-check-data."""
+"""Requirements of training and evaluation on an annotation file; check-data reports them in the same words."""
 
 from collections.abc import Sequence
 
@@ -13,7 +12,7 @@ from loce.utils.errors import first_few
 
 
 def compared_types(annotations: LVISAnnotations, without_mask: str, wanted: Sequence[str] = ()) -> tuple[str, ...]:
-    """ "bbox", "segm" or both: what is evaluated. wanted: by the user's word, else both, but boxes alone where
+    """ "bbox", "segm" or both: what is evaluated. wanted: the user's choice; () is both, but boxes alone where
     `data.without_mask` is box and some masks cannot be compared with."""
     if wanted:
         return tuple(wanted)

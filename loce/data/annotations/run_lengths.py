@@ -2,8 +2,8 @@
 
 A number is written in characters of 5 bits, low bits first, from "0" on; bit 6 says that more follow, the highest bit
 of the last one is the sign. From the fourth number on, the difference to the one two places before is written. The
-runs are zeros first, column by column. pycocotools believes what it is given: a code that is cut or does not fill its
-image makes it read beyond its memory, or never end.
+runs are zeros first, column by column. pycocotools does not check codes: one that is cut or does not fill its image
+makes it read beyond its memory, or never end.
 
 Legend: N codes, B bytes of all codes, R runs of all codes.
 """

@@ -1,4 +1,4 @@
-"""Every segmentation of a data set in flat arrays, and the mask each stands for.
+"""Segmentations of a data set in flat arrays, and the masks they stand for.
 
 Polygon corners are kept in fifths of a pixel, as integers: the COCO mask library rounds each corner to that grid before
 it fills the polygon, so nothing of the mask is lost and a corner costs 4 bytes. Run-length codes, compressed or not,
@@ -35,6 +35,11 @@ class Segmentations:
 
     corners: (V,) int16 or int32, x, y, x, y ... in fifths of a pixel. part_bounds: (P+1,) int64 into corners.
     first_part: (A+1,) int64 into parts. rle_bytes: (R,) uint8. first_byte: (A+1,) int64 into rle_bytes.
+
+    Example: annotation 0 is a triangle and a square, annotation 1 a run-length code of 9 bytes, annotation 2 unusable:
+        part_bounds   [0, 6, 14]        x, y of 3 corners, then of 4
+        first_part    [0, 2, 2, 2]      annotation 0 has parts 0 and 1, the others have none
+        first_byte    [0, 0, 9, 9]      annotation 1 has bytes 0 to 8
     """
 
     corners: np.ndarray
@@ -81,7 +86,7 @@ class Segmentations:
 
 
 class SegmentationBuilder:
-    """Takes segmentations as the JSON has them, one annotation after the other, into growing flat arrays."""
+    """Flat arrays that grow by the segmentation of one annotation after the other, as the JSON has it."""
 
     def __init__(self) -> None:
         self.dropped: Counter[str] = Counter()
@@ -108,7 +113,7 @@ class SegmentationBuilder:
         self._first_part.append(len(self._part_bounds) - 1)
 
     def add_none(self) -> None:
-        """The next annotation's, which nobody will ask for."""
+        """The next annotation's, which is not needed."""
         self._first_part.append(len(self._part_bounds) - 1)
 
     def _drop(self, reason: str, row: int | None = None) -> None:

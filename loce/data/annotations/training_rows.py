@@ -1,4 +1,4 @@
-"""Which annotations and images training uses, and how many it leaves out for which reason.
+"""Annotations and images that training uses, and counts of what it leaves out, by reason.
 
 The rules are MMDetection 2.8's (boxes, areas, crowds, small and empty images), plus one: a box that is under 1 pixel
 wide or high inside the image is dropped even if it is larger as a whole, since its regression target is not sensible.
@@ -94,7 +94,7 @@ def _bad_boxes(xywh: np.ndarray, sizes: np.ndarray) -> dict[str, np.ndarray]:
 
 
 def sensible_boxes(xywh: np.ndarray, sizes: np.ndarray) -> np.ndarray:
-    """(A,) bool: boxes that nothing speaks against."""
+    """(A,) bool: boxes without any of the reasons above."""
     return ~np.logical_or.reduce([*_bad_boxes(xywh, sizes).values()])
 
 

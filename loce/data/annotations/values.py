@@ -1,4 +1,4 @@
-"""What counts as a number, an id or a list, in JSON and in NumPy's types alike."""
+"""Tests for numbers, ids, flags and lists, of JSON's and of NumPy's types."""
 
 from typing import Any
 
