@@ -5,6 +5,7 @@ Legend: I images and K categories, both in ascending order of id; G annotations,
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -71,12 +72,18 @@ class GroundTruth:
         return replace(self, **{name: getattr(self, name)[chosen] for name in names})
 
     def rles(self, chosen: np.ndarray | range | list[int]) -> list[dict[str, Any]]:
-        """pycocotools' codes of the masks of some annotations of one image."""
+        """pycocotools' codes of the masks of some annotations, each over an image of its own size."""
         assert self.masks is not None
-        if not len(chosen):
-            return []
-        height, width = self.sizes[self.image[chosen[0]]].tolist()
-        return self.masks.rles(self.rows[chosen].tolist(), height, width)
+        chosen = np.asarray(chosen, dtype=np.int64)
+        codes: list[dict[str, Any]] = [{}] * len(chosen)
+        sizes, kind = np.unique(self.sizes[self.image[chosen]], axis=0, return_inverse=True)
+        order = np.argsort(kind.reshape(-1), kind="stable")
+        bounds = np.searchsorted(kind.reshape(-1)[order], np.arange(len(sizes) + 1))
+        for (height, width), (begin, end) in zip(sizes.tolist(), pairwise(bounds.tolist()), strict=True):
+            own = order[begin:end]
+            for place, code in zip(own, self.masks.rles(self.rows[chosen[own]].tolist(), height, width), strict=True):
+                codes[place] = code
+        return codes
 
 
 class FederatedFilter:

@@ -4,6 +4,7 @@ import json
 from array import array
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property, partial
 from itertools import chain
 from operator import itemgetter
 from pathlib import Path
@@ -14,9 +15,9 @@ import numpy as np
 from loce.data.annotations.json_file import open_json
 from loce.data.annotations.plausible import suspicious_boxes
 from loce.data.annotations.reader import LONGEST, Mistakes, short
-from loce.data.annotations.run_lengths import fill_images
+from loce.data.annotations.run_lengths import measure_codes
 from loce.data.annotations.segmentations import pack_code
-from loce.data.annotations.values import as_list, is_whole
+from loce.data.annotations.values import as_list, is_whole, pack_numbers, pack_rows, pack_whole, require_types
 from loce.evaluation.annotations import GroundTruth, positions
 from loce.utils.errors import FEW, UserError, first_few, raise_problems
 from loce.utils.files import atomic_write
@@ -48,6 +49,11 @@ class Masks:
         starts, ends, sizes = self.offsets[rows].tolist(), self.offsets[rows + 1].tolist(), self.sizes[rows].tolist()
         counts = memoryview(self.counts)  # type: ignore[arg-type]  # slices without copies
         return [{"size": z, "counts": bytes(counts[s:e])} for s, e, z in zip(starts, ends, sizes, strict=True)]
+
+    @cached_property
+    def measures(self) -> tuple[np.ndarray, np.ndarray]:
+        """(N,) bool: the code is sound and fills its image; (N,) int64: its area in px^2."""
+        return measure_codes(self.counts, self.offsets, self.sizes)
 
     @staticmethod
     def from_counts(counts: Sequence[bytes], sizes: np.ndarray) -> "Masks":
@@ -202,12 +208,12 @@ def _columns(entries: Sequence[Any], first: int, mistakes: Mistakes) -> Detectio
         return None if bad else pack(values)
 
     # A column a key; boxes and masks where any row has one (then all must).
-    image_ids = column("image_id", _pack_whole, _plain_whole, "a whole number of 64 bits")
-    category_ids = column("category_id", _pack_whole, _plain_whole, "a whole number of 64 bits")
-    scores = column("score", _pack_floats, _plain_float, "a number")
+    image_ids = column("image_id", pack_whole, _plain_whole, "a whole number of 64 bits")
+    category_ids = column("category_id", pack_whole, _plain_whole, "a whole number of 64 bits")
+    scores = column("score", pack_numbers, _plain_float, "a number")
     boxes = masks = None
     if any("bbox" in entry for entry in entries):
-        boxes = column("bbox", _pack_boxes, _plain_box, "[x, y, width, height], four numbers")
+        boxes = column("bbox", partial(pack_rows, width=4), _plain_box, "[x, y, width, height], four numbers")
     if any("segmentation" in entry for entry in entries):
         what = f"a run-length code with size and counts that fill it (not polygons); {ENCODE}"
         masks = column("segmentation", _pack_masks, _plain_mask, what)
@@ -218,31 +224,11 @@ def _columns(entries: Sequence[Any], first: int, mistakes: Mistakes) -> Detectio
     return Detections(image_ids=image_ids, category_ids=category_ids, scores=scores, boxes=boxes, masks=masks)
 
 
-# What is packed at once must have JSON's own types; NumPy's go through their plain forms.
-
-
-def _pack_whole(values: list[Any]) -> np.ndarray:
-    _require_types(values, int)
-    return np.frombuffer(array("q", values), np.int64)
-
-
-def _pack_floats(values: list[Any]) -> np.ndarray:
-    _require_types(values, float)
-    return np.frombuffer(array("d", values), np.float64)
-
-
-def _pack_boxes(values: list[Any]) -> np.ndarray:
-    _require_types(values, list)
-    if set(map(len, values)) != {4} or not set(map(type, chain.from_iterable(values))) <= {int, float}:
-        raise ValueError("not four numbers")
-    return np.frombuffer(array("d", chain.from_iterable(values)), np.float64).reshape(-1, 4)
-
-
 def _pack_masks(values: list[Any]) -> Masks:
-    _require_types(values, dict)
+    require_types(values, dict)
     counts, sizes = [value["counts"] for value in values], [value["size"] for value in values]
-    _require_types(counts, str)
-    _require_types(sizes, list)
+    require_types(counts, str)
+    require_types(sizes, list)
     text = "".join(counts)
     if set(map(len, sizes)) != {2} or set(map(type, chain.from_iterable(sizes))) != {int} or not text.isascii():
         raise ValueError("not a compressed code")
@@ -252,11 +238,6 @@ def _pack_masks(values: list[Any]) -> Masks:
     lengths = np.fromiter(map(len, counts), dtype=np.int64, count=len(counts))
     flat = np.frombuffer(text.encode(), dtype=np.uint8)
     return Masks(counts=flat, offsets=offsets_of(lengths), sizes=sides.astype(np.int32))
-
-
-def _require_types(values: list[Any], kind: type) -> None:
-    if set(map(type, values)) != {kind}:
-        raise TypeError(f"not all are {kind.__name__}")
 
 
 def _plain_whole(value: Any) -> int | None:
@@ -286,11 +267,8 @@ def _plain_mask(value: Any) -> dict[str, Any] | None:
     return None if packed is None else {"counts": packed[0].decode(), "size": list(packed[1])}
 
 
-def check_detections(detections: Detections, truth: GroundTruth, source: str, codes: bool = True) -> None:
-    """UserError naming the first five offenders of each kind: ids that `truth` does not have, bad numbers and masks.
-
-    codes: look into the run-length codes, too; those that our own inference has written need no look.
-    """
+def check_detections(detections: Detections, truth: GroundTruth, source: str) -> None:
+    """UserError naming the first five offenders of each kind: ids that `truth` does not have, bad numbers and masks."""
     row, known = positions(truth.image_ids, detections.image_ids)
     problems = []
     # Ids that the annotation file does not have.
@@ -325,10 +303,8 @@ def check_detections(detections: Detections, truth: GroundTruth, source: str, co
         what = "masks whose RLE size is not the [height, width] of their image"
         mend = "paste masks into an image of the annotated size before they are encoded"
         problems += _bad_rows(detections, wrong, what, masks.sizes, mend)
-        if codes:
-            broken = ~fill_images(masks.counts, masks.offsets, masks.sizes)
-            what = "masks whose run-length code is broken or does not fill its image"
-            problems += _bad_rows(detections, broken, what, masks.sizes, ENCODE)
+        what = "masks whose run-length code is broken or does not fill its image"
+        problems += _bad_rows(detections, ~masks.measures[0], what, masks.sizes, ENCODE)
     raise_problems([f"{source}: {problem}" for problem in problems])
 
 

@@ -1,31 +1,20 @@
 """Areas and IoU of boxes and masks, for pairs that lie in the same image and category."""
 
-from itertools import pairwise
-
 import numpy as np
 from pycocotools import mask as mask_utils
 
+from loce.data.annotations.segmentations import ranges
 from loce.evaluation.annotations import GroundTruth
 from loce.evaluation.detections import Masks
 from loce.utils.progress import watched
 
-_AREA_BATCH = 255  # pycocotools' area() overflows on longer lists with numpy 2
+_CELLS = 1000  # whose objects' masks are held at a time
 _PAIRS = 1 << 20  # box pairs that are held at a time
 
 
 def box_areas(boxes: np.ndarray) -> np.ndarray:
     """(N,) float64 px^2 of boxes (N, 4) x, y, width, height."""
     return boxes[:, 2].astype(np.float64) * boxes[:, 3]
-
-
-def mask_areas(masks: Masks, rows: np.ndarray) -> np.ndarray:
-    """(len(rows),) float64 px^2 of some masks."""
-    areas = np.zeros(len(rows))
-    batches = range(0, len(rows), _AREA_BATCH)
-    for start in watched(batches, len(batches), "areas of masks", "batches"):
-        rles = masks.rles(rows[start : start + _AREA_BATCH])
-        areas[start : start + len(rles)] = mask_utils.area(rles)
-    return areas
 
 
 def overlaps(boxes: np.ndarray, others: np.ndarray) -> np.ndarray:
@@ -75,15 +64,20 @@ def mask_pairs(
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """As `box_pairs`, for the masks of detections `rows` (N,); rows of one image and category stand together."""
     borders = np.flatnonzero(np.diff(starts, prepend=-1, append=-1))
+    starts, counts = starts[borders[:-1]], counts[borders[:-1]]  # of cells from here on
     pieces = []
-    for first, last in watched(
-        pairwise(borders.tolist()), len(borders), "overlaps of masks", "cells (image, category)"
-    ):
-        start, count = int(starts[first]), int(counts[first])
-        grounds = truth.rles(range(start, start + count))
-        iou = mask_utils.iou(masks.rles(rows[first:last]), grounds, truth.crowd[start : start + count].tolist())
+    for cell in watched(range(len(starts)), len(starts), "overlaps of masks", "cells (image, category)"):
+        if cell % _CELLS == 0:
+            # Objects of several cells at once: the C library is slow to start.
+            these = slice(cell, cell + _CELLS)
+            objects = ranges(starts[these], starts[these] + counts[these])
+            grounds, crowd = truth.rles(objects), truth.crowd[objects].tolist()
+            end = 0
+        begin, end = end, end + int(counts[cell])
+        first, last = borders[cell], borders[cell + 1]
+        iou = mask_utils.iou(masks.rles(rows[first:last]), grounds[begin:end], crowd[begin:end])
         box, ground = np.nonzero(iou >= low)
-        pieces.append((first + box, start + ground, iou[box, ground]))
+        pieces.append((first + box, starts[cell] + ground, iou[box, ground]))
     return _join(pieces)
 
 

@@ -11,6 +11,7 @@ Legend: T = 10 IoU thresholds, R = 101 recalls, K categories, A = 4 areas, m ove
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -107,11 +108,10 @@ def load_results(
     results: str | Path | list[dict[str, Any]] | Detections, truth: GroundTruth, source: str
 ) -> Detections:
     """Detections of any accepted form, checked against the ground truth; source: what a message calls them."""
-    own = isinstance(results, (str, Path)) and Path(results).is_dir()
-    if own:
+    if isinstance(results, (str, Path)) and Path(results).is_dir():
         results = read_detections(str(results), truth.image_ids)
     detections = results if isinstance(results, Detections) else read_results(results)
-    check_detections(detections, truth, source, codes=not own)
+    check_detections(detections, truth, source)
     return detections
 
 
@@ -170,15 +170,30 @@ def counts(matches: Matches, k: int, own: slice) -> tuple[np.ndarray, np.ndarray
 
 
 def _fill(precision: np.ndarray, recall: np.ndarray, true: np.ndarray, false: np.ndarray, objects: np.ndarray) -> None:
-    """Write one category's precision (T, R, A) and recall (T, A) from counts (m, A, T)."""
+    """Write one category's precision (T, R, A) and recall (T, A) from counts (m, A, T).
+
+    Precision at recall r is read at the c-th true positive, with c the first count of c / objects >= r.
+    """
     ratio = true / (false + true + _EPSILON)
     envelope = np.maximum.accumulate(ratio[::-1], axis=0)[::-1]
-    for a in np.flatnonzero(objects):
-        reached = true[:, a] / objects[a]
-        recall[:, a] = reached[-1]
-        for t in np.flatnonzero(true[-1, a]):
-            index = np.searchsorted(reached[:, t], RECALLS[: np.searchsorted(RECALLS, reached[-1, t], side="right")])
-            precision[t, : len(index), a] = envelope[index, a, t]
+    total = true[-1]
+    some = objects > 0
+    recall[:, some] = (total[some] / objects[some, None]).T
+    needed = np.array([_needed(int(number)) for number in objects])  # (A, R)
+    # Places of all true positives, the columns (area, threshold) one after the other.
+    hit = np.diff(true, axis=0, prepend=0).reshape(len(true), -1).T
+    place = np.nonzero(hit)[1]
+    before = (np.cumsum(total) - total.reshape(-1)).reshape(total.shape)
+    a, t, r = np.nonzero((needed[:, None] <= total[:, :, None]) & (total > 0)[:, :, None])
+    count = needed[a, r]
+    index = np.where(count > 0, place[np.maximum(before[a, t] + count - 1, 0)], 0) if len(a) else a
+    precision[t, r, a] = envelope[index, a, t]
+
+
+@cache
+def _needed(objects: int) -> np.ndarray:
+    """(R,) the first count of true positives that reaches each recall, of so many objects."""
+    return np.searchsorted(np.arange(objects + 1) / max(objects, 1), RECALLS)
 
 
 def summarise(precision: np.ndarray, recall: np.ndarray, matches: Matches, cap: int) -> dict[str, float]:

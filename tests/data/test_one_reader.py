@@ -12,8 +12,9 @@ from pycocotools import mask as coco_mask
 from loce.config import Config, DataConfig, EvalConfig
 from loce.data.annotations.lvis import LVISAnnotations
 from loce.data.annotations.plausible import outlines
+from loce.data.annotations.reader import Columns
 from loce.data.annotations.requirements import compared_types, evaluation_problems, training_problems
-from loce.data.annotations.run_lengths import decode_codes, fill_images
+from loce.data.annotations.run_lengths import decode_codes, measure_codes
 from loce.data.check import Report, check_set
 from loce.evaluation import evaluate_lvis, load_annotations, read_results
 from loce.utils.errors import UserError, first_few
@@ -341,7 +342,7 @@ def test_many_codes_are_decoded_as_one_by_one_by_plain_loops():
     counts = np.frombuffer(b"".join(texts), np.uint8)
     bounds = np.append(0, np.cumsum([len(text) for text in texts]))
     runs, first, sound = decode_codes(counts, bounds)
-    filled = fill_images(counts, bounds, np.array(sizes))
+    filled, areas = measure_codes(counts, bounds, np.array(sizes))
     expected = [slow_runs(text) for text in texts]
     assert 300 < sum(one is None for one in expected) < 2700
     for n, one in enumerate(expected):
@@ -349,6 +350,49 @@ def test_many_codes_are_decoded_as_one_by_one_by_plain_loops():
         if one is not None:
             assert runs[first[n] : first[n + 1]].tolist() == one
         assert filled[n] == (one is not None and sum(one) == np.prod(sizes[n]))
+        if filled[n]:
+            assert areas[n] == sum(one[1::2]) == coco_mask.area({"size": list(sizes[n]), "counts": texts[n]})
+
+
+@pytest.mark.parametrize("masks", [True, False])
+@pytest.mark.parametrize("kind", ["coco", "lvis_v1"])
+def test_annotations_at_once_are_those_read_one_by_one(kind, masks):
+    rows = made_set(kind, images=40)["annotations"]
+    rng = np.random.default_rng(0)
+    odd = {
+        "bbox": [[1, 2, 3], [1, 2, 3, "4"], [1, 2, 3, float("nan")], [1, 2, 3, True], (1, 2, 3, 4), None],
+        "area": [None, "12", float("inf"), 1e300, 12, True],
+        "iscrowd": [True, 0.0, 1],
+        "segmentation": [
+            None,
+            [],
+            [[]],
+            [[1, 2, 3, 4, 5]],
+            [["1"] * 6],
+            [[1e9] * 6],
+            [(1, 2, 9, 2, 9, 9)],
+            {"size": 1},
+        ],
+        "ignore": [1, False],
+        "id": [np.int64(77)],
+    }
+    for number in range(30):  # pieces as they should be, and pieces with something else in them
+        piece = copy.deepcopy(rows)
+        for key in rng.choice(list(odd), number % 4, replace=False):
+            piece[int(rng.integers(len(piece)))][key] = odd[key][int(rng.integers(len(odd[key])))]
+        once, one_by_one = Columns(masks), Columns(masks)
+        for first in range(0, len(piece), 50):
+            once.add_annotations(piece[first : first + 50], first)
+        for place, row in enumerate(piece):
+            one_by_one.add_annotation(row, place)
+        parts = [vars(columns.segmentations.finish()) for columns in (once, one_by_one)]
+        for name, value in parts[0].items():
+            np.testing.assert_array_equal(value, parts[1][name])
+        assert once.segmentations.dropped == one_by_one.segmentations.dropped
+        for name in ("annotation_ids", "annotation_images", "annotation_classes", "boxes", "areas", "without_area"):
+            np.testing.assert_array_equal(getattr(once, name), getattr(one_by_one, name))
+        assert (once.crowd, once.ignore) == (one_by_one.crowd, one_by_one.ignore)
+        assert once.mistakes.counts == one_by_one.mistakes.counts
 
 
 def test_numpy_numbers_and_arrays_are_read_as_json_is():

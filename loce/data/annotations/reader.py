@@ -6,20 +6,34 @@ dictionaries nor a gigabyte of text ever exist. A dict that is loaded already go
 
 from array import array
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from loce.data.annotations.image_files import image_name, is_readable_name
 from loce.data.annotations.json_file import open_json
 from loce.data.annotations.segmentations import SegmentationBuilder
-from loce.data.annotations.values import as_list, is_flag, is_number, is_whole
+from loce.data.annotations.values import (
+    FAR,
+    as_list,
+    is_flag,
+    is_number,
+    is_whole,
+    pack_numbers,
+    pack_rows,
+    pack_whole,
+    require_types,
+)
 from loce.utils.errors import FEW, UserError, first_few, raise_problems
 
 SECTIONS = ("images", "annotations", "categories")
 WANTED = "annotation file"
 LONGEST = 65535  # pixels; the longest side that JPEG knows
 NO_NUMBER = float("nan")
+_PART = 10_000  # elements of a loaded dict that are taken at a time
 
 
 class Columns:
@@ -41,6 +55,48 @@ class Columns:
         self.not_exhaustive: list[Any] = []
         self.mistakes = Mistakes()
         self.nameless = Mistakes()  # images without a usable file name, which only matters where images are read
+
+    def add_annotations(self, part: Sequence[Any], first: int) -> None:
+        """Elements of the list `annotations`, from number `first` on: at once where all are as they should be."""
+        if self._pack_annotations(part):
+            if self.masks:
+                self.segmentations.add_all([obj.get("segmentation") for obj in part])
+            else:
+                self.segmentations.add_none(len(part))
+        else:
+            for number, obj in enumerate(part, first):
+                self.add_annotation(obj, number)
+
+    def _pack_annotations(self, part: Sequence[Any]) -> bool:
+        """All of `part` but the segmentations, if nothing is missing, wrong or of another type than JSON's; else False.
+
+        Tested equal to `add_annotation`, in a tenth of its time.
+        """
+        try:
+            require_types(part, dict)
+            ids, images, classes = (
+                pack_whole(list(map(itemgetter(key), part))) for key in ("id", "image_id", "category_id")
+            )
+            boxes = pack_rows(list(map(itemgetter("bbox"), part)), 4)
+            areas = pack_numbers(list(map(itemgetter("area"), part)))
+            crowd, ignore = ([obj.get(key, 0) for obj in part] for key in ("iscrowd", "ignore"))
+            flagged = set(crowd) | set(ignore)
+        except (TypeError, ValueError, OverflowError, KeyError):
+            return False
+        # Not NaN either.
+        if not (flagged <= {0, 1} and (np.abs(boxes) < FAR).all() and (np.abs(areas) < FAR).all()):
+            return False
+        for column, values in (
+            (self.annotation_ids, ids),
+            (self.annotation_images, images),
+            (self.annotation_classes, classes),
+            (self.boxes, boxes),
+            (self.areas, areas),
+        ):
+            column.frombytes(values.tobytes())
+        self.crowd.extend(map(bool, crowd))
+        self.ignore.extend(map(bool, ignore))
+        return True
 
     def add_annotation(self, obj: Any, number: int) -> None:
         """One element of the list `annotations`; number: its place there."""
@@ -77,6 +133,11 @@ class Columns:
             self.segmentations.add(obj.get("segmentation"))
         else:
             self.segmentations.add_none()
+
+    def add_images(self, part: Sequence[Any], first: int) -> None:
+        """Elements of the list `images`, from number `first` on."""
+        for number, obj in enumerate(part, first):
+            self.add_image(obj, number)
 
     def add_image(self, obj: Any, number: int) -> None:
         """One element of the list `images`; number: its place there."""
@@ -140,7 +201,7 @@ def read_annotation_file(
     columns = Columns(masks)
     if isinstance(source, Mapping):
         lists = {key: as_list(source.get(key)) for key in SECTIONS}
-        arrays = ((key, iter([value])) for key, value in lists.items() if isinstance(value, list))
+        arrays = ((key, _pieces(value)) for key, value in lists.items() if isinstance(value, list))
         return columns, _sections("annotations", arrays, columns, annotated)
     path = str(source)
     with open_json(path, WANTED) as (stream, work):
@@ -160,12 +221,16 @@ def read_annotation_file(
         return columns, _sections(path, parts, columns, annotated)
 
 
+def _pieces(whole: list[Any]) -> Iterator[list[Any]]:
+    return (whole[first : first + _PART] for first in range(0, len(whole), _PART))
+
+
 def _sections(
     path: str, arrays: Iterable[tuple[str, Iterator[list[Any]]]], columns: Columns, annotated: bool
 ) -> list[Any]:
     """Add all images and annotations to the columns; returns the categories. Other lists are skipped."""
     found: dict[str, list[Any]] = {}
-    takers: dict[str, Callable[[Any, int], None]] = {"images": columns.add_image, "annotations": columns.add_annotation}
+    takers = {"images": columns.add_images, "annotations": columns.add_annotations}
     for section, parts in arrays:
         if section in found and section in SECTIONS:
             columns.mistakes.add("lists that are there more than once", f"`{section}`")
@@ -174,8 +239,7 @@ def _sections(
             if section == "categories":
                 found[section] += part
             elif section in takers:
-                for number, element in enumerate(part, done):
-                    takers[section](element, number)
+                takers[section](part, done)
             done += len(part)
     missing = [section for section in SECTIONS if section not in found and (annotated or section != "annotations")]
     if missing:

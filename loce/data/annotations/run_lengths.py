@@ -11,7 +11,7 @@ Legend: N codes, B bytes of all codes, R runs of all codes.
 import numpy as np
 
 _LONGEST = 8  # characters of a number: 40 bits, more than any image has pixels
-_PIECE = 1 << 15  # bytes that are decoded at a time: they stay in the cache
+_PIECE = 1 << 17  # bytes that are decoded at a time: they stay in the cache
 
 
 def decode_codes(counts: np.ndarray, bounds: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -25,32 +25,36 @@ def decode_codes(counts: np.ndarray, bounds: np.ndarray) -> tuple[np.ndarray, np
     ends = bounds[1:][sound] - 1
     wrong[ends] |= more[ends]  # a code stops inside a number
     more[ends] = False
-    # Numbers, from the last character, which has the sign, to the first.
-    last = np.flatnonzero(~more)
-    length = np.diff(last, prepend=-1)
     digits &= 31
-    short = length.max(initial=0) <= 6  # 30 bits
-    numbers = digits[last].astype(np.int32 if short else np.int64)
-    numbers -= (numbers & 16) << 1
-    for place in range(1, _LONGEST):
-        rest = np.flatnonzero(length > place)
-        if not len(rest):
-            break
-        numbers[rest] = numbers[rest] << 5 | digits[last[rest] - place]
-    # Runs: sums over every second number, which begin anew with each code, and leave out its first one.
-    first = np.searchsorted(last, bounds)
-    sizes = np.diff(first)
-    index = np.arange(len(numbers), dtype=np.int32) - np.repeat(first[:-1].astype(np.int32), sizes)
-    runs = numbers.copy()
-    odd = numbers * (index & 1).astype(numbers.dtype)
-    even = numbers - odd
-    even[first[:-1][sizes > 0]] = 0
-    for part, chosen in ((odd, index & 1 == 1), (even, (index & 1 == 0) & (index > 0))):
-        sums = np.cumsum(part, dtype=part.dtype)  # a run that is too long for the type becomes negative
-        before = np.append(part.dtype.type(0), sums)[first[:-1]]
-        np.copyto(runs, sums - np.repeat(before, sizes), where=chosen)
-    bad = np.flatnonzero((runs < 0) | (length > _LONGEST))
-    sound[np.searchsorted(first, bad, side="right") - 1] = False
+    # Numbers from their last characters, which have the signs ...
+    last = digits.take(np.flatnonzero(~more))
+    numbers = ((last ^ 16) - np.uint8(16)).view(np.int8).astype(np.int32)
+    # ... to the first: of each number the last character that is left, as long as there is one.
+    rest = np.flatnonzero(more)
+    first = bounds - np.searchsorted(rest, bounds)
+    owner = rest - np.arange(len(rest))
+    length = 1
+    while len(rest) and length <= _LONGEST:
+        length += 1
+        if length == 7:  # over 30 bits
+            numbers = numbers.astype(np.int64)
+        final = np.append(owner[1:] != owner[:-1], True)
+        own = owner[final]
+        numbers[own] = numbers[own] << 5 | digits[rest[final]]
+        rest, owner = rest[~final], owner[~final]
+        if length > _LONGEST:
+            sound[np.searchsorted(first, own, side="right") - 1] = False
+    # Runs: sums over every second number, which begin anew with each code and leave out its first number. A run that
+    # is too long for the type becomes negative.
+    runs = np.empty_like(numbers)
+    begin = first[:-1][bounds[1:] > bounds[:-1]]
+    for parity in (0, 1):
+        sums = np.append(numbers.dtype.type(0), np.cumsum(numbers[parity::2], dtype=numbers.dtype))
+        before = np.repeat(sums[(begin - parity) // 2 + 1], np.diff((np.append(begin, len(runs)) + 1 - parity) // 2))
+        np.subtract(sums[1:], before, out=runs[parity::2])
+    runs[begin] = numbers[begin]
+    if runs.min(initial=0) < 0:
+        sound[np.searchsorted(first, np.flatnonzero(runs < 0), side="right") - 1] = False
     sound[np.searchsorted(bounds, np.flatnonzero(wrong), side="right") - 1] = False
     return runs, first, sound
 
@@ -63,15 +67,22 @@ def decode_runs(counts: bytes) -> np.ndarray:
     return runs.astype(np.int64)
 
 
-def fill_images(counts: np.ndarray, bounds: np.ndarray, sizes: np.ndarray) -> np.ndarray:
-    """(N,) bool: the code is sound and its runs add up to height x width; sizes: (N, 2)."""
+def measure_codes(counts: np.ndarray, bounds: np.ndarray, sizes: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """(N,) bool: the code is sound and its runs add up to height x width; (N,) int64: its area in px^2.
+
+    sizes: (N, 2). The area is the sum of every second run, from a code's second one on.
+    """
     pixels = sizes[:, 0].astype(np.int64) * sizes[:, 1]
-    filled = np.zeros(len(pixels), dtype=bool)
+    filled, areas = np.zeros(len(pixels), dtype=bool), np.zeros(len(pixels), dtype=np.int64)
     begin = 0
     while begin < len(pixels):
         end = max(begin + 1, int(np.searchsorted(bounds, bounds[begin] + _PIECE, side="right")) - 1)
         runs, first, sound = decode_codes(counts[bounds[begin] : bounds[end]], bounds[begin : end + 1] - bounds[begin])
-        sums = np.append(0, np.cumsum(runs, dtype=np.int64))
-        filled[begin:end] = sound & (np.diff(sums[first]) == pixels[begin:end])
+        even, odd = (
+            np.diff(np.append(0, np.cumsum(runs[parity::2], dtype=np.int64))[(first + 1 - parity) // 2])
+            for parity in (0, 1)
+        )
+        filled[begin:end] = sound & (even + odd == pixels[begin:end])
+        areas[begin:end] = np.where(first[:-1] % 2, even, odd)
         begin = end
-    return filled
+    return filled, areas

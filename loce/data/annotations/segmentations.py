@@ -7,16 +7,16 @@ are kept as compressed bytes.
 
 from array import array
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
+from itertools import chain, pairwise
 from typing import Any
 
 import numpy as np
 from pycocotools import mask as coco_mask
 
-from loce.data.annotations.run_lengths import decode_codes, fill_images
-from loce.data.annotations.values import as_list, is_whole
+from loce.data.annotations.run_lengths import decode_codes, measure_codes
+from loce.data.annotations.values import as_list, is_whole, require_types
 
 GRID = 5  # steps per pixel of the COCO rasteriser
 FARTHEST = 65536.0  # pixels; a corner beyond is a mistake in the file, and would cost the rasteriser gigabytes
@@ -54,14 +54,19 @@ class Segmentations:
 
     def rles(self, rows: Iterable[int], height: int, width: int) -> list[dict[str, Any]]:
         """pycocotools' compressed codes of annotations `rows`, which are usable, on a canvas of the image's size."""
-        parts: list[np.ndarray] = []
-        owned = []
-        for row in rows:
-            mine = range(self.first_part[row], self.first_part[row + 1])
-            owned.append((row, slice(len(parts), len(parts) + len(mine))))
-            parts.extend(self._polygon(part) for part in mine)
-        codes = coco_mask.frPyObjects(parts, height, width) if parts else []
-        return [self._whole(row, codes[part], height, width) for row, part in owned]
+        rows = np.asarray(list(rows), dtype=np.int64)
+        first, last = self.first_part[rows], self.first_part[rows + 1]
+        parts = ranges(first, last)
+        begin, end = self.part_bounds[parts], self.part_bounds[parts + 1]
+        # Corners (pixels) that the rasteriser rounds back to exactly the stored fifths: it truncates 5 x + 0.5 towards
+        # zero, hence the step down below zero.
+        corners = self.corners[ranges(begin, end)].astype(np.float64)
+        corners = (corners - (corners < 0)) / GRID
+        polygons = np.split(corners, np.cumsum(end - begin)[:-1])
+        codes = coco_mask.frPyObjects(polygons, height, width) if len(parts) else []
+        cuts = np.append(0, np.cumsum(last - first)).tolist()
+        owned = zip(rows.tolist(), pairwise(cuts), strict=True)
+        return [self._whole(row, codes[begin:end], height, width) for row, (begin, end) in owned]
 
     def runs(self, rows: np.ndarray, height: int, width: int) -> list[np.ndarray]:
         """Run lengths (int64: zeros first, column by column) of annotations `rows` on a canvas of the image's size."""
@@ -70,19 +75,18 @@ class Segmentations:
         runs, first, _ = decode_codes(np.frombuffer(b"".join(codes), np.uint8), bounds)
         return [runs[begin:end].astype(np.int64) for begin, end in pairwise(first)]
 
-    def _polygon(self, part: int) -> np.ndarray:
-        """Corners (float64, pixels) that the rasteriser rounds back to exactly the stored fifths.
-
-        It truncates 5 x + 0.5 towards zero, hence the step down below zero.
-        """
-        corners = self.corners[self.part_bounds[part] : self.part_bounds[part + 1]].astype(np.float64)
-        return (corners - (corners < 0)) / GRID
-
     def _whole(self, row: int, codes: list[dict[str, Any]], height: int, width: int) -> dict[str, Any]:
         if codes:
             return codes[0] if len(codes) == 1 else coco_mask.merge(codes)
         counts = self.rle_bytes[self.first_byte[row] : self.first_byte[row + 1]].tobytes()
         return {"size": [height, width], "counts": counts}
+
+
+def ranges(first: np.ndarray, last: np.ndarray) -> np.ndarray:
+    """first[0] ... last[0] - 1, first[1] ... last[1] - 1 and so on in one line; first, last: (N,) int64."""
+    lengths = last - first
+    ends = np.cumsum(lengths)
+    return np.arange(ends[-1] if len(ends) else 0) + np.repeat(first - ends + lengths, lengths)
 
 
 class SegmentationBuilder:
@@ -100,6 +104,28 @@ class SegmentationBuilder:
         self._code_bounds = array("q", [0])
         self._codes = bytearray()
 
+    def add_all(self, segmentations: Sequence[Any]) -> None:
+        """Those of the next annotations: at once where all are polygons as they should be."""
+        try:
+            require_types(segmentations, list)
+            parts = list(chain.from_iterable(segmentations))
+            require_types(parts, list)
+            lengths, counts = np.array([*map(len, parts)]), np.array([*map(len, segmentations)])
+            corners = array("d", chain.from_iterable(parts))
+        except (TypeError, OverflowError):
+            corners = array("d")
+        fine = len(corners) and counts.min() > 0 and lengths.min() >= 6 and not (lengths % 2).any()
+        if not fine or not (np.abs(np.frombuffer(corners)) < FARTHEST).all():  # not NaN either
+            for segmentation in segmentations:
+                self.add(segmentation)
+            return
+        self._corners.extend(corners)
+        self._part_bounds.frombytes((self._values + np.cumsum(lengths)).tobytes())
+        self._first_part.frombytes((self._first_part[-1] + np.cumsum(counts)).tobytes())
+        self._values += len(corners)
+        if len(self._corners) > _CHUNK:
+            self._round_corners()
+
     def add(self, segmentation: Any) -> None:
         """The next annotation's segmentation; parts that cannot be used are counted in `dropped`."""
         parts = as_list(segmentation)
@@ -112,9 +138,9 @@ class SegmentationBuilder:
             self._drop(BAD_SHAPE)
         self._first_part.append(len(self._part_bounds) - 1)
 
-    def add_none(self) -> None:
-        """The next annotation's, which is not needed."""
-        self._first_part.append(len(self._part_bounds) - 1)
+    def add_none(self, number: int = 1) -> None:
+        """Those of the next annotations, which are not needed."""
+        self._first_part.extend([len(self._part_bounds) - 1] * number)
 
     def _drop(self, reason: str, row: int | None = None) -> None:
         """One more mask, or part of one, of an annotation (None: the next one) that cannot be used."""
@@ -158,7 +184,7 @@ class SegmentationBuilder:
         self._round_corners()
         rows, counts = np.array(self._code_rows, dtype=np.int64), np.frombuffer(bytes(self._codes), np.uint8)
         bounds, said = np.array(self._code_bounds), np.array(self._code_sizes, dtype=np.int64).reshape(-1, 2)
-        good = fill_images(counts, bounds, said)
+        good = measure_codes(counts, bounds, said)[0]
         if sizes is not None:
             good &= (said == sizes[rows]).all(axis=1)
         for row in rows[~good].tolist():
@@ -177,7 +203,7 @@ class SegmentationBuilder:
 def pack_code(code: Any) -> tuple[bytes, tuple[int, int]] | None:
     """Compressed counts and (height, width) of a run-length code of either kind; None where it cannot be one.
 
-    Compressed counts are not looked into: `fill_images` does that for many at a time.
+    Compressed counts are not looked into: `measure_codes` does that for many at a time.
     """
     size, counts = (as_list(code.get("size")), as_list(code.get("counts"))) if isinstance(code, dict) else (None, None)
     if not isinstance(size, list) or len(size) != 2 or not all(is_whole(side) and 0 < side < FARTHEST for side in size):
