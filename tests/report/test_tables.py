@@ -58,6 +58,17 @@ table8:
   rows:
     - {name: longer, recipe: stage1, words: [train.epochs=2]}
     - {name: from it, recipe: loce, start: longer}
+table10:
+  title: rows that share a pass
+  rows:
+    - {name: EBL, recipe: loce, words: [train.clip_norm=0]}
+    - {name: MFS, recipe: loce, words: [head.name=softmax, memory.enabled=true, train.clip_norm=0]}
+table11:
+  title: of another table
+  rows:
+    - {name: EBL, recipe: loce, words: [train.clip_norm=0]}
+    - {name: "alpha", recipe: loce, words: [indicator.momentum=0.8, train.clip_norm=0]}
+    - {name: other, recipe: loce, words: [seed=3, train.clip_norm=0]}
 table9:
   title: a row that starts from none
   rows:
@@ -214,6 +225,22 @@ def test_a_row_may_have_processes_of_its_own(workplace: Path, first: str) -> Non
     assert (workplace / "runs/tables/records/glyphs/seed0/loce+processes=2.json").exists()
 
 
+def test_rows_that_may_share_train_in_one_pass(workplace: Path, first: str) -> None:
+    """Over tables, too; each has its record, with its share of the minutes."""
+    text = run(workplace, "table=10", "also=[11]")
+    assert "to train: 4 runs in 2 passes of 3, 1" in text
+    together, single = commands(text)
+    assert together.count("tiny/loce.yaml") == 3 and single.count("tiny/loce.yaml") == 1 and "seed=3" in single
+    records = [
+        json.loads((workplace / f"runs/tables/records/glyphs/seed0/loce+{words}.json").read_text())
+        for words in ("train.clip_norm=0", "indicator.momentum=0.8+train.clip_norm=0")
+    ]
+    assert all(record["minutes"] > 0 and record["command"].startswith("finetune.py ") for record in records)
+    assert records[1]["options"]["indicator.momentum"] == 0.8
+    assert all(row[1] != "not run" for table in (10, 11) for row in cells(workplace, table))
+    assert commands(run(workplace, "table=11")) == []
+
+
 def test_a_row_that_starts_from_an_untrained_row_says_what_is_missing(workplace: Path) -> None:
     text = run(workplace, "table=8", "rows=[from it]", code=2)
     start = "runs/tables/glyphs/stage1+train.epochs=2"
@@ -226,7 +253,7 @@ def test_a_row_that_starts_from_an_untrained_row_says_what_is_missing(workplace:
     ("words", "message"),
     [
         (("table=1", "rows=[none]"), "there is no 'none'; there are: EBL, MFS, broken"),
-        (("table=5",), "has table1, table2, table3, table4, table6, table7, table8, table9"),
+        (("table=5",), "has table1, table2, table3, table4, table6, table7, table8, table10, table11, table9"),
         (("table=9",), "table9, row 1: start = longer: no row above has this name"),
         (("table=7",), "data = glyphs: table 7 is of glyph1203 or lvis"),
         ((), "table is missing"),

@@ -48,6 +48,16 @@ def step(
     return minutes
 
 
+def finetune_together(recipes: dict[Path, str], processes: int = 1) -> None:
+    """Train and evaluate second stages in one pass; each run folder notes its share of the minutes.
+
+    recipes: run folder -> recipe and words, as one word of a shell.
+    """
+    minutes = run("finetune.py", *recipes.values(), processes=processes)
+    for folder in recipes:
+        write_text(folder / "minutes.txt", f"{minutes / len(recipes):.3f}\n")
+
+
 def is_evaluated(folder: Path) -> bool:
     """Whether the run is trained to its end and evaluated."""
     return (folder / "eval/metrics.json").exists()

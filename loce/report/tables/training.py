@@ -1,11 +1,14 @@
 """Training of a table's rows, and the table as far as it is trained."""
 
 import json
+import shlex
+from collections.abc import Sequence
 from pathlib import Path
 
+from loce.engine.passes import passes
 from loce.report.tables.cells import markdown_table, percent, published, schedule, speed
 from loce.report.tables.rows import COLUMNS, RowRun, RowText, RunOptions, Table, stage_run
-from loce.report.tables.steps import is_evaluated, run, step
+from loce.report.tables.steps import finetune_together, is_evaluated, run, step
 
 
 def prepare(options: RunOptions, table: Table, runs: list[RowRun]) -> None:
@@ -30,13 +33,47 @@ def prepare(options: RunOptions, table: Table, runs: list[RowRun]) -> None:
             run("build_forest.py", f"config={row_run.words[0]}", words, f"checkpoint={first.folder}")
 
 
-def train_row(text: RowText, row_run: RowRun) -> None:
-    """Train and evaluate one run, then evaluate it anew where the row says so; what is finished is not done again."""
+def one_pass(row_run: RowRun, runs: Sequence[RowRun]) -> list[RowRun]:
+    """The run and those of `runs` that train in one pass with it (docs/together.md); none where it is trained."""
+    if row_run.done or is_evaluated(row_run.folder):
+        return []
+    found, started = {row_run.folder: row_run}, _started(row_run)
+    for other in runs:
+        alike = other.processes == row_run.processes and _started(other) == started
+        missing = not other.done and not is_evaluated(other.folder)
+        if alike and missing and len(passes([row_run.config, other.config])) == 1:
+            found.setdefault(other.folder, other)
+    return list(found.values())
+
+
+def _started(row_run: RowRun) -> bool:
+    return any((row_run.folder / "checkpoints").glob("*"))
+
+
+def planned(runs: Sequence[RowRun]) -> list[str]:
+    """Lines on what will be trained: passes, and how many runs each has."""
+    waiting = [row_run for row_run in runs if not row_run.done and not is_evaluated(row_run.folder)]
+    counts, seen = [], set()
+    for row_run in waiting:
+        if row_run.folder not in seen:
+            group = one_pass(row_run, runs)
+            seen |= {each.folder for each in group}
+            counts.append(len(group))
+    return [f"to train: {len(seen)} runs in {len(counts)} passes of {', '.join(map(str, counts))}"] if counts else []
+
+
+def train_row(text: RowText, row_run: RowRun, runs: Sequence[RowRun] = ()) -> None:
+    """Train and evaluate one run, with those of `runs` that can share its pass, then evaluate it anew where the row
+    says so; what is finished is not done again."""
     if row_run.done:
         print(f"{text.name}: {row_run.record}: finished before, used as it is", flush=True)
         return
-    script = "finetune.py" if row_run.config.train.init else "train.py"
-    step(row_run.folder, script, *row_run.words, processes=row_run.processes)
+    group = one_pass(row_run, runs)
+    if len(group) > 1:
+        finetune_together({each.folder: shlex.join(each.words) for each in group}, row_run.processes)
+    else:
+        script = "finetune.py" if row_run.config.train.init else "train.py"
+        step(row_run.folder, script, *row_run.words, processes=row_run.processes)
     if text.post_hoc:
         words = (f"checkpoint={row_run.folder}", *text.post_hoc, f"output={row_run.evaluation}")
         run("evaluate.py", *words, processes=row_run.processes)
