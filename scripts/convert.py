@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Literal
 
 from loce.config import UserError, read_options, run_script
-from loce.utils.files import atomic_write, require_writable
+from loce.utils.files import require_writable
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,16 +59,15 @@ def main() -> None:
     if out.exists():
         raise UserError(f"{out} exists; files are never overwritten: remove it, or give another name")
     require_writable(out.parent, "")
-    import torch  # after the command line is known to be right
-
-    from loce.checkpoint.convert import convert, to_mmdetection
+    from loce.checkpoint.convert import convert, to_mmdetection  # torch, after the command line is known to be right
+    from loce.checkpoint.files import write
 
     if options.to == "mmdet":
         content, report = to_mmdetection(source)
     else:
         content, report = convert(source, options.annotations, options.source_classes, options.mask_predictor, words)
-    with atomic_write(out) as temporary:
-        torch.save(content, temporary)
+    if problem := write(out, content).get("problem"):
+        raise UserError(f"{problem}")
     print("\n".join([*report, f"wrote {out}"]))
 
 

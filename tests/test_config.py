@@ -772,6 +772,20 @@ def test_nobody_reads_the_output():
     assert code == 1 and "of another pipe" in error
 
 
+@pytest.mark.parametrize("closed", [">&-", "2>&-", ">&- 2>&-"])
+def test_closed_streams(closed, tmp_path):
+    """As jobs of some schedulers have them. A file that is opened then is no stream."""
+    work = "print('told'); f = open('made', 'w'); print('told', file=sys.stderr); f.write('kept'); f.close()"
+    (tmp_path / "work.py").write_text(SCRIPT.format(work))
+    for program, code in (("work.py", 0), ("none.py", 2)):
+        (tmp_path / "none.py").write_text(SCRIPT.format("exec('raise UserError(1)')"))
+        line = f"{sys.executable} {program} {closed}"
+        paths = {**os.environ, "PYTHONPATH": str(ROOT)}
+        done = subprocess.run(line, shell=True, cwd=tmp_path, capture_output=True, text=True, env=paths)
+        assert done.returncode == code and "Traceback" not in done.stderr, done.stderr
+    assert (tmp_path / "made").read_text() == "kept"
+
+
 def test_words_are_as_a_shell_would_give_them(monkeypatch, tmp_path):
     program = SCRIPT.format("print(sys.argv[1:])")
     _, out, _ = run_as_script(program, "~", "~/x", "a=~/x", "~x", HOME="/home/me")

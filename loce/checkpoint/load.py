@@ -21,6 +21,7 @@ from loce.config import Config, UserError, from_dict
 from loce.models.build import build_model
 from loce.models.mask_rcnn import MaskRCNN
 from loce.utils.classes import ClassStats
+from loce.utils.files import kind_of
 
 FORMAT = 2
 READABLE = (1, FORMAT)  # for their weights; what format 1 kept of a run is too little to go on from
@@ -138,7 +139,7 @@ def load_file(path: Path, checked: bool = False) -> dict[str, Any]:
         content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch raises a dozen kinds here
         code = code_in(error)
-        reason = f"it needs {code}, which may run code" if code else str(error).strip().splitlines()[0]
+        reason = f"it needs {code}, which may run code" if code else why_unreadable(path, error)
         raise UserError(
             f"checkpoint {path}: cannot be read, damaged or not a checkpoint ({reason})"
             + (f".\n{CONVERTED}" if code else "")
@@ -146,6 +147,12 @@ def load_file(path: Path, checked: bool = False) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise UserError(f"checkpoint {path}: holds a {type(content).__name__}, not a checkpoint")
     return content
+
+
+def why_unreadable(path: Path, error: Exception) -> str:
+    """Why torch.load does not take a file, without its advice to let the file run code."""
+    reason = str(error).rpartition("WeightsUnpickler error:")[2].strip().partition("\n")[0]
+    return kind_of(path) or reason or type(error).__name__
 
 
 def code_in(error: Exception) -> str:

@@ -55,8 +55,10 @@ def run_script(main: Callable[[], None]) -> None:
     Words `~`, `~/x` and `~anna/x` mean home directories, as in a shell. Letters that the terminal lacks are written as
     escapes. Where nobody reads the output any more (`| head`), the script ends with 141, as others do.
     """
-    for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper):
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:  # closed by who started this; the next file would get its number
+            setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))  # noqa: SIM115 (for all of the process)
+        if isinstance(stream := getattr(sys, name), io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
     sys.argv[1:] = map(expand_home, sys.argv[1:])
     try:

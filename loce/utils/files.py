@@ -13,6 +13,19 @@ from typing import Any
 
 from loce.utils.errors import UserError
 
+_STARTS = {  # first bytes -> what that is, and what to do
+    b"\x1f\x8b": "is still compressed; unpack it first: gunzip -k {}",
+    b"BZh": "is still compressed; unpack it first: bunzip2 -k {}",
+    b"\xfd7zXZ": "is still compressed; unpack it first: unxz -k {}",
+    b"\x28\xb5\x2f\xfd": "is still compressed; unpack it first: unzstd {}",
+    b"7z\xbc\xaf": "is still compressed; unpack it first: 7z x {}",
+    **dict.fromkeys(
+        (b"\x80\2}", b"\x80\3", b"\x80\4", b"\x80\5"), "is a pickle of Python, which is not read, since it may run code"
+    ),
+    b"version https://git-lfs": "is a git-lfs pointer of {size} bytes, not the file; fetch it: git lfs pull",
+    b"<": "is a web page or XML; download it again",
+}
+
 
 def inside(folder: Path | str, name: str) -> Path:
     """The path of `name`, which may have several parts, in `folder`. UserError where it would lead out of it."""
@@ -40,6 +53,18 @@ def _is_there(path: Path) -> bool:
     except FileNotFoundError:
         return False
     return True
+
+
+def kind_of(path: Path | str) -> str:
+    """What a file of another kind than it is taken for is, and what to do; "" where that is not known."""
+    size = os.path.getsize(path)
+    with open(path, "rb") as file:
+        head = file.read(512)
+    if not size:
+        return "is empty (0 bytes); download it again"
+    found = (message for start, message in _STARTS.items() if head.lstrip().startswith(start))
+    message = "is a tar archive; unpack it first: tar xf {}" if head[257:262] == b"ustar" else next(found, "")
+    return message.format(path, size=size)
 
 
 @contextmanager

@@ -7,7 +7,7 @@ from typing import Any
 
 from loce.checkpoint.convert import mmdetection, torchvision
 from loce.checkpoint.convert.mmdetection import to_mmdetection
-from loce.checkpoint.convert.source import MaskPredictor, find_weights, open_weights, read_foreign
+from loce.checkpoint.convert.source import MaskPredictor, find_weights, open_weights, read_foreign, some
 from loce.config import UserError
 from loce.data.annotations.lvis import LVISAnnotations
 
@@ -36,7 +36,7 @@ def convert(
             found = open_weights(source, reader.FORMAT, weights, content.get("meta"))
             stats = LVISAnnotations.open(annotations).stats if annotations else None
             checkpoint, report = reader.convert(found, stats, source_classes, mask_predictor, overrides)
-            return checkpoint, report + ([f"dropped on purpose: {', '.join(left_out)}"] if left_out else [])
+            return checkpoint, report + ([f"dropped on purpose: {some(left_out)}"] if left_out else [])
     parts = ", ".join(f"{part} ({n})" for part, n in Counter(key.split(".")[0] for key in weights).most_common(8))
     raise UserError(
         f"{source}: no Mask R-CNN of MMDetection (it would have {mmdetection.FORMAT.mark}*) or of torchvision "

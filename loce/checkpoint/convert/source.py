@@ -1,8 +1,9 @@
 """Checkpoints of other projects: read without running code, renamed by a table, checked against our model."""
 
 import argparse
+import codecs
 import shlex
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PosixPath
 from typing import Any, Literal
@@ -11,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from loce.checkpoint.load import FORMAT, METHOD_STATE, code_in, require_finite, stats_to_dict
+from loce.checkpoint.load import FORMAT, METHOD_STATE, code_in, require_finite, stats_to_dict, why_unreadable
 from loce.config import Config, ModelConfig, UserError, from_dict, raise_problems, to_dict
 from loce.models.build import build_model
 from loce.utils.classes import ClassStats, frequency_groups
@@ -22,6 +23,7 @@ CLASSIFIER = "roi_heads.classifier.fc_cls"
 _SHOWN = 5  # keys named of a long list
 MEMBERS = ("state_dict", "model", "model_state_dict")  # MMDetection's and Lightning's, torchvision's, the tutorials'
 WRAPPERS = {"module", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"}  # in keys, added by torch
+COUNTER = "num_batches_tracked"  # the one whole number of a batch norm
 AVERAGED = "n_averaged"  # beside the weights in torch.optim.swa_utils.AveragedModel
 PLAIN = (  # objects beside weights that hold values and run nothing: the arguments of torchvision's own training
     argparse.Namespace,
@@ -64,17 +66,30 @@ class Source:
         return len(self.weights[f"{CLASSIFIER}.weight"])
 
 
+def _plain_numpy() -> list[Any]:
+    """Arrays and numbers of NumPy: the best score beside weights, or the weights themselves."""
+    calls = [np._core.multiarray._reconstruct, np._core.multiarray.scalar]  # type: ignore[attr-defined]
+    old = [(call, f"numpy.core.multiarray.{call.__name__}") for call in calls]  # as NumPy 1 writes them
+    kinds = {type(np.dtype(code)) for code in np.typecodes["All"]}
+    return [*calls, *old, np.ndarray, np.dtype, *kinds, codecs.encode]
+
+
 def read_foreign(path: Path) -> dict[str, Any]:
     """A file's dictionary, without running code from it; UserError with a way out where that is not possible."""
     if not path.is_file():
-        raise UserError(f"{path}: there is no such file")
+        folder = (
+            "is a folder; give a file (or to=mmdet for a run of ours)" if path.is_dir() else "there is no such file"
+        )
+        raise UserError(f"{path}: {folder}")
     try:
-        with torch.serialization.safe_globals(list(PLAIN)):
+        with torch.serialization.safe_globals([*PLAIN, *_plain_numpy()]):
             content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch raises a dozen kinds for damaged files
         code = code_in(error)
+        if isinstance(error.__cause__, ImportError):  # torch reads files of safetensors with their library
+            raise UserError(f"{path}: cannot be read here: {error}") from None
         if not code:
-            raise UserError(f"{path}: damaged, or not written by torch.save ({str(error).splitlines()[0]})") from None
+            raise UserError(f"{path}: damaged, or not written by torch.save ({why_unreadable(path, error)})") from None
         if code.startswith("__main__."):
             raise UserError(
                 f"{path}: holds an object of {code[9:]}, a class of the script that saved it, and is refused: no other "
@@ -97,14 +112,15 @@ def find_weights(content: Mapping[str, Any], marks: Sequence[str], path: Path) -
     They may be all of it or one member, and the model may have been wrapped: see `WRAPPERS`, and any prefix that all
     its keys have. marks: how the keys begin that only a Mask R-CNN has. UserError where there are several models.
     """
-    members = {name: value for name, value in content.items() if isinstance(value, Mapping)}
+    members = dict(_mappings(content))
     models = [name for name, value in members.items() if any(_prefixes(value, mark) for mark in marks)]
     key = next((name for name in MEMBERS if name in (models or members)), models[0] if models else None)
     if len(models) > 1 and key not in MEMBERS:
         raise UserError(f"{path}: there are {len(models)} models in it, {some(models)}: save one of them alone")
     wrapped = content if key is None else members[key]
-    left_out = [] if key is None else [name for name in content if name != key]
+    left_out = [] if key is None else [name for name in content if name != key.partition(".")[0]]
 
+    wrapped = {k: torch.as_tensor(v) if isinstance(v, np.ndarray) else v for k, v in wrapped.items()}
     strange = [str(k) for k, value in wrapped.items() if not (isinstance(k, str) and isinstance(value, Tensor))]
     if strange:
         verb = "is" if len(strange) == 1 else "are"
@@ -120,9 +136,18 @@ def find_weights(content: Mapping[str, Any], marks: Sequence[str], path: Path) -
             f"{path}: there are several models in it, whose keys begin with {begin}: save the weights of one alone"
         )
     prefix = prefixes[0] if prefixes else ""
-    outside = [name for name in weights if not name.startswith(prefix) or name == AVERAGED]
+    copies = {f"ema_{name.replace('.', '_')}" for name in weights}  # of MMDetection's averaging, as they were trained
+    outside = [name for name in weights if not name.startswith(prefix) or name == AVERAGED or name in copies]
     kept = {name.removeprefix(prefix): value for name, value in weights.items() if name not in outside}
     return kept, left_out + outside
+
+
+def _mappings(content: Mapping[Any, Any], above: str = "") -> Iterator[tuple[str, Mapping[Any, Any]]]:
+    """Dictionaries in a dictionary and in those, under the path of their names."""
+    for name, value in content.items():
+        if isinstance(value, Mapping):
+            yield f"{above}{name}", value
+            yield from _mappings(value, f"{above}{name}.")
 
 
 def _prefixes(weights: Mapping[Any, Any], mark: str) -> set[str]:
@@ -141,6 +166,15 @@ def open_weights(
     renamed, names, unknown = rename(weights, form.table)
     if unknown:
         raise UserError(f"{path}: not of the architecture that loce has: {some(unknown)}")
+    whole = [
+        f"{key} ({value.dtype})" for key, value in weights.items() if not (value.is_floating_point() or COUNTER in key)
+    ]
+    odd = [key for key, value in weights.items() if value.is_meta or value.layout != torch.strided]
+    if whole or odd:
+        raise UserError(
+            f"{path}: {len(whole) + len(odd)} tensors hold no floating-point numbers, or are sparse or without "
+            f"content: {some(whole + odd)}; save the weights as they are for training: dense, in float32"
+        )
     require_finite(weights, str(path))
     return Source(path, form, renamed, names, meta if isinstance(meta, Mapping) else {})
 

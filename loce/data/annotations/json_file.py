@@ -2,21 +2,20 @@
 
 import gc
 import json
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 from loce.data.annotations.json_stream import JsonStream
 from loce.utils.errors import UserError
+from loce.utils.files import kind_of
 from loce.utils.progress import Phase, phase
 
 _STARTS = {  # first bytes -> what that is, and what to do
-    b"\x1f\x8b": "is still compressed; unpack it first: gunzip -k {}",
     b"PK\x03\x04": "is still compressed; unpack it first: unzip {}",
-    b"version https://git-lfs": "is a git-lfs pointer of {size} bytes, not the file; fetch it: git lfs pull",
     b"\xff\xfe": "is text in UTF-16; save it as UTF-8: iconv -f UTF-16 -t UTF-8 {} > new.json",
     b"\xfe\xff": "is text in UTF-16; save it as UTF-8: iconv -f UTF-16 -t UTF-8 {} > new.json",
-    b"<": "is not JSON but a web page or XML; download it again",
 }
 _MARKLESS = ((b"{\0", b"[\0"), "UTF-16LE"), ((b"\0{", b"\0["), "UTF-16BE")
 _AROUND = 4096  # bytes beside one that is no UTF-8, by which its encoding is guessed
@@ -58,10 +57,10 @@ def open_json(path: str | Path, wanted: str) -> Iterator[tuple[JsonStream, Phase
 
 def _check_kind(path: Path, wanted: str) -> int:
     """The file's size in bytes; UserError where it cannot be JSON in UTF-8."""
-    if not path.exists():
+    if not os.path.exists(path):
         raise UserError(f"{path}: there is no such {wanted}")
     if not path.is_file():
-        raise UserError(f"{path}: is a folder, not an {wanted}")
+        raise UserError(f"{path}: is {'a folder' if path.is_dir() else 'no file'}, not an {wanted}")
     size = path.stat().st_size
     try:
         with path.open("rb") as file:
@@ -75,7 +74,9 @@ def _check_kind(path: Path, wanted: str) -> int:
         raise UserError(f"{path}: is empty ({size} bytes); download it again")
     for start, message in _STARTS.items():
         if head.lstrip().startswith(start):
-            raise UserError(f"{path}: {message.format(path, size=size)}")
+            raise UserError(f"{path}: {message.format(path)}")
+    if kind := kind_of(path):
+        raise UserError(f"{path}: {kind}")
     for starts, name in _MARKLESS:
         if head.startswith(starts):
             raise UserError(f"{path}: is text in {name}; save it as UTF-8: iconv -f {name} -t UTF-8 {path} > new.json")

@@ -64,6 +64,7 @@ def test_mistakes_exit_with_2_and_no_traceback(tmp_path):
         (("a.pth", existing), "files are never overwritten"),
         (("a.pth", "b.pt"), "a.pth: there is no such file"),
         (("a.pth", "b.pt", "tto=mmdet"), "did you mean to?"),
+        (("a.pth", existing / "b.pt"), "existing.pt: no files can be written there"),
         (("a.pth", "b.pt", "--to", "mmdet", "annotations=x.json"), "the classes stay as they are"),
     ):
         result = script(*words)

@@ -8,6 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -43,6 +44,77 @@ def test_members_and_prefixes(theirs, tmp_path, prefix, member, beside):
     content, report = convert(tmp_path / "source.pth")
     assert same_as(content, theirs) and f"{len(theirs)} tensors, all of them used" in report[0]
     assert not beside or report[-1] == f"dropped on purpose: {', '.join(beside)}"
+
+
+@pytest.mark.parametrize("path", ["state.model", "checkpoint.run.state_dict", "ema_state_dict"])
+def test_members_of_members(theirs, tmp_path, path):
+    content: dict = theirs
+    for name in reversed(path.split(".")):
+        content = {name: content, "epoch": 3}
+    torch.save(content, tmp_path / "source.pth")
+    found, report = convert(tmp_path / "source.pth")
+    assert same_as(found, theirs) and report[-1] == "dropped on purpose: epoch"
+
+
+def test_averages_that_mmdetection_keeps_beside_the_weights(theirs, tmp_path):
+    copies = {f"ema_{key.replace('.', '_')}": value + 1 for key, value in theirs.items()}
+    torch.save({"state_dict": {**theirs, **copies}}, tmp_path / "ema.pth")
+    content, report = convert(tmp_path / "ema.pth")
+    assert same_as(content, theirs) and report[-1].endswith(f" and {len(theirs) - 5} more")
+
+
+def test_numpy_beside_the_weights_and_in_their_place(theirs, tmp_path):
+    arrays = {key: value.numpy() for key, value in theirs.items()}
+    torch.save(
+        {"model": arrays, "best": np.float64(0.5), "step": np.int64(3), "ok": np.bool_(True)}, tmp_path / "np.pth"
+    )
+    content, report = convert(tmp_path / "np.pth")
+    assert same_as(content, theirs) and report[-1] == "dropped on purpose: best, step, ok"
+
+
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        (lambda bias: bias.to(torch.int8), rf"1 tensors hold no floating-point numbers.*{BIAS} \(torch.int8\)"),
+        (lambda bias: bias.to_sparse(), rf"or are sparse.*{BIAS}"),
+        (lambda bias: bias.to("meta"), rf"or without content: {BIAS}"),
+    ],
+)
+@pytest.mark.filterwarnings("ignore")
+def test_tensors_that_are_no_weights_of_a_training(written, change, told):
+    with pytest.raises(UserError, match=told):
+        convert(written({BIAS: change(torch.rand(6))}))
+
+
+@pytest.mark.parametrize(
+    ("content", "told"),
+    [
+        (b"", "is empty"),
+        (b"<!DOCTYPE html>", "is a web page"),
+        (b"version https://git-lfs.github.com/spec/v1\n", "git lfs pull"),
+        (b"\x1f\x8b\x08", "gunzip"),
+        (pickle.dumps({"model": {"a": 1}}, protocol=4), "is a pickle of Python"),
+        (pickle.dumps({"model": {"a": 1}}, protocol=2), "is a pickle of Python"),
+    ],
+)
+@pytest.mark.filterwarnings("ignore")
+def test_files_that_hold_something_else(content, told, tmp_path):
+    """torch advises weights_only=False for most of them."""
+    (tmp_path / "file.pth").write_bytes(content)
+    for read in (convert, Checkpoint.open):
+        with pytest.raises(UserError, match=told) as caught:
+            read(tmp_path / "file.pth")
+        assert "weights_only" not in str(caught.value) and str(tmp_path / "file.pth") in str(caught.value)
+
+
+def test_folders_and_libraries_that_are_not_here(tmp_path, monkeypatch):
+    with pytest.raises(UserError, match=r"is a folder; give a file"):
+        convert(tmp_path)
+    monkeypatch.setitem(sys.modules, "safetensors.torch", None)
+    (tmp_path / "w.safetensors").write_bytes(b"\2\0\0\0\0\0\0\0{}")
+    with pytest.raises(UserError, match=r"pip install safetensors") as caught:
+        convert(tmp_path / "w.safetensors")
+    assert "damaged" not in str(caught.value)
 
 
 def test_wrappers_inside_and_weights_that_are_not_the_model_s(theirs, tmp_path):
