@@ -18,7 +18,7 @@ from loce.utils.classes import META
 
 _STREAM = 0x5A3B  # keeps these random numbers apart from those of the transforms
 _LISTS = 0x5A3C  # and the lists of class-balanced sampling from both
-_ENOUGH = 100  # instances; SimCal tells no classes apart that have more
+_ENOUGH = 100  # instances; classes that have more are alike in SimCal
 
 
 @dataclass(frozen=True)
@@ -273,7 +273,7 @@ def _occurrence(values: np.ndarray) -> np.ndarray:
 def memory_fill_images(
     annotations: LVISAnnotations, per_class: int, generator: np.random.Generator
 ) -> list[tuple[int, np.ndarray]]:
-    """What fills the feature memory: of every class up to `per_class` instances, from distinct images, at random.
+    """Instances that fill the feature memory: up to `per_class` of every class, from distinct images, at random.
 
     Returns (image index, annotation rows to store, ascending), each image once, in random order.
     """

@@ -1,4 +1,4 @@
-"""Dry run and overfitting: short trainings that try a recipe before its long one.
+"""Dry run and overfitting: short trainings that test a recipe before the long one.
 
 `train.dry_run` and `train.overfit` have a folder of their own in the run folder, which each replaces; nothing else
 there is touched.
@@ -83,7 +83,7 @@ def dry_run(config: Config, device: torch.device) -> None:
 
 
 def overfit(config: Config, device: torch.device) -> None:
-    """Learn `train.overfit` images by heart; says the loss and the AP on them. Without flips, jitter, weight decay."""
+    """Overfit `train.overfit` images, without flips, jitter, weight decay; logs the loss and the AP on them."""
     config, most = _overfit_config(config), config.train.overfit
     with preflight(config) as found:
         trainer = Trainer([config], device, found.annotations, saves=False)
@@ -156,7 +156,7 @@ def _last_losses(folder: Path) -> dict[str, float]:
 
 
 def _compared(once: dict[str, float], again: dict[str, float], equal: bool, device: torch.device) -> str:
-    """What to say of a step and the same one resumed. RuntimeError where they differ on a CPU."""
+    """Comparison of a step and the same one resumed, in words. RuntimeError where they differ on a CPU."""
     if equal and once == again:
         return f"the same, loss {again['loss']:.4g} and all weights"
     if device.type == "cpu":
@@ -165,7 +165,7 @@ def _compared(once: dict[str, float], again: dict[str, float], equal: bool, devi
 
 
 def _verdict(folder: Path, images: int) -> list[str]:
-    """What became of the loss and how good the detections are, and what to look at where it is not enough."""
+    """The first and last loss, the AP, and what to look at where the loss did not fall enough."""
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
     metrics = json.loads((folder / "eval" / "metrics.json").read_text(encoding="utf-8"))
     ap = ", ".join(f"{name} AP {100 * metrics[kind]['AP']:.1f}" for kind, name in (("bbox", "box"), ("segm", "mask")))

@@ -28,7 +28,7 @@ MOST_WAITING = 0.3  # share of the time; more is worth a warning
 
 
 class RunLog:
-    """Writes the mean losses of every few iterations, and what else is worth knowing. Rank 0 writes; all must call.
+    """Log of a run: mean losses of every few iterations, speed, memory, what is drawn. Rank 0 writes; all must call.
 
     ends: iterations done after each epoch; batch_size: images of an iteration over all ranks; done: iterations done
     (0: from the beginning; else the log is cut there, so that no line is lost or doubled); pending: `unwritten` of the
@@ -65,7 +65,7 @@ class RunLog:
         self._started = self._line_time = time.monotonic()
 
     def _open(self, config: Config, device: torch.device | str) -> None:
-        self._troubled: set[str] = set()  # what the disk does not take
+        self._troubled: set[str] = set()  # files that could not be written
         self.folder.mkdir(parents=True, exist_ok=True)
         write_text(self.folder / "config.yaml", dump(config))
         with (self.folder / "env.txt").open("a", encoding="utf-8") as file:
@@ -128,7 +128,7 @@ class RunLog:
 
     @contextmanager
     def paused(self) -> Iterator[None]:
-        """What the block does is no training: neither the speed nor the expected end counts its time."""
+        """The block is no training: neither the speed nor the expected end counts its time."""
         begun = time.monotonic()
         yield
         spent = time.monotonic() - begun
@@ -169,7 +169,7 @@ class RunLog:
                 print_line(text)
 
     def _warn(self, what: str, problem: str) -> None:
-        """Warn of what the disk did not take, once until it takes something again."""
+        """Warn of a file that could not be written, once until writing works again."""
         if problem and what not in self._troubled:
             print_line(
                 f"WARNING: {problem}. Training goes on; what is to be written is kept until there is room for it"

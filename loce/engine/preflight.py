@@ -122,14 +122,14 @@ def check_run_folder(folder: Path, config: Config) -> None:
         )
 
 
-def check_resume(wish: str, folder: Path, found: Path | None) -> None:
+def check_resume(resume: str, folder: Path, found: Path | None) -> None:
     """UserError where a run that must be new has a checkpoint, or one that must go on has none."""
-    if wish == "never" and found is not None:
+    if resume == "never" and found is not None:
         raise UserError(
             f"train.resume = never: {folder} holds {found.name} and is not overwritten; choose another folder with "
             f"output=..., go on with train.resume=auto, or delete {folder}"
         )
-    if wish == "must" and found is None:
+    if resume == "must" and found is None:
         raise UserError(f"train.resume = must: {folder} has no finished checkpoint to go on from; check output=...")
 
 

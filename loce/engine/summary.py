@@ -42,7 +42,7 @@ def introduce(trainer: Trainer) -> None:
 
 
 def run_summary(trainer: Trainer, arm: Arm) -> list[str]:
-    """What this run is, for people who find its log later."""
+    """Method, data, model, batch, schedule and disk of this run, a line each."""
     config, train, memory, stats = arm.config, arm.config.train, arm.config.memory, arm.stats
     world, total = distributed.world_size(), trainer.total
     # Method.

@@ -103,7 +103,7 @@ def lines(
 def _caveats(
     evaluation: Evaluation, outcomes: Outcomes, groups: Mapping[str, dict[str, Any]], detections: Detections
 ) -> list[str]:
-    """What these detections cannot tell."""
+    """Notes on causes that detections alone do not show."""
     if "removed_by_nms" not in outcomes.unseen:
         return []
     notes = []

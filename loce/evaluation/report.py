@@ -92,7 +92,7 @@ def evaluate_and_report(
 def _facts(
     truth: GroundTruth, detections: Detections, rules: Protocol, evaluations: dict[str, Evaluation], origin: str
 ) -> dict[str, Any]:
-    """What the numbers are of; evaluation.json."""
+    """Origin of the numbers: files, protocol, counts, notes; evaluation.json."""
     first = next(iter(evaluations.values()))
     empty = first.matches.objects[0] == 0
     return {

@@ -1,4 +1,4 @@
-"""Report page: page.html filled with what the sections show; style, script, data and pictures are in it.
+"""Report page: page.html filled with the contents of its sections; style, script, data and pictures are in the file.
 
 So it opens by double click, offline, on a phone. Whatever comes from data or options is escaped by the template.
 """

@@ -69,7 +69,7 @@ def _mean(values: Values) -> float | None:
 
 
 def causes(run: Run) -> dict[str, Any]:
-    """What became of the objects of each group with objects, and the AP that every cause would give back."""
+    """Causes of lost objects in each group that has objects, and the AP that every cause would give back."""
     by_name = {row["name"]: row for row in run.errors if row["level"] == "group" and int(row["objects"])}
     groups: list[dict[str, Any]] = [
         {
@@ -145,10 +145,10 @@ def differences(runs: Sequence[Run]) -> dict[str, list[str]]:
 
 
 def origin(run: Run) -> dict[str, str]:
-    """What the run said of itself at its start, and the machine that it ran on the last time."""
+    """The run's summary from its log, and the machine that it ran on the last time."""
     started = [block for block in run.texts["env.txt"].split("\n\n") if block.strip()]
-    told = ("method", "data", "model", "batch", "schedule")
-    lines = [line for line in run.texts["log.txt"].splitlines() if line.split(":")[0] in told]
+    kept = ("method", "data", "model", "batch", "schedule")
+    lines = [line for line in run.texts["log.txt"].splitlines() if line.split(":")[0] in kept]
     return {
         "start": "\n".join(dict.fromkeys(lines)),
         "machine": started[-1] if started else "env.txt is not there",

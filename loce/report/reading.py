@@ -1,4 +1,4 @@
-"""Run folders as the report reads them. Nothing but config.yaml and the list of classes must be there."""
+"""Reader of run folders for the report; only config.yaml and the list of classes must be there."""
 
 import json
 import math
@@ -41,7 +41,7 @@ class Snapshot:
 
 @dataclass
 class Run:
-    """What a run folder holds; empty where a file is not there, which `missing` then says.
+    """Contents of a run folder; empty where a file is missing, which is then in `missing`.
 
     snapshots, and evaluations (iteration, AP of each class): oldest first; tested, accuracy: mean score and accuracy of
     the classifier on the boxes of the validation data; metrics: lines of metrics.jsonl; aps, facts: metrics.json and
@@ -75,7 +75,7 @@ class Run:
 
 
 def read_run(folder: Path) -> Run:
-    """All that is there. UserError where the folder is no run, or does not say yet which classes it has."""
+    """Everything in a run folder. UserError where it is no run, or its classes are not known yet."""
     if not (folder / "config.yaml").is_file():
         raise UserError(f"{folder}: is no folder of a run (it has no config.yaml)")
     config = load_yaml((folder / "config.yaml").read_text(encoding="utf-8"), str(folder / "config.yaml"))

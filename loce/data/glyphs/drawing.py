@@ -81,7 +81,7 @@ def draw_image(
 # ---- glyphs ----------------------------------------------------------------------------------------------------------
 
 
-def face_file(face: str) -> str:
+def _face_file(face: str) -> str:
     """The font file of a face, which comes with matplotlib."""
     return str(Path(matplotlib.get_data_path()) / "fonts" / "ttf" / f"{face}.ttf")
 
@@ -94,18 +94,19 @@ def faces_with(character: str) -> tuple[str, ...]:
 
 @cache
 def _code_points(face: str) -> frozenset[int]:
-    return frozenset(FT2Font(face_file(face)).get_charmap())
+    return frozenset(FT2Font(_face_file(face)).get_charmap())
 
 
 @cache
-def _font(face: str, pixels: int) -> ImageFont.FreeTypeFont:
-    return ImageFont.truetype(face_file(face), pixels, layout_engine=ImageFont.Layout.BASIC)
+def font(face: str, pixels: int) -> ImageFont.FreeTypeFont:
+    """A face at a height (em) in pixels."""
+    return ImageFont.truetype(_face_file(face), pixels, layout_engine=ImageFont.Layout.BASIC)
 
 
 @lru_cache(maxsize=4096)
 def render_glyph(character: str, face: str, pixels: int) -> np.ndarray:
     """(h, w) uint8, 255 on the glyph, cut to its ink. pixels: the height of the font (em)."""
-    bitmap = _font(face, pixels).getmask(character, mode="L")
+    bitmap = font(face, pixels).getmask(character, mode="L")
     array = np.array(bitmap, dtype=np.uint8).reshape(bitmap.size[1], bitmap.size[0])
     rows, columns = np.flatnonzero(array.max(1)), np.flatnonzero(array.max(0))
     return array[rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1]
@@ -210,7 +211,7 @@ def _drop(shape: Shape, size: int, rng: np.random.Generator) -> Placed:
 
 
 def draw_background(size: int, rng: np.random.Generator) -> np.ndarray:
-    """(size, size, 3) float32 RGB, 0..255: two colours in clouds, a grain, and strokes and blobs that mean nothing."""
+    """(size, size, 3) float32 RGB, 0..255: two colours in clouds, a grain, and meaningless strokes and blobs."""
     grey, tint = rng.uniform(40, 215), rng.uniform(-60, 60, 3)
     first = np.clip(grey + tint - tint.mean(), 10, 245)
     second = np.clip(first + rng.uniform(-60, 60, 3), 10, 245)
@@ -263,7 +264,7 @@ def _paint(canvas: np.ndarray, shape: Shape, rng: np.random.Generator) -> None:
 
 
 def _contrasting(other: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """A colour (3,) that can be told from `other`."""
+    """A colour (3,) that contrasts with `other`."""
     while True:
         colour = rng.uniform(0, 255, 3)
         if np.linalg.norm(colour - other) >= CONTRAST:

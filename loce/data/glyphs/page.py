@@ -3,14 +3,13 @@
 import colorsys
 import textwrap
 from collections import Counter
-from functools import cache
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw
 from pycocotools import mask as coco_mask
 
-from loce.data.glyphs.drawing import FACES, face_file
+from loce.data.glyphs.drawing import FACES, font
 from loce.data.glyphs.records import Record
 from loce.utils.classes import GROUP_RGB
 
@@ -47,11 +46,6 @@ def draw_samples(
     page.save(folder / "samples.png")
 
 
-@cache
-def _font(pixels: int) -> ImageFont.FreeTypeFont:
-    return ImageFont.truetype(face_file(FACES[0]), pixels, layout_engine=ImageFont.Layout.BASIC)
-
-
 def _draw_sample(
     page: Image.Image,
     place: tuple[int, int],
@@ -79,13 +73,13 @@ def _draw_sample(
         x, y = x + left, y + top
         pen.rectangle((x, y, x + width - 1, y + height - 1), outline=tuple(colour.astype(int)))
         character = by_category[annotation["category_id"]]["synonyms"][0]
-        pen.text((x + 2, y - 1), character, fill="white", font=_font(13), stroke_width=1, stroke_fill="black")
+        pen.text((x + 2, y - 1), character, fill="white", font=font(FACES[0], 13), stroke_width=1, stroke_fill="black")
     counts = Counter(annotation["category_id"] for annotation in annotations)
     names = [
         f"{by_category[i]['name'].replace('_', ' ')} ({by_category[i]['frequency']}) x{n}" for i, n in counts.items()
     ]
     lines = textwrap.wrap(", ".join(names), 2 * side // 6, max_lines=3)
-    pen.text((place[0], top + side + 1), "\n".join(lines), fill="black", font=_font(10))
+    pen.text((place[0], top + side + 1), "\n".join(lines), fill="black", font=font(FACES[0], 10))
 
 
 def _draw_classes(page: Image.Image, top: int, categories: list[Record]) -> None:
@@ -97,6 +91,6 @@ def _draw_classes(page: Image.Image, top: int, categories: list[Record]) -> None
         category = ranked[rank]
         group, character = category["frequency"], category["synonyms"][0]
         centre = (index % CLASSES_A_ROW + 0.5) * pitch, top + (index // CLASSES_A_ROW) * CLASS_HEIGHT + 26
-        pen.text(centre, character, fill=GROUP_RGB[group], font=_font(40), anchor="mm")
+        pen.text(centre, character, fill=GROUP_RGB[group], font=font(FACES[0], 40), anchor="mm")
         note = f"{group} {category['image_count']}"
-        pen.text((centre[0], centre[1] + 36), note, fill="black", font=_font(12), anchor="mm")
+        pen.text((centre[0], centre[1] + 36), note, fill="black", font=font(FACES[0], 12), anchor="mm")

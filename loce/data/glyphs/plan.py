@@ -107,12 +107,12 @@ def plan_split(
     fewest_instances: int,
     rng: np.random.Generator,
 ) -> Plan:
-    """Deal classes out to images: class c gets image_counts[c] different images, mean_instances[c] objects in each.
+    """Assign classes to images: class c gets image_counts[c] different images, mean_instances[c] objects in each.
 
     image_counts, mean_instances: (C,). A class with fewer than `fewest_instances` objects gets more where the images
     have room (`most_objects`).
     """
-    shown_on, labels = _deal(image_counts, images, most_objects, rng)
+    shown_on, labels = _assign(image_counts, images, most_objects, rng)
     instances = rng.geometric(1 / mean_instances[labels])
     # In random order, labels get the objects that their image has room for.
     order = rng.permutation(len(labels))
@@ -139,7 +139,7 @@ def mean_instances(train_counts: np.ndarray) -> np.ndarray:
     return 1 + HERD * np.log10(train_counts)
 
 
-def _deal(
+def _assign(
     image_counts: np.ndarray,
     images: int,
     most: int,

@@ -1,4 +1,4 @@
-"""Record of a finished run: its numbers, the same of resampled images, its classes, and what they are of.
+"""Record of a finished run: its numbers, those of resampled images, its classes, and where they come from.
 
 A JSON file of some 20 kB, so that runs of other machines and other days can stand in one table (results.py).
 """

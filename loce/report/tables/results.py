@@ -151,7 +151,7 @@ def between_marks(page: str, text: str) -> str:
 
 
 def origin(records: Records) -> list[str]:
-    """What the numbers are of: data, protocol, machines, code, time."""
+    """Where the numbers come from: data, protocol, machines, code, time."""
     lines = []
     for name in ("data", "protocol", "device", "code"):
         counted = Counter(record[name] for record in records)
