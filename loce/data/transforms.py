@@ -7,6 +7,7 @@ shown it) and nothing else, so that workers and ranks do not change them.
 
 import contextlib
 import io
+import os
 import re
 import threading
 from dataclasses import dataclass
@@ -17,9 +18,11 @@ import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 from loce.utils.errors import UserError
+from loce.utils.files import kind_of
 
 _JPEG_START, _JPEG_END = b"\xff\xd8", b"\xff\xd9"
 _JPEG_MARKER = re.compile(rb"\xff[^\x00\xd0-\xd7\xff]")  # what follows 0xff in compressed data is none of these
+_WIDE = "its pixels have 32 bits or more, and which of their values is white is not known; save it with 8 or 16 bits"
 FEW_LEVELS = 64  # of 256; a 16-bit file that has no more was made by a camera of 14 bits or fewer
 _ORIENTATION = 0x0112  # the tag in EXIF data
 _STREAM = 0x10CE  # keeps these random numbers apart from those of the samplers
@@ -57,7 +60,8 @@ def read_levels(
     try:
         content = path.read_bytes()
     except (OSError, ValueError) as error:  # ValueError: a name that no file can have here
-        raise ImageError(f"{path}: cannot be read ({getattr(error, 'strerror', None) or error})") from None
+        link = f"a link to {os.readlink(path)}: " if os.path.islink(path) else ""
+        raise ImageError(f"{path}: cannot be read ({link}{getattr(error, 'strerror', None) or error})") from None
     image = _decode(path, content, upright=size is None or exif == "apply")
     if size is not None and image.shape[:2] != tuple(size):
         orientation = _orientation(content)
@@ -105,11 +109,22 @@ def _decode(path: Path, content: bytes, upright: bool) -> np.ndarray:
         with _opened(content) as picture:
             picture.load()
             if picture.mode[0] in "IF":
-                raise ValueError(f"more than 8 bits a channel (mode {picture.mode})")
+                raise ValueError(_WIDE)
             return np.asarray((ImageOps.exif_transpose(picture) if upright else picture).convert("RGB"))
     except Exception as error:  # Pillow raises almost anything on a damaged file
-        reason = "no known format" if isinstance(error, UnidentifiedImageError) else error
+        reason = _kind(path, data) or "no known format" if isinstance(error, UnidentifiedImageError) else error
         raise ImageError(f"{path}: damaged or not an image, {len(content)} bytes ({reason})") from None
+
+
+def _kind(path: Path, data: np.ndarray) -> str:
+    """What a file is that neither library decodes as an image of 8 or 16 bits; "" where that is not known."""
+    if data[4:8].tobytes() == b"ftyp" and data[8:12].tobytes() in (b"heic", b"heix", b"mif1", b"msf1"):
+        return "a photo in HEIC; save it as JPEG or PNG"
+    with contextlib.suppress(cv2.error):
+        image = cv2.imdecode(data, cv2.IMREAD_UNCHANGED)
+        if image is not None and image.dtype.itemsize > 2:
+            return _WIDE
+    return kind_of(path)
 
 
 def is_whole(content: bytes) -> bool:

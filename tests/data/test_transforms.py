@@ -101,11 +101,34 @@ def test_damaged_files_are_named(tmp_path):
         path.write_bytes(content)
         with pytest.raises(ImageError, match="damaged or not an image"):
             read_image(path, (HEIGHT, WIDTH))
-    Image.fromarray(grey().astype(np.float32)).save(tmp_path / "float.tif")
-    with pytest.raises(ImageError, match="more than 8 bits a channel"):
-        read_image(tmp_path / "float.tif", (HEIGHT, WIDTH))
     with pytest.raises(ImageError, match="No such file"):
         read_image(tmp_path / "none.jpg", (HEIGHT, WIDTH))
+
+
+@pytest.mark.parametrize(
+    "values", [grey().astype(np.float32), picture() / np.float32(255), grey().astype(np.int32), grey() / 255]
+)
+def test_pixels_of_32_bits_have_no_white(values, tmp_path):
+    """Such as maps of heights: what part of their range an image shows is for their owner to say."""
+    cv2.imwrite(str(tmp_path / "a.tif"), values)
+    with pytest.raises(ImageError, match=r"32 bits or more.* save it with 8 or 16 bits"):
+        read_image(tmp_path / "a.tif", (HEIGHT, WIDTH))
+
+
+def test_files_that_are_no_images_and_links_that_lead_nowhere(tmp_path):
+    for content, kind in (
+        (b"version https://git-lfs.github.com/spec/v1\n", "git lfs pull"),
+        (b"<html>not found</html>", "a web page"),
+        (b"\0\0\0\x18ftypheic\0\0\0\0", "a photo in HEIC; save it as JPEG or PNG"),
+        (b"\x1f\x8b\x08", "gunzip"),
+        (b"", "is empty"),
+    ):
+        (tmp_path / "a.jpg").write_bytes(content)
+        with pytest.raises(ImageError, match=f"a.jpg: damaged or not an image.*{kind}"):
+            read_image(tmp_path / "a.jpg", None)
+    (tmp_path / "b.jpg").symlink_to("annex/b.jpg")  # as git-annex and DVC have them before the files are fetched
+    with pytest.raises(ImageError, match=r"b.jpg: cannot be read \(a link to annex/b.jpg: No such file"):
+        read_image(tmp_path / "b.jpg", None)
 
 
 def test_another_size_than_the_annotations_say(tmp_path):
