@@ -159,7 +159,7 @@ def test_boxes_over_the_border_and_what_training_leaves_out(write):
     assert report.problems == []
     assert told(report, "boxes") == ["1 reach more than 1 pixel over their image's border (they are cut there)"]
     assert sorted(told(report, "left out")) == [
-        f"1 annotations whose area is not positive (first: {rows[5]['id']})",
+        f"1 annotations whose area is not positive (where none is given, it is computed) (first: {rows[5]['id']})",
         f"1 boxes that are not four numbers (first: {rows[3]['id']})",
         f"1 boxes under 1 pixel wide or high (first: {rows[2]['id']})",
         f"1 crowd regions (first: {rows[4]['id']})",

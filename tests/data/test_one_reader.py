@@ -186,6 +186,15 @@ def test_two_categories_of_one_name_are_told(write):
     assert any(note in line for line in checked(path).lines) and note in load_annotations(path).notes
 
 
+def test_half_characters_in_class_names_are_refused(write):
+    """The tables of an evaluation, hours later, could not be written."""
+    made = made_set()
+    made["categories"][1]["name"] = "smile \ud83d"
+    refused_by_all(write(made), r"1 categories whose name has half a character.*smile .*ud83d")
+    made["categories"][1]["name"] = "smile \U0001f600\n"
+    LVISAnnotations.open(write(made))
+
+
 def test_images_without_sizes_are_named_with_what_to_do(write):
     made = made_set()
     for image in made["images"]:

@@ -13,6 +13,7 @@ from loce.utils.files import kind_of
 from loce.utils.progress import Phase, phase
 
 _STARTS = {  # first bytes -> what that is, and what to do
+    b"<": "is not JSON but a web page or XML; download it again",
     b"PK\x03\x04": "is still compressed; unpack it first: unzip {}",
     b"\xff\xfe": "is text in UTF-16; save it as UTF-8: iconv -f UTF-16 -t UTF-8 {} > new.json",
     b"\xfe\xff": "is text in UTF-16; save it as UTF-8: iconv -f UTF-16 -t UTF-8 {} > new.json",

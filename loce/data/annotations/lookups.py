@@ -43,6 +43,9 @@ def category_ids(categories: list[Any], mistakes: Mistakes) -> np.ndarray:
         elif not is_whole(category["id"]):
             kind = "categories whose id is no whole number of 64 bits"
             mistakes.add(kind, f"{short(category['name'])} ({short(category['id'])})")
+        elif any("\ud800" <= letter <= "\udfff" for letter in str(category["name"])):  # found when results are written
+            kind = "categories whose name has half a character, which no file can hold; give them another"
+            mistakes.add(kind, f"{short(category['name'])!a} ({category['id']})")
         else:
             good.append(int(category["id"]))
     if not categories:

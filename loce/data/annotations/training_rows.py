@@ -50,7 +50,7 @@ def training_rows(
     """
     bad_boxes = _bad_boxes(xywh, sizes[image_of])
     reasons = {"crowd regions": crowd, "annotations marked `ignore`": ignore} | bad_boxes
-    reasons["annotations whose area is not positive"] = ~(areas > 0)
+    reasons["annotations whose area is not positive (where none is given, it is computed)"] = ~(areas > 0)
     if not box_masks:
         reasons["annotations without a usable segmentation"] = ~has_mask
     # Every annotation counts once, with the first reason that holds.
