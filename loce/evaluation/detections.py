@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
+from pycocotools import mask as coco_mask
 
 from loce.data.annotations.json_file import open_json
 from loce.data.annotations.plausible import suspicious_boxes
@@ -24,9 +25,11 @@ from loce.utils.files import atomic_write
 from loce.utils.progress import watched
 
 T = TypeVar("T")
+_KINDS: dict[type, str] = {dict: "an object, as annotation files are", str: "a text", type(None): "null"}
 ENCODE = "write what pycocotools.mask.encode gives, its counts decoded as ASCII"
 _MEND = "leave these rows out, or mend what made them: a diverged model, most often"
 FARTHEST_BOX = 1e12  # pixels; beyond, areas and unions overflow or lose their pixels
+_COMPARED = 200  # rows whose boxes are compared with their masks
 _PART = 10_000  # result dicts that are made or read at a time
 
 
@@ -164,9 +167,9 @@ def read_results(results: str | Path | list[dict[str, Any]]) -> Detections:
         source = str(results)
         with open_json(source, "results file") as (stream, work):
             if stream.peek() != "[":
-                kind = type(stream.value()).__name__
+                kind = _KINDS.get(type(stream.value()), "a single value")
                 stream.end()
-                raise UserError(f"{source}: holds a {kind}, not a list of results")
+                raise UserError(f"{source}: is {kind}, not a list of results")
             for part in stream.elements():
                 parts.append(_columns(part, row, mistakes))
                 row, work.done = row + len(part), stream.offset >> 20
@@ -313,7 +316,13 @@ def suspicions(detections: Detections, truth: GroundTruth, source: str) -> list[
     if detections.boxes is None or not len(detections):
         return []
     sizes = truth.sizes[positions(truth.image_ids, detections.image_ids)[0]]
-    told = suspicious_boxes(detections.boxes, sizes, "row")
+    # Masks of some tell whether the boxes are meant otherwise.
+    outline = np.full((len(detections), 4), np.nan)
+    if detections.masks is not None:
+        some = np.linspace(0, len(detections) - 1, min(len(detections), _COMPARED)).astype(np.int64)
+        around = coco_mask.toBbox(detections.masks.rles(some))
+        outline[some] = np.concatenate([around[:, :2], around[:, :2] + around[:, 2:]], axis=1)
+    told = suspicious_boxes(detections.boxes, sizes, outline, "row")
     return [f"WARNING: {source}: {told}"] if told else []
 
 

@@ -208,7 +208,7 @@ BROKEN = {
     "truncated": (TEXT[: len(TEXT) // 2], "ends too early"),
     "truncated in a string": (TEXT[: TEXT.index("thing") + 2], "ends too early"),
     "json lines": ('{"a": 1}\n{"a": 2}\n', "more than one JSON value"),
-    "not json": ("<!DOCTYPE html>" + "x" * 200, "is not JSON"),
+    "not json": ("<!DOCTYPE html>" + "x" * 200, "is a web page"),
     "binary": (bytes(range(128, 256)), "not a text file"),
     "deep": ('{"images": ' + "[" * 200_000, "nested too deeply"),
     "results": ([{"image_id": 1, "category_id": 2, "bbox": [1, 2, 3, 4], "score": 0.5}], "as files of results are"),
@@ -237,7 +237,7 @@ BROKEN = {
     "file name that is no text": (changed("images", 2, file_name="a\ud800.jpg"), "no text that can be printed"),
     "file name with a zero byte": (changed("images", 2, file_name="a\0.jpg"), "no text that can be printed"),
     "unknown negatives": (changed("images", 2, neg_category_ids=[7, 8]), "1 unknown categories in image lists"),
-    "unknown frequency": (changed("categories", 2, frequency="x"), "`frequency` is not r, c or f: thing 20 (x)"),
+    "unknown frequency": (changed("categories", 2, frequency="x"), "`frequency` is not r, c or f: thing 20 ('x')"),
 }
 
 

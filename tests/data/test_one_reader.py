@@ -250,6 +250,58 @@ def test_boxes_that_mean_something_else_are_suspected_aloud(change: Callable[...
     assert any(what in note for note in load_annotations(path, masks=False).notes)
 
 
+FORMS: dict[str, tuple[Callable[..., Any], str]] = {
+    "corners": (lambda x, y, w, h: [x, y, x + w, y + h], "corners"),
+    "centre": (lambda x, y, w, h: [x + w / 2, y + h / 2, w, h], "centre, width, height"),
+}
+
+
+@pytest.mark.parametrize("kind", FORMS)
+def test_boxes_near_the_origin_are_told_by_their_masks(kind, write, capsys):
+    """Where no box would reach over a border: all objects are in the upper left of large images."""
+    form, what = FORMS[kind]
+    made = moved_set(lambda x, y, width, height: (x, y), 0)
+    for image in made["images"]:
+        image |= {"height": 600, "width": 800}
+    found = []
+    for row in made["annotations"]:
+        code = coco_mask.frPyObjects(row["segmentation"], 600, 800)[0]
+        box = form(*row["bbox"])
+        found.append({"image_id": row["image_id"], "category_id": 7, "score": 0.5, "bbox": box})
+        found[-1]["segmentation"] = {"size": [600, 800], "counts": code["counts"].decode()}
+    evaluate_lvis(made, found, "bbox", protocol="coco")
+    assert f"WARNING: results: boxes fit their masks only when they are read as {what}" in capsys.readouterr().err
+    for row in made["annotations"]:
+        row["bbox"] = form(*row["bbox"])
+    assert any(what in note for note in LVISAnnotations.open(write(made)).notes)
+    assert any(what in problem for problem in checked(write(made)).problems)
+
+
+@pytest.mark.parametrize("name", [None, "", " ", ["a"], True])
+def test_names_of_categories_are_text(name, write):
+    made = made_set()
+    made["categories"][2]["name"] = name
+    refused_by_all(write(made), "1 categories whose name is no text: id 20 ")
+    made["categories"][2]["name"] = 7  # as data sets of digits have
+    assert LVISAnnotations.open(write(made)).stats.names[2] == "7"
+
+
+def test_boxes_of_negative_size_are_no_ground_truth(write):
+    made = made_set()
+    made["annotations"][0]["bbox"] = [30, 30, -8, 9]
+    path = write(made)
+    with pytest.raises(UserError, match="1 boxes with negative width or height") as error:
+        load_annotations(path)
+    assert checked(path, "evaluation").problems == [str(error.value)] and checked(path, "training").problems == []
+
+
+def test_images_without_a_list_of_the_not_exhaustive_are_told(write):
+    made = made_set("lvis_v1")
+    del made["images"][0]["not_exhaustive_category_ids"]
+    told = "1 images without not_exhaustive_category_ids, which others have: taken as none"
+    assert told in load_annotations(write(made)).notes
+
+
 MOVES: dict[str, tuple[Callable[..., Any], str]] = {
     "shares": (lambda x, y, width, height: (x / width, y / height), "shares of the image"),
     "larger": (lambda x, y, width, height: (4 * x, 4 * y), "images 4 times as large"),

@@ -45,12 +45,12 @@ def changed(**values: Any) -> list[dict[str, Any]]:
             r"boxes that no image can hold: row 1 \(image 7\): \[1.0, 1e\+300, 5.0, 5.0\]",
         ),
         (changed(bbox=[1, 2, 3, True]), r"1 results whose bbox is not \[x, y, width, height\], four numbers"),
-        (changed(image_id="7"), r"1 results whose image_id is not a whole number of 64 bits: row 1 \(image 7\): 7"),
+        (changed(image_id="7"), r"1 results whose image_id is not a whole number of 64 bits: row 1 \(image '7'\): '7'"),
         (changed(image_id=1 << 63), r"1 results whose image_id is not a whole number of 64 bits: row 1 .*: 92233720"),
         (changed(image_id=True), r"1 results whose image_id is not a whole number of 64 bits: row 1 .*: True"),
         (changed(category_id=2.5), r"1 results whose category_id is not a whole number .*: row 1 \(image 7\): 2.5"),
         (changed(score=None), r"1 results whose score is not a number: row 1 \(image 7\): None"),
-        (changed(score="0.5"), r"1 results whose score is not a number: row 1 \(image 7\): 0.5"),
+        (changed(score="0.5"), r"1 results whose score is not a number: row 1 \(image 7\): '0.5'"),
         ([{"image_id": 7, "score": 1.0}], r"1 results whose category_id is not .*\n.*neither bbox nor segmentation"),
         ([7], r"1 results that are no objects: row 0: 7"),
         ([{k: v for k, v in HIT.items() if k != "bbox"}], r"1 results that have neither bbox nor segmentation: row 0"),
@@ -161,7 +161,7 @@ def test_broken_codes_in_given_columns_are_refused(small: dict[str, Any]) -> Non
         (lambda d: d["annotations"][1].update(bbox=[1, 1, float("inf"), 5]), r"not four numbers \(annotations 2\)"),
         (
             lambda d: d["annotations"][1].update(iscrowd="0"),
-            r"`iscrowd` is none of 0, 1, true, false: annotation 2 \(0",
+            r"`iscrowd` is none of 0, 1, true, false: annotation 2 \('0'",
         ),
         (lambda d: d["annotations"][1].update(ignore=2), r"`ignore` is none of 0, 1, true, false: annotation 2 \(2\)"),
         (lambda d: d["images"][0].pop("neg_category_ids"), "neg_category_ids, which others have: image 7"),
@@ -196,7 +196,7 @@ def test_bad_annotations(small: dict[str, Any], change: Callable[[dict[str, Any]
         (b'{"image_id": 1}\n{"image_id": 2}\n', "more than one JSON value"),
         (gzip.compress(b"[]", mtime=0), "is still compressed; unpack it first: gunzip"),
         (b"version https://git-lfs.github.com/spec/v1\noid sha256:1", "is a git-lfs pointer"),
-        (b"<!DOCTYPE html>", "is not JSON but a web page or XML"),
+        (b"<!DOCTYPE html>", "is a web page or XML"),
         (b'"\xff\xfe"', "is not a text file|is not UTF-8 text"),
         (
             '{"a": "红色的苹果"}'.encode("gbk"),
@@ -204,6 +204,19 @@ def test_bad_annotations(small: dict[str, Any], change: Callable[[dict[str, Any]
         ),
         ('{"a": "café"}'.encode("latin-1"), "perhaps Latin-1"),
         ('{"images": []}'.encode("utf-16"), "is text in UTF-16; save it as UTF-8: iconv -f UTF-16"),
+        ('{"images": []}'.encode("utf-32"), "is text in UTF-32; save it as UTF-8: iconv -f UTF-32 -t"),
+        ('\n [{"images": []}]'.encode("utf-32-le"), "is text in UTF-32LE; save it as UTF-8: iconv -f UTF-32LE -t"),
+        ('\n {"images": []}'.encode("utf-16-le"), "is text in UTF-16LE; save it as UTF-8: iconv -f UTF-16LE -t"),
+        (
+            b'{"a": "' + "고양이".encode("euc-kr") + b'"}',
+            "perhaps GBK .* or EUC-KR; .*; look whether its names are legible",
+        ),
+        (b'{"images": [{"id": 1},]}', "is not JSON .*; perhaps a comma too many before it"),
+        (b'{"images": [{"id": 1}],}', "is not JSON .*; perhaps a comma too many before it"),
+        (b"{'images': []}", "is not JSON .*; perhaps text that Python printed; write it with json.dump"),
+        (b'{"images": []}' + bytes(50), "is not JSON .*; perhaps empty bytes of a broken download"),
+        ('{"images": [], \ufeff"categories": []}'.encode(), "perhaps a byte order mark inside the file"),
+        (b"images:\n  - id: 1\n", "is not JSON"),
         ('{"images": []}'.encode("utf-16-be"), "is text in UTF-16BE; save it as UTF-8: iconv -f UTF-16BE"),
         (b"{1, 2, x]" + b" " * 200 + b"x" * 200, "is not JSON"),
         (b'{"a": ' + b"9" * 5000 + b"}", "holds a whole number of thousands of digits"),
@@ -225,7 +238,7 @@ def test_zip_and_folder(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="is a folder"):
         load_annotations(tmp_path)
     (tmp_path / "d.json").write_text('{"annotations": []}')
-    with pytest.raises(UserError, match="holds a dict, not a list of results"):
+    with pytest.raises(UserError, match="is an object, as annotation files are, not a list of results"):
         read_results(tmp_path / "d.json")
 
 

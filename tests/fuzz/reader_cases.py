@@ -183,7 +183,7 @@ def as_numpy(value: Any, rng: Rng) -> Any:
             return np.array(value)
         return tuple(value) if rng.random() < 0.05 else [as_numpy(item, rng) for item in value]
     if type(value) is int and -(2**63) <= value < 2**63 and rng.random() < 0.3:
-        return np.int64(value)
+        return np.int64(value) if rng.random() < 0.7 else np.array(value)
     return np.float64(value) if type(value) is float and rng.random() < 0.3 else value
 
 

@@ -15,10 +15,21 @@ from loce.utils.progress import Phase, phase
 _STARTS = {  # first bytes -> what that is, and what to do
     b"<": "is not JSON but a web page or XML; download it again",
     b"PK\x03\x04": "is still compressed; unpack it first: unzip {}",
+    b"\xff\xfe\0\0": "is text in UTF-32; save it as UTF-8: iconv -f UTF-32 -t UTF-8 {} > new.json",
+    b"\0\0\xfe\xff": "is text in UTF-32; save it as UTF-8: iconv -f UTF-32 -t UTF-8 {} > new.json",
     b"\xff\xfe": "is text in UTF-16; save it as UTF-8: iconv -f UTF-16 -t UTF-8 {} > new.json",
     b"\xfe\xff": "is text in UTF-16; save it as UTF-8: iconv -f UTF-16 -t UTF-8 {} > new.json",
 }
-_MARKLESS = ((b"{\0", b"[\0"), "UTF-16LE"), ((b"\0{", b"\0["), "UTF-16BE")
+_MARKLESS = ("UTF-32LE", "UTF-32BE", "UTF-16LE", "UTF-16BE")  # without a byte order mark; the wider ones first
+_CODES = {"gbk": "GBK (Chinese Windows)", "big5": "Big5", "shift_jis": "Shift_JIS", "euc_kr": "EUC-KR"}
+_HINTS = {  # what stands where the JSON is wrong -> what that may be
+    "}": "a comma too many before it",
+    "]": "a comma too many before it",
+    "'": "text that Python printed; write it with json.dump",
+    "/": "a comment, which JSON does not know",
+    "\ufeff": "a byte order mark inside the file, which must go",
+    "\0": "empty bytes of a broken download; fetch it again",
+}
 _AROUND = 4096  # bytes beside one that is no UTF-8, by which its encoding is guessed
 
 
@@ -42,11 +53,12 @@ def open_json(path: str | Path, wanted: str) -> Iterator[tuple[JsonStream, Phase
             try:
                 yield stream, work
             except json.JSONDecodeError as error:
-                raise UserError(_json_message(path, error.msg, *stream.place(error))) from None
+                following = error.doc[error.pos : error.pos + 1]
+                raise UserError(_json_message(path, error.msg, following, *stream.place(error))) from None
             except UnicodeDecodeError as error:
                 raise UserError(_encoding_message(path, error.start, size)) from None
             except RecursionError:
-                raise UserError(f"{path}: brackets nested too deeply to be an {wanted}") from None
+                raise UserError(f"{path}: brackets nested too deeply for {_one(wanted)}") from None
             except ValueError as error:
                 if "digits" not in str(error):  # Python's limit of 4300 for whole numbers
                     raise
@@ -56,12 +68,16 @@ def open_json(path: str | Path, wanted: str) -> Iterator[tuple[JsonStream, Phase
             gc.enable()
 
 
+def _one(wanted: str) -> str:
+    return f"an {wanted}" if wanted.startswith("a") else f"a {wanted}"
+
+
 def _check_kind(path: Path, wanted: str) -> int:
     """The file's size in bytes; UserError where it cannot be JSON in UTF-8."""
     if not os.path.exists(path):
         raise UserError(f"{path}: there is no such {wanted}")
     if not path.is_file():
-        raise UserError(f"{path}: is {'a folder' if path.is_dir() else 'no file'}, not an {wanted}")
+        raise UserError(f"{path}: is {'a folder' if path.is_dir() else 'no file'}, not {_one(wanted)}")
     size = path.stat().st_size
     try:
         with path.open("rb") as file:
@@ -78,8 +94,9 @@ def _check_kind(path: Path, wanted: str) -> int:
             raise UserError(f"{path}: {message.format(path)}")
     if kind := kind_of(path):
         raise UserError(f"{path}: {kind}")
-    for starts, name in _MARKLESS:
-        if head.startswith(starts):
+    begins = head[: len(head) // 4 * 4]
+    for name in _MARKLESS:
+        if b"\0" in begins and begins.decode(name, errors="replace").lstrip()[:1] in ("{", "["):
             raise UserError(f"{path}: is text in {name}; save it as UTF-8: iconv -f {name} -t UTF-8 {path} > new.json")
     return size
 
@@ -92,12 +109,18 @@ def _encoding_message(path: Path, place: int, size: int) -> str:
     where = f"byte {place} of {size}"
     if any(byte < 9 for byte in around):
         return f"{path}: is not a text file ({where}); download it again"
-    for code in ("gbk", "cp1252"):
-        # The piece may begin and end within a character of two bytes.
-        if any(_decodes(around[cut:end], code) for cut in (0, 1) for end in (len(around), len(around) - 1)):
-            name = {"gbk": "GBK (Chinese Windows)", "cp1252": "Latin-1 (Windows-1252)"}[code]
-            fix = f"save it as UTF-8: iconv -f {code.upper()} -t UTF-8 {path} > new.json"
-            return f"{path}: is not UTF-8 text ({where}), perhaps {name}; {fix}, or download it again if it is damaged"
+    # The piece may begin and end within a character of two bytes.
+    pieces = [around[cut:end] for cut in (0, 1) for end in (len(around), len(around) - 1)]
+    likely = [code for code in _CODES if any(_decodes(piece, code) for piece in pieces)]
+    if not likely and _decodes(around, "cp1252"):
+        likely = ["cp1252"]
+    if likely:
+        names = " or ".join((_CODES | {"cp1252": "Latin-1 (Windows-1252)"})[code] for code in likely)
+        fix = f"save it as UTF-8: iconv -f {likely[0].replace('_', '-').upper()} -t UTF-8 {path} > new.json"
+        more = "; look whether its names are legible then" if len(likely) > 1 else ""
+        return (
+            f"{path}: is not UTF-8 text ({where}), perhaps {names}; {fix}{more}, or download it again if it is damaged"
+        )
     return f"{path}: is not a text file ({where}); download it again"
 
 
@@ -109,11 +132,13 @@ def _decodes(piece: bytes, code: str) -> bool:
     return True
 
 
-def _json_message(path: Path, message: str, line: int, character: int, left: int) -> str:
-    """left: characters that follow, spaces at the end apart."""
+def _json_message(path: Path, message: str, following: str, line: int, character: int, left: int) -> str:
+    """following: the character at the mistake; left: how many follow, spaces at the end apart."""
     where = f"line {line}, character {character} of {character + left}"
+    if following in _HINTS and "Unterminated" not in message:
+        return f"{path}: is not JSON ({where}: {message}); perhaps {_HINTS[following]}"
     if message == "Extra data":
         return f"{path}: more than one JSON value ({where}), as in JSON Lines; one object or one list is needed"
-    if left < 100 or "Unterminated" in message:
+    if left < 8 or "Unterminated" in message:
         return f"{path}: the JSON ends too early ({where}: {message}); a broken download? Fetch it again"
     return f"{path}: is not JSON ({where}: {message})"

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from loce.data.annotations.reader import Mistakes, short
-from loce.data.annotations.values import is_whole
+from loce.data.annotations.values import as_list, is_number, is_whole
 from loce.utils.classes import GROUPS
 from loce.utils.errors import first_few
 
@@ -40,14 +40,17 @@ def category_ids(categories: list[Any], mistakes: Mistakes) -> np.ndarray:
     for number, category in enumerate(categories):
         if not isinstance(category, Mapping) or "id" not in category or "name" not in category:
             mistakes.add("categories without a whole-number id or without a name", f"number {number}")
-        elif not is_whole(category["id"]):
-            kind = "categories whose id is no whole number of 64 bits"
-            mistakes.add(kind, f"{short(category['name'])} ({short(category['id'])})")
-        elif any("\ud800" <= letter <= "\udfff" for letter in str(category["name"])):  # found when results are written
+            continue
+        own, name = as_list(category["id"]), as_list(category["name"])
+        if not is_whole(own):
+            mistakes.add("categories whose id is no whole number of 64 bits", f"{name} ({short(own)})")
+        elif any("\ud800" <= letter <= "\udfff" for letter in str(name)):  # found when results are written
             kind = "categories whose name has half a character, which no file can hold; give them another"
-            mistakes.add(kind, f"{short(category['name'])!a} ({category['id']})")
+            mistakes.add(kind, f"{short(name)!a} ({own})")
+        elif not (is_number(name) or (isinstance(name, str) and name.strip())):
+            mistakes.add("categories whose name is no text", f"id {own} ({name!a:.60})")
         else:
-            good.append(int(category["id"]))
+            good.append(int(own))
     if not categories:
         mistakes.add("empty list", "categories")
     return np.array(good, dtype=np.int64)
@@ -83,6 +86,7 @@ def label_lists(
     labels: list[int] = []
     first = [0]
     for image, ids in zip(image_ids, lists, strict=True):
+        ids = [as_list(category) for category in ids] if isinstance(ids, list) else ids
         if ids is not None and not (isinstance(ids, list) and all(is_whole(category) for category in ids)):
             mistakes.add(f"images whose {key} is not a list of category ids", f"image {image}")
             continue

@@ -250,6 +250,8 @@ def _build(
     if negatives is not None:
         for row in [row for row, ids in enumerate(columns.negatives) if ids is None]:
             mistakes.add("images without neg_category_ids, which others have", f"image {image_ids[row]}")
+    if columns.not_exhaustive and 0 < (lacking := sum(ids is None for ids in columns.not_exhaustive)) < len(image_ids):
+        notes.append(f"{lacking} images without not_exhaustive_category_ids, which others have: taken as none")
     not_exhaustive = label_lists("not_exhaustive_category_ids", columns.not_exhaustive, own_ids, image_ids, mistakes)
     groups = file_groups(categories, mistakes)
     mistakes.raise_all(path)
@@ -269,10 +271,11 @@ def _build(
     # What training uses; masks that lie elsewhere than their boxes, and what the boxes may be.
     training = training_rows(xywh, areas, image_of, sizes, crowd, ignore, has_mask, keep_empty, box_masks)
     compared = has_mask & sensible_boxes(xywh, sizes[image_of]) & columns.masks
-    empty, misplaced = misplaced_masks(masks, xywh, sizes[image_of], compared)
+    outline = outlines(masks, sizes[image_of])
+    empty, misplaced = misplaced_masks(masks, outline, xywh, sizes[image_of], compared)
     odd = np.sort(np.concatenate([empty, misplaced]))
-    cause = likely_cause(outlines(masks, sizes[image_of])[odd], xywh[odd]) if len(odd) else ""
-    suspicion = suspicious_boxes(xywh, sizes[image_of], "annotation", annotation_ids)
+    cause = likely_cause(outline[odd], xywh[odd]) if len(odd) else ""
+    suspicion = suspicious_boxes(xywh, sizes[image_of], outline, "annotation", annotation_ids)
     counted = ~(crowd | ignore)
     found = LVISAnnotations(
         path=path,

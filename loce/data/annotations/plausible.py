@@ -22,10 +22,13 @@ def beyond_border(xywh: np.ndarray, sizes: np.ndarray) -> np.ndarray:
         return np.maximum(-xywh[:, :2], xywh[:, :2] + xywh[:, 2:] - sizes[:, ::-1]).max(axis=1, initial=0) > 1
 
 
-def suspicious_boxes(xywh: np.ndarray, sizes: np.ndarray, kind: str, ids: np.ndarray | None = None) -> str:
+def suspicious_boxes(
+    xywh: np.ndarray, sizes: np.ndarray, outline: np.ndarray, kind: str, ids: np.ndarray | None = None
+) -> str:
     """What boxes (N, 4) may be where they are not x, y, width, height in pixels; "" where nothing speaks against it.
 
-    sizes: (N, 2) heights and widths of their images; kind, ids (N,): what the message calls a box ("annotation", its
+    sizes: (N, 2) heights and widths of their images; outline: (N, 4) x1, y1, x2, y2 around their masks, NaN where there
+    is none; kind, ids (N,): what the message calls a box ("annotation", its
     id); by default by its place.
     """
     finite = np.isfinite(xywh).all(axis=1)
@@ -42,23 +45,29 @@ def suspicious_boxes(xywh: np.ndarray, sizes: np.ndarray, kind: str, ids: np.nda
             f"{beyond.sum()} of {len(xywh)} boxes reach over their image's border (the first: {named(beyond)}). `bbox` "
             "must be x, y, width, height in pixels; are these corners (x1, y1, x2, y2)?"
         )
-    if own.max() <= 1 and own.min() >= 0 and own.any() and sizes.min() > 1:
+    if own.max() <= 1.5 and own.min() >= -0.5 and own.any() and sizes.min() > 2:
         return (
-            f"all {len(own)} boxes are within one pixel (the first: {named(finite)}). `bbox` "
+            f"all {len(own)} boxes are within one or two pixels (the first: {named(finite)}). `bbox` "
             "must be x, y, width, height in pixels; are these shares of the image (0 to 1)?"
+        )
+    masked = finite & np.isfinite(outline).all(axis=1) & (xywh[:, 2:] > 0).all(axis=1)
+    if masked.sum() > SINGLE and (form := other_form(outline[masked], xywh[masked])):
+        return (
+            f"boxes fit their masks only when they are read as {form} (the first: {named(masked)}). `bbox` must be "
+            "x, y, width, height in pixels"
         )
     return ""
 
 
 def misplaced_masks(
-    masks: Segmentations, xywh: np.ndarray, sizes: np.ndarray, compared: np.ndarray
+    masks: Segmentations, outline: np.ndarray, xywh: np.ndarray, sizes: np.ndarray, compared: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray]:
     """Rows whose mask has no pixel, and rows whose mask lies for more than half of its extent outside of its box.
 
-    xywh: (A, 4) boxes; sizes: (A, 2) height and width of each annotation's image; compared: (A,) bool, annotations with
-    a usable mask and a sensible box. The extent of a polygon is that of its corners inside the image.
+    outline: (A, 4), see `outlines`; xywh: (A, 4) boxes; sizes: (A, 2) height and width of each annotation's image;
+    compared: (A,) bool, annotations with a usable mask and a sensible box. The extent of a polygon is that of
+    its corners inside the image.
     """
-    outline = outlines(masks, sizes)
     limits = np.tile(sizes[:, ::-1], 2)
     inside = np.clip(outline, 0, limits)  # NaN, of what has no mask, stays
     extent = inside[:, 2:] - inside[:, :2]
@@ -117,10 +126,23 @@ def _polygon_areas(masks: Segmentations) -> np.ndarray:
     return np.where(np.diff(masks.first_part) > 0, own, np.inf)
 
 
+def other_form(outline: np.ndarray, xywh: np.ndarray) -> str:
+    """What boxes (N, 4) are where they only fit the outlines x1, y1, x2, y2 of their masks when read otherwise."""
+    corner, sides = xywh[:, :2], xywh[:, 2:]
+    forms = {
+        "": np.concatenate([corner, corner + sides], axis=1),
+        "corners (x1, y1, x2, y2)": xywh,
+        "centre, width, height": np.concatenate([corner - sides / 2, corner + sides / 2], axis=1),
+    }
+    return next((form for form, box in forms.items() if len(xywh) and _agree(outline, box)), "")
+
+
 def likely_cause(outline: np.ndarray, xywh: np.ndarray) -> str:
     """What happened to misplaced masks, from their outlines x1, y1, x2, y2 and their boxes (N, 4)."""
     if np.abs(outline).max() <= 1.5:
         return "their corners look like shares of the image (0 to 1): multiply them by width and height"
+    if form := other_form(outline, xywh):
+        return f"their boxes look like {form}: `bbox` must be x, y, width, height in pixels"
     box = np.concatenate([xywh[:, :2], xywh[:, :2] + xywh[:, 2:]], axis=1)
     if _agree(outline[:, [1, 0, 3, 2]], box):
         return "x and y look exchanged"

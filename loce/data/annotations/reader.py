@@ -104,7 +104,7 @@ class Columns:
         if not isinstance(obj, Mapping) or not ("id" in obj and "image_id" in obj and "category_id" in obj):
             self.mistakes.add("elements of `annotations` without all of id, image_id, category_id", _named(obj, number))
             return
-        ids = (obj["id"], obj["image_id"], obj["category_id"])
+        ids = tuple(as_list(obj[key]) for key in ("id", "image_id", "category_id"))
         if not all(is_whole(i) for i in ids):
             self.mistakes.add(
                 "annotations whose id, image_id or category_id is no whole number of 64 bits", short(list(ids))
@@ -115,15 +115,16 @@ class Columns:
         self.annotation_images.append(ids[1])
         self.annotation_classes.append(ids[2])
         box = as_list(obj.get("bbox"))
-        if not (isinstance(box, list) and len(box) == 4 and all(is_number(side) for side in box)):
+        box = [as_list(side) for side in box] if isinstance(box, list) and len(box) == 4 else [None]
+        if not all(is_number(side) for side in box):
             box = [NO_NUMBER] * 4
         self.boxes.extend(box)
-        area = obj.get("area", NO_NUMBER)
+        area = as_list(obj.get("area", NO_NUMBER))
         self.areas.append(area if is_number(area) else NO_NUMBER)
         if "area" not in obj:
             self.without_area.append(row)
         for key, flags in (("iscrowd", self.crowd), ("ignore", self.ignore)):
-            flag = obj.get(key, 0)
+            flag = as_list(obj.get(key, 0))
             if not is_flag(flag):
                 kind = f"annotations whose `{key}` is none of 0, 1, true, false"
                 self.mistakes.add(kind, f"annotation {ids[0]} ({short(flag)})")
@@ -148,7 +149,7 @@ class Columns:
             kind = "images without height and width in pixels, which must be added to each from its file"
             self.mistakes.add(kind, f"image {short(obj['id'])}")
             return
-        sides = (obj["id"], obj["height"], obj["width"])
+        sides = tuple(as_list(obj[key]) for key in ("id", "height", "width"))
         if not all(is_whole(i) for i in sides) or not all(0 < side <= LONGEST for side in sides[1:]):
             kind = f"images whose id, height or width is no whole number of 64 bits, or a side is not 1 to {LONGEST}"
             self.mistakes.add(kind, f"({', '.join(short(side) for side in sides)})")
@@ -259,5 +260,5 @@ def _named(obj: Any, number: int) -> str:
 
 def short(value: Any) -> str:
     """A value of the file as text of at most 60 characters, for messages."""
-    text = str(value)
+    text = repr(value) if isinstance(value, str) else str(value)
     return text if len(text) <= 60 else text[:57] + "..."

@@ -43,7 +43,13 @@ def evaluation_problems(
 
     box = np.isnan(annotations.xywh).any(axis=1)
     area = np.isnan(annotations.areas) & ~box
-    for rows, what in ((box, BAD_BOX), (area, "annotations whose area is not a number")):
+    with np.errstate(invalid="ignore"):
+        negative = (annotations.xywh[:, 2:] < 0).any(axis=1) & ~box
+    for rows, what in (
+        (box, BAD_BOX),
+        (negative, "boxes with negative width or height"),
+        (area, "annotations whose area is not a number"),
+    ):
         if rows.any():
             refuse(int(rows.sum()), what, first_few(ids[rows]), "object")
     boxes_alone = (

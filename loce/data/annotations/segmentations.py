@@ -206,6 +206,8 @@ def pack_code(code: Any) -> tuple[bytes, tuple[int, int]] | None:
     Compressed counts are not looked into: `measure_codes` does that for many at a time.
     """
     size, counts = (as_list(code.get("size")), as_list(code.get("counts"))) if isinstance(code, dict) else (None, None)
+    # Numbers may stand in arrays without dimensions.
+    size, counts = ([as_list(item) for item in part] if isinstance(part, list) else part for part in (size, counts))
     if not isinstance(size, list) or len(size) != 2 or not all(is_whole(side) and 0 < side < FARTHEST for side in size):
         return None
     height, width = int(size[0]), int(size[1])
