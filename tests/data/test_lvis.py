@@ -208,7 +208,7 @@ BROKEN = {
     "truncated": (TEXT[: len(TEXT) // 2], "ends too early"),
     "truncated in a string": (TEXT[: TEXT.index("thing") + 2], "ends too early"),
     "json lines": ('{"a": 1}\n{"a": 2}\n', "more than one JSON value"),
-    "not json": ("<!DOCTYPE html>" + "x" * 200, "is a web page"),
+    "not json": ("<!DOCTYPE html>" + "x" * 200, "is not JSON"),
     "binary": (bytes(range(128, 256)), "not a text file"),
     "deep": ('{"images": ' + "[" * 200_000, "nested too deeply"),
     "results": ([{"image_id": 1, "category_id": 2, "bbox": [1, 2, 3, 4], "score": 0.5}], "as files of results are"),

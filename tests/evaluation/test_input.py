@@ -196,7 +196,7 @@ def test_bad_annotations(small: dict[str, Any], change: Callable[[dict[str, Any]
         (b'{"image_id": 1}\n{"image_id": 2}\n', "more than one JSON value"),
         (gzip.compress(b"[]", mtime=0), "is still compressed; unpack it first: gunzip"),
         (b"version https://git-lfs.github.com/spec/v1\noid sha256:1", "is a git-lfs pointer"),
-        (b"<!DOCTYPE html>", "is a web page or XML"),
+        (b"<!DOCTYPE html>", "is not JSON but a web page or XML"),
         (b'"\xff\xfe"', "is not a text file|is not UTF-8 text"),
         (
             '{"a": "红色的苹果"}'.encode("gbk"),
