@@ -1,8 +1,8 @@
 """Evaluate a checkpoint, or the results of any model: tables on the screen and in a folder.
 
 python scripts/evaluate.py annotations=A.json results=R.json [output=DIR]
-python (or torchrun --nproc_per_node=N) scripts/evaluate.py [checkpoint=RUN_OR_FILE] [annotations=A.json images=DIR]
-    [head.name=norcal head.norcal.gamma=0.6] [eval.nms=0.4]
+python (or torchrun --nproc_per_node=N) scripts/evaluate.py [checkpoint=RUN_OR_FILE | checkpoint=[A,B]]
+    [annotations=A.json images=DIR] [head.name=norcal head.norcal.gamma=0.6] [eval.nms=0.4]
 Options head.* and eval.* take the place of the checkpoint's, for what works on trained weights as they are.
 """
 
@@ -16,6 +16,7 @@ from loce.config import Natural, UserError, read_options, run_script
 from loce.evaluation.report import evaluate_and_report
 from loce.report.tables.steps import newest_run
 from loce.utils.files import require_writable
+from loce.utils.yaml_text import parse_value
 
 CONFIG_WORDS = ("head.", "eval.")  # options of a run
 WRITTEN = "metrics.json, evaluation.json, per_category.csv and more are in"
@@ -25,7 +26,7 @@ WRITTEN = "metrics.json, evaluation.json, per_category.csv and more are in"
 class Options:
     """Evaluate a checkpoint, or results, on LVIS- or COCO-style ground truth."""
 
-    checkpoint: str = ""  # run folder or checkpoint; with no results either: the newest run below runs/
+    checkpoint: str = ""  # run folder or checkpoint, or [A, B]; with no results either: the newest run below runs/
     results: str = ""  # results JSON, or the folder of detections that inference wrote
     annotations: str = ""  # ground truth, JSON; empty: the checkpoint's validation data
     images: str = ""  # folder of the images, for a checkpoint; empty: the checkpoint's
@@ -75,10 +76,14 @@ def report_options(options: Options) -> dict[str, Any]:
 
 def evaluate_a_checkpoint(options: Options, words: Sequence[str]) -> None:
     """Inference, then the same evaluation."""
-    from loce.engine.inference import evaluate_checkpoint  # torch is not needed to evaluate results
+    from loce.engine.inference import evaluate_checkpoints  # torch is not needed to evaluate results
 
-    path = Path(options.checkpoint) if options.checkpoint else newest_run(Path("runs"))
-    if path is None:
+    listed = parse_value(options.checkpoint) if options.checkpoint.startswith("[") else [options.checkpoint]
+    newest = None if options.checkpoint else newest_run(Path("runs"))
+    paths = [Path(str(path)) for path in listed] if options.checkpoint else [newest] if newest else []
+    if len(paths) > 1 and options.output:
+        raise UserError("output: is for one checkpoint; of several, each is evaluated into its own run folder")
+    if not paths:
         raise UserError("no checkpoint below runs/; give checkpoint=RUN_OR_FILE, or results=R.json annotations=A.json")
     names = {"data.val_annotations": options.annotations, "data.val_images": options.images}
     names |= {"eval.protocol": options.protocol if options.protocol != "auto" else ""}
@@ -86,8 +91,8 @@ def evaluate_a_checkpoint(options: Options, words: Sequence[str]) -> None:
     names |= {"data.allow_misplaced": "true" if options.allow_misplaced else ""}
     words = [f"{key}={value}" for key, value in names.items() if value] + list(words)
     output = Path(options.output) if options.output else None
-    output = evaluate_checkpoint(path, output, words, options.device, **report_options(options))
-    print(f"{WRITTEN if (output / 'metrics.json').is_file() else 'results.json, without numbers, is in'} {output}")
+    for folder in evaluate_checkpoints(paths, output, words, options.device, **report_options(options)):
+        print(f"{WRITTEN if (folder / 'metrics.json').is_file() else 'results.json, without numbers, is in'} {folder}")
 
 
 def main() -> None:

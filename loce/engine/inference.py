@@ -7,8 +7,9 @@ import io
 import re
 import shutil
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -24,6 +25,8 @@ from loce.evaluation.annotations import FederatedFilter, GroundTruth, load_annot
 from loce.evaluation.report import RESULTS, evaluate_and_report
 from loce.evaluation.stream import DetectionWriter, read_detections
 from loce.models.mask_rcnn import MaskRCNN
+from loce.models.roi_heads import Once
+from loce.models.together import share_equal
 from loce.utils import distributed
 from loce.utils.classes import ClassStats
 from loce.utils.files import file_hash, require_writable, write_text
@@ -34,6 +37,15 @@ LVIS_CAP = 300  # detections an image in protocol lvis
 CHANGES_NOTHING = ("eval.batch_size", "eval.errors")  # of the detections
 
 
+class Evaluated(NamedTuple):
+    """A detector to be evaluated into a folder; source: what made its detections, named beside the numbers."""
+
+    model: MaskRCNN
+    config: Config
+    output: Path
+    source: str
+
+
 def evaluate_checkpoint(
     path: Path,
     output: Path | None,
@@ -41,37 +53,64 @@ def evaluate_checkpoint(
     device: str,
     **report: Any,
 ) -> Path:
-    """Evaluation of a checkpoint by the options it holds; the folder of the results.
+    """`evaluate_checkpoints` of one."""
+    return evaluate_checkpoints([path], output, overrides, device, **report)[0]
 
+
+def evaluate_checkpoints(
+    paths: Sequence[Path],
+    output: Path | None,
+    overrides: Sequence[str],
+    device: str,
+    **report: Any,
+) -> list[Path]:
+    """Evaluation of checkpoints by the options they hold; the folders of the results.
+
+    Several go through the images together; UserError where their data, detectors or options of evaluation differ.
     path: run folder, checkpoint folder or file; output: None for RUN/eval, with what differs from the run in its name
     (RUN/eval_head.name=norcal); beside the file for a file; overrides: options that take the checkpoint's
     place, "section.key=value"; report: options of `evaluate_and_report`. A file of test images has no annotations:
     then save_json is needed, and the results for a server are all that is written.
     """
     with process_group(device) as chosen:
-        checkpoint = Checkpoint.open(path)
-        config = checkpoint.config_with(overrides)
-        changes = diff(checkpoint.config, config)
-        output = output or (path if path.is_dir() else path.with_suffix("")) / folder_name(changes)
-        require_writable(output)
-        # Test images have no annotations: results for a server can be written all the same.
-        annotations = val_annotations(config, annotated=not report.get("save_json"))
-        if not len(annotations.annotation_ids):
-            if not report.get("save_json"):
-                raise UserError(
-                    f"{annotations.path}: has no annotations, so there are no numbers; save_json=true writes "
-                    "results.json, for a server that evaluates it"
-                )
-            # No class was verified in any image: all are kept, and what became of objects cannot be said.
-            config = dataclasses.replace(config, eval=dataclasses.replace(config.eval, protocol="coco", errors=False))
-        # Mistakes are found before the model is built, and detections go where the numbers will be.
-        owner = str(checkpoint.path)
-        check_evaluation(config, annotations, checkpoint.classes, owner, report.get("iou_types", ()))
-        model = checkpoint.detector(config).to(chosen)
-        heads = [f"{key}={show(value)}" for key, value in changes.items() if key.startswith("head.")]
-        source = f"{checkpoint.path} with {' '.join(heads)}" if heads else str(checkpoint.path)
-        evaluate_model(model, config, output, source, annotations, **report)
-        return output
+        found: list[Evaluated] = []
+        for path in paths:
+            checkpoint = Checkpoint.open(path)
+            config = checkpoint.config_with(overrides)
+            changes = diff(checkpoint.config, config)
+            folder = output or (path if path.is_dir() else path.with_suffix("")) / folder_name(changes)
+            require_writable(folder)
+            if not found:
+                annotations = val_annotations(config, annotated=not report.get("save_json"))
+            # Test images have no annotations: results for a server can be written all the same.
+            if not len(annotations.annotation_ids):
+                if not report.get("save_json"):
+                    raise UserError(
+                        f"{annotations.path}: has no annotations, so there are no numbers; save_json=true writes "
+                        "results.json, for a server that evaluates it"
+                    )
+                # No class was verified in any image: all are kept, and what became of objects cannot be said.
+                section = dataclasses.replace(config.eval, protocol="coco", errors=False)
+                config = dataclasses.replace(config, eval=section)
+            # Mistakes are found before the model is built, and detections go where the numbers will be.
+            require_alike([*(one.config for one in found[:1]), config], str(checkpoint.path))
+            owner = str(checkpoint.path)
+            check_evaluation(config, annotations, checkpoint.classes, owner, report.get("iou_types", ()))
+            model = checkpoint.detector(config).to(chosen)
+            heads = [f"{key}={show(value)}" for key, value in changes.items() if key.startswith("head.")]
+            source = f"{checkpoint.path} with {' '.join(heads)}" if heads else str(checkpoint.path)
+            found.append(Evaluated(model, config, folder, source))
+        share_equal([one.model for one in found])
+        evaluate_models(found, annotations, **report)
+        return [one.output for one in found]
+
+
+def require_alike(configs: Sequence[Config], owner: str) -> None:
+    """UserError where the last of them cannot go through the images with the first."""
+    sections = ("data.", "model.", "eval.")
+    keys = [key for key in diff(configs[0], configs[-1]) if key.startswith(sections) and key != "data.workers"]
+    if keys:
+        raise UserError(f"checkpoint {owner}: has another {', '.join(keys)} than the first; evaluate it by itself")
 
 
 def folder_name(changes: Mapping[str, Any]) -> str:
@@ -105,12 +144,18 @@ def evaluate_model(
     annotations: LVISAnnotations,
     **report: Any,
 ) -> None:
+    """`evaluate_models` of one."""
+    evaluate_models([Evaluated(model, config, output, source)], annotations, **report)
+
+
+def evaluate_models(found: Sequence[Evaluated], annotations: LVISAnnotations, **report: Any) -> None:
     """Detect on the validation data, streaming to `output`/detections, and evaluate; rank 0 writes `output`.
 
-    source: what made the detections, named beside the numbers; annotations: the validation data; report: options of
-    `evaluate_and_report`. Inference that was killed goes on where it stopped, finished inference is used as it is;
-    detections of other weights, data or options are replaced.
+    annotations: the validation data, the same for all; report: options of `evaluate_and_report`. What the models share
+    (models/together.py) is computed once. Inference that was killed goes on where it stopped, finished inference is
+    used as it is; detections of other weights, data or options are replaced.
     """
+    config = found[0].config
     # The ground truth: boxes for every rank, which filter classes by them; masks where they are evaluated.
     kinds = compared_types(annotations, config.data.without_mask, report.get("iou_types", ()))
     masks = "segm" in kinds and distributed.is_main()  # rank 0 evaluates in the end
@@ -120,32 +165,37 @@ def evaluate_model(
         truth = only_images(truth, present, _why_absent(config))
 
     # Detections on disk are of these weights, data and options, or are deleted.
-    origin = _origin(model, config, annotations)
-    if distributed.is_main() and _text(output / "origin.txt") != origin:
-        shutil.rmtree(output / "detections", ignore_errors=True)
-        for name in ("mean_scores.csv", "metrics.json"):
-            (output / name).unlink(missing_ok=True)
-        write_text(output / "origin.txt", origin)
+    origins = [_origin(one.model, one.config, annotations) for one in found]
+    for one, origin in zip(found, origins, strict=True):
+        if distributed.is_main() and _text(one.output / "origin.txt") != origin:
+            shutil.rmtree(one.output / "detections", ignore_errors=True)
+            for name in ("mean_scores.csv", "metrics.json"):
+                (one.output / name).unlink(missing_ok=True)
+            write_text(one.output / "origin.txt", origin)
     distributed.barrier()
-    infer(model, config, annotations, FederatedFilter(truth), output / "detections", origin)
+    infer(found, annotations, FederatedFilter(truth), origins)
     distributed.barrier()
     if report.get("save_json") and not len(annotations.annotation_ids):
-        if distributed.is_main():
-            read_detections(output / "detections", truth.image_ids.tolist()).save_json(output / RESULTS)
+        for one in found if distributed.is_main() else ():
+            read_detections(one.output / "detections", truth.image_ids.tolist()).save_json(one.output / RESULTS)
         distributed.barrier()
         return
 
     # Mean scores on ground-truth boxes, once; all ranks have looked before rank 0 writes them.
-    scored = (output / "mean_scores.csv").exists()
+    missing = [one for one in found if not (one.output / "mean_scores.csv").exists()]
     distributed.barrier()
-    scores = "" if scored else ground_truth_scores(model, config, annotations)
+    tables = ground_truth_scores([one.model for one in missing], config, annotations) if missing else []
     distributed.barrier()
     if distributed.is_main():
-        if not scored:
-            write_text(output / "mean_scores.csv", scores)
-        options = {"protocol": config.eval.protocol, "errors": config.eval.errors, "origin": f"{source}, {origin}"}
-        truth = with_training_groups(truth, model.stats)
-        evaluate_and_report(truth, output / "detections", output, **{**options, **report, "iou_types": kinds})
+        for one, table in zip(missing, tables, strict=True):
+            write_text(one.output / "mean_scores.csv", table)
+        truth = with_training_groups(truth, found[0].model.stats)
+        for one, origin in zip(found, origins, strict=True):
+            options: dict[str, Any] = {"protocol": config.eval.protocol, "errors": config.eval.errors}
+            options["origin"] = f"{one.source}, {origin}"
+            evaluate_and_report(
+                truth, one.output / "detections", one.output, **{**options, **report, "iou_types": kinds}
+            )
     distributed.barrier()
 
 
@@ -220,21 +270,24 @@ def _text(file: Path) -> str:
 
 @torch.no_grad()
 def infer(
-    model: MaskRCNN,
-    config: Config,
+    found: Sequence[Evaluated],
     annotations: LVISAnnotations,
     federated: FederatedFilter,
-    folder: Path,
-    source: str,
+    sources: Sequence[str],
 ) -> None:
-    """Stream this rank's detections of the data set to `folder`; images that are there already are skipped."""
-    model.eval()
+    """Stream this rank's detections of the data set to `output`/detections; images that are there are skipped."""
+    config = found[0].config
     dataset = val_dataset(config, annotations)
     category_ids = torch.from_numpy(annotations.stats.category_ids)
-    with DetectionWriter(folder, distributed.rank(), source) as writer:
-        finished = writer.finished().tolist()
+    with ExitStack() as stack:
+        writers, finished = [], []
+        for one, source in zip(found, sources, strict=True):
+            one.model.eval()
+            writer = DetectionWriter(one.output / "detections", distributed.rank(), source)
+            writers.append(stack.enter_context(writer))
+            finished.append(set(writer.finished().tolist()))
         distributed.barrier()  # all ranks see the same finished images before any adds one
-        skip = [*finished, *annotations.image_ids[list(annotations.absent)].tolist()]
+        skip = [*set.intersection(*finished), *annotations.image_ids[list(annotations.absent)].tolist()]
         batches = eval_batches(dataset, config.eval.batch_size, config.data.workers, skip=skip)
         for samples in progress(batches, len(batches), "inference"):
             images, scales, sizes = ([s[key] for s in samples] for key in ("image", "scale", "size"))
@@ -244,38 +297,54 @@ def infer(
                 allowed = [torch.from_numpy(federated.allowed(i)) for i in image_ids]
             if config.eval.errors:
                 objects = [(torch.from_numpy(b), torch.from_numpy(c)) for b, c in map(federated.objects, image_ids)]
-            for image_id, size, found in zip(
-                image_ids, sizes, model.detect(images, scales, sizes, allowed, objects), strict=True
-            ):
-                near_misses = found.get("near_misses")
-                if near_misses is not None:
-                    near_misses = {kind: (b, s, category_ids[labels]) for kind, (b, s, labels) in near_misses.items()}
-                ids = category_ids[found["labels"]]
-                writer.add(image_id, found["boxes"], found["scores"], ids, found["rles"], size, near_misses)
+            once = Once()
+            for one, writer, there in zip(found, writers, finished, strict=True):
+                detections = one.model.detect(images, scales, sizes, allowed, objects, once)
+                for image_id, size, detected in zip(image_ids, sizes, detections, strict=True):
+                    if image_id not in there:
+                        _write(writer, image_id, size, detected, category_ids)
+
+
+def _write(
+    writer: DetectionWriter,
+    image_id: int,
+    size: tuple[int, int],
+    found: dict[str, Any],
+    category_ids: torch.Tensor,
+) -> None:
+    near_misses = found.get("near_misses")
+    if near_misses is not None:
+        near_misses = {kind: (b, s, category_ids[labels]) for kind, (b, s, labels) in near_misses.items()}
+    ids = category_ids[found["labels"]]
+    writer.add(image_id, found["boxes"], found["scores"], ids, found["rles"], size, near_misses)
 
 
 @torch.no_grad()
-def ground_truth_scores(model: MaskRCNN, config: Config, annotations: LVISAnnotations) -> str:
-    """The paper's Figures 1 and 4 as CSV: per class the mean score and the accuracy on its ground-truth boxes.
+def ground_truth_scores(models: Sequence[MaskRCNN], config: Config, annotations: LVISAnnotations) -> list[str]:
+    """The paper's Figures 1 and 4 as CSV, of each model: per class the mean score and the accuracy on its ground-truth
+    boxes.
 
     Columns: id, name, group, training_instances (0 where unknown), boxes, mean_score, accuracy. Ranks share the images.
     """
-    model.eval()
     still = dataclasses.replace(config.data, short_edges=(config.data.test_short_edge,), flip=0.0)
     dataset = TrainDataset(annotations, Path(config.data.val_images), still, 0)
     mine = annotations.train_images[distributed.rank() :: distributed.world_size()]
     batches = Batches(dataset, [[(int(i), 0)] for i in mine], len(mine), config.data.workers)
-    stats = model.stats  # of the training set
-    sums = np.zeros((3, len(stats)))  # boxes, scores, correct
+    sums = np.zeros((len(models), 3, len(models[0].stats)))  # boxes, scores, correct
     for samples in progress(batches, len(batches), "scores of ground-truth boxes"):
         whole = [sample for sample in samples if "replaced" not in sample]
         if not whole:
             continue
-        labels, scores, correct = (x.numpy() for x in model.class_scores(whole))
-        for row, values in zip(sums, (np.ones(len(labels)), scores, correct), strict=True):
-            np.add.at(row, labels, values)
-    total = distributed.all_reduce_sum(torch.from_numpy(sums).to(model.pixel_mean.device))
-    count, score, correct = total.cpu().numpy()
+        once = Once()
+        for model, own in zip(models, sums, strict=True):
+            labels, scores, correct = (x.numpy() for x in model.eval().class_scores(whole, once))
+            for row, values in zip(own, (np.ones(len(labels)), scores, correct), strict=True):
+                np.add.at(row, labels, values)
+    totals = distributed.all_reduce_sum(torch.from_numpy(sums).to(models[0].pixel_mean.device)).cpu().numpy()
+    return [_score_table(model.stats, *total) for model, total in zip(models, totals, strict=True)]
+
+
+def _score_table(stats: ClassStats, count: np.ndarray, score: np.ndarray, correct: np.ndarray) -> str:
     table = io.StringIO()
     writer = csv.writer(table, lineterminator="\n")
     writer.writerow(["id", "name", "group", "training_instances", "boxes", "mean_score", "accuracy"])

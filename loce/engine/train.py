@@ -10,7 +10,7 @@ from loce.engine import validation
 from loce.engine.arm import Arm
 from loce.engine.boards import open_boards
 from loce.engine.dry_run import dry_run, overfit
-from loce.engine.inference import evaluate_model
+from loce.engine.inference import Evaluated, evaluate_models
 from loce.engine.preflight import preflight
 from loce.engine.ranks import process_group
 from loce.engine.summary import introduce
@@ -54,8 +54,7 @@ def train(*configs: Config) -> None:
             # Evaluation.
             if trainer.config.train.evaluate:
                 annotations = val_annotations(trainer.config)
-                for arm in [*trainer.finished, *trainer.arms]:
-                    _evaluate(arm, annotations)
+                _evaluate([*trainer.finished, *trainer.arms], annotations)
             if trainer.diverged:
                 raise DivergedError("\n".join(trainer.diverged))
         except Stopped as request:
@@ -65,13 +64,16 @@ def train(*configs: Config) -> None:
             raise
 
 
-def _evaluate(arm: Arm, annotations: LVISAnnotations) -> None:
+def _evaluate(arms: list[Arm], annotations: LVISAnnotations) -> None:
     """Evaluate into RUN/eval; numbers and a picture also on the pages of TensorBoard."""
-    folder, config = arm.folder / "eval", arm.config
-    evaluate_model(arm.model, config, folder, f"{arm.folder} after {arm.step} iterations", annotations)
-    if distributed.is_main():
-        boards = open_boards(arm.folder, None, config)
-        values = validation.results(arm.model, config, folder, annotations)
+    found = [
+        Evaluated(arm.model, arm.config, arm.folder / "eval", f"{arm.folder} after {arm.step} iterations")
+        for arm in arms
+    ]
+    evaluate_models(found, annotations)
+    for arm in arms if distributed.is_main() else ():
+        boards = open_boards(arm.folder, None, arm.config)
+        values = validation.results(arm.model, arm.config, arm.folder / "eval", annotations)
         for board in boards:
             if problem := board.show(arm.step, values):
                 print_line(f"WARNING: {problem}")

@@ -23,7 +23,7 @@ from loce.models.lost_objects import find_near_misses
 from loce.models.mask_head import MaskHead
 from loce.models.memory_sampling import MemorySampling
 from loce.models.paste import paste_and_encode
-from loce.models.roi_heads import BOX_SIDE, MASK_SIDE, BoxHead, RoIHeads, Targets
+from loce.models.roi_heads import BOX_SIDE, MASK_SIDE, BoxHead, Once, RoIHeads, Targets
 from loce.models.rpn import RPN
 from loce.utils.classes import ClassStats
 
@@ -203,26 +203,33 @@ class MaskRCNN(nn.Module):
         originals: list[Size],
         allowed: Sequence[Tensor | None] | None = None,
         objects: Sequence[tuple[Tensor, Tensor]] | None = None,
+        once: Once | None = None,
     ) -> list[dict[str, Any]]:
         """Detections per image in original pixels: boxes (M, 4), scores (M,), labels (M,), rles (M compressed codes).
 
         scales: (x, y) resized / original; originals: (height, width); allowed: per image a bool mask (C,) of the
         classes that evaluation can use there: others count towards the cap of detections, but are then left out
         before masks are made; objects: per image the boxes (G, 4) and labels (G,) that are to be found; the result
-        then has "near_misses" of them, see `find_near_misses`.
+        then has "near_misses" of them, see `find_near_misses`; once: what other models computed of these images.
         """
-        batch, sizes, _ = self.batch_images(images)
-        features = self.features(batch)
-        logits, deltas = self.rpn(features)
-        proposals = self.rpn.proposals(logits, deltas, self.rpn.anchors(features), sizes)
-        features = [x.contiguous() for x in features]  # as RoIAlign reads them
+        once = once or Once()
+        batch, sizes, _ = once("images", lambda: self.batch_images(images))
+        features = once(self.backbone, lambda: self.features(batch))
+        proposals = once((self.backbone, self.rpn), lambda: self._propose(features, sizes))
+        features = once((self.backbone, "maps"), lambda: [x.contiguous() for x in features])  # as RoIAlign reads them
         results = []
         for i, boxes_N4 in enumerate(proposals):
             level_features = [x[i : i + 1] for x in features]
             keep = None if allowed is None else allowed[i]
             wanted = None if objects is None else objects[i]
-            results.append(self._detect_one(level_features, boxes_N4, sizes[i], scales[i], originals[i], keep, wanted))
+            options = (sizes[i], scales[i], originals[i], keep, wanted, once, i)
+            results.append(self._detect_one(level_features, boxes_N4, *options))
         return results
+
+    def _propose(self, features: list[Tensor], sizes: list[Size]) -> list[Tensor]:
+        """Proposals of the RPN in evaluation."""
+        logits, deltas = self.rpn(features)
+        return self.rpn.proposals(logits, deltas, self.rpn.anchors(features), sizes)
 
     def _detect_one(
         self,
@@ -232,11 +239,16 @@ class MaskRCNN(nn.Module):
         scale: tuple[float, float],
         original: Size,
         allowed_C: Tensor | None,
-        objects: tuple[Tensor, Tensor] | None = None,
+        objects: tuple[Tensor, Tensor] | None,
+        once: Once,
+        place: int,
     ) -> dict[str, Any]:
+        """Detections of the image at a `place` of the batch."""
         # Scores and boxes (in pixels of the original image) of every proposal and class; the best are detections.
         roi = self.roi_heads
-        x_ND = roi.features_of(roi.pool(features, [proposals_N4], BOX_SIDE))
+        pooled = once((self.backbone, self.rpn, place), lambda: roi.pool(features, [proposals_N4], BOX_SIDE))
+        reads = (self.backbone, self.rpn, roi.box_head, roi.classifier.depth, place)
+        x_ND = once(reads, lambda: roi.features_of(pooled))
         scores_NC = roi.classifier.scores(roi.classifier(x_ND))
         deltas_NC4 = roi.deltas(x_ND).float().reshape(len(x_ND), -1, 4)
         scale_4 = proposals_N4.new_tensor([*scale, *scale])
@@ -262,13 +274,15 @@ class MaskRCNN(nn.Module):
         return {"boxes": boxes_M4.cpu(), "scores": scores_M.cpu(), "labels": labels_M.cpu(), "rles": rles, **misses}
 
     @torch.no_grad()
-    def class_scores(self, samples: list[dict[str, Any]]) -> tuple[Tensor, Tensor, Tensor]:
+    def class_scores(self, samples: list[dict[str, Any]], once: Once | None = None) -> tuple[Tensor, Tensor, Tensor]:
         """Of ground-truth boxes, for the paper's Figures 1 and 4: (labels (G,), own score (G,), correct (G,))."""
-        batch, _, _ = self.batch_images([s["image"] for s in samples])
+        once = once or Once()
+        batch, _, _ = once("images", lambda: self.batch_images([s["image"] for s in samples]))
         targets = [self.targets_of(s) for s in samples]
         boxes, labels_G = [t.boxes for t in targets], torch.cat([t.labels for t in targets])
         roi = self.roi_heads
-        x_GD = roi.features_of(roi.pool(self.features(batch), boxes, BOX_SIDE))
+        pooled = once(self.backbone, lambda: roi.pool(self.features(batch), boxes, BOX_SIDE))
+        x_GD = once((self.backbone, roi.box_head, roi.classifier.depth), lambda: roi.features_of(pooled))
         scores_GC = roi.classifier.scores(roi.classifier(x_GD))
         own_G = scores_GC.gather(1, labels_G[:, None])[:, 0]
         return labels_G.cpu(), own_G.cpu(), (scores_GC.argmax(dim=1) == labels_G).cpu()

@@ -1,5 +1,6 @@
 """Several second stages in one pass: each bit for bit as its own run; stops, divergence and refusals."""
 
+import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -7,6 +8,7 @@ import pytest
 import torch
 
 from loce.config import Config, UserError, load_config
+from loce.engine.inference import evaluate_checkpoint, evaluate_checkpoints
 from loce.engine.passes import passes, read_recipes
 from loce.engine.preflight import preflight
 from loce.engine.trainer import Trainer
@@ -184,6 +186,29 @@ def test_the_command(config: Path, stage1: Path, tmp_path: Path) -> None:
         assert f"in one pass with {tmp_path}/{other}: images/s and minutes are the pass's" in log
         assert "with the others" in log and "6/6 iterations done" in log
     assert text.count("epoch 1/2 iter 1/3") == 1
+
+
+def test_evaluation_together_finds_what_each_finds_alone(
+    config: Path, stage1: Path, alone: Callable[[str], Path], tmp_path: Path
+) -> None:
+    """Runs whose RPN and mask head are the same, one whose FCs trained, and stage 1, which shares the backbone only."""
+    names = ("loce", "ebl", "FCs train")
+    for name in names:
+        shutil.copytree(alone(name), tmp_path / name)
+    shutil.copytree(stage1, tmp_path / "stage1", ignore=shutil.ignore_patterns("eval"))
+    folders = [tmp_path / name for name in (*names, "stage1")]
+    evaluate_checkpoints(folders, None, ["eval.errors=false"], "cpu", resamples=0)
+    for folder in folders:
+        evaluate_checkpoint(folder, tmp_path / "alone", ["eval.errors=false"], "cpu", resamples=0)
+        files = sorted(path.relative_to(folder / "eval") for path in (folder / "eval").rglob("*") if path.is_file())
+        assert {str(file) for file in files} > {"metrics.json", "mean_scores.csv", "origin.txt"}
+        for file in files:
+            assert (folder / "eval" / file).read_bytes() == (tmp_path / "alone" / file).read_bytes(), file
+        shutil.rmtree(tmp_path / "alone")
+    with pytest.raises(UserError, match=r"has another data\.test_short_edge than the first; evaluate it by itself"):
+        words = [f"output={tmp_path}/other", "data.test_short_edge=48", "train.evaluate=false"]
+        train([load_config([str(config), *words])])
+        evaluate_checkpoints([stage1, tmp_path / "other"], None, [], "cpu")
 
 
 @pytest.mark.slow
