@@ -11,7 +11,7 @@ ARGS ?=
 TABLES = data=$(or $(DATA:glyph50=glyphs),glyphs) seeds=$(or $(SEEDS),1) $(if $(RECORDS),records='$(RECORDS)')
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-oldest test-slow test-chaos test-gpu lint train finetune eval predict report figures data check-data glyphs table1 table2 table3 table4 table5 table6 table7 tables results bench clean
+.PHONY: help setup demo test test-oldest test-slow test-chaos test-gpu lint train finetune eval predict report figures data check-data glyphs table1 table2 table3 table4 table5 table6 table7 tables results bench gpu clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z0-9-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "make %-10s %s\n", $$1, $$2}'
@@ -99,6 +99,9 @@ results: setup  ## what the finished rows show: all tables over seeds, the paper
 
 bench: setup  ## ours against torchvision's and the usual way, in one table (SIZE=small to try; DEVICE=cuda)
 	$(PY) benchmarks/bench.py size=$(or $(SIZE),full) device=$(or $(DEVICE),auto) $(ARGS)
+
+gpu: setup  ## is it right on a GPU, and how fast: tests, waits, speed and memory, demo in MINUTES=10 (DEVICE=cpu SIZE=small to try)
+	$(PY) benchmarks/gpu.py size=$(or $(SIZE),full) device=$(or $(DEVICE),auto) minutes=$(or $(MINUTES),10) $(ARGS)
 
 data: setup  ## fetch LVIS annotations and COCO images, 20 GB (VERSION=0.5|coco, OUT=data, ARGS="only=annotations")
 	$(PY) scripts/fetch_data.py version=$(or $(VERSION),1.0) out=$(or $(OUT),data) $(ARGS)

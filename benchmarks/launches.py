@@ -42,13 +42,13 @@ class Options:
     output: str = "benchmarks/results/launches.json"
 
 
-def step_of(side: str, options: Options) -> Callable[[], Any]:
-    """One training step of a side, on the device."""
+def step_of(side: str, options: Options, device: torch.device = CUDA) -> Callable[[], Any]:
+    """One training step of a side, on a device."""
     scenes = make_scenes(2, SIZES[options.size])
     samples, (images, targets) = pin_memory(our_samples(scenes)), their_targets(scenes)
-    ours = Ours(RECIPES[side], CUDA, regions=REGIONS[options.size], precision=options.precision)
+    ours = Ours(RECIPES[side], device, regions=REGIONS[options.size], precision=options.precision)
     for scene in scenes:
-        scene.near = scene.near.to(CUDA)
+        scene.near = scene.near.to(device)
     if side == "torchvision":
         theirs = Theirs(ours, SIZES[options.size], precision=options.precision)
         theirs.give_proposals(scenes)
