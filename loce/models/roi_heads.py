@@ -23,6 +23,7 @@ from loce.models.boxes import (
     INSTANCES,
     REGIONS,
     ROI_STDS,
+    constants,
     encode,
     finite,
     generator_for,
@@ -398,7 +399,7 @@ def pool(
     level_N = pyramid_level(boxes_N4, finest_scale)
     regions_N5 = torch.cat([image_N[:, None], boxes_N4], dim=1)
     # Level by level, in their order within a level.
-    levels = torch.arange(len(POOL_STRIDES), device=level_N.device)
+    levels = constants(tuple(range(len(POOL_STRIDES))), level_N.device, torch.long)
     counts = (level_N[:, None] == levels).sum(dim=0).tolist()  # sync: how many boxes each level gets
     order_N = level_N.argsort(stable=True)
     parts = [

@@ -223,7 +223,7 @@ class RPN(nn.Module):
         first_cell_K, first_pixel_K, line_K = table_3L.index_select(1, level_K)
         cell_K, width_K = cell_K - first_cell_K, line_K - 2
         corner_K = first_pixel_K + cell_K // width_K * line_K + cell_K % width_K
-        three = torch.arange(3, device=device)
+        three = constants((0, 1, 2), device, torch.long)
         index_K33 = corner_K[:, None, None] + three[:, None] * line_K[:, None, None] + three
         patch_DK9 = stacked_DS.index_select(1, index_K33.flatten()).reshape(len(stacked_DS), -1, 9)
         x_KD = F.relu(F.linear(patch_DK9.transpose(0, 1).flatten(1), conv.weight.flatten(1), conv.bias))
