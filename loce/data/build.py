@@ -28,7 +28,11 @@ def val_annotations(config: Config, annotated: bool = True) -> LVISAnnotations:
 
 
 def _annotations(
-    data: DataConfig, path: str, images: str, keep_empty: bool = False, annotated: bool = True
+    data: DataConfig,
+    path: str,
+    images: str,
+    keep_empty: bool = False,
+    annotated: bool = True,
 ) -> LVISAnnotations:
     box_masks = data.without_mask == "box"
     annotations = open_annotations(path, data.rare_max, data.common_max, keep_empty, box_masks, annotated=annotated)

@@ -102,7 +102,11 @@ def _check_refused(annotations: LVISAnnotations, config: Config, use: str, repor
 
 
 def check_pair(
-    train: LVISAnnotations, val: LVISAnnotations, train_images: str, val_images: str, report: Report
+    train: LVISAnnotations,
+    val: LVISAnnotations,
+    train_images: str,
+    val_images: str,
+    report: Report,
 ) -> None:
     """What must hold between a training and a validation set: the same classes, no image in both."""
     report.lines.append("training and validation")
@@ -284,7 +288,10 @@ def expected_views(annotations: LVISAnnotations, sampler: SamplerConfig, memory:
 
 
 def long_tail_lines(
-    annotations: LVISAnnotations, data: DataConfig, sampler: SamplerConfig, memory: MemoryConfig
+    annotations: LVISAnnotations,
+    data: DataConfig,
+    sampler: SamplerConfig,
+    memory: MemoryConfig,
 ) -> list[str]:
     """The long-tail view as text: histogram, expected views by group, the images that need most memory."""
     lines = [*_histogram(annotations)]

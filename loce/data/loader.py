@@ -45,7 +45,12 @@ class Batches:
     """
 
     def __init__(
-        self, dataset: Any, batches: Iterable[list[Any]], length: int, workers: int, together: bool = False
+        self,
+        dataset: Any,
+        batches: Iterable[list[Any]],
+        length: int,
+        workers: int,
+        together: bool = False,
     ) -> None:
         self.length, self.images = length, len(dataset)
         self.allowed = max(1, int(BAD_SHARE * self.images))
@@ -117,7 +122,12 @@ def _start_worker(parent: int, _: int) -> None:
 
 
 def training_plan(
-    dataset: TrainDataset, sampler: SamplerConfig, data: DataConfig, batch_size: int, seed: int, meta: bool = False
+    dataset: TrainDataset,
+    sampler: SamplerConfig,
+    data: DataConfig,
+    batch_size: int,
+    seed: int,
+    meta: bool = False,
 ) -> TrainingPlan:
     """Every batch of a training on this data set; `batch_size` counts images over all ranks and micro-steps.
 

@@ -149,7 +149,11 @@ def nearest_source(old: int, new: int) -> np.ndarray:
 
 
 def resize_crop(
-    bits: np.ndarray, corner: tuple[int, int], source_x: np.ndarray, source_y: np.ndarray, flip: bool
+    bits: np.ndarray,
+    corner: tuple[int, int],
+    source_x: np.ndarray,
+    source_y: np.ndarray,
+    flip: bool,
 ) -> tuple[np.ndarray, tuple[int, int]]:
     """The crop (bits (h, w), corner (x0, y0)) of a mask after a nearest resize of the whole mask and a flip.
 

@@ -196,7 +196,11 @@ def resized(size: tuple[int, int], short_edge: int, long_edge: int) -> tuple[int
 
 
 def random_geometry(
-    size: tuple[int, int], short_edges: tuple[int, ...], long_edge: int, flip: float, generator: np.random.Generator
+    size: tuple[int, int],
+    short_edges: tuple[int, ...],
+    long_edge: int,
+    flip: float,
+    generator: np.random.Generator,
 ) -> Geometry:
     """Training's scale jitter and flip: a short edge drawn from `short_edges`, mirrored with probability `flip`."""
     short_edge = short_edges[int(generator.integers(len(short_edges)))]

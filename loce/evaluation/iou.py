@@ -25,7 +25,11 @@ def overlaps(boxes: np.ndarray, others: np.ndarray) -> np.ndarray:
 
 
 def box_pairs(
-    boxes: np.ndarray, starts: np.ndarray, counts: np.ndarray, truth: GroundTruth, low: float
+    boxes: np.ndarray,
+    starts: np.ndarray,
+    counts: np.ndarray,
+    truth: GroundTruth,
+    low: float,
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Pairs of IoU >= `low` of each box (N, 4) with annotations starts[n] .. starts[n] + counts[n] - 1.
 
@@ -60,7 +64,12 @@ def _box_iou(a: np.ndarray, b: np.ndarray, crowd: np.ndarray) -> np.ndarray:
 
 
 def mask_pairs(
-    masks: Masks, rows: np.ndarray, starts: np.ndarray, counts: np.ndarray, truth: GroundTruth, low: float
+    masks: Masks,
+    rows: np.ndarray,
+    starts: np.ndarray,
+    counts: np.ndarray,
+    truth: GroundTruth,
+    low: float,
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """As `box_pairs`, for the masks of detections `rows` (N,); rows of one image and category stand together."""
     borders = np.flatnonzero(np.diff(starts, prepend=-1, append=-1))

@@ -207,7 +207,12 @@ def _false_above_half(evaluation: Evaluation, own: slice) -> np.ndarray:
 
 
 def _with_added(
-    evaluation: Evaluation, k: int, true: np.ndarray, false: np.ndarray, scores: np.ndarray, new: np.ndarray
+    evaluation: Evaluation,
+    k: int,
+    true: np.ndarray,
+    false: np.ndarray,
+    scores: np.ndarray,
+    new: np.ndarray,
 ) -> tuple[np.ndarray, np.ndarray]:
     """Counts (m + a, T) of category k when detections with `scores` (a,) find an object each, at the thresholds where
     it is `new` (a, T)."""

@@ -22,7 +22,11 @@ GROUPS = {"all": "all"} | GROUP_NAMES
 
 
 def write_errors(
-    output: str | Path, evaluation: Evaluation, outcomes: Outcomes, detections: Detections, origin: str = ""
+    output: str | Path,
+    evaluation: Evaluation,
+    outcomes: Outcomes,
+    detections: Detections,
+    origin: str = "",
 ) -> list[str]:
     """errors.csv and errors.png (`origin` is written below it) in the folder `output`; returns lines for the screen."""
     back = given_back(evaluation, outcomes)
@@ -48,7 +52,10 @@ def _group(evaluation: Evaluation, outcomes: Outcomes, back: Mapping[str, np.nda
 
 
 def _table(
-    evaluation: Evaluation, outcomes: Outcomes, back: Mapping[str, np.ndarray], groups: Mapping[str, dict[str, Any]]
+    evaluation: Evaluation,
+    outcomes: Outcomes,
+    back: Mapping[str, np.ndarray],
+    groups: Mapping[str, dict[str, Any]],
 ) -> str:
     """CSV: a row a group, then a row a category with objects; empty where nothing is known."""
     columns = list(groups["all"])
@@ -82,7 +89,10 @@ def _cell(value: float, unknown: bool) -> str:
 
 
 def lines(
-    evaluation: Evaluation, outcomes: Outcomes, groups: Mapping[str, dict[str, Any]], detections: Detections
+    evaluation: Evaluation,
+    outcomes: Outcomes,
+    groups: Mapping[str, dict[str, Any]],
+    detections: Detections,
 ) -> list[str]:
     """Objects by cause and the AP each cause would give back, rare beside all."""
     shown = {name: row for name, row in groups.items() if row["objects"]}
@@ -101,7 +111,10 @@ def lines(
 
 
 def _caveats(
-    evaluation: Evaluation, outcomes: Outcomes, groups: Mapping[str, dict[str, Any]], detections: Detections
+    evaluation: Evaluation,
+    outcomes: Outcomes,
+    groups: Mapping[str, dict[str, Any]],
+    detections: Detections,
 ) -> list[str]:
     """Notes on causes that detections alone do not show."""
     if "removed_by_nms" not in outcomes.unseen:

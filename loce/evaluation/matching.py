@@ -186,7 +186,12 @@ def _place(image: np.ndarray, category: np.ndarray) -> np.ndarray:
 
 
 def _pairs(
-    truth: GroundTruth, detections: Detections, iou_type: str, rows: np.ndarray, image: np.ndarray, category: np.ndarray
+    truth: GroundTruth,
+    detections: Detections,
+    iou_type: str,
+    rows: np.ndarray,
+    image: np.ndarray,
+    category: np.ndarray,
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
     """(P,) cell, index into `rows`, object and IoU of every pair with IoU >= .5, by cell, then score, then object."""
     size = len(truth.category_ids)
@@ -210,7 +215,12 @@ def _pairs(
 
 
 def _lock_step(
-    cell: np.ndarray, detection: np.ndarray, ground: np.ndarray, iou: np.ndarray, ignored: np.ndarray, crowd: np.ndarray
+    cell: np.ndarray,
+    detection: np.ndarray,
+    ground: np.ndarray,
+    iou: np.ndarray,
+    ignored: np.ndarray,
+    crowd: np.ndarray,
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
     """Greedy matching of P pairs; returns overlapping, matched, ignored, taken of `Matches`.
 

@@ -90,7 +90,11 @@ def evaluate_and_report(
 
 
 def _facts(
-    truth: GroundTruth, detections: Detections, rules: Protocol, evaluations: dict[str, Evaluation], origin: str
+    truth: GroundTruth,
+    detections: Detections,
+    rules: Protocol,
+    evaluations: dict[str, Evaluation],
+    origin: str,
 ) -> dict[str, Any]:
     """Origin of the numbers: files, protocol, counts, notes; evaluation.json."""
     first = next(iter(evaluations.values()))

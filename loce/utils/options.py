@@ -284,7 +284,10 @@ def _assemble(cls: type[T], values: Mapping[str, Any], prefix: str = "") -> T:
 
 
 def _idle(
-    options: Any, given: Sequence[Given], sources: Mapping[str, str], option_of: Mapping[str, Choice]
+    options: Any,
+    given: Sequence[Given],
+    sources: Mapping[str, str],
+    option_of: Mapping[str, Choice],
 ) -> Iterator[tuple[str, Choice]]:
     """Options that were given and do nothing, each with the choice that it would need.
 

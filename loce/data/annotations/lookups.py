@@ -64,7 +64,11 @@ def check_unique(kind: str, ids: np.ndarray, mistakes: Mistakes) -> None:
 
 
 def look_up(
-    kind: str, known: np.ndarray, wanted: Sequence[int], annotation_ids: np.ndarray, mistakes: Mistakes
+    kind: str,
+    known: np.ndarray,
+    wanted: Sequence[int],
+    annotation_ids: np.ndarray,
+    mistakes: Mistakes,
 ) -> np.ndarray:
     """(A,) int32 positions in `known` of the ids `wanted`; an unknown one is a mistake that names its annotation."""
     ids = np.array(wanted, dtype=np.int64)
@@ -77,7 +81,11 @@ def look_up(
 
 
 def label_lists(
-    key: str, lists: list[Any], category_ids: np.ndarray, image_ids: np.ndarray, mistakes: Mistakes
+    key: str,
+    lists: list[Any],
+    category_ids: np.ndarray,
+    image_ids: np.ndarray,
+    mistakes: Mistakes,
 ) -> LabelLists | None:
     """The category ids that images give as `key`, as labels; None where no image has such a list."""
     if all(ids is None for ids in lists):

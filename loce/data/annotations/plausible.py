@@ -60,7 +60,11 @@ def suspicious_boxes(
 
 
 def misplaced_masks(
-    masks: Segmentations, outline: np.ndarray, xywh: np.ndarray, sizes: np.ndarray, compared: np.ndarray
+    masks: Segmentations,
+    outline: np.ndarray,
+    xywh: np.ndarray,
+    sizes: np.ndarray,
+    compared: np.ndarray,
 ) -> tuple[np.ndarray, np.ndarray]:
     """Rows whose mask has no pixel, and rows whose mask lies for more than half of its extent outside of its box.
 

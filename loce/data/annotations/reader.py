@@ -227,7 +227,10 @@ def _pieces(whole: list[Any]) -> Iterator[list[Any]]:
 
 
 def _sections(
-    path: str, arrays: Iterable[tuple[str, Iterator[list[Any]]]], columns: Columns, annotated: bool
+    path: str,
+    arrays: Iterable[tuple[str, Iterator[list[Any]]]],
+    columns: Columns,
+    annotated: bool,
 ) -> list[Any]:
     """Add all images and annotations to the columns; returns the categories. Other lists are skipped."""
     found: dict[str, list[Any]] = {}

@@ -32,7 +32,10 @@ def training_problems(annotations: LVISAnnotations, allow_misplaced: bool = Fals
 
 
 def evaluation_problems(
-    annotations: LVISAnnotations, masks: bool = True, protocol: str = "auto", allow_misplaced: bool = False
+    annotations: LVISAnnotations,
+    masks: bool = True,
+    protocol: str = "auto",
+    allow_misplaced: bool = False,
 ) -> list[str]:
     """What evaluation refuses, since it compares with every object. masks: masks are compared, too."""
     ids, problems = annotations.annotation_ids, []
