@@ -158,9 +158,21 @@ def read_detections(folder: str | Path, expected_image_ids: Iterable[int]) -> De
 def _meant_instead(folder: str | Path) -> str:
     """Results in a folder that somebody else has written, or folders of detections below it, as a hint."""
     below = {path.parent for path in Path(folder).rglob(PATTERN)}
-    files = [path for path in Path(folder).rglob("*.json") if path.open("rb").read(64).lstrip()[:1] == b"["]
+    files = [path for path in Path(folder).rglob("*.json") if _may_be_results(path)]
     found = [*sorted(below), *sorted(files)]
     return f"; did you mean results={first_few(found, between=' or results=')}?" if found else ""
+
+
+def _may_be_results(path: Path) -> bool:
+    """Whether a file that can be read begins as a list of results; those of predict.py have no image ids."""
+    try:
+        if not path.is_file():
+            return False
+        with path.open("rb") as file:
+            head = file.read(1 << 16)
+    except OSError:
+        return False
+    return head.lstrip()[:1] == b"[" and b'"image_id"' in head
 
 
 def read_near_misses(folder: str | Path) -> NearMisses | None:

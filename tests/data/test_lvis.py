@@ -1,7 +1,9 @@
 """Annotation files: every format against plain Python, what training drops, and each way a file can be broken."""
 
+import bz2
 import gzip
 import json
+import lzma
 import pickle
 import tracemalloc
 from pathlib import Path
@@ -204,6 +206,13 @@ BROKEN = {
     "empty": (b"", "is empty"),
     "gzip": (gzip.compress(TEXT.encode()), "still compressed; unpack it first: gunzip"),
     "zip": (b"PK\x03\x04abc", "unzip"),
+    "bzip2": (bz2.compress(TEXT.encode()), "bunzip2 -k"),
+    "xz": (lzma.compress(TEXT.encode()), "unxz -k"),
+    "tar": (
+        b"annotations.json".ljust(257, b"\0") + b"ustar\0" + TEXT.encode(),
+        "a tar archive; unpack it first: tar xf",
+    ),
+    "pickle": (pickle.dumps({"images": []}), "a pickle of Python, which is not read"),
     "git-lfs": (b"version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 9\n", "git lfs pull"),
     "truncated": (TEXT[: len(TEXT) // 2], "ends too early"),
     "truncated in a string": (TEXT[: TEXT.index("thing") + 2], "ends too early"),

@@ -1,5 +1,6 @@
 """Detections streamed to disk: any number of ranks, killed and resumed, every image once."""
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -201,6 +202,10 @@ def test_a_folder_of_somebody_else(tmp_path):
     (tmp_path / "inference").mkdir()
     (tmp_path / "inference/segm.json").write_text('\n [{"image_id": 1}]')
     (tmp_path / "metrics.json").write_text("{}")
+    (tmp_path / "predictions.json").write_text('[{"file": "a.jpg", "category_id": 1}]')  # of predict.py: no image ids
+    (tmp_path / "folder.json").mkdir()
+    (tmp_path / "gone.json").symlink_to("nowhere")
+    os.mkfifo(tmp_path / "pipe.json")
     with pytest.raises(UserError, match=rf"; did you mean results={tmp_path}/inference/segm\.json\?$"):
         read_detections(tmp_path, [1])
     with DetectionWriter(tmp_path / "eval/detections") as writer:
