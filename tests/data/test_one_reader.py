@@ -307,7 +307,10 @@ MOVES: dict[str, tuple[Callable[..., Any], str]] = {
     "larger": (lambda x, y, width, height: (4 * x, 4 * y), "images 4 times as large"),
     "smaller": (lambda x, y, width, height: (x / 4, y / 4), "images 0.25 times as large"),
     "exchanged": (lambda x, y, width, height: (y, x), "x and y look exchanged"),
-    "outside": (lambda x, y, width, height: (x + 300, y), "perhaps they belong to other images"),
+    "flipped": (lambda x, y, width, height: (width - x, y), "flipped left to right"),
+    "upside down": (lambda x, y, width, height: (x, height - y), "flipped upside down"),
+    "shifted": (lambda x, y, width, height: (x - 45, y + 31), "shifted by -45 and 31 pixels"),
+    "outside": (lambda x, y, width, height: (x + 300, y), "shifted by 300 and 0 pixels"),
 }
 
 
@@ -353,6 +356,22 @@ def test_a_few_misplaced_masks_are_told_and_none_where_there_is_none(write):
     assert checked(few.path).problems == []
     for kind in ("coco", "lvis_v1"):
         assert LVISAnnotations.open(write(made_set(kind))).notes == []
+
+
+def test_masks_of_objects_under_a_pixel_are_told_and_not_refused(write):
+    made = moved_set(lambda x, y, width, height: (x, y), 0)
+    for row in made["annotations"][:20]:
+        x, y = row["bbox"][:2]
+        shape = [x + 0.1, y + 0.1, x + 0.3, y + 0.1, x + 0.3, y + 0.3]
+        row |= {"bbox": [x, y, 1.2, 1.2], "area": 0.02, "segmentation": [shape]}
+    path = write(made)
+    annotations = LVISAnnotations.open(path)
+    assert annotations.tiny_masks.tolist() == list(range(20)) and not len(annotations.empty_masks)
+    assert annotations.notes == [
+        "WARNING: of 40 masks 20 are too small to fill a pixel (annotations 0, 1, 2, 3, 4, ... (20 in all))"
+    ]
+    assert checked(path, "training").problems == checked(path, "evaluation").problems == []
+    evaluate_lvis(made, [], "segm", protocol="coco")
 
 
 def test_outlines_are_those_of_the_corners_and_codes(write):

@@ -47,7 +47,8 @@ class LVISAnnotations:
     train_rows: (R,) int64, the annotations training uses, image by image; first_row: (I+1,) int64 into train_rows;
     train_images: (T,) int64, the images training uses. ignored_rows: (Q,) int64 ascending by image, annotations whose
     region is neither object nor background (crowds). has_mask: (A,) bool. empty_masks, misplaced: annotations whose
-    mask has no pixel, or lies elsewhere than its box; masks_compared: of how many; mask_cause: what probably happened.
+    mask has no pixel, or lies elsewhere than its box; tiny_masks: whose mask is where its box is, but
+    fills no pixel; masks_compared: of how many; mask_cause: what probably happened.
     dropped: how much of the file training leaves out, by reason; examples: the first indices of each. own_groups: the
     file gives the groups. suspicion: what the boxes may be, or "". notes: what else users should know of the content.
     absent: images that are not on disk, which the user allows.
@@ -76,6 +77,7 @@ class LVISAnnotations:
     ignored_rows: np.ndarray
     has_mask: np.ndarray
     empty_masks: np.ndarray
+    tiny_masks: np.ndarray
     misplaced: np.ndarray
     masks_compared: int
     mask_cause: str
@@ -272,9 +274,9 @@ def _build(
     training = training_rows(xywh, areas, image_of, sizes, crowd, ignore, has_mask, keep_empty, box_masks)
     compared = has_mask & sensible_boxes(xywh, sizes[image_of]) & columns.masks
     outline = outlines(masks, sizes[image_of])
-    empty, misplaced = misplaced_masks(masks, outline, xywh, sizes[image_of], compared)
+    empty, misplaced, tiny = misplaced_masks(masks, outline, xywh, sizes[image_of], compared)
     odd = np.sort(np.concatenate([empty, misplaced]))
-    cause = likely_cause(outline[odd], xywh[odd]) if len(odd) else ""
+    cause = likely_cause(outline[odd], xywh[odd], sizes[image_of][odd]) if len(odd) else ""
     suspicion = suspicious_boxes(xywh, sizes[image_of], outline, "annotation", annotation_ids)
     counted = ~(crowd | ignore)
     found = LVISAnnotations(
@@ -301,6 +303,7 @@ def _build(
         ignored_rows=training.ignored,
         has_mask=has_mask,
         empty_masks=empty,
+        tiny_masks=tiny,
         misplaced=misplaced,
         masks_compared=int(compared.sum()),
         mask_cause=cause,
@@ -340,9 +343,11 @@ def misplaced_text(annotations: LVISAnnotations) -> str:
     for rows, what in (
         (annotations.empty_masks, "are empty"),
         (annotations.misplaced, "lie elsewhere than their boxes"),
+        (annotations.tiny_masks, "are too small to fill a pixel"),
     ):
         if len(rows):
             parts.append(f"{len(rows)} {what} (annotations {first_few(annotations.annotation_ids[rows])})")
     if not parts:
         return ""
-    return f"of {annotations.masks_compared} masks {' and '.join(parts)}; {annotations.mask_cause}"
+    cause = f"; {annotations.mask_cause}" if annotations.mask_cause else ""
+    return f"of {annotations.masks_compared} masks {' and '.join(parts)}{cause}"

@@ -65,8 +65,9 @@ def misplaced_masks(
     xywh: np.ndarray,
     sizes: np.ndarray,
     compared: np.ndarray,
-) -> tuple[np.ndarray, np.ndarray]:
-    """Rows whose mask has no pixel, and rows whose mask lies for more than half of its extent outside of its box.
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Rows whose mask has no pixel, rows whose mask lies for more than half of its extent outside of its box, and rows
+    whose mask has no pixel since it is small, and lies where its box is.
 
     outline: (A, 4), see `outlines`; xywh: (A, 4) boxes; sizes: (A, 2) height and width of each annotation's image;
     compared: (A,) bool, annotations with a usable mask and a sensible box. The extent of a polygon is that of
@@ -90,7 +91,9 @@ def misplaced_masks(
         outside = np.maximum(common, 0).prod(axis=1) < 0.5 * extent.prod(axis=1)
     outside &= compared
     outside[empty] = False
-    return empty, np.flatnonzero(outside)
+    box = np.concatenate([xywh[empty, :2], xywh[empty, :2] + xywh[empty, 2:]], axis=1)
+    tiny = (outline[empty, :2] >= box[:, :2] - 1).all(axis=1) & (outline[empty, 2:] <= box[:, 2:] + 1).all(axis=1)
+    return empty[~tiny], np.flatnonzero(outside), empty[tiny]
 
 
 def outlines(masks: Segmentations, sizes: np.ndarray) -> np.ndarray:
@@ -141,8 +144,9 @@ def other_form(outline: np.ndarray, xywh: np.ndarray) -> str:
     return next((form for form, box in forms.items() if len(xywh) and _agree(outline, box)), "")
 
 
-def likely_cause(outline: np.ndarray, xywh: np.ndarray) -> str:
-    """What happened to misplaced masks, from their outlines x1, y1, x2, y2 and their boxes (N, 4)."""
+def likely_cause(outline: np.ndarray, xywh: np.ndarray, sizes: np.ndarray) -> str:
+    """What happened to misplaced masks, from their outlines x1, y1, x2, y2 and boxes (N, 4), and their images' heights
+    and widths (N, 2)."""
     if np.abs(outline).max() <= 1.5:
         return "their corners look like shares of the image (0 to 1): multiply them by width and height"
     if form := other_form(outline, xywh):
@@ -150,6 +154,19 @@ def likely_cause(outline: np.ndarray, xywh: np.ndarray) -> str:
     box = np.concatenate([xywh[:, :2], xywh[:, :2] + xywh[:, 2:]], axis=1)
     if _agree(outline[:, [1, 0, 3, 2]], box):
         return "x and y look exchanged"
+    height, width = sizes[:, :1], sizes[:, 1:]
+    # Of a flipped image: left and right, or top and bottom, change places.
+    if _agree(
+        np.concatenate([width - outline[:, 2:3], outline[:, 1:2], width - outline[:, :1], outline[:, 3:]], 1), box
+    ):
+        return "they look like masks of images flipped left to right"
+    if _agree(
+        np.concatenate([outline[:, :1], height - outline[:, 3:], outline[:, 2:3], height - outline[:, 1:2]], 1), box
+    ):
+        return "they look like masks of images flipped upside down"
+    shift = np.median((outline - box)[:, :2], axis=0)
+    if len(box) > SINGLE and _agree(outline - np.tile(shift, 2), box):
+        return f"they look shifted by {shift[0]:.3g} and {shift[1]:.3g} pixels (x and y)"
     scale = float(np.median((outline[:, 2:] - outline[:, :2]) / xywh[:, 2:]))
     if scale > 0 and _agree(outline / scale, box):
         return f"they look like masks of images {scale:.3g} times as large: scale them as the images were"
