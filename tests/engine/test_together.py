@@ -34,6 +34,8 @@ ARMS = {
     "bags": ("head.name=bags", "head.reset=true"),
     "FCs train": ("head.name=equilibrium", "train.freeze=backbone", *ROI),
 }
+OTHERS = ("acsl", "balanced_softmax", "disalign", "ecm", "eql", "fcbl", "fedloss", "gol", "gumbel", "iif", "ldam")
+OTHERS = (*OTHERS, "logit_adjustment", "pcb", "reweighted")
 SECOND_STAGE = ("train.freeze=trunk", "train.clip_norm=0", "train.evaluate=false")
 
 
@@ -81,6 +83,30 @@ def test_each_arm_is_as_its_own_run(
     assert len({model.roi_heads.box_head for model in models.values()}) == 2  # one trains
     banks = {m.roi_heads.memory.bank for m in models.values() if m.roi_heads.memory is not None}
     assert len(banks) == (3 if names == FEW else 4)  # at level fc, filled with one, few and in bf16; at level roi
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("words", "names"),
+    [
+        ([], OTHERS),
+        (["memory.enabled=true"], OTHERS),
+        (["train.freeze=detector"], ("softmax", "equilibrium", "disalign", "seesaw")),
+        (["train.precision=bf16", "train.accumulate=2"], ("equilibrium", "seesaw", "bags")),
+        (["train.evaluate=true", "train.evaluate_every=1", "memory.enabled=true"], ("equilibrium", "softmax")),
+    ],
+    ids=["heads", "heads with memory", "detector", "bf16, accumulation", "evaluation between epochs"],
+)
+def test_heads_and_options(
+    config: Path, stage1: Path, tmp_path: Path, words: list[str], names: tuple[str, ...]
+) -> None:
+    arms = {name: [f"head.name={name}", f"head.reset={str(name != 'disalign').lower()}", *words] for name in names}
+    train([recipe(config, stage1, tmp_path / name, own) for name, own in arms.items()])
+    for name, own in arms.items():
+        train([recipe(config, stage1, tmp_path / "alone" / name, own)])
+        same_run(tmp_path / name, tmp_path / "alone" / name)
+        best = tmp_path / name / "best.json"
+        assert not best.exists() or best.read_text() == (tmp_path / "alone" / name / "best.json").read_text()
 
 
 STOPPED = ("fill 1", "roi", "ebl")
