@@ -1,4 +1,4 @@
-"""Cost of several second stages in one pass: a training step of 1, 2, 5 and 20 arms, and what they hold.
+"""Cost of several second stages in one pass: a training step of 1, 2, 5 and 20 arms, what they hold, inference of 5.
 
     python benchmarks/together.py [size=glyphs|small|full] [rounds=5]
 
@@ -22,6 +22,7 @@ from sides import MIB, seconds, status_mib
 from loce.config import load_config, read_options, run_script
 from loce.engine.loop import train_step
 from loce.models.build import build_model, build_optimizer
+from loce.models.roi_heads import Once
 from loce.models.together import SHARED, Together, share
 from loce.utils.distributed import setup
 from loce.utils.environment import environment
@@ -116,6 +117,13 @@ def main() -> None:
         models = [arm.model for arm in some]
         train_step(Together(models) if len(models) > 1 else models[0], some, [samples], some[0].config.train, 1e-6)
 
+    def detect(some: list[Any], together: bool) -> None:
+        images = [sample["image"] for sample in samples]
+        plain = ([(1.0, 1.0)] * number, [size] * number, None, None)
+        once = Once()
+        for arm in some:
+            arm.model.eval().detect(images, *plain, once if together else None)
+
     # All sides once, to warm up, then in turns.
     sides = {"softmax": arms[3:4], **{f"{count} arms": arms[:count] for count in COUNTS}}
     memory = {}
@@ -126,6 +134,15 @@ def main() -> None:
     for _ in range(options.rounds):
         for name, some in sides.items():
             times[name].append(seconds(lambda some=some: step(some), device))  # type: ignore[misc]
+
+    # Inference on these images, together and apart, of the first five arms.
+    detect(arms[:1], False)
+    inference: dict[str, list[float]] = {"together": [], "apart": []}
+    for _ in range(max(1, options.rounds // 2)):
+        for name, some in inference.items():
+            some.append(seconds(lambda name=name: detect(arms[:5], name == "together"), device))  # type: ignore[misc]
+    ratio = statistics.median(inference["apart"]) / statistics.median(inference["together"])
+    print(f"inference of 5 arms: {ratio:.2f} times cheaper together")
 
     facts = dict(line.split(": ", 1) for line in environment(device).splitlines())
     rows = {}
@@ -139,7 +156,12 @@ def main() -> None:
             content = json.load(file)
     except FileNotFoundError:
         content = {"benchmark": "together", "sizes": {}}
-    content["sizes"][options.size] = {"rows": rows, "options": dataclasses.asdict(options), "environment": facts}
+    content["sizes"][options.size] = {
+        "rows": rows,
+        "inference": inference,
+        "options": dataclasses.asdict(options),
+        "environment": facts,
+    }
     write_text(options.output, json.dumps(content, indent=1) + "\n")
 
 
