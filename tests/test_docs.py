@@ -11,6 +11,7 @@ import pytest
 from torch.distributed.run import get_args_parser
 
 from loce.config import load_config, read_options
+from loce.engine.passes import read_recipes
 from loce.utils.options import schema
 from tests.doc_pages import FENCE, blocks, fenced_commands
 
@@ -102,6 +103,9 @@ def check_script(script: str, words: list[str], tmp_path: Path) -> None:
     own = [word for word in words if options and word.split("=")[0] in schema(options)]
     if options:
         read_options(options, own)
+    if any(" " in word for word in words):  # recipes with words of their own
+        read_recipes(words)
+        return
     recipes = [word for word in words if word.endswith(".yaml") and "=" not in word]
     written = {"rebalance.yaml": "rebalance.md", "mine.yaml": "own_data.md"}
     if len(recipes) == 1 and recipes[0] in written:
@@ -172,6 +176,7 @@ RUN_BY = {
     r"usage.md: python scripts/evaluate.py .* save_json=true": "tests/checkpoint/test_load.py",
     r"usage.md: make predict .*": "tests/engine/test_predict.py",
     r".*: (make (report|figures)|python scripts/(report|figures).py).*": "tests/report/test_report.py",
+    r"together.md: python .*": "tests/engine/test_together.py",
     r"lvis.md: python scripts/convert.py .*": "tests/checkpoint/convert/test_files.py",
     r"own_data.md: .*": "tests/test_own_data.py",
     r"rebalance.md: .*": "tests/checkpoint/convert/test_torchvision_agrees.py",
