@@ -13,7 +13,7 @@ from pycocotools import mask as coco_mask
 from torch import Tensor
 
 from loce.models.boxes import ROI_STDS, decode
-from loce.models.roi_heads import pool, pyramid_level
+from loce.models.roi_heads import Once, pool, pyramid_level
 from tests.parity import official, rule
 
 MAPS = {  # stage -> (channel step, position step of the stored part, tolerance)
@@ -154,7 +154,7 @@ def test_detections_and_masks(stages, detector, deviations):
     size, wanted = stages.size, stages.official
     logits, deltas = detector.rpn(stages.features)
     boxes = detector.rpn.proposals(logits, deltas, detector.rpn.anchors(stages.features), [size.content])[0]
-    found = detector._detect_one(stages.features, boxes, size.content, size.scale, size.original, None)
+    found = detector._detect_one(stages.features, boxes, size.content, size.scale, size.original, None, None, Once(), 0)
 
     official_boxes, official_labels = torch.from_numpy(wanted["det"]), torch.from_numpy(wanted["det_labels"])
     order, worst = one_to_one(found["boxes"], official_boxes[:, :4], found["labels"], official_labels)

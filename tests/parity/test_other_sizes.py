@@ -12,7 +12,7 @@ from torchvision.ops import nms
 
 from loce.config import MemoryConfig
 from loce.models.boxes import ROI_STDS, decode
-from loce.models.roi_heads import pool
+from loce.models.roi_heads import Once, pool
 from tests.parity import official, rule
 from tests.parity.test_inference import FINEST
 from tests.parity.test_training import CONTENT, PADDED
@@ -52,7 +52,7 @@ def test_1203_classes(many_classes, deviations, index):
     count = int((scores > 1e-4).sum())
     deviations.within("1203 classes: candidates", abs(count / candidates - 1), 1e-4, "relative")
 
-    found = model._detect_one(features, proposals, size.content, size.scale, size.original, None)
+    found = model._detect_one(features, proposals, size.content, size.scale, size.original, None, None, Once(), 0)
     boxes = decode(proposals[:, None], roi.fc_reg(x).reshape(len(x), -1, 4), ROI_STDS, size.content)
     boxes = boxes / boxes.new_tensor(size.scale * 2)
     kept_boxes, kept_scores, kept_labels = [], [], []
@@ -107,5 +107,5 @@ def test_a_step_and_detections_of_r101(head):
         features = model.features(torch.from_numpy(rule.image(0))[None])
         logits, deltas = model.rpn(features)
         boxes = model.rpn.proposals(logits, deltas, model.rpn.anchors(features), [size.content])[0]
-        found = model._detect_one(features, boxes, size.content, size.scale, size.original, None)
+        found = model._detect_one(features, boxes, size.content, size.scale, size.original, None, None, Once(), 0)
     assert len(found["boxes"]) == 300 and torch.isfinite(found["boxes"]).all()
