@@ -80,7 +80,7 @@ def watch(frame, event, _):
         sys.setprofile(None)
         names = []
         while frame.f_code.co_name != "main":
-            if frame.f_code.co_filename.startswith(root):
+            if frame.f_code.co_filename.startswith((root + "/loce/", root + "/scripts/")):
                 names.append(frame.f_code.co_name)
             frame = frame.f_back
         sys.exit(" ".join(["frames: main", *names[::-1]]))

@@ -235,7 +235,9 @@ def test_rows_that_may_share_train_in_one_pass(workplace: Path, first: str) -> N
         json.loads((workplace / f"runs/tables/records/glyphs/seed0/loce+{words}.json").read_text())
         for words in ("train.clip_norm=0", "indicator.momentum=0.8+train.clip_norm=0")
     ]
-    assert all(record["minutes"] > 0 and record["command"].startswith("finetune.py ") for record in records)
+    assert all(record["command"].startswith("finetune.py ") for record in records)
+    minutes = [float(note.read_text()) for note in workplace.rglob("minutes.txt")]  # records have a digit of them
+    assert len(minutes) >= 4 and min(minutes) > 0
     assert records[1]["options"]["indicator.momentum"] == 0.8
     assert all(row[1] != "not run" for table in (10, 11) for row in cells(workplace, table))
     assert commands(run(workplace, "table=11")) == []
