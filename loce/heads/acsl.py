@@ -17,11 +17,10 @@ Differences from the paper / the released code:
 """
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from loce.config import HeadConfig
-from loce.heads.base import Head, RoIs, at_least_fp32, linear, one_hot
+from loce.heads.base import Head, RoIs, at_least_fp32, binary_cross_entropy, linear, one_hot
 from loce.utils.classes import IGNORED, ClassStats
 
 PRIOR = 0.01
@@ -50,9 +49,7 @@ class ACSLHead(Head):
         common_N = draw_rows(background_N, section.common_share, rois.generator)
         rare_N = draw_rows(background_N, section.rare_share, rois.generator)
         weight_NL = self.weights(z_NL.detach(), labels_N, common_N, rare_N)
-        target_NL = one_hot(labels_N, self.num_classes + 1).to(z_NL)
-        total = F.binary_cross_entropy_with_logits(z_NL, target_NL, weight_NL.to(z_NL), reduction="sum")
-        return {"loss_cls": total / rois.count}
+        return {"loss_cls": binary_cross_entropy(z_NL, labels_N, rois.count, weight_NL)}
 
     def weights(self, z_NL: Tensor, labels_N: Tensor, common_N: Tensor, rare_N: Tensor) -> Tensor:
         """(N, C+1) bool: the entries that take part; common_N, rare_N (N,) bool: background rows drawn for a group."""

@@ -172,6 +172,22 @@ def one_hot(labels_N: Tensor, columns: int) -> Tensor:
     return labels_N[:, None] == torch.arange(columns, device=labels_N.device)
 
 
+def binary_cross_entropy(logits_NL: Tensor, labels_N: Tensor, count: Tensor, weight_NL: Tensor) -> Tensor:
+    """(): sigmoid losses of all entries times `weight_NL`, targets one-hot, over `count`; in at least fp32.
+
+    weight_NL: (N, L) bool or float, 0 for an entry, such as one of an ignored row, that takes no part.
+    """
+    z_NL = at_least_fp32(logits_NL)
+    target_NL = one_hot(labels_N, z_NL.shape[1]).to(z_NL)
+    return F.binary_cross_entropy_with_logits(z_NL, target_NL, weight_NL.to(z_NL), reduction="sum") / count
+
+
+def scores_against_background(logits_NL: Tensor) -> Tensor:
+    """(N, C): sigma(z_c) (1 - sigma(z_background)) of C + 1 sigmoid logits, background last, in at least fp32."""
+    z_NL = at_least_fp32(logits_NL)
+    return z_NL[:, :-1].sigmoid() * torch.sigmoid(-z_NL[:, -1:])
+
+
 def cross_entropy(
     logits_NL: Tensor,
     labels_N: Tensor,

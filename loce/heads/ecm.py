@@ -21,11 +21,18 @@ Differences from the paper / the released code:
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from loce.config import HeadConfig
-from loce.heads.base import Head, NormalisedLinear, RoIs, at_least_fp32, linear, one_hot
+from loce.heads.base import (
+    Head,
+    NormalisedLinear,
+    RoIs,
+    at_least_fp32,
+    binary_cross_entropy,
+    linear,
+    scores_against_background,
+)
 from loce.utils.classes import IGNORED, ClassStats
 
 
@@ -52,12 +59,9 @@ class ECMHead(Head):
     def losses(self, logits_NL: Tensor, rois: RoIs) -> dict[str, Tensor]:
         """`loss_cls`: the weighted losses of all outputs, divided by the number of rows that take part."""
         z_NL = 2 * at_least_fp32(logits_NL) + self.margin_L
-        target_NL = one_hot(rois.labels_N, self.num_classes + 1).to(z_NL)
         weight_NL = torch.where((rois.labels_N != IGNORED)[:, None], self.weight_L, 0)
-        total = F.binary_cross_entropy_with_logits(z_NL, target_NL, weight_NL.to(z_NL), reduction="sum")
-        return {"loss_cls": total / rois.count}
+        return {"loss_cls": binary_cross_entropy(z_NL, rois.labels_N, rois.count, weight_NL)}
 
     def scores(self, logits_NL: Tensor) -> Tensor:
         """Logits (N, C+1) -> (N, C): the class's sigmoid times one minus the background's, fp32."""
-        p_NL = at_least_fp32(logits_NL).sigmoid()
-        return p_NL[:, :-1] * (1 - p_NL[:, -1:])
+        return scores_against_background(logits_NL)

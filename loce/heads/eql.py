@@ -17,11 +17,10 @@ Differences from the paper / the released code:
 """
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from loce.config import HeadConfig
-from loce.heads.base import Head, RoIs, at_least_fp32, linear, one_hot
+from loce.heads.base import Head, RoIs, at_least_fp32, binary_cross_entropy, linear, one_hot
 from loce.utils.classes import IGNORED, ClassStats
 
 
@@ -41,13 +40,11 @@ class EQLHead(Head):
 
     def losses(self, logits_NL: Tensor, rois: RoIs) -> dict[str, Tensor]:
         """`loss_cls`: Eq. 3, summed over classes and rows that take part, divided by the number of these rows."""
-        z_NC = at_least_fp32(logits_NL)
         own_NC = one_hot(rois.labels_N, self.num_classes)
         foreground_N1 = own_NC.any(dim=1, keepdim=True)
         spared_NC = foreground_N1 & self.tail & ~own_NC
         counts_NC = (rois.labels_N != IGNORED)[:, None] & ~spared_NC
-        total = F.binary_cross_entropy_with_logits(z_NC, own_NC.to(z_NC), weight=counts_NC.to(z_NC), reduction="sum")
-        return {"loss_cls": total / rois.count}
+        return {"loss_cls": binary_cross_entropy(logits_NL, rois.labels_N, rois.count, counts_NC)}
 
     def scores(self, logits_NL: Tensor) -> Tensor:
         """Logits (N, C) -> sigmoids (N, C), fp32; they add up to anything."""

@@ -25,7 +25,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from loce.config import HeadConfig
-from loce.heads.base import Head, RoIs, at_least_fp32, linear, one_hot
+from loce.heads.base import Head, RoIs, at_least_fp32, binary_cross_entropy, linear, one_hot, scores_against_background
 from loce.utils.classes import IGNORED, ClassStats
 from loce.utils.distributed import all_reduce_sum
 
@@ -54,10 +54,9 @@ class EQLv2Head(Head):
         own_NL = one_hot(rois.labels_N, self.num_classes + 1)
         positive_L, negative_L = F.pad(self.weights(), (0, 1), value=1.0).to(z_NL)
         weight_NL = torch.where(own_NL, positive_L, negative_L) * (rois.labels_N != IGNORED)[:, None]
-        total = F.binary_cross_entropy_with_logits(z_NL, own_NL.to(z_NL), weight=weight_NL, reduction="sum")
         if self.training:
             self._collect(z_NL.detach(), own_NL, weight_NL)
-        return {"loss_cls": total / rois.count}
+        return {"loss_cls": binary_cross_entropy(z_NL, rois.labels_N, rois.count, weight_NL)}
 
     @torch.no_grad()
     def weights(self) -> Tensor:
@@ -78,5 +77,4 @@ class EQLv2Head(Head):
 
     def scores(self, logits_NL: Tensor) -> Tensor:
         """Logits (N, C+1) -> (N, C) each class's sigmoid times that of "no background", fp32."""
-        z_NL = at_least_fp32(logits_NL)
-        return z_NL[:, : self.num_classes].sigmoid() * torch.sigmoid(-z_NL[:, self.num_classes :])
+        return scores_against_background(logits_NL)

@@ -22,7 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from loce.config import HeadConfig
-from loce.heads.base import Head, RoIs, at_least_fp32, linear, one_hot
+from loce.heads.base import Head, RoIs, at_least_fp32, binary_cross_entropy, linear, scores_against_background
 from loce.heads.confusion import class_softmax_sums
 from loce.utils.classes import IGNORED, ClassStats
 
@@ -47,7 +47,6 @@ class FCBLHead(Head):
         """`loss_cls`; in training mode the rows enter the state afterwards, and every rank must call."""
         z_NL, labels_N = at_least_fp32(logits_NL), rois.labels_N
         foreground_N = (labels_N >= 0) & (labels_N < self.num_classes)
-        own_NL = one_hot(labels_N, self.num_classes + 1)
         margin_NC = self.margins().to(z_NL.dtype)[torch.where(foreground_N, labels_N, 0)]
         margin_NL = F.pad(torch.where(foreground_N[:, None], margin_NC, 0), (0, 1))
         weight_NL = (labels_N != IGNORED)[:, None].expand_as(z_NL)
@@ -56,13 +55,11 @@ class FCBLHead(Head):
             score_N1 = score_NC.gather(1, torch.where(foreground_N, labels_N, 0)[:, None])
             strong_NC = (score_NC >= score_N1) | (score_NC >= self.options.fcbl.threshold)
             weight_NL = weight_NL & (F.pad(strong_NC, (0, 1), value=True) | ~foreground_N[:, None])
-        total = F.binary_cross_entropy_with_logits(
-            z_NL + margin_NL, own_NL.to(z_NL), weight_NL.to(z_NL), reduction="sum"
-        )
+        loss = binary_cross_entropy(z_NL + margin_NL, labels_N, rois.count, weight_NL)
         if self.training:
             sums_CC, counts_C = class_softmax_sums(z_NL[:, :-1].detach(), labels_N)
             self.sums, self.rows = self.sums + sums_CC.to(self.sums), self.rows + counts_C
-        return {"loss_cls": total / rois.count}
+        return {"loss_cls": loss}
 
     def confusion(self) -> Tensor:
         """(C, C) K: mean softmax over foreground classes of the rows of each true class; 0 for one never seen."""
@@ -75,5 +72,4 @@ class FCBLHead(Head):
 
     def scores(self, logits_NL: Tensor) -> Tensor:
         """Logits (N, C+1) -> (N, C): the class's sigmoid times one minus the background's, fp32."""
-        p_NL = at_least_fp32(logits_NL).sigmoid()
-        return p_NL[:, :-1] * (1 - p_NL[:, -1:])
+        return scores_against_background(logits_NL)

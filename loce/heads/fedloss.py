@@ -19,11 +19,10 @@ Differences from the paper / the released code:
 """
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from loce.config import HeadConfig
-from loce.heads.base import Head, RoIs, at_least_fp32, linear, one_hot
+from loce.heads.base import Head, RoIs, at_least_fp32, binary_cross_entropy, linear, one_hot
 from loce.utils.classes import IGNORED, ClassStats
 
 
@@ -62,8 +61,5 @@ class FedLossHead(Head):
 
 def federated_loss(logits_NC: Tensor, rois: RoIs, taking_part_C: Tensor) -> Tensor:
     """(): sum of the sigmoid losses over rows and over the classes that take part (C,), divided by `rois.count`."""
-    z_NC = at_least_fp32(logits_NC)
-    target_NC = one_hot(rois.labels_N, z_NC.shape[1]).to(z_NC)
     weight_NC = taking_part_C & (rois.labels_N != IGNORED)[:, None]
-    total = F.binary_cross_entropy_with_logits(z_NC, target_NC, weight_NC.to(z_NC), reduction="sum")
-    return total / rois.count
+    return binary_cross_entropy(logits_NC, rois.labels_N, rois.count, weight_NC)
