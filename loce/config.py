@@ -393,10 +393,14 @@ class TrainConfig:
     epochs: Count = 24  # over the training images
     lr: Positive = 0.02  # at a batch of `lr_batch_size`; scaled linearly with batch_size
     lr_batch_size: Count = 16  # images that `lr` is meant for
-    momentum: Decay = 0.9  # of SGD
+    optimizer: Literal["sgd", "adamw"] = "sgd"  # adamw: weight decay apart from the gradient (decoupled)
+    momentum: Decay = 0.9  # of SGD; AdamW's beta1, its beta2 is 0.999
     weight_decay: NotNegative = 1e-4  # of every weight that trains
+    decay_norms: bool = True  # false: norms and biases have no weight decay
+    layer_decay: Share = 1.0  # learning rate of a stage of the trunk, as a share of the next deeper one's
     warmup_iterations: Natural = 500  # with a linearly rising learning rate
     warmup_factor: Share = 1e-3  # of the learning rate, where the warm-up begins
+    schedule: Literal["step", "cosine"] = "step"  # cosine: after the warm-up, half a cosine down to 0
     drops: tuple[Count, ...] = (16, 22)  # epochs after which the learning rate falls
     drop_factor: Share = 0.1  # of the learning rate, at every drop
     clip_norm: NotNegative = 0.0  # 0: off
@@ -460,6 +464,10 @@ OPTION_OF: dict[str, Choice] = {
     "head.ecm.temperature": ("head.ecm.normalised", (True,)),
     "head.fcbl.threshold": ("head.fcbl.reweight", (True,)),
     "head.iif.temperature": ("head.iif.normalised", (True,)),
+    "train.drops": ("train.schedule", ("step",)),
+    "train.drop_factor": ("train.schedule", ("step",)),
+    "train.decay_norms": ("train.weight_decay", Range(0, above=True)),
+    "train.layer_decay": ("train.freeze", ("none",)),
 }
 
 # Options that went, each with its default of then, which old run folders and checkpoints state and which is done now.
@@ -579,8 +587,16 @@ CONFLICTS: tuple[Conflict, ...] = (
     ),
     (
         ("train.drops", "train.epochs"),
-        lambda c: list(c.train.drops) != sorted(set(c.train.drops)) or any(d >= c.train.epochs for d in c.train.drops),
+        lambda c: (
+            c.train.schedule == "step"
+            and (list(c.train.drops) != sorted(set(c.train.drops)) or any(d >= c.train.epochs for d in c.train.drops))
+        ),
         "drops must increase and stay below epochs",
+    ),
+    (
+        ("train.optimizer", "train.lr"),
+        lambda c: c.train.optimizer == "adamw" and c.train.lr >= 0.01,
+        "a learning rate for SGD, with which AdamW diverges; set train.lr to 1e-4 or near it",
     ),
     (
         ("head.reset", "train.init"),

@@ -248,7 +248,7 @@ def test_a_dictionary_is_checked_like_a_file():
 
 SINGLE = {
     "train: {freze: trunk}": "run.yaml: train.freze = trunk: unknown key; did you mean train.freeze?",
-    "optimizer: {lr: 3}": "run.yaml: optimizer = {lr: 3}: unknown key; --help lists all keys",
+    "gpu: {lr: 3}": "run.yaml: gpu = {lr: 3}: unknown key; --help lists all keys",
     "momentum: 0.5": "run.yaml: momentum = 0.5: unknown key; "
     "did you mean head.pcb.momentum or indicator.momentum or train.momentum?",
     "memory: {enable: true}": "run.yaml: memory.enable = true: unknown key; did you mean memory.enabled?",
@@ -307,11 +307,11 @@ WORDS = {
     "train.drops=16,22": "command line: train.drops = 16,22: must be a list of whole numbers >= 1, such as [1, 2]",
     "train=fast": (
         "command line: train = fast: is a section; its keys are train.freeze, train.init, train.resume, "
-        "train.batch_size, train.accumulate, train.epochs, train.lr, train.lr_batch_size, train.momentum, "
-        "train.weight_decay, "
-        "train.warmup_iterations, train.warmup_factor, train.drops, train.drop_factor, train.clip_norm, "
-        "train.precision, train.log_every, train.checkpoint_every, train.keep_checkpoints, train.evaluate, "
-        "train.evaluate_every, train.dry_run, train.overfit, train.wandb"
+        "train.batch_size, train.accumulate, train.epochs, train.lr, train.lr_batch_size, train.optimizer, "
+        "train.momentum, train.weight_decay, train.decay_norms, train.layer_decay, "
+        "train.warmup_iterations, train.warmup_factor, train.schedule, train.drops, train.drop_factor, "
+        "train.clip_norm, train.precision, train.log_every, train.checkpoint_every, train.keep_checkpoints, "
+        "train.evaluate, train.evaluate_every, train.dry_run, train.overfit, train.wandb"
     ),
 }
 
@@ -366,6 +366,7 @@ IMPOSSIBLE = [
     ("train.overfit=8", "train.dry_run=true"),
     ("train.overfit=8", "head.name=simcal", "sampler.name=bilevel", "train.freeze=detector", "train.init=x"),
     ("train.drops=[16, 16]",),
+    ("train.optimizer=adamw",),
     ("head.reset=true",),
     (
         *("head.name=simcal", "sampler.name=bilevel", "train.freeze=detector", "train.init=x"),
@@ -407,6 +408,10 @@ def test_ways_out_of_conflicts(load):
     assert load("", "model.weights=none", "model.norm=group", "model.frozen_stages=0").model.weights == "none"
 
 
+def test_drops_of_a_recipe_do_not_count_under_a_cosine(load):
+    assert load("train: {epochs: 3, drops: [2]}\n", "train.schedule=cosine", "train.epochs=1").train.epochs == 1
+
+
 def test_keys_of_rules_exist():
     for keys, _, _ in CONFLICTS:
         assert set(keys) <= set(schema(Config))
@@ -439,6 +444,9 @@ OTHER_CHOICE = {"indicator.kind": "prior", "model.mask_predictor": "linear", "me
     "sampler.name": "class_balanced",
     "sampler.repeat_by": "images",
     "head.name": "softmax",
+    "train.schedule": "cosine",
+    "train.weight_decay": "0.0",
+    "train.freeze": "trunk",
 }
 IDLE = {
     key: rule
@@ -454,6 +462,7 @@ def test_an_option_of_what_is_not_chosen_is_refused(load, key: str):
     other = "score" if key == "indicator.background_count" else OTHER_CHOICE[chooser]
     head = [f"head.name={key.split('.')[1]}"] if chooser.startswith("head.") and chooser != "head.name" else []
     head += ["train.freeze=detector", "train.init=x"] if "head.name=balms" in head else []
+    head += ["train.init=x"] if chooser == "train.freeze" else []
     choice = f"{chooser} {values}" if isinstance(values, Range) else f"{chooser}={show(values[0])}"
     text = message(load, "", *head, f"{key}={another_value(key)}", f"{chooser}={other}")
     assert text.startswith(f"command line: {key} = ")

@@ -145,7 +145,8 @@ def _tidy(
 
 def checkpoint_bytes(config: Config, model: MaskRCNN) -> int:
     """What one checkpoint takes at most: its feature memory full."""
-    trained = [p for p in model.parameters() if p.requires_grad]  # with a momentum each
+    trained = [p for p in model.parameters() if p.requires_grad]  # with a momentum each, or two moments
+    trained *= 2 if config.train.optimizer == "adamw" else 1
     memory = memory_state(model)
     copies = 1 if config.memory.shared else distributed.world_size()
     rest = [tensor for name, tensor in model.state_dict().items() if name not in memory]

@@ -76,7 +76,8 @@ class Arm:
         if state is not None:
             self.optimizer.load_state_dict(state["optimizer"])
             for group in self.optimizer.param_groups:
-                group["fused"] = True  # a checkpoint of before says None
+                group["fused"] = True  # a checkpoint of before says None, and has one group
+                group.setdefault("lr_scale", 1.0)
             self.scaler.load_state_dict(state["scaler"])
 
     def write(self, lr: float) -> None:

@@ -1,5 +1,6 @@
 """Training step, and what it needs: learning rate, gradient norm, agreement of the ranks; filling of the memory."""
 
+import math
 from collections.abc import Sequence
 from contextlib import nullcontext
 from typing import Any, Protocol
@@ -80,12 +81,12 @@ def train_step(
 
 
 def optimizer_step(arms: Sequence[Learner], lr: float) -> None:
-    """Move the weights of all arms. What they share is moved by the first, and has one momentum."""
-    moved: dict[Tensor, dict[str, Any]] = {}  # weight -> its momentum
+    """Move the weights of all arms. What they share is moved by the first, and has one state."""
+    moved: dict[Tensor, dict[str, Any]] = {}  # weight -> its momentum, or AdamW's moments
     for arm in arms:
         state = arm.optimizer.state
         for group in arm.optimizer.param_groups:
-            group["lr"] = lr
+            group["lr"] = lr * group["lr_scale"]
             if moved:  # in the order of the weights, as the optimiser of a run of its own has them
                 learning = [p for p in group["params"] if p in moved or p.grad is not None]
                 state.update({p: moved.get(p, state[p]) for p in learning})
@@ -122,15 +123,19 @@ def scaled_lr(config: TrainConfig) -> float:
     return config.lr * config.batch_size / config.lr_batch_size
 
 
-def learning_rate(config: TrainConfig, iteration: int, epoch: int) -> float:
-    """The learning rate of an iteration (from 0, over the whole training) in an epoch (from 0).
+def learning_rate(config: TrainConfig, iteration: int, epoch: int, total: int) -> float:
+    """The learning rate of an iteration (from 0, of `total` over the whole training) in an epoch (from 0).
 
-    Linear warm-up from `warmup_factor`, and a fall by `drop_factor` after each of the epochs in `drops`.
+    Linear warm-up from `warmup_factor`. Step: a fall by `drop_factor` after each of the epochs in `drops`. Cosine: from
+    the end of the warm-up half a cosine, down to 0 after the last iteration (SGDR without restarts, arXiv 1608.03983).
     """
-    rate = scaled_lr(config) * config.drop_factor ** sum(epoch >= drop for drop in config.drops)
-    if iteration < config.warmup_iterations:
-        share = iteration / config.warmup_iterations
-        rate *= 1 - (1 - share) * (1 - config.warmup_factor)
+    warmup, rate = config.warmup_iterations, scaled_lr(config)
+    if config.schedule == "step":
+        rate *= config.drop_factor ** sum(epoch >= drop for drop in config.drops)
+    elif iteration >= warmup:
+        rate *= (1 + math.cos(math.pi * (iteration - warmup) / (total - warmup))) / 2
+    if iteration < warmup:
+        rate *= 1 - (1 - iteration / warmup) * (1 - config.warmup_factor)
     return rate
 
 

@@ -56,7 +56,9 @@ def run_summary(trainer: Trainer, arm: Arm) -> list[str]:
     every = sum(p.numel() for p in arm.model.parameters())
     each = train.batch_size // (world * train.accumulate)
     meta = ", and as many of the meta batch, counted in images/s" if trainer.plan.meta else ""
+    rate = f"{train.optimizer}, learning rate" if train.optimizer != "sgd" else "learning rate"
     # Schedule.
+    falls = f"drops after {list(train.drops)}" if train.schedule == "step" else "half a cosine after the warm-up"
     known = speed_known_at(trainer.step, total, train.log_every)
     end = f"said near iteration {known}, when the speed is known" if known else ""
     # Disk: checkpoints that are kept, the one that is being written, the best one, and the logs.
@@ -78,8 +80,8 @@ def run_summary(trainer: Trainer, arm: Arm) -> list[str]:
         f"model: {config.model.backbone}, {trained / 1e6:.2f} of {every / 1e6:.2f} M parameters train "
         f"(train.freeze={train.freeze})",
         f"batch: {train.batch_size} = {world} ranks x {each} images x {train.accumulate} steps{meta}; "
-        f"learning rate {scaled_lr(train):.4g} ({train.lr:g} at {train.lr_batch_size}, scaled linearly)",
-        f"schedule: {train.epochs} epochs, {total} iterations, drops after {list(train.drops)}, {train.precision}, "
+        f"{rate} {scaled_lr(train):.4g} ({train.lr:g} at {train.lr_batch_size}, scaled linearly)",
+        f"schedule: {train.epochs} epochs, {total} iterations, {falls}, {train.precision}, "
         f"seed {config.seed}; run folder {arm.folder}",
         f"expected end: {end or 'the run is over before its speed is known'}",
         f"disk: up to {megabytes(count * size + logs)} ({kept}: {count} x {megabytes(size)}; logs: {megabytes(logs)})"

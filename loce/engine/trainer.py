@@ -141,7 +141,7 @@ class Trainer:
                     # The optimiser step. A method may depend on the share of the training that is done.
                     for arm in self.arms:
                         arm.model.roi_heads.progress = self.step / self.total
-                    lr = learning_rate(train, self.step, epoch)
+                    lr = learning_rate(train, self.step, epoch, self.total)
                     try:
                         losses, stop = train_step(self.module, self.arms, batches, train, lr)
                     except NotFiniteError as error:

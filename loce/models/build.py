@@ -1,9 +1,11 @@
 """Detector and optimiser from a Config."""
 
 import dataclasses
+from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor, nn
 
 from loce.config import Config, TrainConfig
 from loce.data.annotations.lvis import LVISAnnotations
@@ -11,6 +13,8 @@ from loce.heads import HEADS
 from loce.models.mask_rcnn import MaskRCNN, build_roi_heads
 from loce.models.nms_resampling import NMSResampling
 from loce.utils.classes import ClassStats
+
+ADAM_BETA2 = 0.999  # PyTorch's, and every published recipe's for detectors
 
 
 def build_model(config: Config, stats: ClassStats, pretrained: bool = True) -> MaskRCNN:
@@ -37,11 +41,45 @@ def load_head_files(config: Config, annotations: LVISAnnotations, model: MaskRCN
         model.roi_heads.classifier.get_buffer(name).copy_(torch.from_numpy(values))
 
 
-def build_optimizer(model: torch.nn.Module, train: TrainConfig) -> torch.optim.SGD:
-    """SGD over everything that is not frozen, biases and norms included in the weight decay (MMDetection's default).
+def build_optimizer(model: nn.Module, train: TrainConfig) -> torch.optim.Optimizer:
+    """SGD, or AdamW (Loshchilov and Hutter, arXiv 1711.05101), over everything that is not frozen.
 
-    fused: one pass over a weight, its gradient and its momentum, instead of one for each operation.
+    Its groups differ in weight decay and in "lr_scale", the share of the learning rate that they train with (see
+    `lr_scales`); by default there is one. fused: one pass over a weight, its gradient and its state, instead of one for
+    each operation.
     """
-    parameters = [p for p in model.parameters() if p.requires_grad]
-    lr, momentum, decay = train.lr, train.momentum, train.weight_decay
-    return torch.optim.SGD(parameters, lr=lr, momentum=momentum, weight_decay=decay, fused=True)
+    scales = lr_scales(model, train.layer_decay)
+    groups: dict[tuple[float, float], dict[str, Any]] = {}
+    for name, p in model.named_parameters():
+        if p.requires_grad:
+            decay = train.weight_decay if train.decay_norms or not norm_or_bias(name, p) else 0.0
+            scale = scales.get(p, 1.0)
+            group = {"params": [], "weight_decay": decay, "lr_scale": scale}
+            groups.setdefault((decay, scale), group)["params"].append(p)
+    if train.optimizer == "adamw":
+        return torch.optim.AdamW(groups.values(), lr=train.lr, betas=(train.momentum, ADAM_BETA2), fused=True)
+    return torch.optim.SGD(groups.values(), lr=train.lr, momentum=train.momentum, fused=True)
+
+
+def norm_or_bias(name: str, parameter: Tensor) -> bool:
+    """Whether a parameter has one number a channel (of norms and layer scales), or is a bias, that of attention too."""
+    return "bias" in name.rpartition(".")[2] or parameter.shape[1:].numel() == 1
+
+
+def lr_scales(model: nn.Module, decay: float) -> dict[Tensor, float]:
+    """Layer-wise learning rates: of the trunk's parameters, the share of the learning rate that they train with.
+
+    decay^(5 - l) in stage l of 1 to 4, its downsampling included, and in the stem, l = 0; the pyramid and all behind it
+    train with all of it. The rule of ELECTRA (arXiv 2003.10555, Appendix A) and BEiT (arXiv 2106.08254, Appendix H),
+    where every layer is one step; a stage is one here, as in MMDetection's "stage_wise" for ConvNeXt.
+    """
+    if decay == 1:
+        return {}
+    scales: dict[Tensor, float] = {}
+    body: Any = model.get_submodule("backbone.body")
+    ends, done = body.return_layers, 0  # the children that give the pyramid its maps
+    for name, child in body.named_children():
+        done += name in ends
+        stage = done if name in ends else done + bool(done)  # what comes before the first map is the stem
+        scales.update(dict.fromkeys(child.parameters(), decay ** (len(ends) + 1 - stage)))
+    return scales
