@@ -404,6 +404,7 @@ class TrainConfig:
     drops: tuple[Count, ...] = (16, 22)  # epochs after which the learning rate falls
     drop_factor: Share = 0.1  # of the learning rate, at every drop
     clip_norm: NotNegative = 0.0  # 0: off
+    ema: Decay = 0.0  # of the moving average of the weights, which is evaluated in their place; 0: none
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"  # of the forward pass; weights and losses stay fp32
     log_every: Count = 50  # iterations
     checkpoint_every: Count = 1000  # iterations, besides every epoch's end

@@ -3,7 +3,8 @@
 python scripts/evaluate.py annotations=A.json results=R.json [output=DIR]
 python (or torchrun --nproc_per_node=N) scripts/evaluate.py [checkpoint=RUN_OR_FILE | checkpoint=[A,B]]
     [annotations=A.json images=DIR] [head.name=norcal head.norcal.gamma=0.6] [eval.nms=0.4]
-Options head.* and eval.* take the place of the checkpoint's, for what works on trained weights as they are.
+Options head.* and eval.* take the place of the checkpoint's, for what works on trained weights as they are;
+train.ema=0 evaluates the weights of the last step in place of their average.
 """
 
 import sys
@@ -18,7 +19,7 @@ from loce.report.tables.steps import newest_run
 from loce.utils.files import require_writable
 from loce.utils.yaml_text import parse_value
 
-CONFIG_WORDS = ("head.", "eval.")  # options of a run
+CONFIG_WORDS = ("head.", "eval.", "train.ema=")  # options of a run
 WRITTEN = "metrics.json, evaluation.json, per_category.csv and more are in"
 
 
@@ -101,7 +102,9 @@ def main() -> None:
     if options.checkpoint and options.results:
         raise UserError("checkpoint and results: give one of them")
     if options.results and (options.images or options.detections or options.device != "auto" or words):
-        raise UserError("images, detections, device, head.* and eval.* are for checkpoints; results need no inference")
+        raise UserError(
+            "images, detections, device, train.ema, head.* and eval.* are for checkpoints; results need no inference"
+        )
     evaluate_results(options) if options.results else evaluate_a_checkpoint(options, words)
 
 

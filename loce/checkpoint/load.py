@@ -40,7 +40,8 @@ class Checkpoint:
     """A checkpoint of ours in memory. Its file is read and checked once, by `open`, whatever is taken from it then.
 
     path: the file; options: of its run, nested; classes: of its training data; model: the weights on the host (a state
-    dict without the feature memory); state: all the rest of the file, what resuming needs (see save.py).
+    dict without the feature memory); state: all the rest of the file, what resuming needs (see save.py), the moving
+    averages of the weights included, which are what is evaluated, converted and started from (`train.ema`).
     """
 
     path: Path
@@ -64,7 +65,7 @@ class Checkpoint:
         if content["format"] not in READABLE:
             raise UserError(f"checkpoint {file}: format {content['format']}, this loce reads up to format {FORMAT}")
         weights = {name.replace(OLD_HEAD_PREFIX, HEAD_PREFIX): w for name, w in content.pop("model").items()}
-        require_finite(weights, f"checkpoint {file}")
+        require_finite({**weights, **content.get("ema", {})}, f"checkpoint {file}")
         classes = stats_from_dict(content.pop("classes"))
         return cls(file, content.pop("config"), classes, weights, content)
 
@@ -76,6 +77,17 @@ class Checkpoint:
     def config_with(self, overrides: Sequence[str] = ()) -> Config:
         """The options of its run with others in their place, each "section.key=value"."""
         return from_dict(self.options, str(self.path), overrides)
+
+    @property
+    def averages(self) -> dict[str, Tensor]:
+        """The moving averages of the weights; {} of a run without."""
+        found: dict[str, Tensor] = self.state.get("ema", {})
+        return found
+
+    @property
+    def weights(self) -> dict[str, Tensor]:
+        """`model`, with the averages where there are some."""
+        return {**self.model, **self.averages}
 
     @property
     def iterations(self) -> str:
@@ -90,8 +102,14 @@ class Checkpoint:
 
     def detector(self, config: Config | None = None) -> MaskRCNN:
         """The model on the host, by the options of its run or by `config`; UserError where the weights do not fit."""
-        model = build_model(config or self.config, self.classes, pretrained=False)
-        weights = {**memory_state(model), **self.model}
+        config = config or self.config
+        if config.train.ema not in (0, self.config.train.ema):
+            raise UserError(
+                f"checkpoint {self.path}: train.ema = {config.train.ema:g}: its weights were averaged with "
+                f"{self.config.train.ema:g} in training; 0 takes those of the last step"
+            )
+        model = build_model(config, self.classes, pretrained=False)
+        weights = {**memory_state(model), **(self.weights if config.train.ema else self.model)}
         expected = model.state_dict()
         wrong = [f"{k} is missing" for k in expected if k not in weights]
         wrong += [f"{k} is left over" for k in weights if k not in expected]
@@ -203,7 +221,7 @@ def load_weights(
             f"{first[0]}: {first[1]!r} in the checkpoint, {first[2]!r} in the data"
         )
     left_out = (*METHOD_STATE, HEAD_PREFIX) if reset_head else tuple(METHOD_STATE)
-    source = {k: v for k, v in start.model.items() if not k.startswith(left_out)}
+    source = {k: v for k, v in start.weights.items() if not k.startswith(left_out)}
     source = model.roi_heads.classifier.adopt(source)
     target = model.state_dict()
     wrong = [k for k, v in source.items() if k in target and target[k].shape != v.shape]

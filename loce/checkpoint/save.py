@@ -66,10 +66,10 @@ def save(
 ) -> Saved:
     """Write a checkpoint at `state["iteration"]`; every rank must call. Then delete what is older than the last few.
 
-    state: what else training depends on (optimiser, scaler, position), plain containers and tensors; window: losses of
-    this rank that wait for their line in the log; best: a checkpoint that is kept, too. Where the disk is full, all
-    but the newest and the best of the older ones make room, once. What does not fit then leaves no file behind; nothing
-    is raised, so that training can go on.
+    state: what else training depends on (optimiser, scaler, averages, position), plain containers and tensors; window:
+    losses of this rank that wait for their line in the log; best: a checkpoint that is kept, too. Where the disk is
+    full, all but the newest and the best of the older ones make room, once. What does not fit then leaves no file
+    behind; nothing is raised, so that training can go on.
     """
     started = time.monotonic()
     # What this rank keeps for itself, and what all have in common.
@@ -145,8 +145,8 @@ def _tidy(
 
 def checkpoint_bytes(config: Config, model: MaskRCNN) -> int:
     """What one checkpoint takes at most: its feature memory full."""
-    trained = [p for p in model.parameters() if p.requires_grad]  # with a momentum each, or two moments
-    trained *= 2 if config.train.optimizer == "adamw" else 1
+    trained = [p for p in model.parameters() if p.requires_grad]  # with a momentum each, or two moments, and an average
+    trained *= (2 if config.train.optimizer == "adamw" else 1) + bool(config.train.ema)
     memory = memory_state(model)
     copies = 1 if config.memory.shared else distributed.world_size()
     rest = [tensor for name, tensor in model.state_dict().items() if name not in memory]

@@ -5,6 +5,7 @@ Arms of a pass share parts of their models (models/together.py). What an arm wri
 
 import time
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 
 import torch
@@ -15,6 +16,7 @@ from loce.checkpoint.save import restore, save
 from loce.config import Config, UserError, diff
 from loce.data.annotations.lvis import LVISAnnotations
 from loce.engine import divergence, validation
+from loce.engine.averaging import WeightAverage
 from loce.engine.boards import Shown
 from loce.engine.log import RunLog
 from loce.engine.loop import Losses, Samples
@@ -70,15 +72,28 @@ class Arm:
             self.notes = [f"going on from {checkpoint}", *changes]
         share(self.model, [arm.model for arm in beside if arm.step == self.step])
 
-        # Optimiser and, with fp16, the scaler of the loss.
+        # Average of the weights; optimiser and, with fp16, the scaler of the loss.
+        self.average = WeightAverage(self.model, config.train.ema) if config.train.ema else None
         self.optimizer: torch.optim.Optimizer = build_optimizer(self.model, config.train)
         self.scaler = torch.amp.GradScaler(device.type, enabled=config.train.precision == "fp16")
         if state is not None:
+            if self.average:
+                self.average.load(state["ema"])
             self.optimizer.load_state_dict(state["optimizer"])
             for group in self.optimizer.param_groups:
                 group["fused"] = True  # a checkpoint of before says None, and has one group
                 group.setdefault("lr_scale", 1.0)
             self.scaler.load_state_dict(state["scaler"])
+
+    def count_step(self) -> None:
+        """One iteration more is done."""
+        self.step += 1
+        if self.average:
+            self.average.update(self.step)
+
+    def averaged(self) -> AbstractContextManager[None]:
+        """In the block the model is what is evaluated: with the average of its weights, where there is one."""
+        return self.average.in_place() if self.average else nullcontext()
 
     def write(self, lr: float) -> None:
         """A line of the log."""
@@ -90,7 +105,8 @@ class Arm:
 
     def evaluate(self, epoch: int) -> None:
         """Evaluate between two epochs."""
-        found = validation.evaluate_epoch(self.model, self.config, self.folder, epoch, self.step)
+        with self.averaged():
+            found = validation.evaluate_epoch(self.model, self.config, self.folder, epoch, self.step)
         self.log.scalars(self.step, found)
 
     def diverged(
@@ -122,6 +138,7 @@ class Arm:
         self.log.sync()
         self.model.roi_heads.progress = self.step / total
         state = {"iteration": self.step, "optimizer": self.optimizer.state_dict(), "scaler": self.scaler.state_dict()}
+        state |= {"ema": self.average.values} if self.average else {}
         best, pending = validation.best_checkpoint(self.folder), self.log.unwritten()
         for attempt in range(1 + LAST_TRIES if last else 1):
             if attempt:
@@ -155,7 +172,8 @@ def load_initial_weights(config: Config, model: MaskRCNN, stats: ClassStats) -> 
             f"train.init = {init}: has no {', '.join(lacking[:5])}, which would stay random: they are frozen"
         )
     counts = ", ".join(f"{len(names)} {what}" for what, names in found.items())
-    lines = [f"weights from {init}: {counts}; {len(frozen)} tensors are frozen"]
+    averaged = f", averages over its training (train.ema={start.config.train.ema:g})" if start.averages else ""
+    lines = [f"weights from {init}{averaged}: {counts}; {len(frozen)} tensors are frozen"]
     if start.unfinished:
         lines.append(f"WARNING: {start.path} is of an unfinished run: {start.iterations} iterations were done")
     lines += [f"weights: {what}: {name}" for what in ("new", "dropped") for name in found[what]]

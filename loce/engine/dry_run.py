@@ -104,7 +104,8 @@ def overfit(config: Config, device: torch.device) -> None:
 
 def _evaluate(arm: Arm, source: str, annotations: LVISAnnotations) -> None:
     output = arm.folder / "eval"
-    evaluate_model(arm.model, arm.config, output, source, annotations, resamples=0, errors=False)
+    with arm.averaged():
+        evaluate_model(arm.model, arm.config, output, source, annotations, resamples=0, errors=False)
 
 
 def _in_folder(config: Config, name: str, **train: Any) -> Config:
@@ -129,7 +130,8 @@ def _overfit_config(config: Config) -> Config:
             f"{distributed.world_size()} x {config.train.accumulate}"
         )
     schedule = {"epochs": OVERFIT_EPOCHS, "drops": (OVERFIT_EPOCHS * 4 // 5,), "warmup_iterations": 50}
-    short = _in_folder(config, "overfit", batch_size=batch, **schedule, weight_decay=0.0, evaluate=False, log_every=25)
+    plain = {"weight_decay": 0.0, "ema": 0.0, "evaluate": False, "log_every": 25}
+    short = _in_folder(config, "overfit", batch_size=batch, **schedule, **plain)
     data = dataclasses.replace(
         config.data,
         flip=0.0,

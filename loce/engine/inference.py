@@ -115,7 +115,7 @@ def require_alike(configs: Sequence[Config], owner: str) -> None:
 
 def folder_name(changes: Mapping[str, Any]) -> str:
     """eval, and what was changed that changes the numbers: eval_val2, eval_head.name=norcal_eval.nms=0.4."""
-    parts = [f"{key}={value}" for key, value in changes.items() if key.startswith(("head.", "eval."))]
+    parts = [f"{key}={value}" for key, value in changes.items() if key.startswith(("head.", "eval.", "train.ema"))]
     parts = [part for part in parts if not part.startswith(CHANGES_NOTHING)]
     if "data.val_annotations" in changes:
         parts.insert(0, Path(changes["data.val_annotations"]).stem)

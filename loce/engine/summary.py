@@ -61,6 +61,7 @@ def run_summary(trainer: Trainer, arm: Arm) -> list[str]:
     falls = f"drops after {list(train.drops)}" if train.schedule == "step" else "half a cosine after the warm-up"
     known = speed_known_at(trainer.step, total, train.log_every)
     end = f"said near iteration {known}, when the speed is known" if known else ""
+    averaged = f"their moving average (train.ema={train.ema:g}) is evaluated, and what others take from a checkpoint"
     # Disk: checkpoints that are kept, the one that is being written, the best one, and the logs.
     size, lines = checkpoint_bytes(config, arm.model), total // train.log_every + train.epochs
     count, logs = train.keep_checkpoints + 1 + bool(train.evaluate_every), lines * LINE_BYTES + RUN_BYTES
@@ -83,6 +84,7 @@ def run_summary(trainer: Trainer, arm: Arm) -> list[str]:
         f"{rate} {scaled_lr(train):.4g} ({train.lr:g} at {train.lr_batch_size}, scaled linearly)",
         f"schedule: {train.epochs} epochs, {total} iterations, {falls}, {train.precision}, "
         f"seed {config.seed}; run folder {arm.folder}",
+        *([f"weights: {averaged}"] if train.ema else []),
         f"expected end: {end or 'the run is over before its speed is known'}",
         f"disk: up to {megabytes(count * size + logs)} ({kept}: {count} x {megabytes(size)}; logs: {megabytes(logs)})"
         f"{', detections of the evaluation come on top' if train.evaluate else ''}"

@@ -1,5 +1,6 @@
 """Training from options to results: checks, training or its continuation, evaluation. Both training scripts call it."""
 
+from contextlib import ExitStack
 from pathlib import Path
 
 from loce.checkpoint.save import require_room
@@ -70,11 +71,14 @@ def _evaluate(arms: list[Arm], annotations: LVISAnnotations) -> None:
         Evaluated(arm.model, arm.config, arm.folder / "eval", f"{arm.folder} after {arm.step} iterations")
         for arm in arms
     ]
-    evaluate_models(found, annotations)
-    for arm in arms if distributed.is_main() else ():
-        boards = open_boards(arm.folder, None, arm.config)
-        values = validation.results(arm.model, arm.config, arm.folder / "eval", annotations)
-        for board in boards:
-            if problem := board.show(arm.step, values):
-                print_line(f"WARNING: {problem}")
-            board.close()
+    with ExitStack() as stack:
+        for arm in arms:
+            stack.enter_context(arm.averaged())
+        evaluate_models(found, annotations)
+        for arm in arms if distributed.is_main() else ():
+            boards = open_boards(arm.folder, None, arm.config)
+            values = validation.results(arm.model, arm.config, arm.folder / "eval", annotations)
+            for board in boards:
+                if problem := board.show(arm.step, values):
+                    print_line(f"WARNING: {problem}")
+                board.close()

@@ -149,7 +149,7 @@ class Trainer:
 
                     # Log, and checkpoint where one is due.
                     for arm, own in zip(self.arms, losses, strict=True):
-                        arm.step += 1
+                        arm.count_step()
                         arm.log.step(own)
                         if self.step % train.log_every == 0 or self.step in (end, last):
                             arm.write(lr)

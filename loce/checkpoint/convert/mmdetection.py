@@ -125,7 +125,7 @@ def to_mmdetection(source: Path) -> tuple[dict[str, Any], list[str]]:
             f"{path}: model.backbone={options['backbone']} with model.norm={options['norm']} has no counterpart in "
             "MMDetection; only ResNet-50 and -101 with batch norm have"
         )
-    weights, _, unknown = rename(checkpoint.model, {ours: theirs for theirs, ours in FORMAT.table.items()})
+    weights, _, unknown = rename(checkpoint.weights, {ours: theirs for theirs, ours in FORMAT.table.items()})
     left = [key for key in unknown if not key.startswith(tuple(METHOD_STATE))]
     if left:
         raise UserError(f"{path}: MMDetection's Mask R-CNN has no place for {some(left)}")

@@ -1,0 +1,143 @@
+"""Moving average of the weights: its float64 twin, exact resume, passes, and what takes it from a checkpoint."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from loce.checkpoint.load import Checkpoint
+from loce.config import Config, UserError, from_dict, load_config
+from loce.engine.arm import Arm
+from loce.engine.averaging import averaged_tensors
+from loce.engine.inference import evaluate_checkpoint, weights_hash
+from loce.engine.preflight import preflight
+from loce.engine.train import train
+from loce.engine.trainer import Trainer
+from loce.models.build import build_model
+from tests.conftest import stats_of
+from tests.tiny_runs import main_file, same_run
+
+CPU = torch.device("cpu")
+EMA = 0.6
+KEEP = ("train.checkpoint_every=1", "train.keep_checkpoints=9", "train.evaluate=false", f"train.ema={EMA}")
+TODAY = ("train.optimizer=adamw", "train.lr=1e-3", "train.schedule=cosine", "train.decay_norms=false")
+SECOND = ("train.freeze=trunk", "train.clip_norm=0", "memory.enabled=true", "memory.capacity=20")
+
+
+def run(configs: list[Config], last: int | None = None) -> Trainer:
+    """Train in this process: to the end, or until `last` iterations are done."""
+    with preflight(*configs) as found:
+        trainer = Trainer(configs, CPU, found.annotations, found.checkpoints)
+    trainer.open_log()
+    trainer.fill_memory()
+    trainer.fit(last)
+    trainer.close_log()
+    return trainer
+
+
+@pytest.fixture(scope="module")
+def averaged(config: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, torch.Tensor]]:
+    """A run that keeps all of its checkpoints, and the weights that it began with."""
+    folder = tmp_path_factory.mktemp("averaged") / "run"
+    words = [str(config), *KEEP, *TODAY, "train.layer_decay=0.7", f"output={folder}"]
+    with preflight(load_config(words)) as found:
+        arm = Arm(load_config(words), CPU, found.annotations)
+    start = {name: weight.double() for name, weight in arm.model.state_dict().items()}
+    run([load_config(words)])
+    return folder, start
+
+
+def test_the_average_equals_a_float64_twin(averaged: tuple[Path, dict[str, torch.Tensor]]) -> None:
+    folder, twin = averaged
+    for step in range(1, 7):
+        found = Checkpoint.open(folder / f"checkpoints/{step:09d}")
+        decay = min(EMA, (1 + step) / (10 + step))
+        twin = {name: decay * twin[name] + (1 - decay) * found.model[name].double() for name in found.averages}
+        for name, value in found.averages.items():
+            torch.testing.assert_close(value.double(), twin[name], rtol=1e-5, atol=1e-7)
+    assert min((1 + 6) / (10 + 6), EMA) < EMA  # steps of the ramp
+    assert any(not torch.equal(value, found.model[name]) for name, value in found.averages.items())
+
+
+def test_stopped_and_gone_on_is_the_same_run(config: Path, averaged: tuple[Path, object], tmp_path: Path) -> None:
+    """AdamW's moments, the cosine and the average."""
+    words = [str(config), *KEEP, *TODAY, "train.layer_decay=0.7", f"output={tmp_path / 'run'}"]
+    run([load_config(words)], 2)
+    run([load_config(words)])
+    same_run(tmp_path / "run", averaged[0])
+    state = Checkpoint.open(averaged[0]).state["optimizer"]["state"]
+    assert all(float(moments["step"]) == 6 and moments["exp_avg_sq"].abs().sum() for moments in state.values())
+
+
+def test_what_takes_a_checkpoint_takes_the_average(
+    config: Path, averaged: tuple[Path, dict[str, torch.Tensor]], tmp_path: Path
+) -> None:
+    start = Checkpoint.open(averaged[0])
+    detector, last = start.detector(), start.detector(start.config_with(["train.ema=0"]))
+    for name, value in start.averages.items():
+        assert torch.equal(detector.state_dict()[name], value)
+        assert torch.equal(last.state_dict()[name], start.model[name])
+    with pytest.raises(UserError, match=r"train.ema = 0.5: its weights were averaged with 0.6 in training; 0 takes"):
+        start.detector(start.config_with(["train.ema=0.5"]))
+    # A second stage starts from it, and says so.
+    words = [str(config), f"train.init={averaged[0]}", f"output={tmp_path / 'next'}"]
+    with preflight(load_config(words)) as found:
+        arm = Arm(load_config(words), CPU, found.annotations)
+    assert "averages over its training (train.ema=0.6)" in arm.notes[0]
+    for name, weight in arm.model.rpn.named_parameters("rpn"):
+        assert torch.equal(weight, detector.get_parameter(name))
+
+
+def test_a_run_is_evaluated_with_the_average_and_goes_on_with_its_weights(config: Path, tmp_path: Path) -> None:
+    """Between epochs and at the end; `evaluate` on the checkpoint finds the same detections."""
+    folder = tmp_path / "run"
+    words = [str(config), f"train.ema={EMA}", "train.evaluate_every=1", f"output={folder}"]
+    train(load_config(words))
+    text = (folder / "eval/origin.txt").read_text()
+    start = Checkpoint.open(folder)
+    averages, weights = start.detector(), start.detector(start.config_with(["train.ema=0"]))
+    assert weights_hash(averages) in text and weights_hash(weights) not in text
+    written = (folder / "eval/metrics.json").read_text()
+    before = (folder / "eval/detections").stat().st_mtime
+    evaluate_checkpoint(folder, None, [], "cpu", resamples=0)
+    assert (folder / "eval/metrics.json").read_text() == written
+    assert (folder / "eval/detections").stat().st_mtime == before
+    assert "train.ema=0.6" in (folder / "log.txt").read_text()
+    other = evaluate_checkpoint(folder, None, ["train.ema=0"], "cpu", resamples=0)
+    assert other.name == "eval_train.ema=0.0" and weights_hash(weights) in (other / "origin.txt").read_text()
+    plain = [str(config), f"train.ema={EMA}", "train.evaluate=false", f"output={tmp_path / 'plain'}"]
+    train(load_config(plain))
+    same = [torch.load(main_file(f), weights_only=True) for f in (folder, tmp_path / "plain")]
+    assert all(
+        torch.equal(value, same[1][part][name]) for part in ("model", "ema") for name, value in same[0][part].items()
+    )
+
+
+@pytest.mark.slow
+def test_arms_of_a_pass_have_the_average_of_their_own_runs(config: Path, stage1: Path, tmp_path: Path) -> None:
+    def recipe(name: str, *words: str) -> Config:
+        folder = tmp_path / name
+        return load_config([str(config), *KEEP, *TODAY, *SECOND, f"train.init={stage1}", f"output={folder}", *words])
+
+    heads = {"ebl": "head.name=equilibrium", "softmax": "head.name=softmax"}
+    trainer = run([recipe(name, head) for name, head in heads.items()])
+    models = [arm.model for arm in trainer.arms]
+    before = [weights_hash(model) for model in models]
+    with trainer.arms[0].averaged(), trainer.arms[1].averaged():
+        assert models[0].rpn is models[1].rpn and all(weights_hash(m) != b for m, b in zip(models, before, strict=True))
+    assert [weights_hash(model) for model in models] == before
+    for name, head in heads.items():
+        run([recipe(f"{name} alone", head)])
+        same_run(tmp_path / name, tmp_path / f"{name} alone")
+
+
+def test_what_is_averaged() -> None:
+    """Parameters that train; statistics of batch norms where they change; no other buffer."""
+    words = {"backbone": "resnet18", "weights": "none", "frozen_stages": 0}
+    batch = build_model(from_dict({"model": {**words, "norm": "batch"}}), stats_of(3), pretrained=False)
+    buffers = set(averaged_tensors(batch)) - {name for name, _ in batch.named_parameters()}
+    assert buffers and {name.rpartition(".")[2] for name in buffers} == {"running_mean", "running_var"}
+    assert set(averaged_tensors(batch)) <= set(batch.state_dict())
+    frozen = from_dict({"model": words, "train": {"freeze": "trunk", "init": "x"}})
+    names = set(averaged_tensors(build_model(frozen, stats_of(3), pretrained=False)))
+    assert names and not any(name.startswith(("backbone", "roi_heads.tracker")) for name in names)
