@@ -660,6 +660,8 @@ MAY_CHANGE = {"output", "device", "data.workers", "data.train_images", "data.val
     *("train.resume", "train.accumulate", "train.evaluate", "train.evaluate_every"),
     *("train.log_every", "train.checkpoint_every", "train.keep_checkpoints", "train.wandb"),
 }
+LENGTHENED = ("train.epochs", "train.drops")  # a run may get more epochs, and drops after those that it had
+LIST = "--help lists the recipes"
 
 
 def load_config(argv: Sequence[str]) -> Config:
@@ -668,13 +670,12 @@ def load_config(argv: Sequence[str]) -> Config:
     UserError with everything that is wrong at once: unknown keys, wrong types, values out of range, conflicts.
     """
     if "-h" in argv or "--help" in argv:
-        what = f"CONFIG: a YAML file, which may stand on others (base: loce.yaml); {_known_configs()}"
+        there = ", ".join(_config_names())
+        what = f"CONFIG: a YAML file, which may stand on others (base: loce.yaml); configs there are: {there}"
         recipes = textwrap.fill(what, 110, break_on_hyphens=False)
         print_help(recipes, help_text(Config))
     if not argv or ("=" in argv[0] and not Path(argv[0]).is_file()):
-        raise UserError(
-            f"command line: no CONFIG given; usage: {sys.argv[0]} CONFIG [key=value ...]; {_known_configs()}"
-        )
+        raise UserError(f"command line: no CONFIG given; usage: {sys.argv[0]} CONFIG [key=value ...]; {LIST}")
     path = find_config(argv[0])
     words, problems = split_words(Config, argv[1:])
     config = _build([*chain.from_iterable(_read_recipe(path).values()), *words], problems)
@@ -693,8 +694,7 @@ def _find(name: str, places: Sequence[Path], missing: str, but: Path | None = No
             if path.is_file() and path.resolve() != but:
                 return path
     near = difflib.get_close_matches(name.removesuffix(".yaml") + ".yaml", _config_names(), n=1)
-    hint = f"did you mean {near[0]}? " if near else ""
-    raise UserError(f"{missing}; {hint}{_known_configs()}")
+    raise UserError(f"{missing}; {f'did you mean {near[0]}? ' if near else ''}{LIST}")
 
 
 def _read_recipe(file: Path, above: tuple[Path, ...] = ()) -> dict[Path, list[Given]]:
@@ -743,10 +743,6 @@ def _config_folders() -> list[Path]:
 def _config_names() -> list[str]:
     names = {str(path.relative_to(folder)) for folder in _config_folders() for path in folder.rglob("*.yaml")}
     return sorted(names - {"tables.yaml"})  # which lists runs, and is none
-
-
-def _known_configs() -> str:
-    return f"configs there are: {', '.join(_config_names()) or 'none'}"
 
 
 def from_dict(values: Mapping[str, Any], source: str = "checkpoint", words: Sequence[str] = ()) -> Config:

@@ -199,7 +199,7 @@ def test_where_a_base_is_looked_for(write):
 
 def test_bases_that_are_wrong(write):
     write(mine="base: loec.yaml", a="base: ./b.yaml", b="base: ./a.yaml", c="base: 3", d="base: loce.yaml\nseed: x")
-    missing = "mine.yaml: base = loec.yaml: not found in configs/ or beside this file; did you mean loce.yaml? configs"
+    missing = "mine.yaml: base = loec.yaml: not found in configs/ or beside this file; did you mean loce.yaml? --help"
     assert message(load_config, ["mine"]).startswith(missing)
     assert message(load_config, ["a"]).endswith("base: a recipe stands on itself: a.yaml on b.yaml on a.yaml")
     text = "c.yaml: base = 3: must be a recipe, or a list of recipes, such as [loce.yaml]"
@@ -542,7 +542,7 @@ def test_a_wrong_value_is_not_reported_again_as_a_conflict(load):
 def test_no_config_and_unknown_config(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "argv", ["scripts/train.py"])
-    there = f"configs there are: {', '.join(sorted(str(path.relative_to(ROOT / 'configs')) for path in RECIPES))}"
+    there = "--help lists the recipes"
     usage = f"command line: no CONFIG given; usage: scripts/train.py CONFIG [key=value ...]; {there}"
     assert message(load_config, []) == usage
     assert message(load_config, ["train.lr=1"]) == usage
@@ -774,7 +774,7 @@ def test_a_terminal_without_the_letters_of_a_name(settings):
 
 def test_nobody_reads_the_output():
     code, out, error = run_as_script(SCRIPT.format("print_help('line\\n' * 100_000)"), "--help", read=10)
-    assert (code, len(out), error) == (141, 10, "")
+    assert (code, len(out), error) == (0, 10, "")
     code, _, error = run_as_script(SCRIPT.format("[print('line', flush=True) for _ in range(100_000)]"), read=10)
     assert code == 141 and error.startswith("stopped: nobody reads standard output any more") and error.count("\n") == 1
     code, _, error = run_as_script(SCRIPT.format("raise BrokenPipeError('of another pipe')"))

@@ -23,11 +23,14 @@ from torch import Tensor
 from loce.checkpoint import files
 from loce.checkpoint.load import FORMAT, MEMORY_PREFIX, Checkpoint, load_file, memory_state, stats_to_dict
 from loce.checkpoint.memory import pack, reshard, unpack
-from loce.config import Config, UserError, to_dict
+from loce.config import Config, UserError, diff, to_dict
 from loce.models.mask_rcnn import MaskRCNN
 from loce.utils import distributed
 from loce.utils.classes import ClassStats
 from loce.utils.progress import print_line
+from loce.utils.yaml_text import show
+
+BY_SHARE = ("ldam", "pcb")  # heads whose loss goes by the share of the training that is done
 
 
 def rng_state(device: torch.device) -> dict[str, Tensor]:
@@ -268,9 +271,14 @@ def restore(
         lines += [f"head: the {name} of process 0 are on every process" for name in model.roi_heads.classifier.of_rank]
 
     # What follows from the options stays the same; the feature memory goes to the ranks that there are.
-    parts = main.options["train"]["accumulate"]
-    if parts != config.train.accumulate:
+    changed = diff(main.config.train, config.train, "train.")
+    parts, epochs = main.config.train.accumulate, main.config.train.epochs
+    if "train.accumulate" in changed:
         lines.append(f"train.accumulate: {parts} before, {config.train.accumulate} now: the batches stay the same")
+    if "train.epochs" in changed:
+        drops = f"drops after {show(list(config.train.drops))}, " if "train.drops" in changed else "no further drop, "
+        moved = "; its loss goes by the share of the longer training" if config.head.name in BY_SHARE else ""
+        lines.append(f"train.epochs: {epochs} before, {config.train.epochs} now: {drops}no warm-up{moved}")
     if model.roi_heads.memory is not None:
         bank = model.roi_heads.memory.bank
         packed, lost = main.state["memory"], 0

@@ -83,6 +83,8 @@ def check_set(
         # At most `sample` of them, evenly over the file, the first and the last included.
         chosen = np.unique(np.linspace(0, max(len(present) - 1, 0), min(len(present), sample)).round().astype(np.int64))
         _check_files(annotations, images, present[chosen], workers, (data.exif, data.scale_16bit), report)
+    else:
+        report.add("not done", "no image was looked at; images=FOLDER shows whether all are there and can be read")
     return annotations
 
 

@@ -30,6 +30,7 @@ from loce.utils.yaml_text import show
 
 # Options that give weights their meaning, and that no shape shows.
 UNSEEN = ("model.mask_predictor", "model.rpn.anchor_scale", "model.roi.finest_scale", "model.roi.aligned")
+SIZES = ("data.short_edges", "data.long_edge", "data.test_short_edge")
 LAST_TRIES, LAST_WAIT = 20, 30.0  # of saving the last checkpoint; seconds between them
 
 
@@ -182,16 +183,23 @@ def load_initial_weights(config: Config, model: MaskRCNN, stats: ClassStats) -> 
         lines.append(
             f"WARNING: {init} was made with {' '.join(options)}, this run says otherwise: its weights fit worse"
         )
+    if start.state.get("iteration"):  # a run of ours: what it saw, and how it sorted the classes, is known
+        sizes = [f"{key}={show(value)}" for key, value in diff(config, start.config).items() if key in SIZES]
+        if sizes:
+            lines.append(f"WARNING: {init} saw images at {' '.join(sizes)}, this run shows others")
+        if moved := (start.classes.groups != stats.groups).sum():
+            told = f"WARNING: {moved} of {len(stats)} classes are in other groups than in {init}"
+            lines.append(f"{told}: APr, APc and APf are of others; give both the same data.rare_max, data.common_max")
     return lines
 
 
 def equilibrium_scalars(model: MaskRCNN, stats: ClassStats) -> dict[str, Shown]:
-    """Mean score and memory fill by rare, common and frequent classes, and of all classes (C,), for the log."""
+    """Mean score and memory fill by rare, common and frequent classes that training has, and of all (C,), for a log."""
     roi = model.roi_heads
     values = {"mean_score": roi.tracker.scores[:-1].cpu()}  # sync: log line
     if roi.memory is not None:
         values["memory_fill"] = roi.memory.bank.fill.cpu()  # sync: log line
-    masks = {group: torch.from_numpy(stats.group_mask(group)) for group in GROUPS}
+    masks = {group: torch.from_numpy(stats.group_mask(group) & (stats.instance_counts > 0)) for group in GROUPS}
     means = {f"{k}/{g}": float(v[m].mean()) for k, v in values.items() for g, m in masks.items() if m.any()}
     return {**means, **{f"{name}/classes": value for name, value in values.items()}}
 

@@ -4,6 +4,8 @@ import csv
 import dataclasses
 import hashlib
 import io
+import json
+import os
 import re
 import shutil
 from collections.abc import Mapping, Sequence
@@ -33,6 +35,7 @@ from loce.utils.files import file_hash, require_writable, write_text
 from loce.utils.progress import progress
 from loce.utils.yaml_text import show
 
+ORIGIN = "origin.txt"  # beside the detections: the weights, data and options that they are of
 LVIS_CAP = 300  # detections an image in protocol lvis
 CHANGES_NOTHING = ("eval.batch_size", "eval.errors")  # of the detections
 
@@ -78,7 +81,8 @@ def evaluate_checkpoints(
             checkpoint = Checkpoint.open(path)
             config = checkpoint.config_with(overrides)
             changes = diff(checkpoint.config, config)
-            folder = output or (path if path.is_dir() else path.with_suffix("")) / folder_name(changes)
+            run = path if path.is_dir() else path.with_suffix("")
+            folder = output or evaluation_folder(run, checkpoint.config, config, report)
             require_writable(folder)
             if not found:
                 annotations = val_annotations(config, annotated=not report.get("save_json"))
@@ -113,13 +117,42 @@ def require_alike(configs: Sequence[Config], owner: str) -> None:
         raise UserError(f"checkpoint {owner}: has another {', '.join(keys)} than the first; evaluate it by itself")
 
 
-def folder_name(changes: Mapping[str, Any]) -> str:
-    """eval, and what was changed that changes the numbers: eval_val2, eval_head.name=norcal_eval.nms=0.4."""
+def evaluation_folder(run: Path, old: Config, new: Config, report: Mapping[str, Any]) -> Path:
+    """RUN/eval, and what was changed that changes the numbers: eval_val2, eval_head.name=norcal_eval.nms=0.4.
+
+    Another annotation file is named by the shortest end of its path that no other file of the run has, since exports
+    call every split alike (eval_test-_annotations.coco). What would take numbers away from an evaluation that is there
+    stands beside it, too (eval_resamples=0).
+    """
+    changes = diff(old, new)
     parts = [f"{key}={value}" for key, value in changes.items() if key.startswith(("head.", "eval.", "train.ema"))]
     parts = [part for part in parts if not part.startswith(CHANGES_NOTHING)]
+    parts += [f"max_detections={most}"] if (most := report.get("max_detections")) else []
+    data = [old.data.val_annotations, old.data.train_annotations]
+    mine, *others = (Path(os.path.abspath(file)).with_suffix("").parts for file in (new.data.val_annotations, *data))
+
+    def folder(*words: str) -> Path:
+        return run / "_".join(["eval", *(re.sub(r"[^\w.=+,-]+", "-", word) for word in (*words, *parts))])
+
+    found = folder()
     if "data.val_annotations" in changes:
-        parts.insert(0, Path(changes["data.val_annotations"]).stem)
-    return "_".join(["eval", *(re.sub(r"[^\w.=+-]+", "-", part) for part in parts)])
+        for count in range(1, len(mine)):
+            found, origin = folder("-".join(mine[-count:])), _text(folder("-".join(mine[-count:])) / ORIGIN)
+            free = not origin or f" {new.data.val_annotations} (sha256" in origin
+            if free and all(mine[-count:] != other[-count:] or mine == other for other in others):
+                break
+    return found.with_name("_".join([found.name, *_fewer(found, new, report)]))
+
+
+def _fewer(folder: Path, config: Config, report: Mapping[str, Any]) -> list[str]:
+    """What an evaluation with these options would not write again of that in `folder`."""
+    there = json.loads(_text(folder / "evaluation.json") or "{}").get("intervals", {})
+    kinds = report.get("iou_types") or list(there)
+    return [
+        *([f"iou_types={','.join(kinds)}"] if {*there} - {*kinds} else []),
+        *(["resamples=0"] if any(there.values()) and not report.get("resamples", 1) else []),
+        *(["eval.errors=false"] if (folder / "errors.csv").is_file() and not config.eval.errors else []),
+    ]
 
 
 def check_evaluation(
@@ -167,11 +200,12 @@ def evaluate_models(found: Sequence[Evaluated], annotations: LVISAnnotations, **
     # Detections on disk are of these weights, data and options, or are deleted.
     origins = [_origin(one.model, one.config, annotations) for one in found]
     for one, origin in zip(found, origins, strict=True):
-        if distributed.is_main() and _text(one.output / "origin.txt") != origin:
+        if distributed.is_main() and _text(one.output / ORIGIN) != origin:
             shutil.rmtree(one.output / "detections", ignore_errors=True)
             for name in ("mean_scores.csv", "metrics.json"):
                 (one.output / name).unlink(missing_ok=True)
-            write_text(one.output / "origin.txt", origin)
+            _take_over(one.output, origin)
+            write_text(one.output / ORIGIN, origin)
     distributed.barrier()
     infer(found, annotations, FederatedFilter(truth), origins)
     distributed.barrier()
@@ -199,6 +233,21 @@ def evaluate_models(found: Sequence[Evaluated], annotations: LVISAnnotations, **
     distributed.barrier()
 
 
+def _take_over(output: Path, origin: str) -> None:
+    """Detections and mean scores of the run's other evaluation of the same weights, data and options, if there is one;
+    links, since none is ever changed."""
+    for file in sorted(output.parent.glob(f"eval*/{ORIGIN}")):
+        if _text(file) == origin:
+            (output / "detections").mkdir(parents=True, exist_ok=True)
+            for done in [*file.parent.glob("detections/*.npz"), *file.parent.glob("mean_scores.csv")]:
+                place = output / done.relative_to(file.parent)
+                try:
+                    os.link(done, place)
+                except OSError:  # a file system without links
+                    shutil.copyfile(done, place)
+            return
+
+
 def _why_absent(config: Config) -> str:
     missing = f"the others are missing in {config.data.val_images}"
     return missing if config.data.allow_missing else "the others are left out"
@@ -212,7 +261,7 @@ def is_evaluated(
 ) -> bool:
     """Whether `output` holds the numbers of this very model on this data, the same on all ranks; all must call."""
     done = distributed.is_main() and (output / "metrics.json").is_file()
-    done = done and _text(output / "origin.txt") == _origin(model, config, annotations)
+    done = done and _text(output / ORIGIN) == _origin(model, config, annotations)
     return bool(distributed.broadcast_text("done" if done else ""))
 
 
@@ -324,7 +373,8 @@ def ground_truth_scores(models: Sequence[MaskRCNN], config: Config, annotations:
     """The paper's Figures 1 and 4 as CSV, of each model: per class the mean score and the accuracy on its ground-truth
     boxes.
 
-    Columns: id, name, group, training_instances (0 where unknown), boxes, mean_score, accuracy. Ranks share the images.
+    Columns: id, name, group, training_instances (0 where unknown), boxes, mean_score, accuracy (empty without
+    boxes). Ranks share the images.
     """
     still = dataclasses.replace(config.data, short_edges=(config.data.test_short_edge,), flip=0.0)
     dataset = TrainDataset(annotations, Path(config.data.val_images), still, 0)
@@ -349,7 +399,7 @@ def _score_table(stats: ClassStats, count: np.ndarray, score: np.ndarray, correc
     writer = csv.writer(table, lineterminator="\n")
     writer.writerow(["id", "name", "group", "training_instances", "boxes", "mean_score", "accuracy"])
     for c, name in enumerate(stats.names):
-        boxes = max(count[c], 1)
-        facts = (int(stats.category_ids[c]), name, str(stats.groups[c]), int(stats.instance_counts[c]), int(count[c]))
-        writer.writerow([*facts, f"{score[c] / boxes:.6f}", f"{correct[c] / boxes:.6f}"])
+        boxes = int(count[c])
+        facts = (int(stats.category_ids[c]), name, str(stats.groups[c]), int(stats.instance_counts[c]), boxes)
+        writer.writerow([*facts, *(f"{total[c] / boxes:.6f}" if boxes else "" for total in (score, correct))])
     return table.getvalue()

@@ -14,7 +14,18 @@ from typing import TypeVar
 
 from loce.checkpoint.load import main_file
 from loce.checkpoint.save import newest_of_all
-from loce.config import MAY_CHANGE, Config, DataConfig, UserError, diff, from_dict, images_per_rank, raise_problems
+from loce.config import (
+    LENGTHENED,
+    MAY_CHANGE,
+    Config,
+    DataConfig,
+    TrainConfig,
+    UserError,
+    diff,
+    from_dict,
+    images_per_rank,
+    raise_problems,
+)
 from loce.data.annotations.lvis import LVISAnnotations
 from loce.data.build import images_in_both, train_annotations, val_annotations
 from loce.data.loader import require_shared_memory
@@ -114,12 +125,22 @@ def check_run_folder(folder: Path, config: Config) -> None:
         return
     there = from_dict(load_yaml(file.read_text(encoding="utf-8"), str(file)), str(file))
     old, new = diff(config, there), diff(there, config)
-    lines = [f"  {key}: {show(old[key])} there, {show(new[key])} now" for key in new if key not in MAY_CHANGE]
+    allowed = MAY_CHANGE | ({*LENGTHENED} if _is_longer(there.train, config.train) else set())
+    lines = [f"  {key}: {show(old[key])} there, {show(new[key])} now" for key in new if key not in allowed]
+    if {*new} - allowed <= {*LENGTHENED} and lines:
+        lines.append(f"  (a longer run keeps its drops; further ones are after epoch {there.train.epochs} or later)")
     if lines:
         raise UserError(
             f"output = {folder}: holds another run, which is not overwritten. What differs:\n" + "\n".join(lines) + "\n"
             f"Go on with that run by giving its values, choose another folder with output=..., or delete {folder}."
         )
+
+
+def _is_longer(there: TrainConfig, now: TrainConfig) -> bool:
+    """Whether a training is the same, but goes on for more epochs."""
+    further = now.drops[len(there.drops) :]
+    same = now.drops[: len(there.drops)] == there.drops and all(drop >= there.epochs for drop in further)
+    return now.epochs > there.epochs and same
 
 
 def check_resume(resume: str, folder: Path, found: Path | None) -> None:

@@ -85,6 +85,14 @@ def run_summary(trainer: Trainer, arm: Arm) -> list[str]:
         f"schedule: {train.epochs} epochs, {total} iterations, {falls}, {train.precision}, "
         f"seed {config.seed}; run folder {arm.folder}",
         *([f"weights: {averaged}"] if train.ema else []),
+        *(
+            [
+                f"WARNING: schedule: the warm-up takes {train.warmup_iterations} iterations, the training {total}: the "
+                "learning rate never gets to its value; set train.warmup_iterations to a tenth of them, or train longer"
+            ]
+            if train.warmup_iterations >= total
+            else []
+        ),
         f"expected end: {end or 'the run is over before its speed is known'}",
         f"disk: up to {megabytes(count * size + logs)} ({kept}: {count} x {megabytes(size)}; logs: {megabytes(logs)})"
         f"{', detections of the evaluation come on top' if train.evaluate else ''}"

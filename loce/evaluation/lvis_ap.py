@@ -37,9 +37,9 @@ class Evaluation:
     metrics: AP, AP50, AP75, APs, APm, APl, APr, APc, APf, AR@300, ARs@300, ARm@300, ARl@300 (the number is the
     protocol's cap; protocol "coco" has AR@1 and AR@10 as well) as fractions, -1 where undefined. precision
     (T, R, K, A), recall (T, K, A): -1 where a category has no objects, K in ascending order of category id.
-    per_category: K dicts with id, name, frequency, images, instances, AP, AP50, AR, detections, mean_score (of the
-    detections that count), found_score (of those that found an object at IoU .5); AP, AP50, AR are -1 without objects,
-    the scores nan without detections.
+    per_category: K dicts with id, name, frequency, images, instances, AP, AP50, AR, detections, detection_score (mean
+    of the detections that count: not Eq. 2's), found_score (of those that found an object at IoU .5); AP, AP50, AR are
+    -1 without objects, the scores nan without detections.
     """
 
     metrics: dict[str, float]
@@ -253,7 +253,7 @@ def _per_category(matches: Matches, precision: np.ndarray, recall: np.ndarray) -
                 "AP50": float(ap50[k]),
                 "AR": float(ar[k]),
                 "detections": len(score),
-                "mean_score": float(score.mean(dtype=np.float64)) if len(score) else float("nan"),
+                "detection_score": float(score.mean(dtype=np.float64)) if len(score) else float("nan"),
                 "found_score": float(score[hit].mean(dtype=np.float64)) if hit.any() else float("nan"),
             }
         )

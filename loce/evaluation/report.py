@@ -23,7 +23,7 @@ from loce.utils.classes import GROUP_NAMES, GROUPS
 from loce.utils.files import json_text, write_text
 from loce.utils.progress import phase
 
-COLUMNS = ("id", "name", "frequency", "images", "instances", "AP", "AP50", "AR", "detections", "mean_score")
+COLUMNS = ("id", "name", "frequency", "images", "instances", "AP", "AP50", "AR", "detections", "detection_score")
 RESULTS = "results.json"
 EXTRA = ("found_score", "iou_type")  # and box_AP, box_AP50, box_AR beside those of masks
 _SIZES = {"s": "small (< 32^2 px)", "m": "medium", "l": "large (> 96^2 px)"}

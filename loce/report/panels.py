@@ -36,14 +36,25 @@ def short(value: float | None) -> float | None:
 
 
 def results(run: Run) -> list[dict[str, Any]]:
-    """METRICS of masks and boxes of the last evaluation, each with the ends of its interval (None: not known)."""
-    rows = []
-    for kind, name in (("segm", "mask"), ("bbox", "box")):
-        if kind in run.aps:
-            spans = (run.facts.get("intervals") or {}).get(kind) or {}
-            cells = [(run.aps[kind].get(m), *(spans.get(m) or (None, None))) for m in METRICS]
-            rows.append({"run": run.title, "of": name, "cells": cells})
-    return rows
+    """METRICS of masks and boxes, each with the ends of its interval (None: not known), of the last evaluation and of
+    those of scripts/evaluate.py, which are named by folder and annotation file."""
+    evaluations = {run.title: (run.aps, run.facts)}
+    for folder, (aps, facts) in run.others.items():
+        what = f"{facts.get('annotations', '-')}, {facts.get('protocol', '-')}"
+        evaluations[f"{run.title}, {folder}: {what}"] = aps, facts
+    return [
+        {
+            "run": title,
+            "of": name,
+            "cells": [
+                (aps[kind].get(m), *(((facts.get("intervals") or {}).get(kind) or {}).get(m) or (None, None)))
+                for m in METRICS
+            ],
+        }
+        for title, (aps, facts) in evaluations.items()
+        for kind, name in (("segm", "mask"), ("bbox", "box"))
+        if kind in aps
+    ]
 
 
 def shown_curves(runs: Sequence[Run]) -> dict[str, str]:

@@ -12,6 +12,7 @@ from loce.utils.errors import UserError
 from loce.utils.files import read_csv
 from loce.utils.yaml_text import load_yaml
 
+EPOCHS = "eval_epoch_[0-9][0-9]"  # evaluations between epochs
 Values = list[float | None]  # a number for each class, by label; None: not known
 
 
@@ -29,6 +30,11 @@ class ClassFacts:
         """Labels, most training instances first."""
         return sorted(range(len(self.ids)), key=lambda label: (-self.counts[label], label))
 
+    @property
+    def trained(self) -> list[bool]:
+        """Whether training has instances of each class; all, where the counts are not known."""
+        return [count > 0 or not any(self.counts) for count in self.counts]
+
 
 @dataclass
 class Snapshot:
@@ -45,7 +51,8 @@ class Run:
 
     snapshots, and evaluations (iteration, AP of each class): oldest first; tested, accuracy: mean score and accuracy of
     the classifier on the boxes of the validation data; metrics: lines of metrics.jsonl; aps, facts: metrics.json and
-    evaluation.json of the last evaluation; errors: rows of errors.csv; texts: config.yaml, env.txt and log.txt.
+    evaluation.json of the last evaluation; others: the same of those that scripts/evaluate.py wrote beside it, by the
+    names of their folders; errors: rows of errors.csv; texts: config.yaml, env.txt and log.txt.
     """
 
     folder: Path
@@ -59,6 +66,7 @@ class Run:
     metrics: list[dict[str, Any]] = field(default_factory=list)
     aps: dict[str, Any] = field(default_factory=dict)
     facts: dict[str, Any] = field(default_factory=dict)
+    others: dict[str, tuple[dict[str, Any], dict[str, Any]]] = field(default_factory=dict)
     errors: list[dict[str, str]] = field(default_factory=list)
     texts: dict[str, str] = field(default_factory=dict)
     missing: list[str] = field(default_factory=list)
@@ -98,8 +106,9 @@ def read_run(folder: Path) -> Run:
         [number(by_id.get(i, {}).get(column)) for i in classes.ids] for column in ("mean_score", "accuracy")
     )
     run.metrics = _lines(folder / "metrics.jsonl")
-    evaluation = (folder / "eval" / name for name in ("metrics.json", "evaluation.json"))
-    run.aps, run.facts = (dict(json.loads(_text(file) or "{}")) for file in evaluation)
+    run.aps, run.facts = _numbers(folder / "eval")
+    beside = [path.parent for path in sorted(folder.glob("eval_*/metrics.json"))]
+    run.others = {path.name: _numbers(path) for path in beside if not path.match(EPOCHS)}
     run.errors = _table(folder / "eval/errors.csv")
     run.texts = {name: _text(folder / name) for name in ("config.yaml", "env.txt", "log.txt")}
     run.evaluations = _evaluations(run)
@@ -113,6 +122,12 @@ def read_run(folder: Path) -> Run:
     }
     run.missing += [f"{name}: {what}" for name, what in needed.items() if not (folder / name).is_file()]
     return run
+
+
+def _numbers(evaluation: Path) -> tuple[dict[str, Any], dict[str, Any]]:
+    """metrics.json and evaluation.json of an evaluation; empty where they are not there."""
+    metrics, facts = (json.loads(_text(evaluation / name) or "{}") for name in ("metrics.json", "evaluation.json"))
+    return metrics, facts
 
 
 def _classes(rows: list[dict[str, str]]) -> ClassFacts:
@@ -149,7 +164,7 @@ def _of_checkpoint(folder: Path, classes: ClassFacts | None) -> tuple[ClassFacts
 
 def _evaluations(run: Run) -> list[tuple[int, Values]]:
     """(iteration, AP of each class) of every evaluation: those between epochs, then the last."""
-    folders = [(path, f"epoch {int(path.name[-2:])}") for path in sorted(run.folder.glob("eval_epoch_[0-9][0-9]"))]
+    folders = [(path, f"epoch {int(path.name[-2:])}") for path in sorted(run.folder.glob(EPOCHS))]
     ends = {round(line["epoch"]): line["iteration"] for line in run.metrics if any("eval/" in name for name in line)}
     found = []
     for path, name in [*folders, (run.folder / "eval", "")]:

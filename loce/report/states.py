@@ -41,14 +41,18 @@ KINDS = {
 
 
 def over_time(run: Run) -> States:
-    """What is known of every class over the training; a kind of which nothing is known is left out."""
+    """What is known of every class over the training; a kind of which nothing is known is left out.
+
+    What training made of a class that it had no instance of says nothing: None.
+    """
     states: States = {kind: [] for kind in KINDS}
+    trained = run.classes.trained
     for snapshot in run.snapshots:
-        states["score"].append((snapshot.iteration, snapshot.scores))
-        states["draw"].append((snapshot.iteration, draws(run, snapshot)))
-        states["margin"].append((snapshot.iteration, margins(run, snapshot)))
-        if snapshot.memory is not None:
-            states["memory"].append((snapshot.iteration, [float(count) for count in snapshot.memory]))
+        memory: Values = [None] * len(trained) if snapshot.memory is None else [float(n) for n in snapshot.memory]
+        chances, gaps = draws(run, snapshot), margins(run, snapshot)
+        for kind, values in (("score", snapshot.scores), ("draw", chances), ("margin", gaps), ("memory", memory)):
+            shown = [value if seen else None for value, seen in zip(values, trained, strict=True)]
+            states[kind].append((snapshot.iteration, shown))
     states["ap"] = run.evaluations
     states["tested"], states["accuracy"] = [(run.last, run.tested)], [(run.last, run.accuracy)]
     known = {kind: [entry for entry in found if any(v is not None for v in entry[1])] for kind, found in states.items()}
@@ -56,8 +60,9 @@ def over_time(run: Run) -> States:
 
 
 def draws(run: Run, snapshot: Snapshot) -> Values:
-    """Eq. 7-8: the probability that a draw from the memory is of each class. Without memory: if all were stored."""
-    stored = torch.tensor(snapshot.memory or [1] * len(run.classes.ids))
+    """Eq. 7-8: the probability that a draw from the memory is of each class. Without memory: if all that training
+    has were stored."""
+    stored = torch.tensor(snapshot.memory or [int(seen) for seen in run.classes.trained])
     return _known(sampling_probability(_indicator(run, snapshot), stored))
 
 

@@ -53,7 +53,7 @@ def run_script(main: Callable[[], None]) -> None:
     """Run a script's `main`; what is above is printed without traceback and ends the process with its exit code.
 
     Words `~`, `~/x` and `~anna/x` mean home directories, as in a shell. Letters that the terminal lacks are written as
-    escapes. Where nobody reads the output any more (`| head`), the script ends with 141, as others do.
+    escapes. Where nobody reads the output any more (`| head`), the script ends with 141, as others do, and help with 0.
     """
     for name in ("stdout", "stderr"):
         if getattr(sys, name) is None:  # closed by who started this; the next file would get its number
@@ -70,8 +70,9 @@ def run_script(main: Callable[[], None]) -> None:
         if not _nobody_reads(sys.stdout):
             raise
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for what Python writes when it ends
-        stopped = "stopped: nobody reads standard output any more; write it to a file instead"
-        _leave("" if {"-h", "--help"} & {*sys.argv} else stopped, 141)
+        if {"-h", "--help"} & {*sys.argv}:
+            sys.exit(0)  # `--help | head` is no failure, which torchrun and make would report
+        _leave("stopped: nobody reads standard output any more; write it to a file instead", 141)
 
 
 def expand_home(text: str) -> str:

@@ -16,8 +16,8 @@ import torch
 from loce.checkpoint import files as checkpoint_files
 from loce.checkpoint import save as resume
 from loce.checkpoint.load import Checkpoint, load_model, load_weights
-from loce.config import Config, HeadConfig, SeesawOptions, UserError, load_config
-from loce.engine.preflight import check_resume
+from loce.config import Config, HeadConfig, SeesawOptions, UserError, dump, load_config
+from loce.engine.preflight import check_resume, check_run_folder
 from loce.models.build import build_model, build_optimizer
 from loce.models.mask_rcnn import MaskRCNN
 from tests.conftest import stats_of
@@ -242,6 +242,31 @@ def test_no_state_outside_of_the_checkpoint(tiny: Config) -> None:
         for key, value in hidden.items():
             assert not isinstance(value, torch.Tensor), f"{name}.{key} is in no checkpoint"
             assert type(vars(twin)[key]) is type(value)
+
+
+def test_a_finished_run_is_lengthened(config: Path, tmp_path: Path) -> None:
+    """On purpose alone: it goes on as the longer run would, further drops come later, and what changes is said."""
+    words = (config, f"output={tmp_path}/run", "train.evaluate=false", "train.warmup_iterations=9")
+    text = run("train.py", *words, "train.epochs=1", "train.drops=[]")
+    assert "WARNING: schedule: the warm-up takes 9 iterations, the training 3: the learning rate never gets" in text
+    text = run("train.py", *words, "train.epochs=2", "train.drops=[1]")
+    assert "train.epochs: 1 before, 2 now: drops after [1], no warm-up" in text and "3 of 6 iterations are done" in text
+    run("train.py", config, f"output={tmp_path}/whole", *words[2:], "train.epochs=2", "train.drops=[1]")
+    same_run(tmp_path / "run", tmp_path / "whole")
+
+
+def test_what_a_longer_run_may_change(tmp_path: Path) -> None:
+    (tmp_path / "config.yaml").write_text(dump(Config()))
+    for train, message in (
+        ({"epochs": 48}, ""),
+        ({"epochs": 48, "drops": (16, 22, 40)}, ""),
+        ({"epochs": 48, "drops": (32, 44)}, r"train.drops: \[16, 22\] there, \[32, 44\] now\n  \(a longer run keeps"),
+        ({"epochs": 23}, "train.epochs: 24 there, 23 now"),
+        ({"epochs": 48, "lr": 1.0}, "train.lr: 0.02 there, 1.0 now\n[^ ]"),
+    ):
+        changed = dataclasses.replace(Config().train, **train)
+        with pytest.raises(UserError, match=message) if message else contextlib.nullcontext():
+            check_run_folder(tmp_path, dataclasses.replace(Config(), train=changed))
 
 
 def test_a_run_that_must_be_new_or_must_go_on(tmp_path: Path) -> None:

@@ -2,14 +2,20 @@
 
 import json
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import cv2
+import numpy as np
 import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from loce.config import load_config
+from loce.data.build import train_annotations
 from loce.data.glyphs.make import GlyphOptions, make_glyphs
+from loce.engine.arm import load_initial_weights
+from loce.models.build import build_model
 from tests.tiny_runs import CONFIG, LOCE, TIMING, main_file, memory, metrics, run, weights
 
 
@@ -169,3 +175,14 @@ def test_load_model_predicts(stage1: Path) -> None:
     count = len(found["scores"])
     assert found["boxes"].shape == (count, 4) and found["masks"].shape == (count, 50, 70)
     assert len(model.class_names) == 6
+
+
+def test_what_a_second_stage_has_otherwise_is_said(config: Path, stage1: Path) -> None:
+    options = load_config([str(config), f"train.init={stage1}", "data.short_edges=[48]"])
+    stats = train_annotations(options).stats
+    others = replace(stats, groups=np.array(["f", *stats.groups[1:]]))
+    told = [line for line in load_initial_weights(options, build_model(options, others), others) if "WARNING" in line]
+    assert told[0] == f"WARNING: {stage1} saw images at data.short_edges=[64], this run shows others"
+    assert told[1].startswith(f"WARNING: 1 of 6 classes are in other groups than in {stage1}: ") and len(told) == 2
+    same = load_config([str(config), f"train.init={stage1}"])
+    assert "WARNING" not in " ".join(load_initial_weights(same, build_model(same, stats), stats))

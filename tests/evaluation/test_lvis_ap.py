@@ -247,7 +247,7 @@ def test_per_category_table(small: dict[str, Any]) -> None:
     assert [row["name"] for row in rows] == ["often", "loose", "none"]
     assert [row["images"] for row in rows] == [2, 1, 0]
     assert [row["detections"] for row in rows] == [2, 0, 0]
-    assert rows[0]["mean_score"] == pytest.approx(0.7)
+    assert rows[0]["detection_score"] == pytest.approx(0.7)
     assert rows[0]["found_score"] == pytest.approx(0.8)
     assert rows[0]["AP"] == rows[0]["AP50"] == pytest.approx(51 / 101)  # recalls 0 to .5 at precision 1
     assert (rows[1]["AP"], rows[2]["AP"]) == (0.0, -1.0)

@@ -58,7 +58,7 @@ def test_table_of_categories(tmp_path: Path, small: dict[str, Any]) -> None:
     assert tuple(rows[0])[: len(COLUMNS)] == COLUMNS
     assert [row["name"] for row in rows] == ['often, "so" to say', "loose", "none"]
     assert [row["AP"] for row in rows] == ["0.50495", "0", "-1"]
-    assert [row["mean_score"] for row in rows] == ["0.5", "", ""]
+    assert [row["detection_score"] for row in rows] == ["0.5", "", ""]
     assert {row["iou_type"] for row in rows} == {"bbox"}
     assert list(json.loads((tmp_path / "metrics.json").read_text())) == ["bbox"]
 

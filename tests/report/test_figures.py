@@ -12,10 +12,10 @@ import pytest
 from loce.report import figures as plots
 from loce.report.figures import class_values, equilibrium_figure, group_means
 
-SCORES = [  # id, group, training_instances, boxes, mean_score, accuracy
+SCORES: list[tuple] = [  # id, group, training_instances, boxes, mean_score, accuracy
     (7, "r", 3, 2, 0.1, 0.0),
     (3, "f", 900, 9, 0.8, 0.9),
-    (20, "c", 40, 0, 0.0, 0.0),  # no boxes in the validation data
+    (20, "c", 40, 0, "", ""),  # no boxes in the validation data
     (1, "f", 500, 4, 0.6, 0.7),
     (5, "r", 1, 1, 0.0, 0.0),  # has one, and is never found
     (9, "c", 30, 3, 0.5, 0.6),

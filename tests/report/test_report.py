@@ -164,6 +164,28 @@ def test_results_causes_and_origin(tmp_path: Path) -> None:
     assert most_lost({"objects": "3", "found": "3", **dict.fromkeys(list(CAUSES)[1:], "0")}) == "-"
 
 
+def test_evaluations_that_the_script_left_in_the_run(tmp_path: Path) -> None:
+    """Not those between epochs, which are curves."""
+    folder = write_run(tmp_path / "run")
+    (folder / "eval_epoch_01/metrics.json").write_text('{"segm": {"AP": 0.5}}')
+    (folder / "eval_test").mkdir()
+    (folder / "eval_test/metrics.json").write_text('{"bbox": {"AP": 0.25}}')
+    (folder / "eval_test/evaluation.json").write_text('{"annotations": "mine/test.json", "protocol": "coco"}')
+    rows = Page(page([read_run(folder)], {}, [])).rows
+    found = [row[:3] for row in rows if len(row) > 1 and row[1] in ("mask", "box")]
+    beside = ["run, eval_test: mine/test.json, coco", "box", "25.0"]
+    assert found == [["run", "mask", "31.2 [25.0, 37.5]"], beside]
+
+
+def test_classes_that_training_does_not_have_are_drawn_as_nothing() -> None:
+    """They can never be drawn from a memory, and a score that only fell says nothing of the others."""
+    facts = ClassFacts([*IDS, 9], [*NAMES, "none"], [*GROUPS, "r"], [*COUNTS, 0])
+    snapshot = Snapshot(1, [*SCORES, 1e-4], None)
+    found = over_time(Run(Path("x"), "x", {}, facts, [snapshot]))
+    assert set(found) == {"score", "draw", "margin"} and all(values[0][1][3] is None for values in found.values())
+    assert sum(v for v in found["draw"][0][1] if v) == pytest.approx(1)
+
+
 def test_several_runs_beside_each_other(tmp_path: Path) -> None:
     folders = [write_run(tmp_path / name, lines=lines) for name, lines in (("a", 2), ("b", 3), ("c", 1))]
     config = (folders[1] / "config.yaml").read_text()
