@@ -277,6 +277,7 @@ def restore(
         lines.append(f"train.accumulate: {parts} before, {config.train.accumulate} now: the batches stay the same")
     if "train.epochs" in changed:
         drops = f"drops after {show(list(config.train.drops))}, " if "train.drops" in changed else "no further drop, "
+        drops = drops if config.train.schedule == "step" else "the learning rate follows the longer cosine, "
         moved = "; its loss goes by the share of the longer training" if config.head.name in BY_SHARE else ""
         lines.append(f"train.epochs: {epochs} before, {config.train.epochs} now: {drops}no warm-up{moved}")
     if model.roi_heads.memory is not None:
