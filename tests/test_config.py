@@ -310,7 +310,7 @@ WORDS = {
         "train.batch_size, train.accumulate, train.epochs, train.lr, train.lr_batch_size, train.optimizer, "
         "train.momentum, train.weight_decay, train.decay_norms, train.layer_decay, "
         "train.warmup_iterations, train.warmup_factor, train.schedule, train.drops, train.drop_factor, "
-        "train.clip_norm, train.precision, train.log_every, train.checkpoint_every, train.keep_checkpoints, "
+        "train.clip_norm, train.ema, train.precision, train.log_every, train.checkpoint_every, train.keep_checkpoints, "
         "train.evaluate, train.evaluate_every, train.dry_run, train.overfit, train.wandb"
     ),
 }
