@@ -10,7 +10,7 @@ from loce.report.tables.claims import answers, claims
 from loce.report.tables.rows import COLUMNS, PEERS, UNKNOWN, Records, Row, RunOptions, Table, read_table
 from loce.report.tables.statistics import difference, metric, score_tracks_accuracy
 
-TABLES = {"glyphs": (1, 2, 3, 4, 5, 6, 7), "glyph1203": (1, 2, 3, 4, 5, 6), "lvis": (1, 2, 3, 4, 5, 6)}
+TABLES = {"glyphs": (1, 2, 3, 4, 5, 6, 7, 8), "glyph1203": (1, 2, 3, 4, 5, 6, 8), "lvis": (1, 2, 3, 4, 5, 6, 8)}
 MARKS = ("<!-- Table 1: begin -->\n", "<!-- Table 1: end -->\n")
 DATA = {"glyphs": "Glyph-50", "glyph1203": "Glyph-1203", "lvis": "LVIS v1"}  # as readers know them
 SOFTMAX = ("baseline", "softmax", "softmax, one stage")  # rows
@@ -49,12 +49,12 @@ def page(tables: list[Table], options: RunOptions) -> str:
         *answers(tables[5], "what the paper leaves open"),
     ]
     for table in tables[6:]:
-        lines += ["", *answers(table, table.title)]
+        lines += ["", *answers(table, table.title)] if any(row.text.question for row in table.rows) else []
     for table in tables:
         lines += ["", f"## Table {table.number}: {table.title}", ""]
         lines += whole_table(table, tables[0].records("baseline"), tables[0].records("s, EBL + MFS"))
         lines += closed(table)
-        lines += beside_the_paper(table) if table.number in (1, PEERS) else []
+        lines += beside_the_paper(table) if table.number in (1, *PEERS) else []
     every = {record["command"]: record for table in tables for row in table.rows for record in row.records}
     return "\n".join([*lines, "", *origin(list(every.values()))]) + "\n"
 
@@ -90,19 +90,22 @@ def whole_table(table: Table, softmax: Records, loce: Records) -> list[str]:
 def beside_the_paper(table: Table) -> list[str]:
     """Differences to softmax of as many iterations, ours and published; how many signs agree; the order of the rows."""
     known = [row for row in table.rows if row.text.paper[1] != UNKNOWN]
-    rows, pairs = [], []
-    for row in known:
+    rows, pairs, dated = [], [], any(row.text.over for row in table.rows)
+    for row in table.rows:
         base = softmax_for(row, table)
         if base is row:
             continue
         cells = []
-        for column, theirs, plain in zip(COLUMNS, row.text.paper, base.text.paper, strict=True):
+        for column, theirs, plain in zip(COLUMNS, row.text.paper, row.text.over or base.text.paper, strict=True):
             ours = difference(row.records, base.records, column)
             is_published = UNKNOWN not in (theirs, plain)
             pairs += [(ours.mean, theirs - plain)] if ours and is_published else []
             here = f"{ours.mean:+.1f}" if ours else "not run"
             cells.append(f"{here} / {theirs - plain:+.1f}" if is_published else f"{here} / -")
-        rows.append([row.text.name, *cells])
+        if dated:
+            rows.append([str(row.text.year), row.text.name, *cells])
+        elif row in known:
+            rows.append([row.text.name, *cells])
     # How well they agree: signs of the differences, order of the rows by mask AP.
     agree = sum(ours * theirs > 0 for ours, theirs in pairs)
     done = [row for row in known if row.records]
@@ -113,7 +116,7 @@ def beside_the_paper(table: Table) -> list[str]:
     here, there = (" > ".join(row.text.name for row in order) for order in orders)
     return [
         "",
-        *markdown_table(["minus softmax: here / published", *COLUMNS], rows),
+        *markdown_table([*["year"] * dated, "minus softmax: here / published", *COLUMNS], rows),
         "",
         f"The sign agrees in {agree} of {len(pairs)}. By mask AP: here {here}; published {there}.",
     ]

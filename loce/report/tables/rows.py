@@ -24,7 +24,7 @@ from loce.utils.yaml_text import differing, dotted, load_yaml
 
 COLUMNS = ("box AP", "AP", "APr", "APc", "APf")
 UNKNOWN = -1.0  # among the published numbers
-PEERS = 5  # the table of methods, for which a data set may lack recipes
+PEERS = (5, 8)  # the tables of methods, for which a data set may lack recipes
 Records = list[dict[str, Any]]  # of a row, one of each seed
 
 
@@ -53,12 +53,16 @@ class RowText:
     processes: Natural = 0  # of its training; 0: as many as GPUs
     question: str = ""  # that the difference to the row `against` answers
     against: str = "LOCE"
+    year: Natural = 0  # of its publication
     paper: tuple[float, ...] = (UNKNOWN,) * len(COLUMNS)  # as COLUMNS; -1: not published
+    over: tuple[float, ...] = ()  # what `paper` is compared with there; none: the softmax row's `paper`
     source: str = ""  # of the published numbers, and what was trained for them
 
 
+NUMBERS = f"must be {len(COLUMNS)} numbers: {', '.join(COLUMNS)}"
 ROW_CONFLICTS: tuple[Conflict, ...] = (
-    (("paper",), lambda row: len(row.paper) != len(COLUMNS), f"must be {len(COLUMNS)} numbers: {', '.join(COLUMNS)}"),
+    (("paper",), lambda row: len(row.paper) != len(COLUMNS), NUMBERS),
+    (("over",), lambda row: len(row.over) not in (0, len(COLUMNS)), NUMBERS),
 )
 
 
@@ -161,11 +165,14 @@ def read_table(options: RunOptions, number: int) -> Table:
         raise UserError(f"data = {options.data}: table {number} is of {' or '.join(content[name]['data'])}")
     table = Table(number, content[name]["title"], Recipes(**content["recipes"][options.data]), [])
     problems = []
-    for position, values in enumerate(content[name]["rows"], start=1):
-        source = f"{file}, {name}, row {position}"
+    # A table may have the rows of another, too: then all stand by year.
+    other = content[name].get("also")
+    names = [other, name] if other else [name]
+    lines = [(f"{file}, {n}, row {at}", row) for n in names for at, row in enumerate(content[n]["rows"], start=1)]
+    for source, values in lines:
         try:
             text = build(RowText, flatten(RowText, values, source), ROW_CONFLICTS)
-            if number == PEERS and table.recipes.only and text.name not in table.recipes.only:
+            if number in PEERS and table.recipes.only and text.name not in table.recipes.only:
                 continue
             # A row may start from the run, of the same seed, of a row above.
             starts = next((row.runs for row in table.rows if row.text.name == text.start), [])
@@ -179,6 +186,8 @@ def read_table(options: RunOptions, number: int) -> Table:
         except UserError as error:
             problems.append(f"{source}: {error}")
     raise_problems(problems)
+    if other:
+        table.rows.sort(key=lambda row: row.text.year)
     return table
 
 
