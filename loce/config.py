@@ -417,6 +417,49 @@ class TrainConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class FRACALOptions:
+    """Fractal calibration."""
+
+    exponent: NotNegative = 2.0  # lambda, of the box-counting dimension
+    variant: Literal["raw", "smooth", "prob", "base2", "base10", "normit", "gombit"] = "base10"  # of the class weight
+    counts: Literal["images", "instances"] = "images"  # that a class is rare by
+
+
+@dataclass(frozen=True, kw_only=True)
+class LogNOptions:
+    """Logit normalisation."""
+
+    strength: NotNegative = 1.0  # 1: as published; 0 changes nothing
+    images: Natural = 2000  # of the training pass that the moments are of; 0: a whole epoch
+    momentum: Decay = 0.0  # 0: moments of all rows; released: running ones, 5e-5
+
+
+@dataclass(frozen=True, kw_only=True)
+class PosthocIIFOptions:
+    """Inverse image frequency of a trained softmax head."""
+
+    variant: Literal["raw", "smooth", "prob", "base2", "base10", "normit", "gombit"] = "base10"  # formula of the weight
+    counts: Literal["images", "instances"] = "images"  # that a class is rare by
+
+
+@dataclass(frozen=True, kw_only=True)
+class TauNormOptions:
+    """Classifier weights over a power of their lengths."""
+
+    tau: NotNegative = 1.0  # the power; 0 changes nothing
+
+
+@dataclass(frozen=True, kw_only=True)
+class TemperatureOptions:
+    """Temperature scaling."""
+
+    t: Positive = 1.0  # logits are divided by it; 1 changes nothing
+
+
+PosthocName = Literal["none", "norcal", "logit_adjustment", "tau_norm", "temperature", "iif", "logn", "fracal"]
+
+
+@dataclass(frozen=True, kw_only=True)
 class EvalConfig:
     """Inference and evaluation."""
 
@@ -426,6 +469,14 @@ class EvalConfig:
     protocol: Literal["auto", "lvis", "fixed", "coco"] = "auto"  # auto: lvis if the file has LVIS's fields, else coco
     batch_size: Count = 1  # images per rank
     errors: bool = True  # what became of lost objects (errors.csv); inference keeps near misses for it
+    posthoc: PosthocName = "none"  # calibration of a trained head's scores (docs/posthoc.md)
+    norcal: NorCalOptions = field(default_factory=NorCalOptions)
+    logit_adjustment: LogitAdjustmentOptions = field(default_factory=LogitAdjustmentOptions)
+    tau_norm: TauNormOptions = field(default_factory=TauNormOptions)
+    temperature: TemperatureOptions = field(default_factory=TemperatureOptions)
+    iif: PosthocIIFOptions = field(default_factory=PosthocIIFOptions)
+    logn: LogNOptions = field(default_factory=LogNOptions)
+    fracal: FRACALOptions = field(default_factory=FRACALOptions)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -445,9 +496,24 @@ class Config:
     eval: EvalConfig = field(default_factory=EvalConfig)
 
 
+# Heads whose scores are the softmax of their C + 1 logits, or sigmoids of the first C: post-hoc methods are of logits.
+SOFTMAX_HEADS = (
+    *("softmax", "equilibrium", "reweighted", "balanced_softmax"),
+    *("ldam", "logit_adjustment", "disalign", "pcb"),
+)
+SIGMOID_HEADS = ("eql", "balms", "acsl", "fedloss")
+SIGMOID_POSTHOC = ("none", "fracal", "temperature")  # defined for sigmoids, too
+
+
+def has_sigmoids(head: HeadConfig) -> bool:
+    """Whether the scores of a head are sigmoids of its first C logits."""
+    return head.name in SIGMOID_HEADS or (head.name == "gol" and head.gol.activation == "sigmoid")
+
+
 # Option or section -> the choice that it belongs to. Where another choice is made it does nothing, and is refused.
 OPTION_OF: dict[str, Choice] = {
     **{f"head.{f.name}": ("head.name", (f.name,)) for f in dataclasses.fields(HeadConfig) if is_section(f.type)},
+    **{f"eval.{f.name}": ("eval.posthoc", (f.name,)) for f in dataclasses.fields(EvalConfig) if is_section(f.type)},
     "head.reweighted.beta": ("head.reweighted.by", ("effective_number",)),
     "head.balms.inner_lr": ("head.balms.meta_lr", Range(0, above=True)),
     "head.ldam.beta": ("head.ldam.reweight_from", Range(0, 1, below=True)),
@@ -645,6 +711,26 @@ CONFLICTS: tuple[Conflict, ...] = (
             c.head.name == "forest" and not (c.head.forest.visual + c.head.forest.geometrical + c.head.forest.lexical)
         ),
         "at least one tree must have parents",
+    ),
+    (
+        ("eval.posthoc", "head.name"),
+        lambda c: c.eval.posthoc != "none" and c.head.name not in SOFTMAX_HEADS and not has_sigmoids(c.head),
+        "post-hoc methods change logits whose softmax or sigmoid is the score; this head reads scores in its own way",
+    ),
+    (
+        ("eval.posthoc", "head.name"),
+        lambda c: has_sigmoids(c.head) and c.eval.posthoc not in SIGMOID_POSTHOC,
+        "this method is defined for a softmax, and this head has sigmoids; fracal and temperature are defined for both",
+    ),
+    (
+        ("eval.posthoc", "head.name"),
+        lambda c: c.eval.posthoc == "logit_adjustment" and c.head.name in ("logit_adjustment", "balanced_softmax"),
+        "this head's loss makes the same adjustment; use one of the two",
+    ),
+    (
+        ("eval.posthoc", "head.name"),
+        lambda c: c.eval.posthoc == "tau_norm" and c.head.name in ("ldam", "disalign"),
+        "this head's logits are not those of one linear layer, whose lengths the method is about",
     ),
     (
         ("head.bags.bounds",),

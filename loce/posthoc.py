@@ -2,17 +2,23 @@
 
 FRACAL (CVPR 2025, arXiv 2410.11774), LogN (IJCV 2024, arXiv 2203.17020), IIF (IEEE TIP 2023, arXiv 2209.04861), logit
 adjustment (ICLR 2021, arXiv 2007.07314, Eq. 9), NorCal (NeurIPS 2021, arXiv 2107.02170), tau-normalisation (ICLR 2020,
-arXiv 1910.09217, Sec. 4.3) and temperature. Softmax logits are (N, C+1), background last; scores are (N, C), fp32.
+arXiv 1910.09217, Sec. 4.3) and temperature (ICML 2017, arXiv 1706.04599, Eq. 9). Softmax logits are (N, C+1),
+background last; what a method makes of them is in at least fp32. `calibration` is the method that options choose.
 
 Shape suffixes: N rows, C classes, L = C + 1, A annotations, D features.
 """
 
 import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
 from statistics import NormalDist
 
 import numpy as np
 import torch
 from torch import Tensor
+
+from loce.config import EvalConfig
 
 GRIDS = 64  # finest grid of the box-counting dimension
 FEWEST = 4  # instances of a class whose dimension is fitted
@@ -69,32 +75,77 @@ def box_counting_dimension(centres_A2: np.ndarray, labels_A: np.ndarray, num_cla
     return dimension_C
 
 
+def norcal_shift(counts_C: np.ndarray, gamma: float) -> np.ndarray:
+    """(C,) float64: gamma log n of NorCal; a class without a count is taken as counted once."""
+    return gamma * np.log(np.maximum(counts_C, 1))
+
+
+def norcal(logits_NL: Tensor, shift_C: Tensor) -> Tensor:
+    """(N, L) NorCal's logits (NeurIPS 2021, exponential form): foreground z_c - gamma log n_c; background stays.
+
+    shift_C: `norcal_shift`. Their softmax is (e^{z_c} / n_c^gamma) / (e^{z_bg} + sum_j e^{z_j} / n_j^gamma).
+    """
+    return _of_foreground(logits_NL, lambda z_NC: z_NC - shift_C)
+
+
+def log_prior(counts_C: np.ndarray) -> np.ndarray:
+    """(C,) float64: log pi of logit adjustment, pi = n over the geometric mean of all n, each at least 1; sums to 0."""
+    log_count_C = np.log(np.maximum(counts_C, 1))
+    centred_C: np.ndarray = log_count_C - log_count_C.mean()
+    return centred_C
+
+
+def logit_adjustment(logits_NL: Tensor, log_prior_C: Tensor, tau: float = 1.0) -> Tensor:
+    """(N, L) logits adjusted post hoc (ICLR 2021, Eq. 9): foreground z_c - tau log pi_c; background stays.
+
+    For a model that was trained without the adjusted loss (Eq. 10, the head `logit_adjustment`): one or the other.
+    """
+    return _of_foreground(logits_NL, lambda z_NC: z_NC - tau * log_prior_C)
+
+
+def tau_norm(logits_NL: Tensor, norm_C: Tensor, bias_C: Tensor, tau: float = 1.0) -> Tensor:
+    """(N, L) logits of tau-normalised weights (ICLR 2020, Sec. 4.3): w_c / |w_c|^tau; background stays.
+
+    norm_C, bias_C: of the linear classifier's foreground rows. The paper has no background: so that tau moves classes
+    against each other and not all of them against it, lengths are relative to their geometric mean; and the bias,
+    which the paper leaves out, stays: z_c = (w_c . x) / (|w_c| / geometric mean)^tau + b_c.
+    """
+    log_C = norm_C.log()
+    factor_C = (-tau * (log_C - log_C.mean())).exp()
+    return _of_foreground(logits_NL, lambda z_NC: (z_NC - bias_C) * factor_C + bias_C)
+
+
+def temperature(logits: Tensor, t: float) -> Tensor:
+    """Logits of any shape over a temperature (ICML 2017, Eq. 9): background, too."""
+    return at_least_fp32(logits) / t
+
+
 def fracal(logits_NL: Tensor, weight_C: Tensor, dimension_C: Tensor, exponent: float = 2.0) -> Tensor:
     """(N, C) FRACAL's scores of softmax logits: p = softmax(z + w), q = p / Phi^exponent, over its sum.
 
     weight_C: `fracal_weights`; dimension_C: `box_counting_dimension`. Background has w = 0 and Phi = 1.
     """
-    log_q_NL = logits_NL.float().clone()
-    log_q_NL[:, :-1] += weight_C - exponent * dimension_C.log()  # the softmax takes care of both sums
-    return log_q_NL.softmax(dim=1)[:, :-1]
+    shift_C = weight_C - exponent * dimension_C.log()  # the softmax takes care of both sums
+    return _of_foreground(logits_NL, lambda z_NC: z_NC + shift_C).softmax(dim=1)[:, :-1]
 
 
 def fracal_sigmoid(logits_NC: Tensor, weight_C: Tensor, dimension_C: Tensor, exponent: float = 2.0) -> Tensor:
     """(N, C) FRACAL's scores of C sigmoid logits: sigma(z) sigma(z + w + r), r = -log10(C Phi^e / sum_k Phi_k^e)."""
-    z_NC = logits_NC.float()
+    z_NC = at_least_fp32(logits_NC)
     share_C = dimension_C**exponent
     spread_C = -(share_C / share_C.mean()).log10()
     return z_NC.sigmoid() * (z_NC + weight_C + spread_C).sigmoid()
 
 
-def logn(logits_NL: Tensor, mean_C: Tensor, variance_C: Tensor) -> Tensor:
+def logn(logits_NL: Tensor, mean_C: Tensor, variance_C: Tensor, strength: float = 1.0) -> Tensor:
     """(N, L) LogN's logits: foreground z_c becomes (z_c - mean_c + min_k mean_k) / sd_c; background stays.
 
     mean_C, variance_C: moments of each foreground logit over training rows, foreground and background alike.
+    strength: 1 is the paper's; s of our own: (z_c - s (mean_c - min_k mean_k)) / sd_c^s, so that 0 changes nothing.
     """
-    z_NL = logits_NL.float().clone()
-    z_NL[:, :-1] = (z_NL[:, :-1] - mean_C + mean_C.min()) / variance_C.clamp(min=LEAST_VARIANCE).sqrt()
-    return z_NL
+    shift_C = strength * (mean_C - mean_C.min())
+    sd_C = variance_C.clamp(min=LEAST_VARIANCE) ** (strength / 2)
+    return _of_foreground(logits_NL, lambda z_NC: (z_NC - shift_C) / sd_C)
 
 
 class LogitMoments:
@@ -126,6 +177,84 @@ class LogitMoments:
 
 def iif(logits_NL: Tensor, weight_C: Tensor) -> Tensor:
     """(N, L) IIF's logits: foreground z_c times weight_c (`inverse_frequency`); background stays."""
-    z_NL = logits_NL.float().clone()
-    z_NL[:, :-1] *= weight_C
-    return z_NL
+    return _of_foreground(logits_NL, lambda z_NC: z_NC * weight_C)
+
+
+def at_least_fp32(x: Tensor) -> Tensor:
+    """`x` in fp32, also under autocast; float64 stays float64."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
+def _of_foreground(logits_NL: Tensor, change: Callable[[Tensor], Tensor]) -> Tensor:
+    """(N, L) logits of which `change` is applied to all columns but the last, in at least fp32."""
+    z_NL = at_least_fp32(logits_NL)
+    return torch.cat([change(z_NL[:, :-1]), z_NL[:, -1:]], dim=1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ClassFacts:
+    """What methods know of C classes: arrays (C,); None where the chosen method does not ask for it.
+
+    image_counts, instance_counts: of the training set; images: all of its file; dimension: `box_counting_dimension`;
+    mean, variance: `LogitMoments`; norm, bias: of the rows of a linear classifier.
+    """
+
+    image_counts: np.ndarray
+    instance_counts: np.ndarray
+    images: int
+    dimension: np.ndarray | None = None
+    mean: np.ndarray | None = None
+    variance: np.ndarray | None = None
+    norm: np.ndarray | None = None
+    bias: np.ndarray | None = None
+
+    def counts(self, by: str) -> tuple[np.ndarray, int]:
+        """Counts of the classes and of all, by "images" or "instances"."""
+        if by == "images":
+            return self.image_counts, self.images
+        return self.instance_counts, int(self.instance_counts.sum())
+
+
+def calibration(
+    options: EvalConfig,
+    facts: ClassFacts,
+    sigmoid: bool = False,
+    device: torch.device | str = "cpu",
+) -> Callable[[Tensor], Tensor]:
+    """Logits -> scores (N, C) in fp32 by the method `options.posthoc` and its section; "none": the plain scores.
+
+    Logits are (N, C+1), background last, and scores their softmax; sigmoid: each of the first C columns has a sigmoid
+    of its own (fracal, temperature and none only). facts: what the method needs must be there.
+    """
+    classes = len(facts.image_counts)
+
+    def tensor(values: np.ndarray | None) -> Tensor:
+        assert values is not None, f"eval.posthoc={options.posthoc} needs facts that were not given"
+        return torch.tensor(values, dtype=torch.float32, device=device)
+
+    change: Callable[[Tensor], Tensor] = at_least_fp32
+    if options.posthoc == "fracal":
+        section, smoothing = options.fracal, 300 if options.fracal.counts == "images" else 1000
+        weight_C = tensor(fracal_weights(*facts.counts(section.counts), section.variant, smoothing))
+        score = partial(fracal_sigmoid if sigmoid else fracal, weight_C=weight_C, exponent=section.exponent)
+        dimension_C = tensor(facts.dimension)
+        return lambda z: score(z[:, : classes + (not sigmoid)], dimension_C=dimension_C)
+    if options.posthoc == "norcal":
+        shift_C = norcal_shift(facts.counts(options.norcal.counts)[0], options.norcal.gamma)
+        change = partial(norcal, shift_C=tensor(shift_C))
+    elif options.posthoc == "logit_adjustment":
+        prior_C = tensor(log_prior(facts.instance_counts))
+        change = partial(logit_adjustment, log_prior_C=prior_C, tau=options.logit_adjustment.tau)
+    elif options.posthoc == "tau_norm":
+        change = partial(tau_norm, norm_C=tensor(facts.norm), bias_C=tensor(facts.bias), tau=options.tau_norm.tau)
+    elif options.posthoc == "temperature":
+        change = partial(temperature, t=options.temperature.t)
+    elif options.posthoc == "iif":
+        weight_C = tensor(inverse_frequency(*facts.counts(options.iif.counts), options.iif.variant))
+        change = partial(iif, weight_C=weight_C)
+    elif options.posthoc == "logn":
+        moments = {"mean_C": tensor(facts.mean), "variance_C": tensor(facts.variance)}
+        change = partial(logn, **moments, strength=options.logn.strength)
+    if sigmoid:
+        return lambda z: change(z[:, :classes]).sigmoid()
+    return lambda z: change(z).softmax(dim=1)[:, :classes]

@@ -2,7 +2,7 @@
 
 python scripts/evaluate.py annotations=A.json results=R.json [output=DIR]
 python (or torchrun --nproc_per_node=N) scripts/evaluate.py [checkpoint=RUN_OR_FILE | checkpoint=[A,B]]
-    [annotations=A.json images=DIR] [head.name=norcal head.norcal.gamma=0.6] [eval.nms=0.4]
+    [annotations=A.json images=DIR] [eval.posthoc=fracal eval.fracal.exponent=2] [head.name=norcal] [eval.nms=0.4]
 Options head.* and eval.* take the place of the checkpoint's, for what works on trained weights as they are;
 train.ema=0 evaluates the weights of the last step in place of their average.
 """

@@ -1,5 +1,7 @@
 """Draw what a trained model finds: python scripts/predict.py CHECKPOINT IMAGE_OR_FOLDER ... [key=value ...].
 
+Options eval.* take the place of the checkpoint's: eval.nms=0.4, eval.posthoc=norcal eval.norcal.gamma=0.8.
+
 Writes every image with masks, names and scores, coloured by how frequent a class was in training, and predictions.json
 with all detections.
 """
@@ -167,7 +169,8 @@ def records(
 
 def main() -> None:
     names = [w for w in sys.argv[1:] if not w.startswith("-") and ("=" not in w or Path(w).exists())]
-    options = read_options(Options, [word for word in sys.argv[1:] if word not in names])
+    overrides = [word for word in sys.argv[1:] if word.startswith("eval.") and word not in names]
+    options = read_options(Options, [word for word in sys.argv[1:] if word not in (*names, *overrides)])
     if len(names) < 2:
         raise UserError(USAGE)
     output = Path(options.output)
@@ -176,18 +179,24 @@ def main() -> None:
     require_writable(output)
 
     from loce.checkpoint.load import Checkpoint
+    from loce.engine.class_facts import calibrate, posthoc_text
     from loce.engine.pictures import Limits, draw_detections, write_picture
     from loce.utils import distributed
     from loce.utils.files import write_text
 
     # Every image with its picture; all detections in one file.
     checkpoint = Checkpoint.open(names[0])
-    model = checkpoint.detector().to(distributed.setup(options.device)).eval()
+    config = checkpoint.config_with(overrides)
+    model = checkpoint.detector(config).to(distributed.setup(options.device)).eval()
+    run = Path(names[0])
+    calibrate(model, config, run if run.is_dir() else run.with_suffix(""))
+    if text := posthoc_text(config):
+        print(f"scores: calibrated post hoc by {text}")
     print("\n".join(left_out), end="\n" * bool(left_out))
     limits = Limits(options.threshold, options.most, options.overlap)
     all_records: list[dict[str, Any]] = []
     bad: list[str] = []
-    for file, image, found in detections(model, files, checkpoint.config.data.scale_16bit, bad):
+    for file, image, found in detections(model, files, config.data.scale_16bit, bad):
         picture, drawn = draw_detections(image, found, model.stats, limits)
         write_picture(targets[file], picture)
         all_records += records(file, image, found, model.stats, drawn.tolist())

@@ -250,7 +250,7 @@ SINGLE = {
     "train: {freze: trunk}": "run.yaml: train.freze = trunk: unknown key; did you mean train.freeze?",
     "gpu: {lr: 3}": "run.yaml: gpu = {lr: 3}: unknown key; --help lists all keys",
     "momentum: 0.5": "run.yaml: momentum = 0.5: unknown key; "
-    "did you mean head.pcb.momentum or indicator.momentum or train.momentum?",
+    "did you mean head.pcb.momentum or indicator.momentum or train.momentum or eval.logn.momentum?",
     "memory: {enable: true}": "run.yaml: memory.enable = true: unknown key; did you mean memory.enabled?",
     "model: {roi: 512}": (
         "run.yaml: model.roi = 512: is a section; its keys are model.roi.positive_iou, model.roi.batch_per_image, "
@@ -385,6 +385,10 @@ IMPOSSIBLE = [
         *("head.name=forest", "head.forest.trees=x"),
         *("head.forest.visual=0", "head.forest.geometrical=0"),
     ),
+    ("eval.posthoc=fracal", "head.name=seesaw"),
+    ("eval.posthoc=norcal", "head.name=eql"),
+    ("eval.posthoc=logit_adjustment", "head.name=balanced_softmax"),
+    ("eval.posthoc=tau_norm", "head.name=ldam"),
     ("head.name=bags", "head.bags.bounds=[10, 10]"),
 ]
 
@@ -444,6 +448,7 @@ OTHER_CHOICE = {"indicator.kind": "prior", "model.mask_predictor": "linear", "me
     "sampler.name": "class_balanced",
     "sampler.repeat_by": "images",
     "head.name": "softmax",
+    "eval.posthoc": "none",
     "train.schedule": "cosine",
     "train.weight_decay": "0.0",
     "train.freeze": "trunk",

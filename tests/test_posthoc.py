@@ -8,6 +8,21 @@ import pytest
 import torch
 
 from loce import posthoc
+from loce.config import (
+    SIGMOID_HEADS,
+    SOFTMAX_HEADS,
+    EvalConfig,
+    FRACALOptions,
+    HeadConfig,
+    IIFOptions,
+    LogitAdjustmentOptions,
+    LogNOptions,
+    NorCalOptions,
+    PosthocIIFOptions,
+    TauNormOptions,
+    TemperatureOptions,
+)
+from loce.heads import HEADS
 from tests.fixtures.newer import rule
 
 FOLDER = Path(__file__).resolve().parent / "fixtures" / "newer"
@@ -120,3 +135,145 @@ def test_exact_moments():
         posthoc.logn(logn_batch("test"), moments.mean.float(), moments.variance.float()),
         wanted["exact/calibrated_head"],
     )
+
+
+# Methods without released numbers, against loops from their equations.
+
+
+def logits(rows=9, columns=6, seed=0):
+    return 4 * torch.randn(rows, columns, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+COUNTS = [900, 40, 3, 0, 7]
+
+
+def test_norcal_equals_its_equation():
+    """p_c = (e^{z_c} / n_c^gamma) / (e^{z_bg} + sum_j e^{z_j} / n_j^gamma)."""
+    shift = torch.from_numpy(posthoc.norcal_shift(np.array(COUNTS), 0.6))
+    for z, found in zip(logits().tolist(), posthoc.norcal(logits(), shift).softmax(dim=1).tolist(), strict=True):
+        terms = [math.exp(value) / max(n, 1) ** 0.6 for value, n in zip(z[:-1], COUNTS, strict=True)]
+        total = math.exp(z[-1]) + sum(terms)
+        assert found == pytest.approx([term / total for term in [*terms, math.exp(z[-1])]], rel=1e-12)
+
+
+def test_logit_adjustment_equals_its_equation():
+    """z_c - tau log pi_c, pi_c = n_c / (n_1 ... n_C)^(1/C)."""
+    prior = torch.from_numpy(posthoc.log_prior(np.array(COUNTS)))
+    n = [max(count, 1) for count in COUNTS]
+    mean = math.prod(n) ** (1 / len(n))
+    for z, found in zip(logits().tolist(), posthoc.logit_adjustment(logits(), prior, 0.7).tolist(), strict=True):
+        wanted = [value - 0.7 * math.log(count / mean) for value, count in zip(z[:-1], n, strict=True)]
+        assert found == pytest.approx([*wanted, z[-1]], rel=1e-12)
+
+
+def test_tau_norm_is_a_classifier_with_shorter_weights():
+    """(w_c . x) / (|w_c| / geometric mean)^tau + b_c, from the weights."""
+    generator = torch.Generator().manual_seed(1)
+    x, bias = (torch.randn(size, generator=generator, dtype=torch.float64) for size in ((9, 4), (6,)))
+    weight = torch.randn(6, 4, generator=generator, dtype=torch.float64) * torch.arange(1, 7)[:, None]
+    norm = weight.norm(dim=1)[:-1]
+    found = posthoc.tau_norm(x @ weight.T + bias, norm, bias[:-1], 0.8)
+    mean = math.prod(norm.tolist()) ** (1 / 5)
+    for row, z in zip(x.tolist(), found.tolist(), strict=True):
+        for c in range(6):
+            length = (norm[c].item() / mean) ** 0.8 if c < 5 else 1.0
+            product = sum(a * b for a, b in zip(row, weight[c].tolist(), strict=True))
+            assert z[c] == pytest.approx(product / length + bias[c].item(), rel=1e-9)
+
+
+def test_temperature_and_logn_strength():
+    assert torch.equal(posthoc.temperature(logits(), 2.0), logits() / 2)
+    mean, variance = torch.tensor([1.0, -2.0, 0.5, 3.0, 0.0]).double(), torch.tensor([4.0, 1.0, 9.0, 0.0, 2.0]).double()
+    for z, found in zip(logits().tolist(), posthoc.logn(logits(), mean, variance, 0.5).tolist(), strict=True):
+        moments = list(zip(z[:-1], mean.tolist(), variance.tolist(), strict=True))
+        wanted = [(value - 0.5 * (m + 2.0)) / math.sqrt(max(v, 1e-11)) ** 0.5 for value, m, v in moments]
+        assert found == pytest.approx([*wanted, z[-1]], rel=1e-9)
+
+
+# The method that options choose.
+
+
+def facts(classes=5):
+    draw = np.random.default_rng(0).random
+    images = np.geomspace(200, 1, classes).round().astype(int)
+    columns = {name: 0.5 + draw(classes) for name in ("mean", "variance", "norm", "bias")}
+    return posthoc.ClassFacts(
+        image_counts=images, instance_counts=3 * images, images=300, dimension=1 + draw(classes), **columns
+    )
+
+
+NOTHING = {
+    "none": {},
+    "norcal": {"norcal": NorCalOptions(gamma=0.0)},
+    "tau_norm": {"tau_norm": TauNormOptions(tau=0.0)},
+    "temperature": {"temperature": TemperatureOptions(t=1.0)},
+    "logn": {"logn": LogNOptions(strength=0.0)},
+}
+
+
+@pytest.mark.parametrize("name", sorted(NOTHING))
+def test_strength_0_changes_nothing(name):
+    chosen = posthoc.calibration(EvalConfig(posthoc=name, **NOTHING[name]), facts())
+    torch.testing.assert_close(chosen(logits().float()), logits().float().softmax(dim=1)[:, :5])
+
+
+def test_a_method_that_is_a_head_too_is_the_same_there(make_stats):
+    """NorCal and IIF by head and by option; logit adjustment undoes its loss's shift."""
+    stats = make_stats(5)
+    known = posthoc.ClassFacts(
+        image_counts=stats.image_counts, instance_counts=stats.instance_counts, images=stats.image_total
+    )
+    z = logits().float()
+    for by in ("images", "instances"):
+        head = HEADS["norcal"](8, stats, HeadConfig(norcal=NorCalOptions(gamma=0.4, counts=by))).eval()
+        options = EvalConfig(posthoc="norcal", norcal=NorCalOptions(gamma=0.4, counts=by))
+        assert torch.equal(posthoc.calibration(options, known)(z), head.scores(z))
+        head = HEADS["iif"](8, stats, HeadConfig(iif=IIFOptions(variant="smooth", counts=by)))
+        options = EvalConfig(posthoc="iif", iif=PosthocIIFOptions(variant="smooth", counts=by))
+        assert torch.equal(posthoc.calibration(options, known)(z), head.scores(z))
+    adjusted = HEADS["logit_adjustment"](8, stats, HeadConfig(logit_adjustment=LogitAdjustmentOptions(tau=0.5)))
+    options = EvalConfig(posthoc="logit_adjustment", logit_adjustment=LogitAdjustmentOptions(tau=0.5))
+    shifted = posthoc.calibration(options, known)(z + adjusted.shift_L)
+    torch.testing.assert_close(shifted, z.softmax(dim=1)[:, :5])
+
+
+@pytest.mark.parametrize("variant", ["base10", "smooth"])
+@pytest.mark.parametrize("by", ["images", "instances"])
+def test_fracal_by_options_is_the_authors(dimension, variant, by):
+    wanted = authors("fracal")
+    known = posthoc.ClassFacts(
+        image_counts=rule.image_counts(S),
+        instance_counts=rule.instance_counts(S),
+        images=S["images"],
+        dimension=dimension,
+    )
+    options = EvalConfig(posthoc="fracal", fracal=FRACALOptions(variant=variant, counts=by))
+    key = f"softmax/{variant}{'_obj' if by == 'instances' else ''}/lambda2/scores"
+    z = float32(rule.logits(S, "fracal/softmax", C + 1))
+    if key in wanted:
+        close(posthoc.calibration(options, known)(z), wanted[key][:, :C])
+    if (variant, by) == ("base10", "images"):
+        z = float32(rule.logits(S, "fracal/sigmoid", C))
+        close(posthoc.calibration(options, known, sigmoid=True)(z), wanted["sigmoid/base10/lambda2/scores"])
+
+
+@pytest.mark.parametrize(
+    "name", ["none", "norcal", "logit_adjustment", "tau_norm", "temperature", "iif", "logn", "fracal"]
+)
+def test_any_logits_give_scores(name):
+    chosen = posthoc.calibration(EvalConfig(posthoc=name), facts())
+    for z in (torch.empty(0, 6), torch.randn(7, 6).half(), torch.tensor([[1e4, -1e4, 0.0, 0.0, 0.0, 1e4], [-1e4] * 6])):
+        scores = chosen(z)
+        assert scores.shape == (len(z), 5) and scores.dtype == torch.float32
+        assert ((scores >= 0) & (scores <= 1)).all()
+
+
+@pytest.mark.parametrize("name", [*SOFTMAX_HEADS, *SIGMOID_HEADS])
+def test_heads_whose_logits_can_be_changed_are_what_they_are_said_to_be(name, make_stats):
+    torch.manual_seed(0)
+    head = HEADS[name](8, make_stats(5)).eval()
+    z = head(torch.randn(9, 8))
+    plain = posthoc.calibration(EvalConfig(), facts(), sigmoid=name in SIGMOID_HEADS)
+    torch.testing.assert_close(plain(z), head.scores(z))
+    if name in SOFTMAX_HEADS:
+        assert z.shape[1] == 6

@@ -4,6 +4,7 @@ What else a checkpoint holds of a run, and how training goes on from it: save.py
 All files load with `weights_only=True`: no code in them is ever run.
 """
 
+import hashlib
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -237,6 +238,16 @@ def load_weights(
         "new": [k for k in target if k not in source and not k.startswith(tuple(METHOD_STATE))],
         "dropped": [k for k in source if k not in target],
     }
+
+
+def weights_hash(model: MaskRCNN) -> str:
+    """First 12 digits of the SHA-256 of the weights."""
+    digest = hashlib.sha256()
+    for name, tensor in model.state_dict().items():
+        if not name.startswith(tuple(METHOD_STATE)):
+            name = name.replace(HEAD_PREFIX, OLD_HEAD_PREFIX)
+            digest.update(name.encode() + tensor.cpu().numpy().tobytes())
+    return digest.hexdigest()[:12]
 
 
 def memory_state(model: MaskRCNN) -> dict[str, Tensor]:

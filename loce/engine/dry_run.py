@@ -14,12 +14,13 @@ from typing import Any
 import numpy as np
 import torch
 
+from loce.checkpoint.load import weights_hash
 from loce.checkpoint.save import newest, require_room
 from loce.config import Config, SamplerConfig, UserError
 from loce.data.annotations.lvis import LVISAnnotations
 from loce.data.build import val_annotations
 from loce.engine.arm import Arm
-from loce.engine.inference import evaluate_model, weights_hash
+from loce.engine.inference import evaluate_model
 from loce.engine.preflight import check_run_folder, preflight
 from loce.engine.summary import introduce
 from loce.engine.trainer import Trainer

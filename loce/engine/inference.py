@@ -2,7 +2,6 @@
 
 import csv
 import dataclasses
-import hashlib
 import io
 import json
 import os
@@ -16,12 +15,13 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
-from loce.checkpoint.load import HEAD_PREFIX, METHOD_STATE, OLD_HEAD_PREFIX, Checkpoint
+from loce.checkpoint.load import Checkpoint, weights_hash
 from loce.config import Config, HeadConfig, UserError, diff, raise_problems
 from loce.data.annotations.lvis import LVISAnnotations
 from loce.data.annotations.requirements import compared_types, evaluation_problems
 from loce.data.build import val_annotations, val_dataset
 from loce.data.loader import Batches, TrainDataset, eval_batches
+from loce.engine.class_facts import calibrate, posthoc_text
 from loce.engine.ranks import process_group
 from loce.evaluation.annotations import FederatedFilter, GroundTruth, load_annotations, only_images
 from loce.evaluation.report import RESULTS, evaluate_and_report
@@ -41,12 +41,16 @@ CHANGES_NOTHING = ("eval.batch_size", "eval.errors")  # of the detections
 
 
 class Evaluated(NamedTuple):
-    """A detector to be evaluated into a folder; source: what made its detections, named beside the numbers."""
+    """A detector to be evaluated into a folder; source: what made its detections, named beside the numbers.
+
+    run: where class facts are kept; None: the folder that `output` is in.
+    """
 
     model: MaskRCNN
     config: Config
     output: Path
     source: str
+    run: Path | None = None
 
 
 def evaluate_checkpoint(
@@ -103,7 +107,7 @@ def evaluate_checkpoints(
             model = checkpoint.detector(config).to(chosen)
             heads = [f"{key}={show(value)}" for key, value in changes.items() if key.startswith("head.")]
             source = f"{checkpoint.path} with {' '.join(heads)}" if heads else str(checkpoint.path)
-            found.append(Evaluated(model, config, folder, source))
+            found.append(Evaluated(model, config, folder, source, run))
         share_equal([one.model for one in found])
         evaluate_models(found, annotations, **report)
         return [one.output for one in found]
@@ -207,6 +211,8 @@ def evaluate_models(found: Sequence[Evaluated], annotations: LVISAnnotations, **
             _take_over(one.output, origin)
             write_text(one.output / ORIGIN, origin)
     distributed.barrier()
+    for one in found:
+        calibrate(one.model, one.config, one.run or one.output.parent)
     infer(found, annotations, FederatedFilter(truth), origins)
     distributed.barrier()
     if report.get("save_json") and not len(annotations.annotation_ids):
@@ -226,7 +232,7 @@ def evaluate_models(found: Sequence[Evaluated], annotations: LVISAnnotations, **
         truth = with_training_groups(truth, found[0].model.stats)
         for one, origin in zip(found, origins, strict=True):
             options: dict[str, Any] = {"protocol": config.eval.protocol, "errors": config.eval.errors}
-            options["origin"] = f"{one.source}, {origin}"
+            options |= {"origin": f"{one.source}, {origin}", "posthoc": posthoc_text(one.config)}
             evaluate_and_report(
                 truth, one.output / "detections", one.output, **{**options, **report, "iou_types": kinds}
             )
@@ -285,6 +291,7 @@ def _inputs(config: Config, annotations: LVISAnnotations) -> str:
             if len(annotations.absent)
             else ""
         )
+        + (f", post-hoc {text}" if (text := posthoc_text(config)) else "")
         + (", turned as EXIF asks" if data.exif == "apply" else "")
         + (", 16 bits by range" if data.scale_16bit == "range" else "")
     )
@@ -301,16 +308,6 @@ def with_training_groups(truth: GroundTruth, stats: ClassStats) -> GroundTruth:
     groups = np.array([group_of[c] for c in truth.category_ids.tolist()])
     notes = [note for note in truth.notes if not note.startswith("no frequency")]
     return dataclasses.replace(truth, frequency=groups, notes=notes)
-
-
-def weights_hash(model: MaskRCNN) -> str:
-    """First 12 digits of the SHA-256 of the weights."""
-    digest = hashlib.sha256()
-    for name, tensor in model.state_dict().items():
-        if not name.startswith(tuple(METHOD_STATE)):
-            name = name.replace(HEAD_PREFIX, OLD_HEAD_PREFIX)
-            digest.update(name.encode() + tensor.cpu().numpy().tobytes())
-    return digest.hexdigest()[:12]
 
 
 def _text(file: Path) -> str:

@@ -69,8 +69,8 @@ def results(
     metrics: dict[str, Any] = json.loads((output / "metrics.json").read_text(encoding="utf-8"))
     numbers = {
         f"eval/{kind}_{name}": float("nan") if value is None else value
-        for kind, values in metrics.items()
-        for name, value in values.items()
+        for kind in ("bbox", "segm")
+        for name, value in metrics.get(kind, {}).items()
     }
     return {**numbers, "predictions/validation": picture}
 

@@ -42,6 +42,7 @@ def evaluate_and_report(
     errors: bool = True,
     save_json: bool = False,
     allow_misplaced: bool = False,
+    posthoc: str = "",
 ) -> dict[str, Evaluation]:
     """Evaluate, print the tables and write the folder `output`; the result per IoU type, "bbox" first.
 
@@ -49,7 +50,8 @@ def evaluate_and_report(
     protocol "auto": "lvis" for federated ground truth, else "coco"; resamples: of the bootstrap, 0 for none; origin:
     what made the results (method, checkpoint), written beside the numbers; errors: explain lost objects (of masks
     where they are evaluated), with the near misses of inference where `results` is its folder and has them; save_json:
-    also write results.json, the official results format; allow_misplaced: as for `evaluate_lvis`.
+    also write results.json, the official results format; allow_misplaced: as for `evaluate_lvis`; posthoc: the method
+    that calibrated the scores and its options, written beside the numbers.
     Writes metrics.json ({"bbox": 13 numbers, "segm": ...}), evaluation.json (what they are of), per_category.csv,
     tallies_<type>.npz (for scripts/compare.py), errors.csv and errors.png. UserError for bad input, before anything is
     written.
@@ -69,6 +71,7 @@ def evaluate_and_report(
     # The numbers come first, and are on disk before what may take another minute: intervals, causes of lost objects.
     evaluations = {kind: evaluate_loaded(truth, detections, kind, rules) for kind in sorted(wanted)}
     facts = _facts(truth, detections, rules, evaluations, origin)
+    facts |= {"posthoc": posthoc} if posthoc else {}
     facts["notes"] += suspicions(detections, truth, source)
     print("\n".join(header(facts)))
     write_folder(Path(output), evaluations, facts)
@@ -125,6 +128,7 @@ def header(facts: Mapping[str, Any]) -> list[str]:
         f"annotations: {facts['annotations']}",
         f"results: {facts['results'] or 'given in memory'}",
         f"protocol: {facts['rules']}",
+        *([f"scores: calibrated post hoc by {facts['posthoc']}"] if "posthoc" in facts else []),
         f"{facts['images']:,} images, {facts['categories']:,} categories, {facts['objects']:,} objects; "
         f"{facts['detections']:,} detections in {facts['images_with_detections']:,} images, {counted} count",
         f"{sum(skipped.values()):,} categories have no objects here and are in no mean ({by_group})",
@@ -175,7 +179,8 @@ def write_folder(output: Path, evaluations: Mapping[str, Evaluation], facts: Map
     for name in ("tallies_bbox.npz", "tallies_segm.npz", "errors.csv", "errors.png"):
         (output / name).unlink(missing_ok=True)
     metrics = {kind: evaluation.metrics for kind, evaluation in evaluations.items()}
-    write_text(output / "metrics.json", json.dumps(metrics, indent=2) + "\n")
+    told = {"posthoc": facts["posthoc"]} if "posthoc" in facts else {}
+    write_text(output / "metrics.json", json.dumps({**metrics, **told}, indent=2) + "\n")
     write_facts(output, facts)
     write_text(output / "per_category.csv", category_table(evaluations))
 

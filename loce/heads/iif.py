@@ -19,15 +19,15 @@ import torch
 from torch import Tensor, nn
 
 from loce.config import HeadConfig
-from loce.heads.base import Head, NormalisedLinear, RoIs, at_least_fp32, cross_entropy, linear
-from loce.posthoc import inverse_frequency
+from loce.heads.base import Head, NormalisedLinear, RoIs, cross_entropy, linear
+from loce.posthoc import iif, inverse_frequency
 from loce.utils.classes import ClassStats
 
 
 class IIFHead(Head):
-    """One layer to C + 1 logits, background last, which `weight_L` (C+1,) scales, background by 1."""
+    """One layer to C + 1 logits, background last; `weight_C` (C,) scales those of the foreground."""
 
-    weight_L: Tensor  # noqa: N815
+    weight_C: Tensor  # noqa: N815
 
     def __init__(self, in_features: int, stats: ClassStats, options: HeadConfig | None = None) -> None:
         super().__init__(in_features, stats, options)
@@ -40,8 +40,8 @@ class IIFHead(Head):
             nn.init.constant_(self.fc_cls.weight, 0.001)
         images = (stats.image_counts, stats.file_images or stats.image_total)
         counts = images if section.counts == "images" else (stats.instance_counts, int(stats.instance_counts.sum()))
-        weight_C = inverse_frequency(*counts, section.variant)
-        self.register_buffer("weight_L", torch.tensor([*weight_C, 1.0]).float(), persistent=False)
+        weight_C = torch.from_numpy(inverse_frequency(*counts, section.variant)).float()
+        self.register_buffer("weight_C", weight_C, persistent=False)
 
     def forward(self, x_ND: Tensor) -> Tensor:
         """Features (N, D) -> logits (N, C+1), not scaled."""
@@ -49,8 +49,8 @@ class IIFHead(Head):
 
     def losses(self, logits_NL: Tensor, rois: RoIs) -> dict[str, Tensor]:
         """`loss_cls`: cross-entropy of the scaled logits over the rows that take part, divided by their number."""
-        return {"loss_cls": cross_entropy(at_least_fp32(logits_NL) * self.weight_L, rois.labels_N, rois.count)}
+        return {"loss_cls": cross_entropy(iif(logits_NL, self.weight_C), rois.labels_N, rois.count)}
 
     def scores(self, logits_NL: Tensor) -> Tensor:
         """Logits (N, C+1) -> softmax of the scaled logits (N, C), fp32."""
-        return (at_least_fp32(logits_NL) * self.weight_L).softmax(dim=1)[:, : self.num_classes]
+        return iif(logits_NL, self.weight_C).softmax(dim=1)[:, : self.num_classes]

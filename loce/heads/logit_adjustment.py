@@ -18,13 +18,13 @@ Differences from the paper / the released code:
   tau = 1 the two agree to 1e-6 on LVIS v1; with tau = 2 the 1e-12 raises the shift of a class of one instance by 1.
 """
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from loce.config import HeadConfig
 from loce.heads.base import RoIs, at_least_fp32, cross_entropy
 from loce.heads.softmax import SoftmaxHead
+from loce.posthoc import log_prior
 from loce.utils.classes import ClassStats
 
 
@@ -35,8 +35,7 @@ class LogitAdjustmentHead(SoftmaxHead):
 
     def __init__(self, in_features: int, stats: ClassStats, options: HeadConfig | None = None) -> None:
         super().__init__(in_features, stats, options)
-        log_count_C = np.log(np.maximum(stats.instance_counts, 1))
-        shift_C = self.options.logit_adjustment.tau * (log_count_C - log_count_C.mean())
+        shift_C = self.options.logit_adjustment.tau * log_prior(stats.instance_counts)
         self.register_buffer("shift_L", torch.tensor([*shift_C, 0.0], dtype=torch.float32), persistent=False)
 
     def losses(self, logits_NL: Tensor, rois: RoIs) -> dict[str, Tensor]:

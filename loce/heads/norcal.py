@@ -16,28 +16,27 @@ Differences from the paper / the released code:
 - Only the exponential form of the calibration factor is here, and always with normalisation over C + 1.
 """
 
-import numpy as np
 import torch
 from torch import Tensor
 
+from loce import posthoc
 from loce.config import HeadConfig
-from loce.heads.base import at_least_fp32
 from loce.heads.softmax import SoftmaxHead
 from loce.utils.classes import ClassStats
 
 
 class NorCalHead(SoftmaxHead):
-    """The softmax head with calibrated scores; `shift_L` (C+1,) is gamma log n, background 0."""
+    """The softmax head with calibrated scores; `shift_C` (C,) is gamma log n."""
 
-    shift_L: Tensor  # noqa: N815
+    shift_C: Tensor  # noqa: N815
 
     def __init__(self, in_features: int, stats: ClassStats, options: HeadConfig | None = None) -> None:
         super().__init__(in_features, stats, options)
         chosen = self.options.norcal
         counts_C = stats.image_counts if chosen.counts == "images" else stats.instance_counts
-        shift_C = chosen.gamma * np.log(np.maximum(counts_C, 1))
-        self.register_buffer("shift_L", torch.tensor([*shift_C, 0.0], dtype=torch.float32), persistent=False)
+        shift_C = torch.from_numpy(posthoc.norcal_shift(counts_C, chosen.gamma)).float()
+        self.register_buffer("shift_C", shift_C, persistent=False)
 
     def scores(self, logits_NL: Tensor) -> Tensor:
         """Logits (N, C+1) -> calibrated scores (N, C), fp32; while training, the plain softmax's."""
-        return super().scores(logits_NL if self.training else at_least_fp32(logits_NL) - self.shift_L)
+        return super().scores(logits_NL if self.training else posthoc.norcal(logits_NL, self.shift_C))

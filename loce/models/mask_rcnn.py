@@ -25,7 +25,7 @@ from loce.models.memory_sampling import MemorySampling
 from loce.models.paste import paste_and_encode
 from loce.models.roi_heads import BOX_SIDE, MASK_SIDE, BoxHead, Once, RoIHeads, Targets
 from loce.models.rpn import RPN
-from loce.utils.classes import ClassStats
+from loce.utils.classes import IGNORED, ClassStats
 
 PIXEL_MEAN = (123.675, 116.28, 103.53)  # RGB, ImageNet
 PIXEL_STD = (58.395, 57.12, 57.375)
@@ -249,7 +249,7 @@ class MaskRCNN(nn.Module):
         pooled = once((self.backbone, self.rpn, place), lambda: roi.pool(features, [proposals_N4], BOX_SIDE))
         reads = (self.backbone, self.rpn, roi.box_head, roi.classifier.depth, place)
         x_ND = once(reads, lambda: roi.features_of(pooled))
-        scores_NC = roi.classifier.scores(roi.classifier(x_ND))
+        scores_NC = roi.scores(roi.classifier(x_ND))
         deltas_NC4 = roi.deltas(x_ND).float().reshape(len(x_ND), -1, 4)
         scale_4 = proposals_N4.new_tensor([*scale, *scale])
         boxes_NC4 = decode(proposals_N4[:, None], deltas_NC4, ROI_STDS, size) / scale_4
@@ -283,9 +283,18 @@ class MaskRCNN(nn.Module):
         roi = self.roi_heads
         pooled = once(self.backbone, lambda: roi.pool(self.features(batch), boxes, BOX_SIDE))
         x_GD = once((self.backbone, roi.box_head, roi.classifier.depth), lambda: roi.features_of(pooled))
-        scores_GC = roi.classifier.scores(roi.classifier(x_GD))
+        scores_GC = roi.scores(roi.classifier(x_GD))
         own_G = scores_GC.gather(1, labels_G[:, None])[:, 0]
         return labels_G.cpu(), own_G.cpu(), (scores_GC.argmax(dim=1) == labels_G).cpu()
+
+    @torch.no_grad()
+    def training_logits(self, samples: list[dict[str, Any]]) -> Tensor:
+        """(R, L) logits of the regions that a training step would sample; nothing is learned or stored."""
+        _, (features, proposals, targets, _) = self.first_stage(samples, learns=False)
+        roi = self.roi_heads
+        sampled = [roi.select(p, t) for p, t in zip(proposals, targets, strict=True)]
+        used_N = torch.cat([r.labels for r in sampled]) != IGNORED
+        return roi.classifier(roi.features_of(roi.pool(features, [r.boxes for r in sampled], BOX_SIDE)))[used_N]
 
     @torch.no_grad()
     def detect_images(self, images: list[Tensor]) -> list[dict[str, Any]]:

@@ -121,6 +121,7 @@ class RoIHeads(nn.Module):
         super().__init__()
         self.config, self.progress = config, 0.0
         self.only_classifier = False  # the rest of the detector is frozen and has no losses
+        self.calibration: Callable[[Tensor], Tensor] | None = None  # logits -> scores in place of the classifier's own
         self.num_classes = tracker.scores.numel() - 1
         self.box_head, self.classifier, self.mask_head = box_head, classifier, mask_head
         self.fc_reg = nn.Linear(box_head.fc2.out_features, 4 * self.num_classes)
@@ -252,6 +253,10 @@ class RoIHeads(nn.Module):
     def features_of(self, pooled: Tensor) -> Tensor:
         """(N, F) what the classification head reads of pooled features."""
         return self.box_head(pooled, last=self.classifier.depth)
+
+    def scores(self, logits_NL: Tensor) -> Tensor:
+        """(N, C) scores of logits in evaluation: the classifier's own, or those of a post-hoc calibration."""
+        return self.classifier.scores(logits_NL) if self.calibration is None else self.calibration(logits_NL)
 
     @record_function("box regressor")
     def deltas(self, x_ND: Tensor) -> Tensor:

@@ -12,10 +12,9 @@ from typing import Any
 import pytest
 import torch
 
-from loce.checkpoint.load import FORMAT, Checkpoint, load_model, stats_to_dict
+from loce.checkpoint.load import FORMAT, Checkpoint, load_model, stats_to_dict, weights_hash
 from loce.checkpoint.save import save
 from loce.config import Config, UserError, load_config, to_dict
-from loce.engine.inference import weights_hash
 from loce.models.build import build_model
 from loce.models.mask_rcnn import MaskRCNN
 from tests.conftest import stats_of

@@ -187,7 +187,7 @@ def test_iif(stats: ClassStats, variant: str) -> None:
     counts = "instances" if variant.endswith("_obj") else "images"
     options = IIFOptions(variant=variant.removesuffix("_obj"), counts=counts)  # type: ignore[arg-type]
     head = HEADS["iif"](D, stats, HeadConfig(iif=options))
-    close(head.weight_L, wanted[f"{variant}/weights"])
+    close(head.weight_C, wanted[f"{variant}/weights"][:C])
     for kind in (*CASES, "ignored") if variant in VARIANTS else ():
         labels = rule.labels(S, f"iif/{kind}", "mixed" if kind == "ignored" else kind)
         labels = rule.ignore(S, "iif/ignored", labels) if kind == "ignored" else labels

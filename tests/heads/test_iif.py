@@ -36,7 +36,7 @@ def test_instances_in_place_of_images(make_stats):
     stats = make_stats(5)
     head = HEADS["iif"](8, stats, HeadConfig(iif=IIFOptions(counts="instances", variant="raw")))
     total = int(stats.instance_counts.sum())
-    assert head.weight_L.tolist() == pytest.approx([math.log(total / n) for n in stats.instance_counts] + [1.0])
+    assert head.weight_C.tolist() == pytest.approx([math.log(total / n) for n in stats.instance_counts])
 
 
 def test_layers(make_stats):
@@ -48,7 +48,7 @@ def test_layers(make_stats):
 
 def test_scores_are_those_of_the_scaled_logits(make_stats):
     head, z = HEADS["iif"](8, make_stats(4)), torch.randn(6, 5)
-    torch.testing.assert_close(head.scores(z), (z * head.weight_L).softmax(dim=1)[:, :4])
+    torch.testing.assert_close(head.scores(z), (z * torch.tensor([*head.weight_C, 1.0])).softmax(dim=1)[:, :4])
 
 
 def test_gradient(make_stats):

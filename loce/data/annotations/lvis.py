@@ -281,7 +281,7 @@ def _build(
     counted = ~(crowd | ignore)
     found = LVISAnnotations(
         path=path,
-        stats=_stats(categories, own_ids, labels[counted], image_of[counted], groups, bounds),
+        stats=_stats(categories, own_ids, labels[counted], image_of[counted], groups, bounds, len(image_ids)),
         image_ids=image_ids,
         image_sizes=sizes,
         name_bytes=np.frombuffer(b"".join(names), np.uint8),
@@ -323,6 +323,7 @@ def _stats(
     image_of: np.ndarray,
     groups: np.ndarray | None,
     bounds: tuple[int, int],
+    file_images: int,
 ) -> ClassStats:
     """Counts of the annotations that are no crowd, before training drops any: LVIS's own counts."""
     pairs = np.unique(image_of.astype(np.int64) * len(category_ids) + labels)
@@ -334,6 +335,7 @@ def _stats(
         instance_counts=np.bincount(labels, minlength=len(category_ids)).astype(np.int64),
         groups=frequency_groups(image_counts, *bounds) if groups is None else groups,
         image_total=len(np.unique(image_of)),
+        file_images=file_images,
     )
 
 
