@@ -43,8 +43,8 @@ def main() -> None:
     config = load_config(["glyphs/loce.yaml"])
     folders = {"stage 1": RUNS / "stage1"} | {title: RUNS / name for name, title in ROWS.items()}
     equilibrium_figure({title: folder / "eval" for title, folder in folders.items()}, RUNS / "equilibrium.png")
-    detections = {title: RUNS / name / "eval/detections" for name, title in ROWS.items()}
-    sheet = comparison_sheet(val_annotations(config), config.data.val_images, detections, count=6)
+    evaluations = {title: RUNS / name / "eval" for name, title in ROWS.items()}
+    sheet = comparison_sheet(val_annotations(config), config.data.val_images, evaluations, count=6)
     write_picture(RUNS / "predictions.jpg", sheet)
     text = table(minutes)
     write_text(RUNS / "table.md", text)

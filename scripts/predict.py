@@ -18,7 +18,7 @@ from typing import Any, Literal
 from loce.config import UserError, raise_problems, read_options, run_script
 from loce.utils.errors import first_few
 from loce.utils.files import require_writable
-from loce.utils.options import Count, Fraction, Share
+from loce.utils.options import Count, Share
 
 RECORDS = "predictions.json"
 BREAK = "\n"
@@ -34,10 +34,21 @@ class Options:
     """Draw the detections of a checkpoint (run folder or file) on images (files or folders)."""
 
     output: str = "predictions"  # folder for the pictures and predictions.json
-    threshold: Fraction = 0.3  # lowest score that is drawn; predictions.json has all detections
+    threshold: str = "auto"  # lowest score that is drawn, a number; auto: each class's own, of best F1 in RUN/eval
     most: Count = 50  # objects drawn in an image, the best
     overlap: Share = 0.7  # of two boxes that overlap more, whatever their classes, the better is drawn
     device: Literal["auto", "cpu", "cuda"] = "auto"
+
+
+def given_threshold(text: str) -> float | None:
+    """The number; None for auto. UserError for anything else."""
+    try:
+        number = None if text == "auto" else float(text)
+    except ValueError:
+        number = -1.0
+    if number is not None and not 0 <= number <= 1:
+        raise UserError(f"command line: threshold = {text}: must be auto, or a number >= 0 and <= 1")
+    return number
 
 
 def image_files(names: list[str], output: Path) -> tuple[list[Path], list[str]]:
@@ -173,14 +184,15 @@ def main() -> None:
     options = read_options(Options, [word for word in sys.argv[1:] if word not in (*names, *overrides)])
     if len(names) < 2:
         raise UserError(USAGE)
-    output = Path(options.output)
+    output, threshold = Path(options.output), given_threshold(options.threshold)
     files, left_out = image_files(names[1:], output)
     targets = pictures(files, output)
     require_writable(output)
 
     from loce.checkpoint.load import Checkpoint
     from loce.engine.class_facts import calibrate, posthoc_text
-    from loce.engine.pictures import Limits, draw_detections, write_picture
+    from loce.engine.inference import stored_thresholds
+    from loce.engine.pictures import SURE, Limits, draw_detections, write_picture
     from loce.utils import distributed
     from loce.utils.files import write_text
 
@@ -192,8 +204,12 @@ def main() -> None:
     calibrate(model, config, run if run.is_dir() else run.with_suffix(""))
     if text := posthoc_text(config):
         print(f"scores: calibrated post hoc by {text}")
+    least: Any = threshold
+    if threshold is None:
+        own, told = stored_thresholds(checkpoint, model, config, SURE)
+        left_out, least = [*left_out, told], SURE if own is None else own
     print("\n".join(left_out), end="\n" * bool(left_out))
-    limits = Limits(options.threshold, options.most, options.overlap)
+    limits = Limits(least, options.most, options.overlap)
     all_records: list[dict[str, Any]] = []
     bad: list[str] = []
     for file, image, found in detections(model, files, config.data.scale_16bit, bad):
@@ -203,12 +219,12 @@ def main() -> None:
     write_text(output / RECORDS, json.dumps(all_records))
     # What was written, and what to change where nothing was drawn or not all could be read.
     shown = sum(record["drawn"] for record in all_records)
-    count = f"{len(files) - len(bad)} pictures with {shown} objects (score >= {options.threshold:g})"
+    count = f"{len(files) - len(bad)} pictures with {shown} objects (threshold {options.threshold})"
     print(f"wrote {count} to {options.output}/")
     print(f"wrote {output / RECORDS}: all {len(all_records)} detections")
     if not shown and all_records:
         best = max(record["score"] for record in all_records)
-        print(f"nothing scored {options.threshold:g}; the best is {best:.3f}: threshold={best / 2:.2g} draws more")
+        print(f"nothing scored enough; the best is {best:.3f}: threshold={best / 2:.2g} draws more")
     if bad:
         raise UserError(f"{len(bad)} of {len(files)} images could not be read:\n{first_few(bad, between=BREAK)}")
 

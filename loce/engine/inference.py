@@ -26,6 +26,7 @@ from loce.engine.ranks import process_group
 from loce.evaluation.annotations import FederatedFilter, GroundTruth, load_annotations, only_images
 from loce.evaluation.report import RESULTS, evaluate_and_report
 from loce.evaluation.stream import DetectionWriter, read_detections
+from loce.evaluation.thresholds import read_thresholds
 from loce.models.mask_rcnn import MaskRCNN
 from loce.models.roi_heads import Once
 from loce.models.together import share_equal
@@ -308,6 +309,25 @@ def with_training_groups(truth: GroundTruth, stats: ClassStats) -> GroundTruth:
     groups = np.array([group_of[c] for c in truth.category_ids.tolist()])
     notes = [note for note in truth.notes if not note.startswith("no frequency")]
     return dataclasses.replace(truth, frequency=groups, notes=notes)
+
+
+def stored_thresholds(
+    checkpoint: Checkpoint, model: MaskRCNN, config: Config, otherwise: float
+) -> tuple[np.ndarray | None, str]:
+    """(C,) the score threshold of every class that an evaluation of these very scores chose, and a line that says which.
+
+    otherwise: of classes that nothing was found of. None where no evaluation of the run has any.
+    """
+    file, weights, text = checkpoint.path, f"weights {weights_hash(model)},", posthoc_text(config)
+    for run in (file.with_suffix(""), *file.parents[:3]):
+        for folder in sorted(run.glob("eval*")):  # RUN/eval first
+            origin, found = _text(folder / ORIGIN), read_thresholds(folder, model.stats.category_ids, otherwise)
+            calibrated = f", post-hoc {text}" in origin if text else ", post-hoc" not in origin
+            if weights in origin and calibrated and found is not None:
+                data = json.loads(_text(folder / "evaluation.json") or "{}").get("annotations", "its data")
+                spread = f"{found.min():.2g} to {found.max():.2g}, median {np.median(found):.2g}"
+                return found, f"threshold of each class: the best F1 on {data} ({folder}): {spread}"
+    return None, f"threshold {otherwise:g} for every class: these weights have no evaluation that chose any"
 
 
 def _text(file: Path) -> str:

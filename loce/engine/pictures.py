@@ -23,8 +23,8 @@ from loce.data.dataset import Sample, TrainDataset
 from loce.data.masks import CroppedMasks
 from loce.data.samplers import TrainingPlan
 from loce.data.transforms import read_image
-from loce.evaluation.detections import Detections
 from loce.evaluation.stream import read_detections
+from loce.evaluation.thresholds import read_thresholds
 from loce.models.mask_rcnn import MaskRCNN
 from loce.utils.classes import GROUP_NAMES, GROUP_RGB, GROUPS, ClassStats
 from loce.utils.files import atomic_write
@@ -39,19 +39,23 @@ FIRST, PREDICTED = 16, 8  # training samples, and validation images, on a sheet
 Colour = tuple[int, int, int]
 
 
+SURE, COMPARED_FROM = 0.3, 0.1  # scores drawn where no evaluation chose thresholds; of runs that are compared
+
+
 class Limits(NamedTuple):
-    """Which detections are drawn: scores of at least `threshold`, one for each place (boxes of all classes together
-    overlap at most `overlap`), and at most `most`.
+    """Which detections are drawn: scores of at least `threshold` (one number, or one for each class (C,)), one for each
+    place (boxes of all classes together overlap at most `overlap`), and at most `most`.
     """
 
-    threshold: float = 0.3
+    threshold: float | np.ndarray = SURE
     most: int = 30
     overlap: float = 0.7
 
 
-COMPARED = Limits(threshold=0.1, overlap=0.5)  # where runs are compared: scores of rare classes are low
+COMPARED = Limits(threshold=COMPARED_FROM, overlap=0.5)  # where runs are compared: scores of rare classes are low
 RULE = (
-    f"Drawn: scores of at least {COMPARED.threshold:g}, one label for each place "
+    "Drawn: scores of at least the threshold of the run's class (best F1 on this data, so these pictures flatter; "
+    f"{COMPARED_FROM:g} where an evaluation has none), one label for each place "
     f"(NMS over all classes at {COMPARED.overlap:g})."
 )
 
@@ -77,23 +81,27 @@ def _caption(sample: Sample) -> str:
     return f"image {sample['image_id']}, {width} x {height} px, {len(sample['labels'])} objects"
 
 
-def predictions(model: MaskRCNN, dataset: TrainDataset) -> np.ndarray:
+def predictions(model: MaskRCNN, dataset: TrainDataset, evaluation: Path) -> np.ndarray:
     """(H, W, 3) uint8 RGB: some validation images twice, with their annotations and with the model's detections.
 
-    The same images whatever the model: in turn one with a rare, a common and a frequent class. One rank suffices.
+    The same images whatever the model: in turn one with a rare, a common and a frequent class. evaluation: the folder
+    with the thresholds of its classes. One rank suffices.
     """
     stats = model.stats
+    own = read_thresholds(evaluation, stats.category_ids, SURE)
+    limits = Limits(SURE if own is None else own)
+    least = f"a score of {SURE:g} or more" if own is None else "their class's threshold (best F1) or more"
     pictures, captions = [], []
     model.eval()
     for index in examples(dataset, stats, PREDICTED):
         sample = dataset[index, 0]
         height, width = sample["image"].shape[1:]
         found = model.detect([sample["image"]], [(1.0, 1.0)], [(height, width)])[0]
-        drawn, rows = draw_detections(_pixels(sample), found, stats, Limits(), CELL)
+        drawn, rows = draw_detections(_pixels(sample), found, stats, limits, CELL)
         # Below the picture: how many are drawn, or the best of all where none is.
-        caption = f"found: {len(rows)} with a score of {Limits().threshold:g} or more"
+        caption = f"found: {len(rows)} with {least}"
         if not len(rows):
-            caption = f"found: nothing that scores {Limits().threshold:g}"
+            caption = f"found: nothing with {least}"
             if len(found["scores"]):
                 best = int(found["scores"].argmax())
                 caption += f"; the best: {_name(stats, found['labels'][best])} {found['scores'][best]:.2g}"
@@ -126,11 +134,10 @@ def comparison_sheet(
     folders: Mapping[str, Path],
     count: int,
 ) -> np.ndarray:
-    """(H, W, 3) uint8 RGB: `comparisons` of runs, an image a line. folders: title -> folder of stored detections."""
+    """(H, W, 3) uint8 RGB: `comparisons` of runs, an image a line. folders: title -> folder of an evaluation."""
     stats = annotations.stats
     classes = dict(zip(stats.category_ids.tolist(), zip(stats.names, stats.groups, strict=True), strict=True))
-    found = {title: read_detections(folder, annotations.image_ids) for title, folder in folders.items()}
-    drawn = [row for _, row in comparisons(annotations, images, found, classes, count)]
+    drawn = [row for _, row in comparisons(annotations, images, folders, classes, count)]
     pictures = [picture for row in drawn for picture in row.values()]
     return sheet(pictures, [title for row in drawn for title in row], RULE, 1 + len(folders))
 
@@ -138,14 +145,15 @@ def comparison_sheet(
 def comparisons(
     annotations: LVISAnnotations,
     images: str,
-    found: Mapping[str, Detections],
+    folders: Mapping[str, Path],
     classes: Mapping[int, tuple[str, str]],
     count: int,
 ) -> Iterator[tuple[str, dict[str, np.ndarray]]]:
     """Name of an image -> caption -> (H, W, 3) uint8 RGB: "ground truth", and the detections of each run.
 
-    At most `count` images, those with most objects of rare classes first. images: their folder; found: title -> stored
-    detections; classes: category id -> name and group, by the training data. `RULE` says what is drawn.
+    At most `count` images, those with most objects of rare classes first. images: their folder; folders: title ->
+    folder of an evaluation, with its detections; classes: category id -> name and group, by the training data. `RULE`
+    says what is drawn.
     """
 
     def draw(
@@ -160,6 +168,10 @@ def comparisons(
         return draw_objects(image, corners, codes, texts, [group for _, _, group in known], CELL)
 
     ids = annotations.stats.category_ids
+    label_of = {number: label for label, number in enumerate(ids.tolist())}
+    found = {title: read_detections(folder / "detections", annotations.image_ids) for title, folder in folders.items()}
+    chosen = {title: read_thresholds(folder, ids, COMPARED_FROM) for title, folder in folders.items()}
+    limits = {title: COMPARED._replace(threshold=COMPARED_FROM if t is None else t) for title, t in chosen.items()}
     rare = np.array([classes.get(int(c), ("", ""))[1] == "r" for c in ids])
     telling = [int(rare[annotations.labels[annotations.rows(i)]].sum()) for i in range(len(annotations))]
     for index in sorted(range(len(annotations)), key=lambda i: (-telling[i], i))[:count]:
@@ -176,7 +188,9 @@ def comparisons(
         drawn = {"ground truth": draw(corners, codes, ids[annotations.labels[own]], np.empty(0))}
         for title, detections in found.items():
             mine = np.flatnonzero(detections.image_ids == annotations.image_ids[index])
-            best = mine[worth_drawing(detections.corners()[mine], detections.scores[mine], COMPARED)]
+            labels = np.array([label_of[number] for number in detections.category_ids[mine].tolist()], dtype=np.int64)
+            scores = detections.scores[mine]
+            best = mine[worth_drawing(detections.corners()[mine], scores, labels, limits[title])]
             codes = detections.masks.rles(best) if detections.masks is not None else []
             ids_of_best, scores = detections.category_ids[best], detections.scores[best]
             drawn[title] = draw(detections.corners()[best], codes, ids_of_best, scores)
@@ -263,16 +277,17 @@ def draw_detections(
     longest: see `draw_objects`.
     """
     boxes, scores, labels = (found[name].numpy() for name in ("boxes", "scores", "labels"))
-    rows = worth_drawing(boxes, scores, limits)
+    rows = worth_drawing(boxes, scores, labels, limits)
     texts = [f"{_name(stats, labels[row])} {scores[row]:.2f}" for row in rows]
     groups = [str(stats.groups[labels[row]]) for row in rows]
     codes = [{"size": list(image.shape[:2]), "counts": found["rles"][row]} for row in rows]
     return draw_objects(image, boxes[rows], codes, texts, groups, longest), rows
 
 
-def worth_drawing(boxes_N4: np.ndarray, scores_N: np.ndarray, limits: Limits) -> np.ndarray:
+def worth_drawing(boxes_N4: np.ndarray, scores_N: np.ndarray, labels_N: np.ndarray, limits: Limits) -> np.ndarray:
     """Rows to draw within `limits`, best first."""
-    rows = np.flatnonzero(scores_N >= limits.threshold)
+    least = limits.threshold
+    rows = np.flatnonzero(scores_N >= (least[labels_N] if isinstance(least, np.ndarray) else least))
     boxes, scores = torch.from_numpy(boxes_N4[rows]).float(), torch.from_numpy(scores_N[rows]).float()
     return rows[nms(boxes, scores, limits.overlap).numpy()][: limits.most]
 

@@ -64,7 +64,7 @@ def results(
     from loce.engine.pictures import predictions, write_picture  # drawing: after an evaluation only
 
     data = dataclasses.replace(config.data, short_edges=(config.data.test_short_edge,), flip=0.0)
-    picture = predictions(model, TrainDataset(annotations, Path(data.val_images), data, config.seed))
+    picture = predictions(model, TrainDataset(annotations, Path(data.val_images), data, config.seed), output)
     write_picture(output / "predictions.jpg", picture)
     metrics: dict[str, Any] = json.loads((output / "metrics.json").read_text(encoding="utf-8"))
     numbers = {

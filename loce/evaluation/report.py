@@ -19,13 +19,15 @@ from loce.evaluation.lost_objects_report import write_errors
 from loce.evaluation.lvis_ap import Evaluation, choose_protocol, evaluate_loaded, load_results
 from loce.evaluation.matching import Protocol
 from loce.evaluation.stream import read_near_misses
+from loce.evaluation.thresholds import COLUMN as THRESHOLD
+from loce.evaluation.thresholds import best_thresholds
 from loce.utils.classes import GROUP_NAMES, GROUPS
 from loce.utils.files import json_text, write_text
 from loce.utils.progress import phase
 
 COLUMNS = ("id", "name", "frequency", "images", "instances", "AP", "AP50", "AR", "detections", "detection_score")
 RESULTS = "results.json"
-EXTRA = ("found_score", "iou_type")  # and box_AP, box_AP50, box_AR beside those of masks
+EXTRA = ("found_score", "iou_type", THRESHOLD, "F1")  # and box_AP, box_AP50, box_AR beside those of masks
 _SIZES = {"s": "small (< 32^2 px)", "m": "medium", "l": "large (> 96^2 px)"}
 
 
@@ -197,8 +199,9 @@ def category_table(evaluations: Mapping[str, Evaluation]) -> str:
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow([*COLUMNS, *EXTRA, *(f"box_{key}" for _ in beside for key in ("AP", "AP50", "AR"))])
-    for k, row in enumerate(evaluations[main].per_category):
-        own = {**row, "iou_type": main}
+    best = zip(*(values.tolist() for values in best_thresholds(evaluations[main].matches)), strict=True)
+    for k, (row, (threshold, f1)) in enumerate(zip(evaluations[main].per_category, best, strict=True)):
+        own = {**row, "iou_type": main, THRESHOLD: threshold, "F1": f1}
         other = [evaluations[kind].per_category[k][key] for kind in beside for key in ("AP", "AP50", "AR")]
         writer.writerow([_cell(value) for value in [*(own[key] for key in (*COLUMNS, *EXTRA)), *other]])
     return text.getvalue()

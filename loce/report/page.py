@@ -15,7 +15,6 @@ from PIL import Image
 
 from loce.data.annotations.lvis import LVISAnnotations
 from loce.engine.pictures import RULE, comparisons
-from loce.evaluation.stream import read_detections
 from loce.report import panels
 from loce.report.reading import Run
 from loce.report.states import GROUPS, KINDS, States, over_time
@@ -104,7 +103,7 @@ def predictions(runs: Sequence[Run], count: int) -> tuple[Pictures, list[str]]:
     notes += [f"{run.title}: was evaluated on other data" for run in able if run not in same]
     try:
         annotations = LVISAnnotations.open(path, keep_empty=True)
-        found = {run.title: read_detections(run.folder / "eval/detections", annotations.image_ids) for run in same}
+        found = {run.title: run.folder / "eval" for run in same}
         classes = dict(zip(first.classes.ids, zip(first.classes.names, first.classes.groups, strict=True), strict=True))
         drawn = comparisons(annotations, images, found, classes, count)
         return {name: {k: _data_uri(picture) for k, picture in row.items()} for name, row in drawn}, [*notes, RULE]

@@ -127,10 +127,13 @@ def test_comparisons_show_the_rare_class_first_and_one_label_for_each_place(
 
     monkeypatch.setattr(pictures, "draw_objects", noted)
     annotations, folder = validation
-    picture = comparison_sheet(annotations, str(folder), {"run": folder / "detections"}, count=6)
+    picture = comparison_sheet(annotations, str(folder), {"run": folder}, count=6)
     assert written == [["seldom"], [], ["often"], ["seldom 0.90", "often 0.30"]]
     assert picture.shape == (TITLE + 2 * (CELL + GAP + CAPTION), 2 * (CELL + GAP) + GAP, 3)
-    assert "one label for each place" in RULE and "at least 0.1" in RULE
+    assert "one label for each place" in RULE and "0.1 where an evaluation has none" in RULE
+    (folder / "per_category.csv").write_text("id,threshold\n7,0.35\n3,0.95\n")  # its own, of best F1
+    comparison_sheet(annotations, str(folder), {"run": folder}, count=6)
+    assert written[4:] == [["seldom"], [], ["often"], ["often 0.40"]]
 
 
 def test_a_picture_is_written_as_a_whole(tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ import pytest
 import torch
 from pycocotools import mask as coco_mask
 
-from loce.checkpoint.load import FORMAT, load_model, stats_to_dict
+from loce.checkpoint.load import FORMAT, Checkpoint, load_model, stats_to_dict, weights_hash
 from loce.config import load_config, to_dict
 from loce.engine.pictures import Limits, draw_objects, worth_drawing
 from loce.models.build import build_model
@@ -94,6 +94,29 @@ def test_nothing_above_the_threshold_says_what_would_draw_more(folder: Path) -> 
     assert "draws more" in predict(folder, "run", "images/colour.jpg", "output=none", "threshold=1")
 
 
+def test_thresholds_of_the_evaluation_are_used_and_told(folder: Path) -> None:
+    """Those of these very weights; without any, one number, and it is said which."""
+    text = predict(folder, "run", "images/colour.jpg", "output=own")
+    assert "threshold 0.3 for every class: these weights have no evaluation that chose any" in text
+    every = json.loads((folder / "own/predictions.json").read_text())
+    least = {1: 2.0, **dict.fromkeys(range(3, 12, 2), 0.0)}  # none of the first class, all of the others
+    evaluation = folder / "run/eval"
+    evaluation.mkdir()
+    (evaluation / "evaluation.json").write_text('{"annotations": "mine/val.json"}')
+    rows = "".join(f"{number},{threshold}\n" for number, threshold in least.items())
+    (evaluation / "per_category.csv").write_text(f"id,threshold\n{rows}")
+    weights = weights_hash(Checkpoint.open(folder / "run").detector())
+    try:
+        (evaluation / "origin.txt").write_text(f"weights {weights}, head softmax, mine/val.json (sha256 0)")
+        text = predict(folder, "run", "images/colour.jpg", "output=own", "overlap=1", "most=1000")
+    finally:
+        (evaluation / "origin.txt").write_text("weights 0, of before")
+    assert "threshold of each class: the best F1 on mine/val.json (run/eval): 0 to 2, median 0" in text
+    found = json.loads((folder / "own/predictions.json").read_text())
+    drawn = [record["category_id"] for record in found if record["drawn"]]
+    assert len(drawn) == sum(record["category_id"] != 1 for record in every) and 1 not in drawn
+
+
 def test_what_lies_in_a_folder(folder: Path) -> None:
     """Links are followed, also in circles; hidden files are skipped, other kinds named; no image is taken twice."""
     noise = np.random.default_rng(1).integers(0, 256, (30, 40, 3), dtype=np.uint8)
@@ -168,6 +191,7 @@ def test_a_bad_image_stops_none_of_the_others(folder: Path) -> None:
         (("run", "images", "output=tiny.yaml"), "choose another with output="),
         (("images", "images"), "images: no finished checkpoint there"),
         (("run", "images", "treshold=0.1"), "did you mean threshold?"),
+        (("run", "images", "threshold=high"), "threshold = high: must be auto, or a number >= 0 and <= 1"),
     ],
 )
 def test_mistakes(folder: Path, words: tuple[str, ...], message: str) -> None:
@@ -177,9 +201,11 @@ def test_mistakes(folder: Path, words: tuple[str, ...], message: str) -> None:
 def test_worth_drawing_keeps_the_best_of_each_place() -> None:
     boxes = np.array([[0, 0, 10, 10], [0, 0, 10, 9], [20, 20, 30, 30], [40, 40, 50, 50]], np.float32)
     scores = np.array([0.5, 0.9, 0.4, 0.1], np.float32)
-    assert worth_drawing(boxes, scores, Limits(0.3, 5, 0.7)).tolist() == [1, 2]
-    assert worth_drawing(boxes, scores, Limits(0.3, 1, 0.7)).tolist() == [1]
-    assert worth_drawing(boxes, scores, Limits(0.0, 5, 1.0)).tolist() == [1, 0, 2, 3]
+    labels = np.array([0, 1, 1, 0])
+    assert worth_drawing(boxes, scores, labels, Limits(0.3, 5, 0.7)).tolist() == [1, 2]
+    assert worth_drawing(boxes, scores, labels, Limits(0.3, 1, 0.7)).tolist() == [1]
+    assert worth_drawing(boxes, scores, labels, Limits(0.0, 5, 1.0)).tolist() == [1, 0, 2, 3]
+    assert worth_drawing(boxes, scores, labels, Limits(np.array([0.05, 0.5]), 5, 1.0)).tolist() == [1, 0, 3]
 
 
 def test_masks_are_tinted_and_the_image_is_left_alone() -> None:
