@@ -314,7 +314,7 @@ def with_training_groups(truth: GroundTruth, stats: ClassStats) -> GroundTruth:
 def stored_thresholds(
     checkpoint: Checkpoint, model: MaskRCNN, config: Config, otherwise: float
 ) -> tuple[np.ndarray | None, str]:
-    """(C,) the score threshold of every class that an evaluation of these very scores chose, and a line that says which.
+    """(C,) the score threshold of every class that an evaluation of these scores chose, and a line that says which.
 
     otherwise: of classes that nothing was found of. None where no evaluation of the run has any.
     """
