@@ -68,8 +68,13 @@ class DataConfig:
     common_max: Natural = 100  # images; classes with more are frequent
     short_edges: tuple[Count, ...] = (640, 672, 704, 736, 768, 800)  # one is drawn per image
     long_edge: Count = 1333  # px; the longer side is at most so long
+    resize: Literal["short_edge", "lsj"] = "short_edge"  # in training; lsj: large-scale jitter, on a canvas of one size
+    canvas: Count = 1024  # px, side of lsj's canvas: larger images are cut, smaller ones padded
+    lsj_scale: tuple[Positive, ...] = (0.1, 2.0)  # lowest and highest size of an image; 1: it just fits the canvas
     test_short_edge: Count = 800  # px, in evaluation and prediction
     flip: Fraction = 0.5  # probability that an image is mirrored
+    copy_paste: Fraction = 0.0  # probability that objects of another image are pasted into an image
+    paste_from: Literal["any", "rare"] = "any"  # any image; rare: one of a class, all classes alike, rare objects first
     group_by_aspect: bool = True  # batches of wide or of high images: less padding
     workers: Natural = 4  # processes that read images, on every rank
     exif: Literal["ignore", "apply"] = "ignore"  # orientation an image file asks for; COCO's and LVIS's boxes ignore it
@@ -531,6 +536,10 @@ OPTION_OF: dict[str, Choice] = {
     "head.ecm.temperature": ("head.ecm.normalised", (True,)),
     "head.fcbl.threshold": ("head.fcbl.reweight", (True,)),
     "head.iif.temperature": ("head.iif.normalised", (True,)),
+    "data.short_edges": ("data.resize", ("short_edge",)),
+    "data.canvas": ("data.resize", ("lsj",)),
+    "data.lsj_scale": ("data.resize", ("lsj",)),
+    "data.paste_from": ("data.copy_paste", Range(0, above=True)),
     "train.drops": ("train.schedule", ("step",)),
     "train.drop_factor": ("train.schedule", ("step",)),
     "train.decay_norms": ("train.weight_decay", Range(0, above=True)),
@@ -560,6 +569,11 @@ CONFLICTS: tuple[Conflict, ...] = (
         "common_max must not be below rare_max",
     ),
     (("data.short_edges",), lambda c: not c.data.short_edges, "must hold at least one length"),
+    (
+        ("data.lsj_scale",),
+        lambda c: c.data.resize == "lsj" and (len(c.data.lsj_scale) != 2 or c.data.lsj_scale[0] > c.data.lsj_scale[1]),
+        "must be the lowest and the highest scale, such as [0.1, 2]",
+    ),
     (
         ("data.long_edge", "data.short_edges"),
         lambda c: c.data.long_edge < max(c.data.short_edges, default=0),

@@ -347,6 +347,7 @@ IMPOSSIBLE = [
     ("data.val_images=",),
     ("data.rare_max=101",),
     ("data.short_edges=[]",),
+    ("data.resize=lsj", "data.lsj_scale=[2, 0.1]"),
     ("data.long_edge=799", "data.test_short_edge=1"),
     ("data.test_short_edge=1334",),
     ("model.rpn.negative_iou=0.8",),
@@ -449,6 +450,8 @@ OTHER_CHOICE = {"indicator.kind": "prior", "model.mask_predictor": "linear", "me
     "sampler.repeat_by": "images",
     "head.name": "softmax",
     "eval.posthoc": "none",
+    "data.resize": "short_edge",
+    "data.copy_paste": "0.0",
     "train.schedule": "cosine",
     "train.weight_decay": "0.0",
     "train.freeze": "trunk",
@@ -464,7 +467,8 @@ IDLE = {
 @pytest.mark.parametrize("key", IDLE)
 def test_an_option_of_what_is_not_chosen_is_refused(load, key: str):
     chooser, values = IDLE[key]
-    other = "score" if key == "indicator.background_count" else OTHER_CHOICE[chooser]
+    others = {"indicator.background_count": "score", "data.short_edges": "lsj"}
+    other = others.get(key, OTHER_CHOICE[chooser])
     head = [f"head.name={key.split('.')[1]}"] if chooser.startswith("head.") and chooser != "head.name" else []
     head += ["train.freeze=detector", "train.init=x"] if "head.name=balms" in head else []
     head += ["train.init=x"] if chooser == "train.freeze" else []

@@ -348,6 +348,7 @@ def _worst(annotations: LVISAnnotations, data: DataConfig) -> list[str]:
     used = np.minimum(counts, data.max_instances)
     sizes = annotations.image_sizes[annotations.train_images]
     new = np.array([resized((int(h), int(w)), max(data.short_edges), data.long_edge) for h, w in sizes])
+    new = np.full_like(new, data.canvas) if data.resize == "lsj" else new
     order = np.lexsort((annotations.train_images, -new.prod(axis=1) * used))[:WORST]
     lines = [
         f"  images that need most memory ({over} have more than data.max_instances = {data.max_instances} instances)"

@@ -7,6 +7,7 @@ the memory; the others' regions are neither objects nor background. The sample o
 8 bits has "few_levels", a message.
 """
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -15,11 +16,14 @@ import torch
 
 from loce.config import DataConfig
 from loce.data.annotations.lvis import LVISAnnotations
-from loce.data.masks import CroppedMasks, cut_runs, nearest_source, resize_crop
+from loce.data.copy_paste import Scene, box_of, paste
+from loce.data.masks import Crop, CroppedMasks, cut_runs, nearest_source, resize_crop
 from loce.data.transforms import (
     Geometry,
     ImageError,
     image_generator,
+    large_scale_jitter,
+    on_canvas,
     random_geometry,
     read_levels,
     resized,
@@ -48,11 +52,14 @@ class TrainDataset:
     objects nor background; "rows" int64 (N,) indices of the annotations; "image_id" int; "size" the file's (height,
     width); "scale" (x, y) resized / file; "sampled_class" and "batch_index" as in `ShownImage`; "seed" int, see
     `sample_seed`. Instances are the annotations `annotations.rows(index)`, in that order, or some of them, and then
-    "limited" is a message that says so; N may be 0 only with `data.keep_empty`.
+    "limited" is a message that says so; N may be 0 only with `data.keep_empty`, and where a canvas shows no object.
+    With `data.copy_paste` the last "pasted" instances are of another image: neither its crowds nor what is known of its
+    classes (negative, not annotated everywhere) come along, since training reads nothing of the latter.
     """
 
     def __init__(self, annotations: LVISAnnotations, folder: str | Path, config: DataConfig, seed: int) -> None:
         self.annotations, self.folder, self.config, self.seed = annotations, Path(folder), config, seed
+        self.by_class = rows_by_class(annotations) if config.copy_paste and config.paste_from == "rare" else None
 
     def __len__(self) -> int:
         return len(self.annotations.train_images)
@@ -70,36 +77,106 @@ class TrainDataset:
     def sample(self, index: int, epoch: int, repeat: int = 0) -> Sample:
         """One sample; ImageError where the image cannot be used. Depends on (seed, epoch, image id, repeat) only."""
         annotations, config = self.annotations, self.config
-        height, width = (int(side) for side in annotations.image_sizes[index])
         # Scale jitter and flip come before the choice of instances: both draw from the image's own random numbers.
         generator = image_generator(self.seed, epoch, int(annotations.image_ids[index]), repeat)
-        geometry = random_geometry((height, width), config.short_edges, config.long_edge, config.flip, generator)
-        path = annotations.image_path(index, self.folder)
-        image, few_levels = read_levels(path, (height, width), config.exif, config.scale_16bit)
+        geometry = self._geometry(index, generator)
+        image, few_levels = self._read(index)
         # Instances above the limit become regions to ignore, beside those that the file marks so.
         every = annotations.rows(index)
-        rarity = annotations.stats.image_counts[annotations.labels[every]]
-        rows = limit_instances(every, rarity, config.max_instances, generator)
+        rows = limit_instances(every, self._rarity(every), config.max_instances, generator)
         ignored = np.concatenate([annotations.ignored(index), np.setdiff1d(every, rows)])
-        sample = {
-            "image": _to_tensor(geometry.image(image)),
-            "boxes": torch.from_numpy(geometry.boxes(annotations.clipped_boxes(rows))),
-            "labels": torch.from_numpy(annotations.labels[rows].astype(np.int64)),
-            "masks": instance_masks(annotations, rows, geometry),
-            "ignored": torch.from_numpy(geometry.boxes(annotations.clipped_boxes(ignored))),
-            "rows": torch.from_numpy(rows),
-            "image_id": int(annotations.image_ids[index]),
-            "size": (height, width),
-            "scale": geometry.scale,
-        }
-        if few_levels:
-            sample["few_levels"] = few_levels
+        scene = self._scene(image, rows, ignored, geometry)
+        extra: dict[str, Any] = {"few_levels": few_levels} if few_levels else {}
         if len(rows) < len(every):
-            sample["limited"] = (
+            extra["limited"] = (
                 f"image {annotations.image_ids[index]}: {len(rows)} of its {len(every)} instances are used at a time, "
                 "rare classes first (data.max_instances)"
             )
-        return sample
+        # Objects of another image, on top.
+        if config.copy_paste and generator.random() < config.copy_paste:
+            source, problems = self._paste_source(index, config.max_instances - len(rows), geometry.size, generator)
+            scene, extra["pasted"] = (scene, 0) if source is None else (paste(scene, source), len(source.rows))
+            extra |= {"replaced": problems} if problems else {}
+        return {
+            "image": _to_tensor(scene.image),
+            "boxes": torch.from_numpy(scene.boxes),
+            "labels": torch.from_numpy(annotations.labels[scene.rows].astype(np.int64)),
+            "masks": CroppedMasks.pack(scene.crops, geometry.size),
+            "ignored": torch.from_numpy(scene.ignored),
+            "rows": torch.from_numpy(scene.rows),
+            "image_id": int(annotations.image_ids[index]),
+            "size": geometry.old,
+            "scale": geometry.scale,
+            **extra,
+        }
+
+    def _geometry(self, index: int, generator: np.random.Generator) -> Geometry:
+        config, (height, width) = self.config, self.annotations.image_sizes[index].tolist()
+        size = (height, width)
+        if config.resize == "lsj":
+            return large_scale_jitter(size, config.canvas, config.lsj_scale, config.flip, generator)
+        return random_geometry(size, config.short_edges, config.long_edge, config.flip, generator)
+
+    def _read(self, index: int) -> tuple[np.ndarray, str]:
+        path, size = self.annotations.image_path(index, self.folder), self.annotations.image_sizes[index].tolist()
+        return read_levels(path, (size[0], size[1]), self.config.exif, self.config.scale_16bit)
+
+    def _rarity(self, rows: np.ndarray) -> np.ndarray:
+        return self.annotations.stats.image_counts[self.annotations.labels[rows]]
+
+    def _scene(self, image: np.ndarray, rows: np.ndarray, ignored: np.ndarray, geometry: Geometry) -> Scene:
+        """An image with its objects. On a canvas those without a pixel are gone, and the box of one that its border
+        cuts is that of the pixels that are left.
+        """
+        annotations = self.annotations
+        corners, crops = annotations.clipped_boxes(rows), instance_crops(annotations, rows, geometry)
+        boxes, regions = geometry.boxes(corners), geometry.boxes(annotations.clipped_boxes(ignored))
+        if geometry.canvas is not None:
+            seen = np.array([bits.any() for bits, _ in crops], bool)
+            for row in np.flatnonzero(geometry.cuts(corners) & seen):
+                boxes[row] = box_of(crops[row])
+            crops = [crop for crop, is_seen in zip(crops, seen, strict=True) if is_seen]
+            boxes, rows = boxes[seen], rows[seen]
+            regions = regions[(regions[:, 2:] > regions[:, :2]).all(axis=1)]
+        return Scene(geometry.image(image), boxes, crops, rows, regions)
+
+    def _paste_source(
+        self,
+        index: int,
+        most: int,
+        size: tuple[int, int],
+        generator: np.random.Generator,
+    ) -> tuple[Scene | None, list[str]]:
+        """Some objects, at most `most`, of another image than `index`, on a canvas of `size`; None where there is none.
+
+        Also messages on images that could not be read. As many objects as drawn from 1 to all of them, at random or
+        rare classes first.
+        """
+        annotations = self.annotations
+        problems: list[str] = []
+        for _ in range(_TRIES if most > 0 else 0):
+            other = self._paste_image(generator)
+            rows = annotations.rows(other)
+            rows = rows[annotations.has_mask[rows]]
+            if other == index or not len(rows):
+                continue
+            rarity = self._rarity(rows) if self.config.paste_from == "rare" else np.zeros(len(rows))
+            rows = limit_instances(rows, rarity, min(most, int(generator.integers(len(rows))) + 1), generator)
+            geometry = self._geometry(other, generator)
+            geometry = geometry if geometry.canvas else on_canvas(geometry, size, generator)
+            try:
+                return self._scene(self._read(other)[0], rows, rows[:0], geometry), problems
+            except ImageError as error:
+                problems.append(self._bad(other, error))
+        return None, problems
+
+    def _paste_image(self, generator: np.random.Generator) -> int:
+        """Any training image or, for `paste_from: rare`, that of any object of any class that has some."""
+        if self.by_class is None:
+            return int(generator.choice(self.annotations.train_images))
+        rows, first = self.by_class
+        label = int(generator.integers(len(first) - 1))
+        return int(self.annotations.image_of[rows[generator.integers(first[label], first[label + 1])]])
 
     def _substitute(self, index: int, epoch: int, repeat: int, message: str) -> Sample:
         messages = [message]
@@ -123,7 +200,7 @@ class TrainDataset:
             "image": torch.zeros((3, side, side), dtype=torch.uint8),
             "boxes": torch.zeros((0, 4)),
             "labels": torch.zeros(0, dtype=torch.int64),
-            "masks": instance_masks(self.annotations, none, geometry),
+            "masks": CroppedMasks.pack([], geometry.size),
             "ignored": torch.zeros((0, 4)),
             "rows": torch.from_numpy(none),
             "image_id": int(self.annotations.image_ids[index]),
@@ -173,13 +250,31 @@ def limit_instances(rows: np.ndarray, rarity: np.ndarray, limit: int, generator:
     return rows[np.sort(first)]
 
 
-def instance_masks(annotations: LVISAnnotations, rows: np.ndarray, geometry: Geometry) -> CroppedMasks:
-    """Masks of annotations of one image: filled at the file's size, resized (nearest), flipped.
+def unaugmented(config: DataConfig) -> DataConfig:
+    """The data section for images as evaluation sees them."""
+    edges = (config.test_short_edge,)
+    return replace(config, resize="short_edge", short_edges=edges, flip=0.0, copy_paste=0.0)
+
+
+def rows_by_class(annotations: LVISAnnotations) -> tuple[np.ndarray, np.ndarray]:
+    """The annotations of training images, class by class; where each class that has some begins, and the end."""
+    rows = annotations.train_rows
+    rows = rows[np.isin(annotations.image_of[rows], annotations.train_images)]
+    rows = rows[np.argsort(annotations.labels[rows], kind="stable")]
+    return rows, np.append(np.unique(annotations.labels[rows], return_index=True)[1], len(rows))
+
+
+def instance_crops(annotations: LVISAnnotations, rows: np.ndarray, geometry: Geometry) -> list[Crop]:
+    """Masks of annotations of one image: filled at the file's size, resized (nearest), flipped, cut to the canvas.
 
     Where an annotation has no usable mask (`data.without_mask: box`), its box is the mask.
     """
     (old_height, old_width), (height, width) = geometry.old, geometry.new
     source_x, source_y = nearest_source(old_width, width), nearest_source(old_height, height)
+    if geometry.canvas is not None:  # what is shown of them, from the corner in the flipped image on
+        (y, x), (tall, wide) = geometry.corner, geometry.canvas
+        source_y = source_y[y : y + tall]
+        source_x = source_x[::-1][x : x + wide][::-1] if geometry.flip else source_x[x : x + wide]
     drawn = annotations.has_mask[rows]
     runs = iter(annotations.segmentations.runs(rows[drawn], old_height, old_width))
     boxes = annotations.clipped_boxes(rows).tolist()
@@ -187,7 +282,7 @@ def instance_masks(annotations: LVISAnnotations, rows: np.ndarray, geometry: Geo
         cut_runs(next(runs), old_height) if has_mask else filled_box(*box)
         for has_mask, box in zip(drawn, boxes, strict=True)
     ]
-    return CroppedMasks.pack([resize_crop(*crop, source_x, source_y, geometry.flip) for crop in cut], geometry.new)
+    return [resize_crop(*crop, source_x, source_y, geometry.flip, geometry.size) for crop in cut]
 
 
 def filled_box(x1: float, y1: float, x2: float, y2: float) -> tuple[np.ndarray, tuple[int, int]]:

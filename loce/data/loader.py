@@ -8,6 +8,7 @@ import os
 import shutil
 import signal
 from collections.abc import Collection, Iterable, Iterator
+from dataclasses import replace
 from functools import partial
 from itertools import chain
 from pathlib import Path
@@ -230,10 +231,15 @@ def fill_batches(
 
 
 class _FillDataset:
-    """Training samples, augmented as in an epoch of their own, with "store_rows"."""
+    """Training samples, augmented as in an epoch of their own, with "store_rows".
+
+    Of large-scale jitter the whole image is left, and nothing is pasted, so that all that is to be stored is there.
+    """
 
     def __init__(self, dataset: TrainDataset, fills: list[Fill], together: int) -> None:
-        self.dataset, self.fills, self.together = dataset, fills, together
+        config = replace(dataset.config, lsj_scale=(1.0, 1.0), copy_paste=0.0)
+        self.dataset = TrainDataset(dataset.annotations, dataset.folder, config, dataset.seed)
+        self.fills, self.together = fills, together
 
     def __len__(self) -> int:
         return len(self.dataset)
@@ -261,7 +267,8 @@ def bytes_ahead(data: DataConfig, images: int, ranks: int = 1) -> int:
 
     Images are uint8, of the largest size that resizing gives. What else a sample has is small.
     """
-    return ranks * data.workers * PREFETCH * images * 3 * max(data.short_edges) * data.long_edge
+    pixels = data.canvas**2 if data.resize == "lsj" else max(data.short_edges) * data.long_edge
+    return ranks * data.workers * PREFETCH * images * 3 * pixels
 
 
 def require_shared_memory(data: DataConfig, images: int, ranks: int = 1, folder: Path = SHARED) -> None:

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 MARGIN = 2  # pixels of zeros around a mask, so that bilinear sampling near its edge reads what the full mask would give
+Crop = tuple[np.ndarray, tuple[int, int]]  # bits (h, w) uint8 of a mask, and where they lie: (x0, y0)
 SHEET_PIXELS = 1 << 21  # at most on one sheet, unless a single mask has more: a sheet becomes float to be sampled
 
 
@@ -38,7 +39,7 @@ class CroppedMasks:
     size: tuple[int, int]
 
     @staticmethod
-    def pack(crops: Sequence[tuple[np.ndarray, tuple[int, int]]], size: tuple[int, int]) -> "CroppedMasks":
+    def pack(crops: Sequence[Crop], size: tuple[int, int]) -> "CroppedMasks":
         """From crops (bits (h, w) uint8, corner (x0, y0)) of an image of `size` (height, width)."""
         windows = [(x0, y0, bits.shape[1], bits.shape[0]) for bits, (x0, y0) in crops]
         places = np.zeros((len(crops), 2), np.int64)
@@ -112,7 +113,7 @@ def _sheet(crops: Sequence[np.ndarray]) -> np.ndarray:
     return sheet
 
 
-def cut_runs(runs: np.ndarray, height: int) -> tuple[np.ndarray, tuple[int, int]]:
+def cut_runs(runs: np.ndarray, height: int) -> Crop:
     """The tight crop of a mask given as run lengths: (bits (h, w) uint8, (x0, y0)); (0, 0) bits for an empty mask.
 
     runs: (R,) int64, zeros first, going down the columns of a canvas of `height` rows. With 3 rows and runs [4, 3, 5]:
@@ -154,11 +155,14 @@ def resize_crop(
     source_x: np.ndarray,
     source_y: np.ndarray,
     flip: bool,
-) -> tuple[np.ndarray, tuple[int, int]]:
+    size: tuple[int, int] | None = None,
+) -> Crop:
     """The crop (bits (h, w), corner (x0, y0)) of a mask after a nearest resize of the whole mask and a flip.
 
-    source_x, source_y: `nearest_source` of both sides. The result has a zero margin, cut at the image's border; a mask
-    without pixels becomes one zero. Along x, from 8 pixels to 4, for a crop of the columns 3 to 5:
+    source_x, source_y: `nearest_source` of both sides, or the part of it that is shown; size: (height, width) of the
+    canvas that this lies on, from its upper left corner on; None: it is all of it. The result has a zero margin, cut at
+    the canvas's border; a mask without pixels becomes one zero. Along x, from 8 pixels to 4, for a crop of the columns
+    3 to 5:
 
         source_x      [0, 2, 4, 6]           the column that each new pixel shows
         left, right   2, 3                   where 3 and 3 + 3 belong in it: new pixel 2 alone shows the crop
@@ -171,11 +175,12 @@ def resize_crop(
     )
     if left == right or top == bottom:
         return np.zeros((1, 1), np.uint8), (0, 0)
-    x0, x1 = max(0, left - MARGIN), min(len(source_x), right + MARGIN)
-    y0, y1 = max(0, top - MARGIN), min(len(source_y), bottom + MARGIN)
-    resized = np.zeros((y1 - y0, x1 - x0), np.uint8)
     picked = bits[np.ix_(source_y[top:bottom] - corner[1], source_x[left:right] - corner[0])]
-    resized[top - y0 : bottom - y0, left - x0 : right - x0] = picked
     if flip:
-        return resized[:, ::-1], (int(len(source_x) - x1), int(y0))
+        left, right, picked = len(source_x) - right, len(source_x) - left, picked[:, ::-1]
+    height, width = size or (len(source_y), len(source_x))
+    x0, x1 = max(0, left - MARGIN), min(width, right + MARGIN)
+    y0, y1 = max(0, top - MARGIN), min(height, bottom + MARGIN)
+    resized = np.zeros((y1 - y0, x1 - x0), np.uint8)
+    resized[top - y0 : bottom - y0, left - x0 : right - x0] = picked
     return resized, (int(x0), int(y0))

@@ -10,7 +10,7 @@ import io
 import os
 import re
 import threading
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import cv2
@@ -23,6 +23,7 @@ from loce.utils.files import kind_of
 _JPEG_START, _JPEG_END = b"\xff\xd8", b"\xff\xd9"
 _JPEG_MARKER = re.compile(rb"\xff[^\x00\xd0-\xd7\xff]")  # what follows 0xff in compressed data is none of these
 _WIDE = "its pixels have 32 bits or more, and which of their values is white is not known; save it with 8 or 16 bits"
+PADDING = (124, 116, 104)  # RGB beside an image on a canvas: the pixel mean, which becomes nearly 0
 FEW_LEVELS = 64  # of 256; a 16-bit file that has no more was made by a camera of 14 bits or fewer
 _ORIENTATION = 0x0112  # the tag in EXIF data
 _STREAM = 0x10CE  # keeps these random numbers apart from those of the samplers
@@ -162,11 +163,21 @@ def _orientation(content: bytes) -> int:
 
 @dataclass(frozen=True)
 class Geometry:
-    """How one image is resized and flipped; sizes are (height, width)."""
+    """How one image is resized, flipped and, where there is a canvas, cut or padded to that; sizes are (height, width).
+
+    corner: (y, x) in the resized and flipped image of what lies in the canvas's upper left corner.
+    """
 
     old: tuple[int, int]
     new: tuple[int, int]
     flip: bool = False
+    canvas: tuple[int, int] | None = None
+    corner: tuple[int, int] = (0, 0)
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """Of what comes out."""
+        return self.canvas or self.new
 
     @property
     def scale(self) -> tuple[float, float]:
@@ -174,22 +185,38 @@ class Geometry:
         return float(np.float32(self.new[1] / self.old[1])), float(np.float32(self.new[0] / self.old[0]))
 
     def image(self, image: np.ndarray) -> np.ndarray:
-        """A uint8 image (H, W, 3), resized and flipped."""
+        """A uint8 image (H, W, 3) as it is shown."""
         if self.new != self.old:
             image = cv2.resize(image, (self.new[1], self.new[0]), interpolation=cv2.INTER_LINEAR)
-        return cv2.flip(image, 1) if self.flip else image
+        image = cv2.flip(image, 1) if self.flip else image
+        if self.canvas is None:
+            return image
+        (y, x), (height, width) = self.corner, self.canvas
+        shown = image[y : y + height, x : x + width]
+        page = np.empty((height, width, 3), np.uint8)
+        page[:] = PADDING
+        page[: shown.shape[0], : shown.shape[1]] = shown
+        return page
 
     def boxes(self, boxes: np.ndarray) -> np.ndarray:
-        """(N, 4) float32 xyxy boxes, scaled, clipped to [0, width] and [0, height], flipped."""
+        """(N, 4) float32 xyxy boxes, scaled, clipped to [0, width] and [0, height], flipped, clipped to the canvas."""
         height, width = self.new
         limits = np.array([width, height, width, height], dtype=np.float32)
         boxes = np.clip(boxes * np.array(self.scale * 2, dtype=np.float32), 0, limits)
         if self.flip:
             boxes = np.stack([width - boxes[:, 2], boxes[:, 1], width - boxes[:, 0], boxes[:, 3]], axis=1)
+        if self.canvas is not None:
+            (y, x), (height, width) = self.corner, self.canvas
+            boxes = np.clip(boxes - np.array([x, y, x, y]), 0, np.array([width, height, width, height]))
         return boxes.astype(np.float32)
 
+    def cuts(self, boxes: np.ndarray) -> np.ndarray:
+        """(N,) bool: of which of the boxes (N, 4) not all lies on the canvas."""
+        whole, (y, x) = replace(self, canvas=None).boxes(boxes), self.corner
+        return (self.boxes(boxes) != (whole - np.array([x, y, x, y])).astype(np.float32)).any(axis=1)
 
-def resized(size: tuple[int, int], short_edge: int, long_edge: int) -> tuple[int, int]:
+
+def resized(size: tuple[int, int], short_edge: float, long_edge: float) -> tuple[int, int]:
     """The (height, width) with the short side at `short_edge`, unless that takes the long side over `long_edge`."""
     scale = min(long_edge / max(size), short_edge / min(size))
     return max(1, int(size[0] * scale + 0.5)), max(1, int(size[1] * scale + 0.5))
@@ -205,6 +232,28 @@ def random_geometry(
     """Training's scale jitter and flip: a short edge drawn from `short_edges`, mirrored with probability `flip`."""
     short_edge = short_edges[int(generator.integers(len(short_edges)))]
     return Geometry(size, resized(size, short_edge, long_edge), bool(generator.random() < flip))
+
+
+def large_scale_jitter(
+    size: tuple[int, int],
+    canvas: int,
+    scales: tuple[float, ...],
+    flip: float,
+    generator: np.random.Generator,
+) -> Geometry:
+    """Large-scale jitter (arXiv 2012.07177, Sec. 3) on a square canvas of `canvas` pixels, and a flip.
+
+    The image fits the canvas times a scale drawn from `scales` (lowest, highest); see `on_canvas`.
+    """
+    side = canvas * generator.uniform(scales[0], scales[1])
+    geometry = Geometry(size, resized(size, side, side), bool(generator.random() < flip))
+    return on_canvas(geometry, (canvas, canvas), generator)
+
+
+def on_canvas(geometry: Geometry, canvas: tuple[int, int], generator: np.random.Generator) -> Geometry:
+    """Where the image is larger than the canvas, a part of it at a random place; else padded on the right and below."""
+    corner = [int(generator.integers(max(0, new - side) + 1)) for new, side in zip(geometry.new, canvas, strict=True)]
+    return replace(geometry, canvas=canvas, corner=(corner[0], corner[1]))
 
 
 def sample_seed(seed: int, epoch: int, image_id: int, draw: int) -> int:

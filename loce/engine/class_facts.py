@@ -128,7 +128,10 @@ def _moments(model: MaskRCNN, config: Config, folder: Path) -> Arrays:
     inputs = {"weights": weights_hash(model), "annotations": file_hash(path), "seed": config.seed}
     inputs |= {"images": options.images, "momentum": options.momentum}
     inputs |= {key: plain[key] for key in ("sampler", "model")}
-    seen = ("short_edges", "long_edge", "flip", "exif", "scale_16bit", "keep_empty", "without_mask", "max_instances")
+    seen = (
+        *("resize", "short_edges", "long_edge", "canvas", "lsj_scale", "flip", "copy_paste", "paste_from"),
+        *("exif", "scale_16bit", "keep_empty", "without_mask", "max_instances"),
+    )
     text = json_text(inputs | {key: plain["data"][key] for key in seen})
 
     def compute() -> Arrays:

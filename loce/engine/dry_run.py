@@ -19,6 +19,7 @@ from loce.checkpoint.save import newest, require_room
 from loce.config import Config, SamplerConfig, UserError
 from loce.data.annotations.lvis import LVISAnnotations
 from loce.data.build import val_annotations
+from loce.data.dataset import unaugmented
 from loce.engine.arm import Arm
 from loce.engine.inference import evaluate_model
 from loce.engine.preflight import check_run_folder, preflight
@@ -134,9 +135,7 @@ def _overfit_config(config: Config) -> Config:
     plain = {"weight_decay": 0.0, "ema": 0.0, "evaluate": False, "log_every": 25}
     short = _in_folder(config, "overfit", batch_size=batch, **schedule, **plain)
     data = dataclasses.replace(
-        config.data,
-        flip=0.0,
-        short_edges=(config.data.test_short_edge,),
+        unaugmented(config.data),
         group_by_aspect=False,
         val_annotations=config.data.train_annotations,
         val_images=config.data.train_images,

@@ -7,7 +7,6 @@ Means are over up to `instances` instances of a class, from distinct images. A c
 parent whose centre is nearest to the mean of all classes. Shapes: C classes, F numbers that describe a class.
 """
 
-import dataclasses
 import json
 from pathlib import Path
 
@@ -18,7 +17,8 @@ from loce.checkpoint.load import load_model
 from loce.config import Config, UserError, raise_problems
 from loce.data.annotations.lvis import LVISAnnotations
 from loce.data.build import train_annotations
-from loce.data.loader import TrainDataset, fill_batches
+from loce.data.dataset import TrainDataset, unaugmented
+from loce.data.loader import fill_batches
 from loce.data.masks import cut_runs
 from loce.data.samplers import memory_fill_images
 from loce.heads.forest_trees import k_means, squared_distances, write_trees
@@ -106,7 +106,7 @@ def class_features(
     instances: int,
 ) -> np.ndarray:
     """(C, F) mean over instances of the vector after the shared FCs, on ground-truth boxes of images at test size."""
-    still = dataclasses.replace(config.data, short_edges=(config.data.test_short_edge,), flip=0.0)
+    still = unaugmented(config.data)
     dataset = TrainDataset(annotations, Path(config.data.train_images), still, config.seed)
     batches = fill_batches(dataset, instances, True, config.seed, IMAGES, config.data.workers, rank=0, world=1)
     roi, device = model.roi_heads, model.pixel_mean.device

@@ -20,7 +20,8 @@ from loce.config import Config, HeadConfig, UserError, diff, raise_problems
 from loce.data.annotations.lvis import LVISAnnotations
 from loce.data.annotations.requirements import compared_types, evaluation_problems
 from loce.data.build import val_annotations, val_dataset
-from loce.data.loader import Batches, TrainDataset, eval_batches
+from loce.data.dataset import TrainDataset, unaugmented
+from loce.data.loader import Batches, eval_batches
 from loce.engine.class_facts import calibrate, posthoc_text
 from loce.engine.ranks import process_group
 from loce.evaluation.annotations import FederatedFilter, GroundTruth, load_annotations, only_images
@@ -393,7 +394,7 @@ def ground_truth_scores(models: Sequence[MaskRCNN], config: Config, annotations:
     Columns: id, name, group, training_instances (0 where unknown), boxes, mean_score, accuracy (empty without
     boxes). Ranks share the images.
     """
-    still = dataclasses.replace(config.data, short_edges=(config.data.test_short_edge,), flip=0.0)
+    still = unaugmented(config.data)
     dataset = TrainDataset(annotations, Path(config.data.val_images), still, 0)
     mine = annotations.train_images[distributed.rank() :: distributed.world_size()]
     batches = Batches(dataset, [[(int(i), 0)] for i in mine], len(mine), config.data.workers)

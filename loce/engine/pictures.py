@@ -78,7 +78,8 @@ def _caption(sample: Sample) -> str:
     if "replaced" in sample:
         return f"in place of a bad image: {sample['image_id']}"
     height, width = sample["image"].shape[1:]
-    return f"image {sample['image_id']}, {width} x {height} px, {len(sample['labels'])} objects"
+    pasted = f", {sample['pasted']} pasted" if sample.get("pasted") else ""
+    return f"image {sample['image_id']}, {width} x {height} px, {len(sample['labels'])} objects{pasted}"
 
 
 def predictions(model: MaskRCNN, dataset: TrainDataset, evaluation: Path) -> np.ndarray:

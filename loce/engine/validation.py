@@ -4,7 +4,6 @@ Best is by mask AP on the validation data, so its own number is too good to be r
 of the last checkpoint.
 """
 
-import dataclasses
 import json
 import shutil
 from pathlib import Path
@@ -13,7 +12,7 @@ from typing import Any
 from loce.config import Config, TrainConfig
 from loce.data.annotations.lvis import LVISAnnotations
 from loce.data.build import val_annotations
-from loce.data.loader import TrainDataset
+from loce.data.dataset import TrainDataset, unaugmented
 from loce.engine.boards import Shown
 from loce.engine.inference import evaluate_model, is_evaluated
 from loce.models.mask_rcnn import MaskRCNN
@@ -63,7 +62,7 @@ def results(
     """
     from loce.engine.pictures import predictions, write_picture  # drawing: after an evaluation only
 
-    data = dataclasses.replace(config.data, short_edges=(config.data.test_short_edge,), flip=0.0)
+    data = unaugmented(config.data)
     picture = predictions(model, TrainDataset(annotations, Path(data.val_images), data, config.seed), output)
     write_picture(output / "predictions.jpg", picture)
     metrics: dict[str, Any] = json.loads((output / "metrics.json").read_text(encoding="utf-8"))

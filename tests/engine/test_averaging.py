@@ -20,7 +20,10 @@ from tests.tiny_runs import main_file, same_run
 CPU = torch.device("cpu")
 EMA = 0.6
 KEEP = ("train.checkpoint_every=1", "train.keep_checkpoints=9", "train.evaluate=false", f"train.ema={EMA}")
-TODAY = ("train.optimizer=adamw", "train.lr=1e-3", "train.schedule=cosine", "train.decay_norms=false")
+TODAY = (
+    *("train.optimizer=adamw", "train.lr=1e-3", "train.schedule=cosine", "train.decay_norms=false"),
+    *("data.resize=lsj", "data.canvas=64", "data.copy_paste=0.7", "data.paste_from=rare"),
+)
 SECOND = ("train.freeze=trunk", "train.clip_norm=0", "memory.enabled=true", "memory.capacity=20")
 
 
@@ -60,8 +63,8 @@ def test_the_average_equals_a_float64_twin(averaged: tuple[Path, dict[str, torch
 
 
 def test_stopped_and_gone_on_is_the_same_run(config: Path, averaged: tuple[Path, object], tmp_path: Path) -> None:
-    """AdamW's moments, the cosine and the average."""
-    words = [str(config), *KEEP, *TODAY, "train.layer_decay=0.7", f"output={tmp_path / 'run'}"]
+    """AdamW's moments, the cosine and the average, and in the middle of an epoch the pasted images, from a worker."""
+    words = [str(config), *KEEP, *TODAY, "train.layer_decay=0.7", "data.workers=1", f"output={tmp_path / 'run'}"]
     run([load_config(words)], 2)
     run([load_config(words)])
     same_run(tmp_path / "run", averaged[0])
@@ -88,10 +91,10 @@ def test_what_takes_a_checkpoint_takes_the_average(
         assert torch.equal(weight, detector.get_parameter(name))
 
 
-def test_a_run_is_evaluated_with_the_average_and_goes_on_with_its_weights(config: Path, tmp_path: Path) -> None:
-    """Between epochs and at the end; `evaluate` on the checkpoint finds the same detections."""
+def test_a_run_is_evaluated_with_the_average(config: Path, tmp_path: Path) -> None:
+    """`evaluate` on the checkpoint finds the same detections."""
     folder = tmp_path / "run"
-    words = [str(config), f"train.ema={EMA}", "train.evaluate_every=1", f"output={folder}"]
+    words = [str(config), f"train.ema={EMA}", "train.epochs=1", "train.drops=[]", f"output={folder}"]
     train(load_config(words))
     text = (folder / "eval/origin.txt").read_text()
     start = Checkpoint.open(folder)
@@ -105,12 +108,17 @@ def test_a_run_is_evaluated_with_the_average_and_goes_on_with_its_weights(config
     assert "train.ema=0.6" in (folder / "log.txt").read_text()
     other = evaluate_checkpoint(folder, None, ["train.ema=0"], "cpu", resamples=0)
     assert other.name == "eval_train.ema=0.0" and weights_hash(weights) in (other / "origin.txt").read_text()
-    plain = [str(config), f"train.ema={EMA}", "train.evaluate=false", f"output={tmp_path / 'plain'}"]
-    train(load_config(plain))
-    same = [torch.load(main_file(f), weights_only=True) for f in (folder, tmp_path / "plain")]
-    assert all(
-        torch.equal(value, same[1][part][name]) for part in ("model", "ema") for name, value in same[0][part].items()
-    )
+
+
+@pytest.mark.slow
+def test_evaluation_between_epochs_changes_nothing(config: Path, tmp_path: Path) -> None:
+    for name, every in (("some", 1), ("none", 0)):
+        words = [f"train.evaluate_every={every}", f"train.evaluate={str(bool(every)).lower()}"]
+        train(load_config([str(config), f"train.ema={EMA}", *words, f"output={tmp_path / name}"]))
+    some, none = (torch.load(main_file(tmp_path / name), weights_only=True) for name in ("some", "none"))
+    for part in ("model", "ema"):
+        assert all(torch.equal(value, none[part][name]) for name, value in some[part].items())
+    assert (tmp_path / "some/eval_epoch_01/metrics.json").exists()
 
 
 @pytest.mark.slow
