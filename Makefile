@@ -8,7 +8,7 @@ GPUS ?= 0
 # One process, or one per GPU.
 LAUNCH := $(if $(filter-out 0 1,$(GPUS)),$(VENV)/bin/torchrun --nproc_per_node=$(GPUS),$(PY))
 ARGS ?=
-TABLES = data=$(or $(DATA:glyph50=glyphs),glyphs) seeds=$(or $(SEEDS),1) $(if $(RECORDS),records='$(RECORDS)')
+TABLES = data=$(or $(DATA:glyph50=glyphs),glyphs) seeds=$(or $(SEEDS),1) $(if $(FIRST_SEED),first_seed='$(FIRST_SEED)') $(if $(RECORDS),records='$(RECORDS)')
 
 .DEFAULT_GOAL := help
 .PHONY: help setup demo test test-oldest test-slow test-chaos test-gpu lint train finetune eval predict report figures data check-data glyphs table1 table2 table3 table4 table5 table6 table7 table8 tables results bench gpu clean

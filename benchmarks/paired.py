@@ -61,7 +61,8 @@ def main() -> None:
         values = {c: spread(tables[number].records(ours), tables[number].records(theirs), c) for c in ("box AP", "AP")}
         found[f"{ours} - {theirs}"] = values
         seeds = (
-            [max(1, ceil((1.96 * v[kind] / HALF_WIDTH) ** 2)) for v in values.values()] for kind in ("one pass", "apart")
+            [max(1, ceil((1.96 * v[kind] / HALF_WIDTH) ** 2)) for v in values.values()]
+            for kind in ("one pass", "apart")
         )
         cells.append(
             [

@@ -44,10 +44,10 @@ def main() -> None:
     prepare(options, tables[0], runs)
     files = {table.number: Path(options.runs, options.data, f"table{table.number}.md") for table in tables}
     for row in chosen:
-        for seed, run in enumerate(row.runs):
+        for run in row.runs:
             train_row(row.text, run, runs)
             if not run.done:
-                write_record(run, seed)
+                write_record(run)
             for table in tables:
                 write_text(files[table.number], markdown(options, table))
     for file in files.values():

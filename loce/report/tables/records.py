@@ -17,7 +17,7 @@ RESAMPLES, DIGITS = 400, 5
 RESAMPLE_SEED = 0  # of the images drawn: the same for all runs, so that differences can be paired
 
 
-def write_record(run: RowRun, seed: int) -> None:
+def write_record(run: RowRun) -> None:
     """Write the record of a run that is trained and evaluated."""
     evaluation = json.loads((run.evaluation / "evaluation.json").read_text(encoding="utf-8"))
     lines = (run.folder / "env.txt").read_text(encoding="utf-8").splitlines()
@@ -25,7 +25,7 @@ def write_record(run: RowRun, seed: int) -> None:
     script, *words = shlex.split(last["command"])
     record = {
         "command": shlex.join([Path(script).name, *words]),
-        "seed": seed,
+        "seed": run.config.seed,
         "options": run.options,
         "start": start(run),
         "code": last["code"],

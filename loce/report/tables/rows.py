@@ -34,10 +34,16 @@ class RunOptions:
 
     data: Literal["glyphs", "glyph1203", "lvis"] = "glyphs"  # glyphs: for CPU cores; glyph1203: for a GPU; both drawn
     seeds: Count = 1  # trainings of every row, stage 1 included: seeds 0, 1, ...
+    first_seed: Natural = 0  # instead of 0
     gpus: Natural = 0  # processes of a training; 0 or 1: one
     runs: str = "runs/tables"  # folder of the tables, of other seeds, and of the rows that change a recipe
     records: str = "runs/tables/records"  # a file of numbers for every finished run: what has one is not trained again
     words: tuple[str, ...] = ()  # key=value for every training, such as where the images are
+
+    @property
+    def all_seeds(self) -> range:
+        """The seeds."""
+        return range(self.first_seed, self.first_seed + self.seeds)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -179,8 +185,8 @@ def read_table(options: RunOptions, number: int) -> Table:
             if text.start and not starts:
                 raise UserError(f"start = {text.start}: no row above has this name")
             runs = [
-                make_run(options, table.recipes, text, seed, starts[seed] if starts else None)
-                for seed in range(options.seeds)
+                make_run(options, table.recipes, text, seed, starts[seed - options.first_seed] if starts else None)
+                for seed in options.all_seeds
             ]
             table.rows.append(Row(text, runs))
         except UserError as error:

@@ -23,7 +23,7 @@ def prepare(options: RunOptions, table: Table, runs: list[RowRun]) -> None:
     first = stage_run(options, recipes.stages[0], 0)
     forests = {r.config.head.forest.trees: r for r in waiting if r.config.head.name == "forest"}
     starts = {r.config.train.init for r in waiting} | ({first.config.output} if forests else set())
-    for seed in range(options.seeds):
+    for seed in options.all_seeds:
         for stage in (stage_run(options, name, seed) for name in recipes.stages):
             if stage.config.output in starts and not is_evaluated(stage.folder):
                 step(stage.folder, "train.py", *stage.words, processes=options.gpus)
