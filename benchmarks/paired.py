@@ -3,8 +3,8 @@
     python benchmarks/paired.py [records=docs/records] [output=benchmarks/results/paired.json]
 
 From the records of the tables. One pass: both start from one stage 1 and see the same images and draws, as the rows of
-a seed do (docs/together.md: arms are equal to their single runs). Apart: each has seeds of its own. The images that both
-are evaluated on are the same in either case. Legend: S seeds, B resampled sets of images.
+a seed do (docs/together.md: arms are equal to their single runs). Apart: each has seeds of its own. The
+images that both are evaluated on are the same in either case. Legend: S seeds, B resampled sets of images.
 """
 
 import json
