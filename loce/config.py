@@ -421,6 +421,11 @@ class TrainConfig:
     wandb: bool = False  # curves and pictures on Weights & Biases, too; needs pip install loce[wandb]
 
 
+ProtocolName = Literal["auto", "lvis", "fixed", "pool", "coco"]
+Protocols = ProtocolName | tuple[ProtocolName, ...]
+UNCAPPED = ("fixed", "pool")  # protocols without a cap on the detections of an image
+
+
 @dataclass(frozen=True, kw_only=True)
 class FRACALOptions:
     """Fractal calibration."""
@@ -471,7 +476,7 @@ class EvalConfig:
     score_threshold: Decay = 1e-4  # detections below are left out
     nms: Share = 0.5  # IoU; boxes of a class above it are one
     detections: Count = 300  # per image
-    protocol: Literal["auto", "lvis", "fixed", "coco"] = "auto"  # auto: lvis if the file has LVIS's fields, else coco
+    protocol: Protocols = "auto"  # one, or [lvis, fixed, pool]; auto: lvis if the file has LVIS's fields, else coco
     batch_size: Count = 1  # images per rank
     errors: bool = True  # what became of lost objects (errors.csv); inference keeps near misses for it
     posthoc: PosthocName = "none"  # calibration of a trained head's scores (docs/posthoc.md)
@@ -482,6 +487,16 @@ class EvalConfig:
     iif: PosthocIIFOptions = field(default_factory=PosthocIIFOptions)
     logn: LogNOptions = field(default_factory=LogNOptions)
     fracal: FRACALOptions = field(default_factory=FRACALOptions)
+
+    @property
+    def protocols(self) -> tuple[str, ...]:
+        """All of `protocol`, the first one first."""
+        return (self.protocol,) if isinstance(self.protocol, str) else self.protocol
+
+    @property
+    def uncapped(self) -> bool:
+        """Whether a protocol wants more of an image than its best detections."""
+        return any(name in UNCAPPED for name in self.protocols)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -725,6 +740,12 @@ CONFLICTS: tuple[Conflict, ...] = (
             c.head.name == "forest" and not (c.head.forest.visual + c.head.forest.geometrical + c.head.forest.lexical)
         ),
         "at least one tree must have parents",
+    ),
+    (("eval.protocol",), lambda c: not c.eval.protocols, "must name a protocol"),
+    (
+        ("eval.protocol",),
+        lambda c: "coco" in c.eval.protocols and c.eval.uncapped,
+        "coco wants all categories of an image, fixed and pool all that is found of the verified ones: evaluate twice",
     ),
     (
         ("eval.posthoc", "head.name"),

@@ -13,11 +13,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from loce.config import Natural, UserError, read_options, run_script
+from loce.config import Natural, Protocols, UserError, read_options, run_script
 from loce.evaluation.report import evaluate_and_report
 from loce.report.tables.steps import newest_run
 from loce.utils.files import require_writable
-from loce.utils.yaml_text import parse_value
+from loce.utils.yaml_text import parse_value, show
 
 CONFIG_WORDS = ("head.", "eval.", "train.ema=")  # options of a run
 WRITTEN = "metrics.json, evaluation.json, per_category.csv and more are in"
@@ -35,8 +35,8 @@ class Options:
     device: Literal["auto", "cpu", "cuda"] = "auto"  # for a checkpoint
     detections: Natural = 0  # kept of an image, for a checkpoint; 0: the checkpoint's (300)
     iou_types: Literal["auto", "bbox", "segm", "bbox,segm"] = "auto"  # auto: what the results have
-    protocol: Literal["auto", "lvis", "fixed", "coco"] = "auto"  # auto: lvis where the file has LVIS's fields
-    max_detections: Natural = 0  # per image (lvis), per image and category (coco); 0: the protocol's own
+    protocol: Protocols = "auto"  # one, or [lvis,fixed,pool]; auto: lvis where the file has LVIS's fields
+    max_detections: Natural = 0  # per image (lvis), per image and category (coco); 0: the (first) protocol's own
     resamples: Natural = 1000  # of the bootstrap for the intervals; 0: none
     errors: bool = True  # what became of lost objects: errors.csv, errors.png
     allow_misplaced: bool = False  # results on annotations of which many masks lie elsewhere than their boxes
@@ -87,7 +87,8 @@ def evaluate_a_checkpoint(options: Options, words: Sequence[str]) -> None:
     if not paths:
         raise UserError("no checkpoint below runs/; give checkpoint=RUN_OR_FILE, or results=R.json annotations=A.json")
     names = {"data.val_annotations": options.annotations, "data.val_images": options.images}
-    names |= {"eval.protocol": options.protocol if options.protocol != "auto" else ""}
+    protocol = options.protocol if isinstance(options.protocol, str) else show(list(options.protocol))
+    names |= {"eval.protocol": protocol if protocol != "auto" else ""}
     names |= {"eval.detections": str(options.detections or ""), "eval.errors": "" if options.errors else "false"}
     names |= {"data.allow_misplaced": "true" if options.allow_misplaced else ""}
     words = [f"{key}={value}" for key, value in names.items() if value] + list(words)

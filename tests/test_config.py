@@ -305,6 +305,9 @@ WORDS = {
     "train.l=1": "command line: train.l = 1: unknown key; did you mean train.lr?",
     "train.epochs=": "command line: train.epochs = null: must be a whole number >= 1",
     "train.drops=16,22": "command line: train.drops = 16,22: must be a list of whole numbers >= 1, such as [1, 2]",
+    "eval.protocol=[lvis, voc]": (
+        "command line: eval.protocol = [lvis, voc]: must be auto | lvis | fixed | pool | coco, or a list of these"
+    ),
     "train=fast": (
         "command line: train = fast: is a section; its keys are train.freeze, train.init, train.resume, "
         "train.batch_size, train.accumulate, train.epochs, train.lr, train.lr_batch_size, train.optimizer, "
@@ -386,6 +389,8 @@ IMPOSSIBLE = [
         *("head.name=forest", "head.forest.trees=x"),
         *("head.forest.visual=0", "head.forest.geometrical=0"),
     ),
+    ("eval.protocol=[]",),
+    ("eval.protocol=[coco, pool]",),
     ("eval.posthoc=fracal", "head.name=seesaw"),
     ("eval.posthoc=norcal", "head.name=eql"),
     ("eval.posthoc=logit_adjustment", "head.name=balanced_softmax"),
@@ -403,6 +408,18 @@ def test_each_impossible_combination(load, row: int):
     """The words break this row of the table and no other."""
     text = message(load, "", *IMPOSSIBLE[row])
     assert text.endswith(f": {CONFLICTS[row][2]}") and "\n" not in text
+
+
+def test_one_protocol_or_several(load):
+    one, several = load("", "eval.protocol=fixed"), load("eval: {protocol: [lvis, pool]}")
+    assert (load("").eval.protocols, one.eval.protocols, several.eval.protocols) == (
+        ("auto",),
+        ("fixed",),
+        ("lvis", "pool"),
+    )
+    assert one.eval.uncapped and several.eval.uncapped and not load("").eval.uncapped
+    assert "  protocol: fixed\n" in dump(one) and "  protocol: [lvis, pool]\n" in dump(several)
+    assert load(dump(several)) == several
 
 
 def test_ways_out_of_conflicts(load):

@@ -94,7 +94,7 @@ def _check_refused(annotations: LVISAnnotations, config: Config, use: str, repor
     if annotations.suspicion:
         report.problems.append(f"{annotations.path}: {annotations.suspicion}")
     masks = "segm" in compared_types(annotations, data.without_mask)
-    evaluation = evaluation_problems(annotations, masks, config.eval.protocol, data.allow_misplaced)
+    evaluation = evaluation_problems(annotations, masks, config.eval.protocols, data.allow_misplaced)
     training = training_problems(annotations, data.allow_misplaced)
     report.problems += evaluation if use == "evaluation" else training
     if not use:

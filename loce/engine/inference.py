@@ -28,6 +28,7 @@ from loce.evaluation.annotations import FederatedFilter, GroundTruth, load_annot
 from loce.evaluation.report import RESULTS, evaluate_and_report
 from loce.evaluation.stream import DetectionWriter, read_detections
 from loce.evaluation.thresholds import read_thresholds
+from loce.models.detection import UNCAPPED_LIMIT
 from loce.models.mask_rcnn import MaskRCNN
 from loce.models.roi_heads import Once
 from loce.models.together import share_equal
@@ -38,7 +39,6 @@ from loce.utils.progress import progress
 from loce.utils.yaml_text import show
 
 ORIGIN = "origin.txt"  # beside the detections: the weights, data and options that they are of
-LVIS_CAP = 300  # detections an image in protocol lvis
 CHANGES_NOTHING = ("eval.batch_size", "eval.errors")  # of the detections
 
 
@@ -131,7 +131,8 @@ def evaluation_folder(run: Path, old: Config, new: Config, report: Mapping[str, 
     stands beside it, too (eval_resamples=0).
     """
     changes = diff(old, new)
-    parts = [f"{key}={value}" for key, value in changes.items() if key.startswith(("head.", "eval.", "train.ema"))]
+    texts = {**changes, **({"eval.protocol": ",".join(new.eval.protocols)} if "eval.protocol" in changes else {})}
+    parts = [f"{key}={value}" for key, value in texts.items() if key.startswith(("head.", "eval.", "train.ema"))]
     parts = [part for part in parts if not part.startswith(CHANGES_NOTHING)]
     parts += [f"max_detections={most}"] if (most := report.get("max_detections")) else []
     data = [old.data.val_annotations, old.data.train_annotations]
@@ -153,9 +154,10 @@ def evaluation_folder(run: Path, old: Config, new: Config, report: Mapping[str, 
 def _fewer(folder: Path, config: Config, report: Mapping[str, Any]) -> list[str]:
     """What an evaluation with these options would not write again of that in `folder`."""
     there = json.loads(_text(folder / "evaluation.json") or "{}").get("intervals", {})
-    kinds = report.get("iou_types") or list(there)
+    had = {key.partition("_")[0] for key in there}  # "segm_fixed": of a further protocol
+    kinds = report.get("iou_types") or list(had)
     return [
-        *([f"iou_types={','.join(kinds)}"] if {*there} - {*kinds} else []),
+        *([f"iou_types={','.join(kinds)}"] if had - {*kinds} else []),
         *(["resamples=0"] if any(there.values()) and not report.get("resamples", 1) else []),
         *(["eval.errors=false"] if (folder / "errors.csv").is_file() and not config.eval.errors else []),
     ]
@@ -167,12 +169,7 @@ def check_evaluation(
     """UserError, before any work, where the validation data or the protocol cannot be evaluated."""
     annotations.require_same_classes(stats, owner)
     masks = "segm" in compared_types(annotations, config.data.without_mask, iou_types)
-    raise_problems(evaluation_problems(annotations, masks, config.eval.protocol, config.data.allow_misplaced))
-    if config.eval.protocol == "fixed" and config.eval.detections <= LVIS_CAP:
-        raise UserError(
-            f"eval.detections = {config.eval.detections}: protocol fixed knows no cap per image, so keep more than "
-            f"{LVIS_CAP} detections of one, 1000 or more"
-        )
+    raise_problems(evaluation_problems(annotations, masks, config.eval.protocols, config.data.allow_misplaced))
 
 
 def evaluate_model(
@@ -287,7 +284,8 @@ def _inputs(config: Config, annotations: LVISAnnotations) -> str:
         f"{annotations.path} (sha256 {file_hash(annotations.path)}), images {data.val_images} "
         f"at {data.test_short_edge} x {data.long_edge} px, score > {evaluation.score_threshold:g}, "
         f"NMS {evaluation.nms:g}, {evaluation.detections} detections an image, "
-        f"{'all' if evaluation.protocol == 'coco' else 'verified'} categories"
+        f"{'all' if 'coco' in evaluation.protocols else 'verified'} categories"
+        + (f", up to {UNCAPPED_LIMIT:,} of these" if evaluation.uncapped else "")
         + (
             f", {len(annotations.absent)} images are {'missing' if data.allow_missing else 'left out'}"
             if len(annotations.absent)
@@ -360,7 +358,7 @@ def infer(
             images, scales, sizes = ([s[key] for s in samples] for key in ("image", "scale", "size"))
             image_ids = [s["image_id"] for s in samples]
             allowed, objects = None, None
-            if config.eval.protocol != "coco":
+            if "coco" not in config.eval.protocols:
                 allowed = [torch.from_numpy(federated.allowed(i)) for i in image_ids]
             if config.eval.errors:
                 objects = [(torch.from_numpy(b), torch.from_numpy(c)) for b, c in map(federated.objects, image_ids)]
@@ -383,7 +381,7 @@ def _write(
     if near_misses is not None:
         near_misses = {kind: (b, s, category_ids[labels]) for kind, (b, s, labels) in near_misses.items()}
     ids = category_ids[found["labels"]]
-    writer.add(image_id, found["boxes"], found["scores"], ids, found["rles"], size, near_misses)
+    writer.add(image_id, found["boxes"], found["scores"], ids, found["rles"], size, near_misses, found.get("ranks"))
 
 
 @torch.no_grad()

@@ -1,7 +1,8 @@
 """Bootstrap over images (Efron & Tibshirani 1993): intervals of AP, and of the difference of two evaluations.
 
 The images are drawn with replacement; an image drawn w times counts w times. Nothing is matched again: an evaluation
-keeps, per category, its detections in order of score with their images and what they found.
+keeps, per category, its detections in order of score with their images and what they found. Of protocol pool the four
+pools stand in the place of the categories (pooling.py).
 
 A resample repeats some images and lacks others, which moves the AP of categories with few objects, mostly up: on LVIS
 the resampled values lie beside the number itself, by more than their spread. The spread is what is wanted, so the
@@ -17,6 +18,7 @@ from pathlib import Path
 import numpy as np
 
 from loce.evaluation.lvis_ap import RECALLS, Evaluation
+from loce.evaluation.pooling import POOLS, members
 from loce.utils.errors import UserError
 from loce.utils.files import atomic_write, read_csv
 from loce.utils.progress import watched
@@ -26,6 +28,7 @@ LEVEL = 0.95  # of the intervals
 NOTHING = "no category with objects"
 _LATE = np.arange(101) / 100 < RECALLS  # .35, .41, ...: the official grid lies a rounding error above these fractions
 _ELEMENTS = 1 << 19  # numbers of one intermediate array: they fit into a cache
+_LOOKS = 2000  # true positives of a pool at which the precision of a resample is read, evenly over the ranking
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,7 +66,7 @@ class Tallies:
 
 def tally(evaluation: Evaluation) -> Tallies:
     """The tallies of an evaluation."""
-    matches, truth = evaluation.matches, evaluation.truth
+    matches, truth = evaluation.ranked, evaluation.ranked.truth
     categories = len(truth.category_ids)
     over_bounds = np.searchsorted(matches.overlapping, matches.bounds)
     # False positive candidates of each category, and how many of them rank above each overlapping detection.
@@ -156,17 +159,22 @@ def _category_ap(tallies: Tallies, weights: np.ndarray, false: slice, over: slic
     np.cumsum(weights[tallies.false_image[false]], axis=0, out=candidates[1:])
     candidates = candidates[tallies.over_false[over]]
     own = weights[tallies.over_image[over]]
+    pooled = len(tallies.frequency) > 0 and tallies.frequency[0] == POOLS[0]
     tens = np.flatnonzero(objects % 10 == 0)  # only then a late recall can be hit exactly
     per_object = (100 / np.maximum(objects, 1)).astype(np.float32)
     for t in range(thresholds):
         rows = np.flatnonzero(tallies.over_true[over, t])
         if not len(rows):
             continue
+        every, looks = rows, slice(None)
+        if pooled and len(rows) > _LOOKS and len(objects) > 1:
+            looks = np.linspace(0, len(rows) - 1, _LOOKS).round().astype(np.int64)
+            rows = rows[looks]
         positives = candidates[rows]
         change = tallies.over_change[over, t]
         if change.any():
             positives = positives + np.cumsum(own * change[:, None], axis=0)[rows]
-        true = np.cumsum(own[rows], axis=0, dtype=np.float32)
+        true = np.cumsum(own[every], axis=0, dtype=np.float32)[looks]
         precision = true / np.maximum(positives, 1)
         envelope = np.maximum.accumulate(precision[::-1], axis=0)[::-1]
         # Recalls .01, .02, ... that are reached; the small number makes up for rounding, and is under 100 / objects.
@@ -184,7 +192,7 @@ def group_means(ap: np.ndarray, frequency: np.ndarray) -> dict[str, np.ndarray]:
     """AP, APr, APc, APf (B,) of each resample from AP of categories (K, B); nan for a group without objects."""
     means = {}
     for name in METRICS:
-        group = ap if name == "AP" else ap[frequency == name[2]]
+        group = ap[members(frequency, name[2:])]
         known = np.isfinite(group)
         number = known.sum(axis=0)
         means[name] = np.where(known, group, 0).sum(axis=0, dtype=np.float64) / np.where(number, number, np.nan)

@@ -72,7 +72,8 @@ class Detections:
 
     image_ids, category_ids (N,) int64, the annotation file's ids; scores (N,) float32 or float64; boxes (N, 4) float32
     or float64 as x, y, width, height in px (the results format's own, so that nothing is rounded twice), or None;
-    masks: N masks or None. Among equal scores of an image the earlier row ranks first.
+    masks: N masks or None. Among equal scores of an image the earlier row ranks first. ranks: (N,) int32, how many
+    better detections the image had before unverified categories were left out, or None where these rows are all.
     """
 
     image_ids: np.ndarray
@@ -80,10 +81,11 @@ class Detections:
     scores: np.ndarray
     boxes: np.ndarray | None = None
     masks: Masks | None = None
+    ranks: np.ndarray | None = None
 
     def __post_init__(self) -> None:
-        columns = {"category_ids": self.category_ids, "scores": self.scores, "boxes": self.boxes, "masks": self.masks}
-        for name, column in columns.items():
+        for name in ("category_ids", "scores", "boxes", "masks", "ranks"):
+            column = getattr(self, name)
             if column is not None and len(column) != len(self.image_ids):
                 raise ValueError(f"{name} has {len(column)} rows, image_ids {len(self.image_ids)}")
 
@@ -139,6 +141,7 @@ def concatenate(parts: Sequence[Detections]) -> Detections:
         return Detections(image_ids=none, category_ids=none, scores=np.zeros(0, dtype=np.float32))
     boxes = [part.boxes for part in parts if part.boxes is not None]
     masks = [part.masks for part in parts if part.masks is not None]
+    ranks = [part.ranks for part in parts if part.ranks is not None]
     if len(boxes) not in (0, len(parts)) or len(masks) not in (0, len(parts)):
         raise UserError("some results have a bbox (or segmentation) and others have none; write all of them alike")
     joined = None
@@ -154,6 +157,7 @@ def concatenate(parts: Sequence[Detections]) -> Detections:
         scores=np.concatenate([part.scores for part in parts]),
         boxes=np.concatenate(boxes) if boxes else None,
         masks=joined,
+        ranks=np.concatenate(ranks) if len(ranks) == len(parts) else None,
     )
 
 

@@ -88,7 +88,7 @@ def explain(evaluation: Evaluation, detections: Detections, near_misses: NearMis
     # The lost ones, image by image, from the detections there and the near misses.
     own_rows, own_category = _by_image(evaluation, detections)
     own_image, _ = positions(truth.image_ids, detections.image_ids)
-    kept = within_cap(evaluation.protocol, own_image, own_category, detections.scores)
+    kept = within_cap(evaluation.protocol, own_image, own_category, detections)
     seen = none() if near_misses is None else near_misses
     seen_rows, seen_category = _by_image(evaluation, seen)
     images = np.unique(truth.image[lost])

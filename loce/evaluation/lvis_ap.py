@@ -1,15 +1,16 @@
-"""Average precision and recall from matches (LVIS, arXiv 1908.03195, Sec. 3; COCO; AP-fixed, arXiv 2102.01066).
+"""Average precision and recall from matches (LVIS, arXiv 1908.03195, Sec. 3; COCO; AP-fixed, AP-pool: 2102.01066).
 
 AP of a category is the mean over 10 IoU thresholds (.50:.05:.95) of the precision envelope read at 101 recalls; AP is
-the mean over the categories that have objects. Same numbers as `lvis.LVISEval` and `pycocotools.COCOeval` except where
-those trip over their own bookkeeping: the area of a mask is the mask's, also when the result carries a box, an
-annotation with id 0 is an annotation like any other, and no results at all give 0.
+the mean over the categories that have objects (protocol pool: of the one ranking of all, pooling.py). Same numbers as
+`lvis.LVISEval` and `pycocotools.COCOeval` except where those trip over their own bookkeeping: the area of a mask is the
+mask's, also when the result carries a box, an annotation with id 0 is an annotation like any other, and no results at
+all give 0.
 
 Legend: T = 10 IoU thresholds, R = 101 recalls, K categories, A = 4 areas, m overlapping detections of one category.
 """
 
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -21,6 +22,7 @@ from loce.data.annotations.lvis import LVISAnnotations
 from loce.evaluation.annotations import GroundTruth, load_annotations
 from loce.evaluation.detections import Detections, check_detections, read_results, suspicions
 from loce.evaluation.matching import AREA_NAMES, PROTOCOLS, THRESHOLDS, Matches, Protocol, match
+from loce.evaluation.pooling import members, pooled
 from loce.evaluation.stream import read_detections
 from loce.utils.errors import UserError
 from loce.utils.progress import phase, print_line, watched
@@ -28,6 +30,7 @@ from loce.utils.progress import phase, print_line, watched
 RECALLS = np.linspace(0.0, 1.0, 101)
 FEW = (1, 10)  # detections of an image and category, for COCO's AR@1 and AR@10
 _EPSILON = np.spacing(1)
+_MANY = 10_000  # overlapping detections of a ranking, beyond which areas are counted one by one to save memory
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,7 +39,8 @@ class Evaluation:
 
     metrics: AP, AP50, AP75, APs, APm, APl, APr, APc, APf, AR@300, ARs@300, ARm@300, ARl@300 (the number is the
     protocol's cap; protocol "coco" has AR@1 and AR@10 as well) as fractions, -1 where undefined. precision
-    (T, R, K, A), recall (T, K, A): -1 where a category has no objects, K in ascending order of category id.
+    (T, R, K, A), recall (T, K, A): -1 where a category has no objects, K in ascending order of category id. matches:
+    what was found; ranked: the same, of the four pools where the protocol is pooled.
     per_category: K dicts with id, name, frequency, images, instances, AP, AP50, AR, detections, detection_score (mean
     of the detections that count: not Eq. 2's), found_score (of those that found an object at IoU .5); AP, AP50, AR are
     -1 without objects, the scores nan without detections.
@@ -49,6 +53,7 @@ class Evaluation:
     protocol: Protocol
     iou_type: str
     matches: Matches
+    ranked: Matches
 
     @property
     def truth(self) -> GroundTruth:
@@ -68,10 +73,10 @@ def evaluate_lvis(
     """Evaluate detections on LVIS- or COCO-style ground truth; nothing that is passed in is changed.
 
     annotations: path, loaded dict or GroundTruth; results: path of a results JSON or of a folder that inference wrote,
-    list of result dicts, or Detections; iou_type: "bbox" or "segm"; protocol: "lvis", "fixed" (AP-fixed) or "coco".
-    max_detections: cap per image for "lvis", per image and category for "coco"; None is the protocol's own, 300 and
-    100, since a number for both would be wrong for one. "fixed" keeps the best 10,000 detections of a category whatever
-    their images, so a cap beside it is refused.
+    list of result dicts, or Detections; iou_type: "bbox" or "segm"; protocol: "lvis", "fixed" (AP-fixed), "pool"
+    (AP-pool) or "coco". max_detections: cap per image for "lvis", per image and category for "coco"; None is the
+    protocol's own, 300 and 100, since a number for both would be wrong for one. "fixed" and "pool" keep the best 10,000
+    detections of a category whatever their images, so a cap beside them is refused.
     allow_misplaced: masks of annotations may lie elsewhere than their boxes. NumPy's numbers and arrays are read as
     JSON's are. Raises UserError for everything that is wrong with the input, with the first five offenders of each
     kind; what only looks wrong is a line on standard error.
@@ -84,7 +89,7 @@ def evaluate_lvis(
     detections = load_results(results, truth, source)
     for warning in [note for note in truth.notes if note.startswith("WARNING")] + suspicions(detections, truth, source):
         print_line(warning, sys.stderr)
-    return evaluate_loaded(truth, detections, iou_type, rules)
+    return evaluate_loaded(truth, detections, iou_type, [rules])[0]
 
 
 def choose_protocol(name: str, max_detections: int | None = None) -> Protocol:
@@ -115,27 +120,41 @@ def load_results(
     return detections
 
 
-def evaluate_loaded(truth: GroundTruth, detections: Detections, iou_type: str, rules: Protocol) -> Evaluation:
-    """`evaluate_lvis` for input that is loaded and checked (`load_results`)."""
+def evaluate_loaded(
+    truth: GroundTruth, detections: Detections, iou_type: str, protocols: Sequence[Protocol]
+) -> list[Evaluation]:
+    """`evaluate_lvis` by several protocols, for input that is loaded and checked (`load_results`)."""
     if iou_type not in detections.iou_types:
         raise UserError(f"iou_type={iou_type}: the results have no {'bbox' if iou_type == 'bbox' else 'segmentation'}")
     if iou_type == "segm" and truth.masks is None:
         raise ValueError("the ground truth was loaded without masks")
-    if rules.federated and not truth.federated:
+    if not truth.federated and (names := [rules.name for rules in protocols if rules.federated]):
         raise UserError(
-            f"{truth.source}: has no neg_category_ids, so protocol={rules.name} is not possible; use protocol=coco"
+            f"{truth.source}: has no neg_category_ids, so protocol={names[0]} is not possible; use protocol=coco"
         )
+    found: dict[Protocol, Evaluation] = {}
     with phase(f"evaluating {iou_type}"):
-        matches = match(truth, detections, iou_type, rules)
-        precision, recall = accumulate(matches)
+        for federated in (True, False):  # matched once each
+            alike = [rules for rules in protocols if rules.federated == federated]
+            if alike:
+                matches = match(truth, detections, iou_type, alike)
+                found |= {rules: _evaluation(own, rules, iou_type) for rules, own in zip(alike, matches, strict=True)}
+    return [found[rules] for rules in protocols]
+
+
+def _evaluation(matches: Matches, rules: Protocol, iou_type: str) -> Evaluation:
+    precision, recall = accumulate(matches)
+    ranked = pooled(matches) if rules.pooled else matches
+    pools = accumulate(ranked) if rules.pooled else (precision, recall)
     return Evaluation(
-        metrics=summarise(precision, recall, matches, rules.cap),
+        metrics=summarise(*pools, ranked, rules.cap),
         precision=precision,
         recall=recall,
         per_category=_per_category(matches, precision, recall),
         protocol=rules,
         iou_type=iou_type,
         matches=matches,
+        ranked=ranked,
     )
 
 
@@ -150,22 +169,24 @@ def accumulate(matches: Matches) -> tuple[np.ndarray, np.ndarray]:
         precision[:, :, k, measured], recall[:, k, measured] = 0.0, 0.0
         if cut[k] < cut[k + 1] and len(measured):
             own = slice(cut[k], cut[k + 1])
-            true, false = counts(matches, k, own)
-            _fill(precision[:, :, k], recall[:, k], true, false, matches.objects[:, k])
+            step = areas if cut[k + 1] - cut[k] <= _MANY else 1
+            for some in (slice(a, a + step) for a in range(0, areas, step)):
+                true, false = counts(matches, k, own, some)
+                _fill(precision[:, :, k, some], recall[:, k, some], true, false, matches.objects[some, k])
     return precision, recall
 
 
-def counts(matches: Matches, k: int, own: slice) -> tuple[np.ndarray, np.ndarray]:
+def counts(matches: Matches, k: int, own: slice, areas: slice = slice(None)) -> tuple[np.ndarray, np.ndarray]:
     """True and false positives (m, A, T) of category k down to each of its detections that overlaps an object.
 
     No other detection is needed: between two of these precision only falls and recall stands still.
     """
     place = matches.overlapping[own] - matches.bounds[k]
-    candidates = matches.false_positive[matches.bounds[k] : matches.bounds[k + 1]]
-    matched = matches.matched[own]
+    candidates = matches.false_positive[matches.bounds[k] : matches.bounds[k + 1], areas]
+    matched = matches.matched[own, areas]
     wrongly = matched & candidates[place][:, :, None]  # these found something after all
     false = np.cumsum(candidates, axis=0, dtype=np.int64)[place][:, :, None] - np.cumsum(wrongly, axis=0)
-    true = np.cumsum(matched & ~matches.ignored[own], axis=0)
+    true = np.cumsum(matched & ~matches.ignored[own, areas], axis=0)
     return true, false
 
 
@@ -198,7 +219,9 @@ def _needed(objects: int) -> np.ndarray:
 
 def summarise(precision: np.ndarray, recall: np.ndarray, matches: Matches, cap: int) -> dict[str, float]:
     """The 13 numbers from precision (T, R, K, A) and recall (T, K, A); with COCO's cap, recall at 1 and 10 as well."""
-    frequency = matches.truth.frequency
+    every, *groups = (members(matches.truth.frequency, group) for group in ("", "r", "c", "f"))
+    of_groups = {group: precision[:, :, chosen, 0] for group, chosen in zip("rcf", groups, strict=True)}
+    precision, recall = precision[:, :, every], recall[:, every]
 
     def mean(values: np.ndarray) -> float:
         values = values[values > -1]
@@ -207,8 +230,7 @@ def summarise(precision: np.ndarray, recall: np.ndarray, matches: Matches, cap: 
     metrics = {"AP": mean(precision[..., 0]), "AP50": mean(precision[0, ..., 0]), "AP75": mean(precision[5, ..., 0])}
     for a, name in enumerate(AREA_NAMES[1:], start=1):
         metrics[f"AP{name[0]}"] = mean(precision[..., a])
-    for group in "rcf":
-        metrics[f"AP{group}"] = mean(precision[:, :, frequency == group, 0])
+    metrics |= {f"AP{group}": mean(values) for group, values in of_groups.items()}
     if matches.place is not None:
         metrics |= {f"AR@{few}": mean(recall_within(matches, few)) for few in FEW if few < cap}
     for a, name in enumerate(AREA_NAMES):

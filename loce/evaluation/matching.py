@@ -2,10 +2,13 @@
 
 All (image, category) cells are matched in lock-step: first the best detection of every cell, then the second best, and
 so on, for 10 IoU thresholds and 4 object sizes at once. Only detections that overlap an object by half take part.
+What a detection finds depends on better ones of its cell only, and every cap keeps the best of a cell, so one matching
+serves all protocols of the same rules.
 
 Legend: N counted detections, M of them that overlap an object, P pairs, A = 4 areas, T = 10 thresholds, K categories.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -24,23 +27,28 @@ AREA_RANGES = np.array([(0, 1e5**2), (0, 32**2), (32**2, 96**2), (96**2, 1e5**2)
 class Protocol:
     """How detections are capped before matching: at most `cap` per `per` (image, cell = image and category, category).
 
-    federated: LVIS's rules (only verified categories count, nothing without area exists); otherwise COCO's.
+    federated: LVIS's rules (only verified categories count, nothing without area exists); otherwise COCO's. pooled: the
+    detections of all categories in one ranking (pooling.py).
     """
 
     name: str
     cap: int
     per: str
     federated: bool
+    pooled: bool = False
 
     def __str__(self) -> str:
         per = {"image": "an image", "cell": "an image and category", "category": "a category over all images"}[self.per]
         rules = "federated LVIS rules" if self.federated else "COCO rules"
-        return f"{self.name} (at most {self.cap:,} detections {per}, {rules})"
+        pooled = ", all categories in one ranking" if self.pooled else ""
+        return f"{self.name} (at most {self.cap:,} detections {per}, {rules}{pooled})"
 
 
+# AP-fixed and AP-pool, arXiv 2102.01066: their authors' evaluator keeps 10,000 detections of a category for both.
 PROTOCOLS = {
     "lvis": Protocol(name="lvis", cap=300, per="image", federated=True),
-    "fixed": Protocol(name="fixed", cap=10_000, per="category", federated=True),  # AP-fixed, arXiv 2102.01066
+    "fixed": Protocol(name="fixed", cap=10_000, per="category", federated=True),
+    "pool": Protocol(name="pool", cap=10_000, per="category", federated=True, pooled=True),
     "coco": Protocol(name="coco", cap=100, per="cell", federated=False),
 }
 
@@ -72,13 +80,15 @@ class Matches:
     objects: np.ndarray
 
 
-def match(truth: GroundTruth, detections: Detections, iou_type: str, protocol: Protocol) -> Matches:
-    """Cap, filter and match all detections; see `Matches`."""
-    truth = _under_rules(truth, protocol)
+def match(truth: GroundTruth, detections: Detections, iou_type: str, protocols: Sequence[Protocol]) -> list[Matches]:
+    """Cap, filter and match all detections, once for all protocols, whose rules (federated or not) are the same."""
+    federated = protocols[0].federated
+    truth = _under_rules(truth, federated)
     categories = len(truth.category_ids)
     image = positions(truth.image_ids, detections.image_ids)[0].astype(np.int32)
     category = positions(truth.category_ids, detections.category_ids)[0].astype(np.int32)
-    rows, areas = _counted(truth, detections, iou_type, protocol, image, category)
+    within = [within_cap(p, image, category, detections) for p in protocols]
+    rows, areas = _counted(truth, detections, iou_type, federated, np.logical_or.reduce(within), image, category)
     image, category, score = image[rows], category[rows], detections.scores[rows]
 
     # Counted detections by category, then score.
@@ -92,7 +102,7 @@ def match(truth: GroundTruth, detections: Detections, iou_type: str, protocol: P
     outside = (truth.areas[:, None] < AREA_RANGES[:, 0]) | (truth.areas[:, None] > AREA_RANGES[:, 1])
     object_ignored = outside | truth.ignore[:, None]
     false_positive = (areas[:, None] >= AREA_RANGES[:, 0]) & (areas[:, None] <= AREA_RANGES[:, 1])
-    if protocol.federated and truth.not_exhaustive is not None:
+    if federated and truth.not_exhaustive is not None:
         false_positive &= ~truth.not_exhaustive[image, category][:, None]
     # The matching itself, among pairs that overlap by half.
     pairs = _pairs(truth, detections, iou_type, rows, image, category)
@@ -100,7 +110,7 @@ def match(truth: GroundTruth, detections: Detections, iou_type: str, protocol: P
     objects = [
         np.bincount(truth.category[~object_ignored[:, a]], minlength=categories) for a in range(len(AREA_RANGES))
     ]
-    return Matches(
+    every = Matches(
         truth=truth,
         bounds=np.searchsorted(category, np.arange(categories + 1)),
         row=rows,
@@ -111,15 +121,33 @@ def match(truth: GroundTruth, detections: Detections, iou_type: str, protocol: P
         matched=matched,
         ignored=ignored,
         taken=taken,
-        place=_place(image, category)[overlapping] if protocol.per == "cell" else None,
+        place=None if federated else _place(image, category)[overlapping],
         object_ignored=object_ignored,
         objects=np.array(objects),
     )
+    return [_some(every, kept[rows]) for kept in within]
 
 
-def _under_rules(truth: GroundTruth, protocol: Protocol) -> GroundTruth:
+def _some(matches: Matches, kept: np.ndarray) -> Matches:
+    """Matches of the detections `kept` (N,) bool, which are the best of their cells."""
+    if kept.all():
+        return matches
+    found = kept[matches.overlapping]
+    of_detections = ("row", "image", "score", "false_positive")
+    of_overlapping = ("matched", "ignored", "taken") + (("place",) if matches.place is not None else ())
+    before = np.append(0, np.cumsum(kept))  # kept detections above each
+    return replace(
+        matches,
+        bounds=before[matches.bounds],
+        overlapping=before[matches.overlapping[found]],
+        **{name: getattr(matches, name)[kept] for name in of_detections},
+        **{name: getattr(matches, name)[found] for name in of_overlapping},
+    )
+
+
+def _under_rules(truth: GroundTruth, federated: bool) -> GroundTruth:
     """LVIS: what has no area does not exist, no crowds. COCO: crowds are ignored, the key `ignore` means nothing."""
-    if not protocol.federated:
+    if not federated:
         return replace(truth, ignore=truth.crowd)
     real = truth.some(np.flatnonzero(truth.areas > 0))
     return replace(real, crowd=np.zeros(len(real), dtype=bool))
@@ -129,29 +157,31 @@ def _counted(
     truth: GroundTruth,
     detections: Detections,
     iou_type: str,
-    protocol: Protocol,
+    federated: bool,
+    within: np.ndarray,
     image: np.ndarray,
     category: np.ndarray,
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Rows of the detections that take part, ascending, and their areas: cap first, then the federated rule."""
-    keep = within_cap(protocol, image, category, detections.scores)
-    if protocol.federated:
-        keep &= truth.counted()[image, category]
+    """Rows of the detections that take part, ascending, and their areas: those `within` (N,) a cap, then the rules."""
+    keep = within
+    if federated:
+        keep = keep & truth.counted()[image, category]
     rows = np.flatnonzero(keep)
     areas = np.zeros(0)
     if iou_type == "bbox" and detections.boxes is not None:
         areas = box_areas(detections.boxes[rows])
     elif detections.masks is not None:
         areas = detections.masks.measures[1][rows].astype(np.float64)  # never a box's, also when the result has one
-    if protocol.federated:
+    if federated:
         rows, areas = rows[areas > 0], areas[areas > 0]
     return rows, areas
 
 
-def within_cap(protocol: Protocol, image: np.ndarray, category: np.ndarray, scores: np.ndarray) -> np.ndarray:
-    """(N,) bool: detections (index of image and category, score, all (N,)) that the protocol's cap leaves."""
+def within_cap(protocol: Protocol, image: np.ndarray, category: np.ndarray, detections: Detections) -> np.ndarray:
+    """(N,) bool: detections (index of image and category, both (N,)) that the protocol's cap leaves."""
+    scores = detections.scores
     if protocol.per == "image":
-        return _best(image, scores, protocol.cap)
+        return _best(image, scores, protocol.cap) if detections.ranks is None else detections.ranks < protocol.cap
     if protocol.per == "category":
         return _best(category, scores, protocol.cap)
     return _best(image.astype(np.int64) * (int(category.max(initial=0)) + 1) + category, scores, protocol.cap)

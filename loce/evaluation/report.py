@@ -37,7 +37,7 @@ def evaluate_and_report(
     results: str | Path | list[dict[str, Any]] | Detections,
     output: str | Path,
     iou_types: Sequence[str] = (),
-    protocol: str = "auto",
+    protocol: str | Sequence[str] = "auto",
     max_detections: int | None = None,
     resamples: int = 1000,
     origin: str = "",
@@ -46,17 +46,19 @@ def evaluate_and_report(
     allow_misplaced: bool = False,
     posthoc: str = "",
 ) -> dict[str, Evaluation]:
-    """Evaluate, print the tables and write the folder `output`; the result per IoU type, "bbox" first.
+    """Evaluate, print the tables and write the folder `output`; the result per IoU type, "bbox" first, and where there
+    are several protocols also per type and further protocol ("segm_fixed").
 
     annotations, results, max_detections: as for `evaluate_lvis`; iou_types: empty means what the results have;
-    protocol "auto": "lvis" for federated ground truth, else "coco"; resamples: of the bootstrap, 0 for none; origin:
+    protocol: one or several, from the same matching; "auto": "lvis" for federated ground truth, else "coco";
+    max_detections is of the first; resamples: of the bootstrap, 0 for none; origin:
     what made the results (method, checkpoint), written beside the numbers; errors: explain lost objects (of masks
     where they are evaluated), with the near misses of inference where `results` is its folder and has them; save_json:
     also write results.json, the official results format; allow_misplaced: as for `evaluate_lvis`; posthoc: the method
     that calibrated the scores and its options, written beside the numbers.
-    Writes metrics.json ({"bbox": 13 numbers, "segm": ...}), evaluation.json (what they are of), per_category.csv,
-    tallies_<type>.npz (for scripts/compare.py), errors.csv and errors.png. UserError for bad input, before anything is
-    written.
+    Writes metrics.json ({"bbox": 13 numbers, "segm": ..., "bbox_fixed": ...}), evaluation.json (what they are of),
+    per_category.csv (of the first protocol), tallies_<key>.npz (for scripts/compare.py), errors.csv and errors.png.
+    UserError for bad input, before anything is written.
     """
     # A JSON file, a folder that inference wrote (its near misses explain more) or results in memory.
     near_misses, source = None, "results"
@@ -68,23 +70,26 @@ def evaluate_and_report(
     wanted = tuple(iou_types) or (results.iou_types if isinstance(results, Detections) else ("bbox", "segm"))
     truth = load_annotations(annotations, "segm" in wanted, allow_misplaced)
     detections = load_results(results, truth, source)
-    rules = choose_protocol(("lvis" if truth.federated else "coco") if protocol == "auto" else protocol, max_detections)
+    rules = choose_protocols(protocol, truth, max_detections)
     wanted = tuple(iou_types) or detections.iou_types
     # The numbers come first, and are on disk before what may take another minute: intervals, causes of lost objects.
-    evaluations = {kind: evaluate_loaded(truth, detections, kind, rules) for kind in sorted(wanted)}
+    by_kind = {kind: evaluate_loaded(truth, detections, kind, rules) for kind in sorted(wanted)}
+    first = {kind: found[0] for kind, found in by_kind.items()}  # of the first protocol
+    further = {f"{kind}_{one.protocol.name}": one for kind, found in by_kind.items() for one in found[1:]}
+    evaluations = {**first, **further}
     facts = _facts(truth, detections, rules, evaluations, origin)
     facts |= {"posthoc": posthoc} if posthoc else {}
     facts["notes"] += suspicions(detections, truth, source)
     print("\n".join(header(facts)))
     write_folder(Path(output), evaluations, facts)
-    for kind, evaluation in evaluations.items():
+    for key, evaluation in evaluations.items():
         tallies = tally(evaluation)
         spread = intervals(tallies, resamples) if resamples else {}
-        facts["intervals"][kind] = spread
-        tallies.save(Path(output) / f"tallies_{kind}.npz")
+        facts["intervals"][key] = spread
+        tallies.save(Path(output) / f"tallies_{key}.npz")
         print("\n" + table(evaluation, spread))
     if errors and len(truth):
-        main = evaluations[max(evaluations)]  # "segm" where there is one
+        main = first[max(first)]  # "segm" where there is one
         outcomes = explain(main, detections, near_misses)
         print("\n" + "\n".join(write_errors(output, main, outcomes, detections, origin)))
     print("\n" + "\n".join(markdown(evaluations)))
@@ -97,7 +102,7 @@ def evaluate_and_report(
 def _facts(
     truth: GroundTruth,
     detections: Detections,
-    rules: Protocol,
+    rules: Sequence[Protocol],
     evaluations: dict[str, Evaluation],
     origin: str,
 ) -> dict[str, Any]:
@@ -107,18 +112,29 @@ def _facts(
     return {
         "annotations": truth.source,
         "results": origin,
-        "protocol": rules.name,
-        "rules": str(rules),
+        "protocol": ", ".join(one.name for one in rules),
+        "rules": "; ".join(map(str, rules)),
         "images": len(truth.image_ids),
         "images_with_detections": len(np.unique(detections.image_ids)),
         "categories": len(truth.category_ids),
         "categories_without_objects": {g: int((empty & (truth.frequency == g)).sum()) for g in GROUPS},
         "objects": int(first.matches.objects[0].sum()),
         "detections": len(detections),
-        "detections_that_count": {kind: len(e.matches.row) for kind, e in evaluations.items()},
+        "detections_that_count": {key: len(e.matches.row) for key, e in evaluations.items()},
         "intervals": {},
         "notes": list(truth.notes),
     }
+
+
+def choose_protocols(
+    protocol: str | Sequence[str],
+    truth: GroundTruth,
+    max_detections: int | None = None,
+) -> list[Protocol]:
+    """The rules of one name or several; "auto" by what the ground truth has; max_detections: of the first."""
+    names = [protocol] if isinstance(protocol, str) else protocol
+    names = [("lvis" if truth.federated else "coco") if name == "auto" else name for name in names]
+    return [choose_protocol(name, None if n else max_detections) for n, name in enumerate(dict.fromkeys(names))]
 
 
 def header(facts: Mapping[str, Any]) -> list[str]:
@@ -168,19 +184,22 @@ def table(evaluation: Evaluation, spread: Mapping[str, tuple[float, float]]) -> 
 
 def markdown(evaluations: Mapping[str, Evaluation]) -> list[str]:
     """Rows to copy, in percent; the protocol stands in each."""
-    names = list(next(iter(evaluations.values())).metrics)
-    lines = ["| type, protocol | " + " | ".join(names) + " |", "|---" * (len(names) + 1) + "|"]
-    for kind, evaluation in evaluations.items():
+    lines, head = [], ""
+    for evaluation in evaluations.values():
+        names = f"| type, protocol | {' | '.join(evaluation.metrics)} |"
+        if names != head:
+            head = names
+            lines += [head, "|---" * (len(evaluation.metrics) + 1) + "|"]
         values = [f"{100 * v:.2f}" if v >= 0 else "-" for v in evaluation.metrics.values()]
-        lines.append(f"| {kind}, {evaluation.protocol.name} | " + " | ".join(values) + " |")
+        lines.append(f"| {evaluation.iou_type}, {evaluation.protocol.name} | " + " | ".join(values) + " |")
     return lines
 
 
 def write_folder(output: Path, evaluations: Mapping[str, Evaluation], facts: Mapping[str, Any]) -> None:
     """metrics.json, evaluation.json and per_category.csv; what an earlier evaluation left there is removed."""
-    for name in ("tallies_bbox.npz", "tallies_segm.npz", "errors.csv", "errors.png"):
-        (output / name).unlink(missing_ok=True)
-    metrics = {kind: evaluation.metrics for kind, evaluation in evaluations.items()}
+    for path in (*output.glob("tallies_*.npz"), output / "errors.csv", output / "errors.png"):
+        path.unlink(missing_ok=True)
+    metrics = {key: evaluation.metrics for key, evaluation in evaluations.items()}
     told = {"posthoc": facts["posthoc"]} if "posthoc" in facts else {}
     write_text(output / "metrics.json", json.dumps({**metrics, **told}, indent=2) + "\n")
     write_facts(output, facts)
@@ -195,7 +214,7 @@ def write_facts(output: Path, facts: Mapping[str, Any]) -> None:
 def category_table(evaluations: Mapping[str, Evaluation]) -> str:
     """CSV, a row a category, of masks where they were evaluated; the numbers of boxes then stand at the end."""
     main = "segm" if "segm" in evaluations else "bbox"
-    beside = ["bbox"] if len(evaluations) > 1 else []
+    beside = ["bbox"] if main == "segm" and "bbox" in evaluations else []
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow([*COLUMNS, *EXTRA, *(f"box_{key}" for _ in beside for key in ("AP", "AP50", "AR"))])

@@ -29,7 +29,7 @@ class DetectionWriter:
     def __init__(self, folder: str | Path, rank: int = 0, source: str = "", chunk_images: int = 100):
         self.folder, self.rank, self.source, self.chunk_images = Path(folder), rank, source, chunk_images
         self.folder.mkdir(parents=True, exist_ok=True)
-        self._pending: list[tuple[int, tuple[int, int], np.ndarray, np.ndarray, np.ndarray, list[bytes] | None]] = []
+        self._pending: list[tuple[int, tuple[int, int], np.ndarray, np.ndarray, np.ndarray, Any, Any]] = []
         self._near_misses: list[NearMisses] = []  # of pending images
         self._finished: set[int] = set()
         for path in chunk_paths(folder):
@@ -57,11 +57,13 @@ class DetectionWriter:
         rles: list[bytes] | None = None,
         size: tuple[int, int] | None = None,
         near_misses: Found | None = None,
+        ranks: Any = None,
     ) -> None:
         """All detections of one image: boxes (N, 4) x1, y1, x2, y2 in px of the original image, scores (N,), the
         file's category ids (N,) (not labels), optionally N compressed RLE counts over an image of `size` (height,
         width). Arrays or CPU tensors. An image without detections is added with N = 0. near_misses: what else was seen
-        (`near_misses.NearMisses`, with category ids)."""
+        (`near_misses.NearMisses`, with category ids). ranks (N,): how many better detections the image had, those of
+        categories that were left out included; None: none were left out."""
         corners = np.asarray(boxes_xyxy, dtype=np.float32).reshape(-1, 4)
         boxes = np.concatenate([corners[:, :2], corners[:, 2:] - corners[:, :2]], axis=1)
         score, category = np.asarray(scores, dtype=np.float32), np.asarray(category_ids, dtype=np.int32)
@@ -69,7 +71,8 @@ class DetectionWriter:
             raise ValueError(f"image {image_id}: {len(boxes)} boxes, {len(score)} scores, {len(category)} categories")
         if rles is not None and size is None:
             raise ValueError(f"image {image_id}: masks need the size (height, width) of their image")
-        self._pending.append((int(image_id), size or (0, 0), boxes, score, category, rles))
+        ranks = None if ranks is None else np.asarray(ranks, dtype=np.int32)
+        self._pending.append((int(image_id), size or (0, 0), boxes, score, category, rles, ranks))
         self._near_misses += [] if near_misses is None else [near_misses_of_image(int(image_id), near_misses)]
         if len(self._pending) >= self.chunk_images:
             self.flush()
@@ -79,7 +82,7 @@ class DetectionWriter:
         if not self._pending:
             return
         # Masks and near misses of all images, or of none.
-        images, sizes, boxes, scores, categories, rles = zip(*self._pending, strict=True)
+        images, sizes, boxes, scores, categories, rles, ranks = zip(*self._pending, strict=True)
         has_masks = [r is not None for r in rles]
         if any(has_masks) != all(has_masks):
             raise ValueError("some images were added with masks and others without")
@@ -99,6 +102,8 @@ class DetectionWriter:
             "rle_lengths": np.array([len(counts) for counts in flat], dtype=np.int32),
             "rle_counts": np.frombuffer(b"".join(flat), dtype=np.uint8),
         }
+        if all(r is not None for r in ranks):
+            chunk["ranks"] = np.concatenate(ranks)
         if self._near_misses:
             chunk |= {f"clue_{name}": column for name, column in vars(join(self._near_misses)).items()}
         path = self.folder / f"detections_{self.rank:04d}_{self._next:06d}.npz"
@@ -207,5 +212,6 @@ def _by_image(chunk: Any) -> Iterator[tuple[int, Detections]]:
             scores=column["scores"][s:e],
             boxes=column["boxes"][s:e],
             masks=masks,
+            ranks=column["ranks"][s:e] if "ranks" in column else None,
         )
         yield image, own

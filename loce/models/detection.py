@@ -3,12 +3,16 @@
 Shapes: N proposals, C classes, K candidates (proposal, class), M detections.
 """
 
+from dataclasses import replace
+
 from torch import Tensor
 from torchvision.ops import nms
 
 from loce.config import EvalConfig
 
+UNCAPPED_LIMIT = 10_000  # detections of an image for protocols without a cap, whose cap of a category this is, too
 _FIRST_CANDIDATES = 4  # times the number of detections asked for
+Found = tuple[Tensor, Tensor, Tensor]  # boxes (M, 4), scores (M,), labels (M,)
 
 
 def class_wise_nms(boxes_K4: Tensor, scores_K: Tensor, labels_K: Tensor, threshold: float) -> Tensor:
@@ -36,7 +40,15 @@ def best_detections(boxes_K4: Tensor, scores_K: Tensor, labels_K: Tensor, thresh
         portion *= 4
 
 
-def detect(boxes_NC4: Tensor, scores_NC: Tensor, config: EvalConfig) -> tuple[Tensor, Tensor, Tensor]:
+def detect_of_classes(boxes_NC4: Tensor, scores_NC: Tensor, allowed_C: Tensor, config: EvalConfig) -> Found:
+    """`detect` of the classes `allowed_C` alone, without the cap (but UNCAPPED_LIMIT)."""
+    classes = allowed_C.nonzero()[:, 0]
+    wide = replace(config, detections=UNCAPPED_LIMIT)
+    boxes_M4, scores_M, places_M = detect(boxes_NC4[:, classes], scores_NC[:, classes], wide)
+    return boxes_M4, scores_M, classes[places_M]
+
+
+def detect(boxes_NC4: Tensor, scores_NC: Tensor, config: EvalConfig) -> Found:
     """(boxes (M, 4), scores (M,), labels (M,)), best first. Scores must exceed the threshold; no box is too small."""
     proposal_K, labels_K = (scores_NC > config.score_threshold).nonzero(as_tuple=True)
     scores_K, boxes_K4 = scores_NC[proposal_K, labels_K], boxes_NC4[proposal_K, labels_K]

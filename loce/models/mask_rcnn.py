@@ -18,7 +18,7 @@ from loce.heads import HEADS
 from loce.mean_score import MeanScoreTracker
 from loce.models.backbone import build_backbone
 from loce.models.boxes import ROI_STDS, decode
-from loce.models.detection import detect
+from loce.models.detection import detect, detect_of_classes
 from loce.models.lost_objects import find_near_misses
 from loce.models.mask_head import MaskHead
 from loce.models.memory_sampling import MemorySampling
@@ -209,8 +209,10 @@ class MaskRCNN(nn.Module):
 
         scales: (x, y) resized / original; originals: (height, width); allowed: per image a bool mask (C,) of the
         classes that evaluation can use there: others count towards the cap of detections, but are then left out
-        before masks are made; objects: per image the boxes (G, 4) and labels (G,) that are to be found; the result
-        then has "near_misses" of them, see `find_near_misses`; once: what other models computed of these images.
+        before masks are made, and all detections of these classes stay where a protocol is uncapped; the result then
+        has "ranks" (M,), how many better ones of any class there were; objects: per image the boxes (G, 4) and labels
+        (G,) that are to be found; the result then has "near_misses" of them, see `find_near_misses`; once: what other
+        models computed of these images.
         """
         once = once or Once()
         batch, sizes, _ = once("images", lambda: self.batch_images(images))
@@ -263,15 +265,23 @@ class MaskRCNN(nn.Module):
             every = (boxes_NC4, scores_NC, found, allowed_C, self.evaluation)
             parts = find_near_misses(wanted, proposals_N4 / scale_4, *every)
             misses = {"near_misses": {kind: tuple(x.cpu() for x in part) for kind, part in parts.items()}}
+        ranks = {}
         if allowed_C is not None:
             kept = allowed_C[labels_M]
             boxes_M4, scores_M, labels_M = boxes_M4[kept], scores_M[kept], labels_M[kept]
+            ranks_M = kept.nonzero()[:, 0]
+            if self.evaluation.uncapped:  # those, and the ones of these classes that came after the cap
+                boxes_M4, scores_M, labels_M = detect_of_classes(boxes_NC4, scores_NC, allowed_C, self.evaluation)
+                after = len(scores_M) - len(ranks_M)
+                ranks_M = torch.cat([ranks_M, ranks_M.new_full((after,), self.evaluation.detections)])
+            ranks = {"ranks": ranks_M.cpu()}
 
         # Masks of what is left, some regions at a time, so that what is made of them stays in the processor's cache.
         some = zip((boxes_M4 * scale_4).split(REGIONS), labels_M.split(REGIONS), strict=True)
         masks = [roi.mask_head(roi.pool(features, [b], MASK_SIDE), labels).float().sigmoid() for b, labels in some]
         rles = paste_and_encode(torch.cat(masks), boxes_M4, original)
-        return {"boxes": boxes_M4.cpu(), "scores": scores_M.cpu(), "labels": labels_M.cpu(), "rles": rles, **misses}
+        arrays = {"boxes": boxes_M4.cpu(), "scores": scores_M.cpu(), "labels": labels_M.cpu()}
+        return {**arrays, "rles": rles, **ranks, **misses}
 
     @torch.no_grad()
     def class_scores(self, samples: list[dict[str, Any]], once: Once | None = None) -> tuple[Tensor, Tensor, Tensor]:

@@ -1,7 +1,8 @@
 """Command-line and YAML options as frozen dataclasses; all mistakes are reported at once.
 
 What is allowed stands in a field's type: plain `bool`, `int`, `float` and `str`, `Literal["a", "b"]`, a number with
-limits (`Count`, `Share`, ... below), `tuple[X, ...]` of these, or another dataclass (a section).
+limits (`Count`, `Share`, ... below), `tuple[X, ...]` of these, one type or another (`X | Y`), or another dataclass (a
+section).
 """
 
 import dataclasses
@@ -12,10 +13,11 @@ import os
 import re
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import reduce
-from types import MappingProxyType
-from typing import Annotated, Any, Literal, NoReturn, TypeVar, get_args, get_origin, get_type_hints
+from types import MappingProxyType, UnionType
+from typing import Annotated, Any, Literal, NoReturn, TypeVar, Union, get_args, get_origin, get_type_hints
 
 from loce.utils.errors import expand_home, raise_problems
 from loce.utils.yaml_text import parse_value, show
@@ -24,6 +26,7 @@ T = TypeVar("T")
 Conflict = tuple[tuple[str, ...], Callable[[Any], bool], str]  # dotted keys, "is it wrong?" of the whole, the reason
 Choice = tuple[str, "tuple[Any, ...] | Range"]  # dotted key, and its values with which an option does something
 Given = tuple[str, Any, str]  # dotted key, value, where it was written
+_UNIONS = (Union, UnionType)
 
 
 class NoPlaceError(ValueError):
@@ -203,6 +206,11 @@ def _convert(hint: Any, value: Any) -> Any:
     `~/x` and `$NAME/x` become whole paths: texts are paths, and a shell leaves `~` alone after `key=`, a recipe both.
     """
     base, limits = _split(hint)
+    if get_origin(base) in _UNIONS:
+        for choice in get_args(base):
+            with suppress(ValueError):
+                return _convert(choice, value)
+        raise ValueError(value)
     if get_origin(base) is tuple and isinstance(value, (list, tuple)):
         return tuple(_convert(get_args(base)[0], item) for item in value)
     if get_origin(base) is Literal:
@@ -231,6 +239,10 @@ def whole_path(text: str) -> str:
 
 def _allowed(hint: Any, many: bool = False) -> str:
     base, limits = _split(hint)
+    if get_origin(base) in _UNIONS:
+        return ", or ".join(map(_allowed, get_args(base)))
+    if get_origin(base) is tuple and get_origin(get_args(base)[0]) is Literal:
+        return "a list of these"
     if get_origin(base) is tuple:
         return f"a list of {_allowed(get_args(base)[0], many=True)}, such as [1, 2]"
     if get_origin(base) is Literal:

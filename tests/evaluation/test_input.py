@@ -327,7 +327,7 @@ def test_federated_filter_is_the_evaluators_rule(small: dict[str, Any]) -> None:
 def test_unknown_choices_are_named(small: dict[str, Any]) -> None:
     with pytest.raises(UserError, match="iou_type: 'mask'"):
         evaluate_lvis(small, [], "mask")
-    with pytest.raises(UserError, match="protocol: 'voc' is not known; choose one of lvis, fixed, coco"):
+    with pytest.raises(UserError, match="protocol: 'voc' is not known; choose one of lvis, fixed, pool, coco"):
         evaluate_lvis(small, [], protocol="voc")
     for number in (0, -1, 2.5, True):
         with pytest.raises(UserError, match=f"max_detections: {number} is not a positive whole number"):

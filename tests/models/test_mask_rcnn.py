@@ -294,6 +294,23 @@ class TestPrediction:
         assert torch.equal(some["boxes"], every["boxes"][kept]) and torch.equal(some["labels"], every["labels"][kept])
         assert some["rles"] == [code for code, keep in zip(every["rles"], kept.tolist(), strict=True) if keep]
 
+    def test_uncapped_protocols_keep_all_of_the_classes_that_are_evaluated(self, model):
+        allowed = torch.tensor([True, False, True, False, True, False])
+        call = [noise(64, 96)], [(1.0, 1.0)], [(64, 96)]
+        model.evaluation = EvalConfig(detections=10_000)
+        every = model.detect(*call, [allowed])[0]
+        model.evaluation = EvalConfig(detections=20)
+        capped = model.detect(*call, [allowed])[0]
+        model.evaluation = EvalConfig(detections=20, protocol=("lvis", "pool"))
+        wide = model.detect(*call, [allowed])[0]
+        assert 20 < len(wide["boxes"]) == len(every["boxes"]) and torch.equal(wide["boxes"], every["boxes"])
+        within = wide["ranks"] < 20
+        assert torch.equal(wide["boxes"][within], capped["boxes"]) and torch.equal(
+            wide["ranks"][within], capped["ranks"]
+        )
+        assert torch.equal(within, every["ranks"] < 20) and wide["rles"] == every["rles"]
+        assert "ranks" not in model.detect(*call)[0] and len(model.detect(*call)[0]["boxes"]) == 20
+
     def test_nothing_found(self, model):
         model.evaluation = EvalConfig(score_threshold=0.999999)
         image = torch.zeros(3, 64, 96, dtype=torch.uint8)

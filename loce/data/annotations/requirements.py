@@ -34,7 +34,7 @@ def training_problems(annotations: LVISAnnotations, allow_misplaced: bool = Fals
 def evaluation_problems(
     annotations: LVISAnnotations,
     masks: bool = True,
-    protocol: str = "auto",
+    protocols: Sequence[str] = (),
     allow_misplaced: bool = False,
 ) -> list[str]:
     """What evaluation refuses, since it compares with every object. masks: masks are compared, too."""
@@ -61,9 +61,10 @@ def evaluation_problems(
     for reason in BAD_MASKS if masks else ():
         if number := annotations.dropped.get(reason, 0):
             refuse(number, reason, first_few(annotations.first_ids(reason), number), "mask", boxes_alone)
-    if protocol in ("lvis", "fixed") and annotations.negatives is None:
+    lacking = [name for name in protocols if name in ("lvis", "fixed", "pool")]
+    if lacking and annotations.negatives is None:
         problems.append(
-            f"{annotations.path}: has no neg_category_ids, which protocol {protocol} needs; set eval.protocol=coco "
+            f"{annotations.path}: has no neg_category_ids, which protocol {lacking[0]} needs; set eval.protocol=coco "
             "(or auto)"
         )
     return problems + (training_problems(annotations, allow_misplaced) if masks else [])
