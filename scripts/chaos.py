@@ -1,8 +1,9 @@
 """Kill a training again and again, and see that nothing is lost: python scripts/chaos.py [kills=25 stops=10 ...].
 
-Stage 1 and LOCE on two processes and a small Glyph set, once in peace and once with `kill -9` and signals at random
-moments: in the set-up, while the memory is filled, in a step, in a save. The same command goes on each time. In the end
-both must have the same checkpoint, bit for bit, and the same lines of metrics.jsonl. Linux only.
+Stage 1, LOCE and a pass of three second stages on two processes and a small Glyph set, once in peace and once with
+`kill -9` and signals at random moments: in the set-up, while the memory is filled, in a step, in a save. The same
+command goes on each time. In the end both must have the same checkpoints, bit for bit, and the same lines of
+metrics.jsonl. Linux only.
 """
 
 import json
@@ -16,7 +17,7 @@ import time
 import uuid
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from loce.config import Count, Natural, UserError, read_options, run_script
 from loce.utils.files import write_text
@@ -32,9 +33,14 @@ SMALL = {
     "train": "batch_size=4 drops=[1] log_every=3 checkpoint_every=2 evaluate=false",
 }
 MODEL = [f"{section}.{word}" for section, text in SMALL.items() for word in text.split()]
-HEAD = """# Chaos: a training killed {kills} times and stopped {stops} times
+ARMS = {  # of the pass: two of them store the same
+    "loce": [],
+    "mfs": ["head.name=softmax"],
+    "ebl": ["memory.enabled=false"],
+}
+HEAD = """# Chaos: trainings killed {kills} times and stopped {stops} times
 
-`make test-chaos` (scripts/chaos.py, seed {seed}): stage 1 and LOCE on two gloo processes and a small Glyph set, with a
+`make test-chaos` (scripts/chaos.py, seed {seed}): {stages} on two gloo processes and a small Glyph set, with a
 checkpoint every 2 iterations. Result: {result}
 
 "iteration" is where the next start went on from (0: from the beginning); "gone" is how long it took until no process
@@ -54,17 +60,18 @@ class Options:
     kills: Natural = 25  # kill -9: of a process, of torchrun, or of all at once
     stops: Natural = 10  # SIGTERM, SIGINT or SIGUSR1, to torchrun or to a process
     seed: Natural = 0
+    stages: tuple[Literal["stage1", "loce", "pass"], ...] = ("stage1", "loce", "pass")  # that are struck
     images: Count = 24
 
 
 class Run:
-    """A script on two processes, in the background."""
+    """A script on two processes, in the background, that writes into these run folders."""
 
-    def __init__(self, words: list[str], output: Path) -> None:
-        self.mark, self.output, self.file = uuid.uuid4().hex, output, output.with_suffix(".txt")
+    def __init__(self, words: list[str], folders: list[Path]) -> None:
+        self.mark, self.folders, self.file = uuid.uuid4().hex, folders, folders[0].with_suffix(".txt")
         launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
         self.process = subprocess.Popen(
-            [*launch, *words, f"output={output}"],
+            [*launch, *words],
             stdout=self.file.open("w"),
             stderr=subprocess.STDOUT,
             env={**os.environ, "OMP_NUM_THREADS": "1", "CHAOS": self.mark},
@@ -90,8 +97,9 @@ class Run:
 
     def saving(self) -> bool:
         """A checkpoint is being written right now."""
-        folders = sorted((self.output / "checkpoints").glob("[0-9]*"))
-        return bool(folders) and not (folders[-1] / "main.pt").exists()
+        newest = [max((run / "checkpoints").glob("[0-9]*"), default=None) for run in self.folders]
+        names = {folder.name if folder else "" for folder in newest}
+        return len(names) > 1 or any(folder and not (folder / "main.pt").exists() for folder in newest)
 
     def where(self) -> str:
         """The phase that it is in."""
@@ -153,15 +161,26 @@ def strike(run: Run, kind: str, generator: random.Random) -> str:
     return f"kill -9 of {f'rank {family[targets[0]]}' if who == 'rank' else who}"
 
 
-def chaos(words: list[str], output: Path, kinds: list[str], generator: random.Random) -> list[str]:
+def reached(folders: list[Path]) -> int:
+    """The newest iteration that all runs of a pass have a checkpoint of; -1 where there is none."""
+    there = [{int(file.parent.name) for file in (run / "checkpoints").glob("*/main.pt")} for run in folders]
+    return max(set.intersection(*there), default=-1)
+
+
+def chaos(
+    words: list[str],
+    folders: list[Path],
+    kinds: list[str],
+    generator: random.Random,
+) -> list[str]:
     """Run to the end with all these strikes on the way; rows of the table."""
     rows: list[str] = []
-    filling = "finetune" in words[0]
+    filling, stage = "finetune" in words[0], folders[0].parent.name if len(folders) > 1 else folders[0].name
     while True:
         moments = ["set-up", "step", "step", "save", "save"]
-        if filling and not list((output / "checkpoints").glob("*/main.pt")):
+        if filling and reached(folders) < 0:
             moments = ["filling", "filling", "set-up"] if len(rows) < 5 else ["step"]
-        run = Run(words, output)
+        run = Run(words, folders)
         if not kinds:
             run.process.wait()
             if run.process.returncode:
@@ -173,8 +192,7 @@ def chaos(words: list[str], output: Path, kinds: list[str], generator: random.Ra
         if not done:
             raise UserError(f"the run ended before it was struck {len(kinds)} times more; train longer:\n{run.text()}")
         kinds.pop(0)
-        newest = max((int(f.parent.name) for f in (output / "checkpoints").glob("*/main.pt")), default=0)
-        rows.append(f"{output.name} | {done} | {where} | {newest} | {seconds:.1f} |")
+        rows.append(f"{stage} | {done} | {where} | {max(0, reached(folders))} | {seconds:.1f} |")
         print(f"{len(kinds)} left: {rows[-1]}", flush=True)
 
 
@@ -224,25 +242,37 @@ def main() -> None:
     files += [f"data.val_annotations={data}/annotations/val.json", f"data.val_images={data}"]
     kinds = ["kill"] * options.kills + ["stop"] * options.stops
     generator.shuffle(kinds)
-    share = len(kinds) * 2 // 5  # in stage 1; the rest in stage 2, which has the memory
+    shares: dict[str, list[str]] = {stage: kinds[n :: len(options.stages)] for n, stage in enumerate(options.stages)}
     per_epoch, rows, wrong = -(-options.images // 4), [], []
     for folder in (out / "peace", out / "chaos"):
         if folder.exists():
             shutil.rmtree(folder)
         folder.mkdir(parents=True)
-    for stage, strikes in (("stage1", kinds[:share]), ("loce", kinds[share:])):
+    for stage in ("stage1", *(name for name in options.stages if name != "stage1")):
+        strikes = shares.get(stage, [])
         epochs = f"train.epochs={max(2, -(-(8 * len(strikes) + 6) // per_epoch))}"
-        script, config = ("train.py", "glyphs/stage1") if stage == "stage1" else ("finetune.py", "glyphs/loce")
-        words = [str(SCRIPTS / script), config, *files, *MODEL, epochs]
-        words += [f"train.init={out}/peace/stage1"] if stage == "loce" else []
-        chaos(words, out / "peace" / stage, [], generator)
-        rows += chaos(words, out / "chaos" / stage, list(strikes), generator)
-        wrong += compare(out / "peace" / stage, out / "chaos" / stage)
+        folders = {}
+        for side in ("peace", "chaos"):
+            root, common = out / side / stage, [*files, *MODEL, epochs]
+            if stage == "stage1":
+                words, folders[side] = [str(SCRIPTS / "train.py"), "glyphs/stage1", f"output={root}"], [root]
+            else:
+                arms = ARMS if stage == "pass" else {"": []}
+                recipes = [" ".join(["glyphs/loce", f"output={root / arm}", *own]) for arm, own in arms.items()]
+                words, folders[side] = [str(SCRIPTS / "finetune.py"), *recipes], [root / arm for arm in arms]
+                common.append(f"train.init={out}/peace/stage1")
+            root.mkdir()
+            if side == "peace" or strikes:
+                rows += chaos([*words, *common], folders[side], list(strikes if side == "chaos" else ()), generator)
+        for peace, struck in zip(folders["peace"], folders["chaos"], strict=True) if strikes else ():
+            wrong += compare(peace, struck)
     # The log.
     minutes = (time.monotonic() - started) / 60
     equal = "the last checkpoints and all lines of the logs are equal"
     result = f"{f'NOT EQUAL: {wrong[:20]}' if wrong else equal}, {minutes:.0f} min."
-    text = HEAD.format(kills=options.kills, stops=options.stops, seed=options.seed, result=result)
+    text = HEAD.format(
+        kills=options.kills, stops=options.stops, seed=options.seed, stages=", ".join(options.stages), result=result
+    )
     write_text(options.log, text + "".join(f"| {n} | {row}\n" for n, row in enumerate(rows, 1)))
     print(f"{result}\nwrote {options.log}")
     if wrong:

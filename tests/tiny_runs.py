@@ -62,11 +62,11 @@ def main_file(folder: Path) -> Path:
 
 def weights(folder: Path) -> dict[str, torch.Tensor]:
     state = torch.load(main_file(folder), weights_only=True)["model"]
-    return {**state, **memory(folder)}
+    return {**state, **(memory(folder) if main_file(folder).with_name("memory0.pt").exists() else {})}
 
 
 def memory(folder: Path, rank: int = 0) -> dict[str, torch.Tensor]:
-    return torch.load(main_file(folder).with_name(f"rank{rank}.pt"), weights_only=True)["memory"]
+    return torch.load(main_file(folder).with_name(f"memory{rank}.pt"), weights_only=True)
 
 
 def same_run(one: Path, other: Path) -> None:

@@ -1,7 +1,7 @@
 """Checkpoints on disk: a checksum for every file, none half-written, a full disk survived, damage found and named.
 
-`RUN/checkpoints/000001500/` holds `rank<r>.pt` of every process, `checksums.json`, and `main.pt`, which gets its name
-last and loses it first: a folder without it is unfinished, or being deleted, and is ignored.
+`RUN/checkpoints/000001500/` holds files of every process, `checksums.json`, and `main.pt`, which gets its name last and
+loses it first: a folder without it is unfinished, or being deleted, and is ignored.
 """
 
 import errno
@@ -16,7 +16,7 @@ import torch
 
 from loce.utils.files import atomic_write, sha256, sync, write_text
 
-MAIN, CHECKSUMS = "main.pt", "checksums.json"
+MAIN, FROZEN, CHECKSUMS = "main.pt", "frozen.pt", "checksums.json"
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
@@ -76,6 +76,19 @@ def _problem(path: Path, error: OSError, file: _Measured | None) -> str:
     missing = file.size - file.written
     rest = f", {megabytes(missing)} of them found no place" if missing else ""
     return f"{text}; it takes {megabytes(file.size)}{rest}"
+
+
+def link(path: Path, same: dict[str, Any]) -> dict[str, Any]:
+    """Give the file of `same` (what `write` said of it, and its path) the name `path`, too: as `write`.
+
+    {} where it is gone, or where the file system has no hard links from there to here.
+    """
+    try:
+        os.link(same["path"], path)
+        sync(path.parent)
+    except OSError:
+        return {}
+    return {**same, "name": path.name, "linked": True}
 
 
 def finish(folder: Path, files: list[dict[str, Any]], content: dict[str, Any]) -> dict[str, Any]:

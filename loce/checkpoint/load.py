@@ -17,15 +17,16 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from loce.checkpoint.files import MAIN, damage_of, finished
+from loce.checkpoint.files import FROZEN, MAIN, damage_of, finished
 from loce.config import Config, UserError, from_dict
 from loce.models.build import build_model
 from loce.models.mask_rcnn import MaskRCNN
 from loce.utils.classes import ClassStats
 from loce.utils.files import kind_of
 
-FORMAT = 2
-READABLE = (1, FORMAT)  # for their weights; what format 1 kept of a run is too little to go on from
+FORMAT = 3
+GOES_ON = (2, FORMAT)  # format 2 has the feature memory in main.pt or rank<r>.pt, and no frozen.pt
+READABLE = (1, *GOES_ON)  # for their weights; what format 1 kept of a run is too little to go on from
 MEMORY_PREFIX = "roi_heads.memory."
 HEAD_PREFIX = "roi_heads.classifier."
 OLD_HEAD_PREFIX = "roi_heads.head."  # of files before the classifier had its name; hashes of weights keep it
@@ -65,7 +66,16 @@ class Checkpoint:
             raise UserError(f"checkpoint {file}: not written by loce (it has no {', '.join(missing)}).\n{CONVERTED}")
         if content["format"] not in READABLE:
             raise UserError(f"checkpoint {file}: format {content['format']}, this loce reads up to format {FORMAT}")
-        weights = {name.replace(OLD_HEAD_PREFIX, HEAD_PREFIX): w for name, w in content.pop("model").items()}
+        weights = content.pop("model")
+        if content.get("frozen"):
+            frozen = file.with_name(FROZEN)
+            if not frozen.is_file():
+                raise UserError(
+                    f"checkpoint {file}: its weights that did not train are in {FROZEN}, which does not lie beside it "
+                    "any more: copy this, too, or take the last checkpoint of the run, whose main.pt is whole"
+                )
+            weights |= load_file(frozen, checked)["model"]
+        weights = {name.replace(OLD_HEAD_PREFIX, HEAD_PREFIX): w for name, w in weights.items()}
         require_finite({**weights, **content.get("ema", {})}, f"checkpoint {file}")
         classes = stats_from_dict(content.pop("classes"))
         return cls(file, content.pop("config"), classes, weights, content)
@@ -248,6 +258,18 @@ def weights_hash(model: MaskRCNN) -> str:
             name = name.replace(HEAD_PREFIX, OLD_HEAD_PREFIX)
             digest.update(name.encode() + tensor.cpu().numpy().tobytes())
     return digest.hexdigest()[:12]
+
+
+def memory_of(main: Checkpoint, rank: int, checked: bool = False) -> dict[str, Tensor]:
+    """The packed feature memory (memory.py) of a rank in a checkpoint folder, of rank 0 where it is shared; {}: none.
+
+    checked: as in `load_file`.
+    """
+    if main.state["format"] == FORMAT:
+        file = main.path.with_name(f"memory{rank}.pt")
+        return load_file(file, checked) if file.is_file() else {}
+    own = load_file(main.path.with_name(f"rank{rank}.pt"), checked)
+    return own.get("memory") or main.state.get("memory", {})
 
 
 def memory_state(model: MaskRCNN) -> dict[str, Tensor]:

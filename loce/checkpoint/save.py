@@ -1,9 +1,12 @@
 """Saving and exact resuming: everything that training depends on; a kill at any moment or a full disk loses nothing.
 
-A checkpoint is a folder `checkpoints/000001500/` with `main.pt` (model, optimiser, scaler, position, config, classes, a
-shared feature memory) and one `rank<r>.pt` per process (random state, its own feature memory, what its head keeps for
-itself, losses that wait for their line in the log). The sampler has no state: its batches follow from config, data,
-epoch and position.
+A checkpoint is a folder `checkpoints/000001500/`:
+main.pt        model, optimiser, scaler, position, config, classes. The sampler has no state: its batches follow from
+               config, data, epoch and position
+rank<r>.pt     of each process: random state, what its head keeps for itself, losses that wait for their line in the log
+memory<r>.pt   a process's feature memory, or the first one's where it is shared: one file of all runs of a pass that
+               store the same
+frozen.pt      weights that do not train: one file of all checkpoints of a pass but the last, whose main.pt is whole
 """
 
 import contextlib
@@ -12,7 +15,7 @@ import json
 import os
 import shutil
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +24,16 @@ import torch
 from torch import Tensor
 
 from loce.checkpoint import files
-from loce.checkpoint.load import FORMAT, MEMORY_PREFIX, Checkpoint, load_file, memory_state, stats_to_dict
+from loce.checkpoint.load import (
+    FORMAT,
+    GOES_ON,
+    MEMORY_PREFIX,
+    Checkpoint,
+    load_file,
+    memory_of,
+    memory_state,
+    stats_to_dict,
+)
 from loce.checkpoint.memory import pack, reshard, unpack
 from loce.config import Config, UserError, diff, to_dict
 from loce.models.mask_rcnn import MaskRCNN
@@ -31,6 +43,9 @@ from loce.utils.progress import print_line
 from loce.utils.yaml_text import show
 
 BY_SHARE = ("ldam", "pcb")  # heads whose loss goes by the share of the training that is done
+
+Parts = dict[str, tuple[Any, Callable[[], dict[str, Any]]]]  # file name -> what stands for its content, and content
+Written = dict[Any, dict[str, Any]]  # what stands for the content of a file -> what is known of the file
 
 
 def rng_state(device: torch.device) -> dict[str, Tensor]:
@@ -66,54 +81,78 @@ def save(
     state: dict[str, Any],
     window: dict[str, Tensor],
     best: Path | None = None,
+    written: Written | None = None,
 ) -> Saved:
     """Write a checkpoint at `state["iteration"]`; every rank must call. Then delete what is older than the last few.
 
     state: what else training depends on (optimiser, scaler, averages, position), plain containers and tensors; window:
-    losses of this rank that wait for their line in the log; best: a checkpoint that is kept, too. Where the disk is
-    full, all but the newest and the best of the older ones make room, once. What does not fit then leaves no file
-    behind; nothing is raised, so that training can go on.
+    losses of this rank that wait for their line in the log; best: a checkpoint that is kept, too; written: files that
+    may be linked, those of the pass so far. Where the disk is full, all but the newest and the best of the older ones
+    make room, once. What does not fit then leaves no file behind; nothing is raised, so that training can go on.
     """
     started = time.monotonic()
-    # What this rank keeps for itself, and what all have in common.
-    folder = run / "checkpoints" / f"{state['iteration']:09d}"
-    weights = {k: v for k, v in model.state_dict().items() if not k.startswith(MEMORY_PREFIX)}
-    memory = {} if model.roi_heads.memory is None else pack(model.roi_heads.memory.bank)
-    shared = config.memory.shared
+    folder, rank = run / "checkpoints" / f"{state['iteration']:09d}", distributed.rank()
+    # What this rank keeps for itself.
     head = model.roi_heads.classifier
     own = {
         "rng": rng_state(next(model.parameters()).device),
-        "memory": {} if shared else memory,
         "head": {name: head.get_buffer(name) for name in head.of_rank},
         "window": window,
     }
+    parts: Parts = {f"rank{rank}.pt": (None, lambda: own)}
+    if model.roi_heads.memory is not None and not (config.memory.shared and rank):
+        bank = model.roi_heads.memory.bank
+        parts[f"memory{rank}.pt"] = ((id(bank), folder.name), lambda: pack(bank))
+    # What all have in common. The last checkpoint is what people copy and use: it is whole.
+    frozen = frozen_weights(config, model) if model.roi_heads.progress < 1 else {}
+    if frozen and not rank:
+        parts[files.FROZEN] = (tuple(p.data_ptr() for p in frozen.values()), lambda: {"model": frozen})
+    weights = model.state_dict()
     main = {
         "format": FORMAT,
         "config": to_dict(config),
         "classes": stats_to_dict(stats),
         "world_size": distributed.world_size(),
         "progress": model.roi_heads.progress,  # share of the iterations that are done
-        "model": weights,
-        "memory": memory if shared else {},
+        "model": {k: v for k, v in weights.items() if k not in frozen and not k.startswith(MEMORY_PREFIX)},
+        "frozen": bool(frozen),
         **state,
     }
     # A full disk: older checkpoints make room, once.
-    written = _write_all(folder, own, main)
-    if any(file.get("full") for file in written) and _make_room(run, folder, best):
-        written = _write_all(folder, own, main)
-    problems = [file["problem"] for file in written if "problem" in file]
+    written = {} if written is None else written
+    every = _write_all(folder, parts, main, written)
+    if any(file.get("full") for file in every) and _make_room(run, folder, best):
+        every = _write_all(folder, parts, main, written)
+    problems = [file["problem"] for file in every if "problem" in file]
     if distributed.is_main() and not problems:
         _tidy(run, folder, config.train.keep_checkpoints, best)
-    return Saved(folder, problems, sum(file.get("bytes", 0) for file in written), time.monotonic() - started)
+    size = sum(file.get("bytes", 0) for file in every if "linked" not in file)
+    return Saved(folder, problems, size, time.monotonic() - started)
 
 
-def _write_all(folder: Path, own: dict[str, Any], main: dict[str, Any]) -> list[dict[str, Any]]:
+def frozen_weights(config: Config, model: MaskRCNN) -> dict[str, Tensor]:
+    """What of a model does not train in the second stage, by name; {} in the first, where it is little."""
+    frozen = {name: p.detach() for name, p in model.named_parameters() if not p.requires_grad}
+    return {} if config.train.freeze == "none" else frozen
+
+
+def _write_all(
+    folder: Path,
+    parts: Parts,
+    main: dict[str, Any],
+    written: Written,
+) -> list[dict[str, Any]]:
     """What was written, or was not, by all ranks, on every rank; `main.pt` last, and only after all others."""
     if distributed.is_main():
         files.start(folder)
     distributed.barrier()
-    written = files.write(folder / f"rank{distributed.rank()}.pt", own)
-    every = [json.loads(text) for text in distributed.gather_texts(json.dumps(written))]
+    own = []
+    for name, (holds, content) in parts.items():
+        linked = files.link(folder / name, written[holds]) if holds in written else {}
+        own.append(linked or files.write(folder / name, content()))
+        if holds is not None and "problem" not in own[-1]:
+            written[holds] = {**own[-1], "path": str(folder / name)}
+    every = [file for text in distributed.gather_texts(json.dumps(own)) for file in json.loads(text)]
     if distributed.is_main():
         failed = any("problem" in file for file in every)
         last = [] if failed else [files.finish(folder, every, main)]
@@ -146,28 +185,36 @@ def _tidy(
         print_line(f"WARNING: an old checkpoint could not be deleted: {error}")
 
 
-def checkpoint_bytes(config: Config, model: MaskRCNN) -> int:
-    """What one checkpoint takes at most: its feature memory full."""
-    trained = [p for p in model.parameters() if p.requires_grad]  # with a momentum each, or two moments, and an average
-    trained *= (2 if config.train.optimizer == "adamw" else 1) + bool(config.train.ema)
-    memory = memory_state(model)
-    copies = 1 if config.memory.shared else distributed.world_size()
-    rest = [tensor for name, tensor in model.state_dict().items() if name not in memory]
-    return sum(_bytes(t) for t in [*rest, *trained]) + copies * sum(_bytes(t) for t in memory.values())
+def checkpoint_bytes(runs: Sequence[tuple[Config, MaskRCNN]], count: int = 1) -> int:
+    """What `count` checkpoints of each run of a pass take at most, the last one among them, feature memories full."""
+    total, once = 0, set()
+    for config, model in runs:
+        memory, frozen = memory_state(model), frozen_weights(config, model)
+        # What trains has a momentum, or two moments, and an average.
+        trained = [p for p in model.parameters() if p.requires_grad]
+        trained *= (2 if config.train.optimizer == "adamw" else 1) + bool(config.train.ema)
+        rest = [tensor for name, tensor in model.state_dict().items() if name not in memory and name not in frozen]
+        size, fixed, stored = _bytes([*rest, *trained]), _bytes(frozen.values()), _bytes(memory.values())
+        total += count * size + fixed  # the last one is whole
+        # What is one file for all.
+        copies = 1 if config.memory.shared else distributed.world_size()
+        for part, needed in ((frozen, fixed if count > 1 else 0), (memory, count * copies * stored)):
+            total += needed if (holds := tuple(x.data_ptr() for x in part.values())) not in once else 0
+            once.add(holds)
+    return total
 
 
 def require_room(runs: Sequence[tuple[Path, Config, MaskRCNN]]) -> None:
     """UserError where the disk of runs has no room for one checkpoint more of each, their feature memories full."""
-    needed: dict[int, int] = {}  # by disk
-    for run, config, model in runs:
-        disk = os.stat(_there(run)).st_dev
-        needed[disk] = needed.get(disk, 0) + checkpoint_bytes(config, model)
-    for run, _, _ in runs:
-        most, free = needed.pop(os.stat(_there(run)).st_dev, 0), free_bytes(run)
+    disks: dict[int, list[tuple[Path, Config, MaskRCNN]]] = {}
+    for run in runs:
+        disks.setdefault(os.stat(_there(run[0])).st_dev, []).append(run)
+    for some in disks.values():
+        folder, most, free = some[0][0], checkpoint_bytes([run[1:] for run in some]), free_bytes(some[0][0])
         if free < most:
-            what = "a checkpoint takes" if len(runs) == 1 else f"checkpoints of {len(runs)} runs take"
+            what = "a checkpoint takes" if len(some) == 1 else f"checkpoints of {len(some)} runs take"
             raise UserError(
-                f"output = {run}: {what} up to {files.megabytes(most)}, {files.megabytes(free)} are free on "
+                f"output = {folder}: {what} up to {files.megabytes(most)}, {files.megabytes(free)} are free on "
                 f"its disk: free {files.megabytes(most - free)}, or choose a folder on another disk with output=..."
             )
 
@@ -182,8 +229,8 @@ def _there(run: Path) -> Path:
     return next(folder for folder in (run.absolute(), *run.absolute().parents) if folder.exists())
 
 
-def _bytes(tensor: Tensor) -> int:
-    return tensor.numel() * tensor.element_size()
+def _bytes(tensors: Iterable[Tensor]) -> int:
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
 
 
 def newest_of_all(runs: Sequence[Path]) -> list[Path | None]:
@@ -250,7 +297,7 @@ def restore(
     another number of processes the memories are resharded and new random numbers begin.
     """
     main = Checkpoint.open(folder / files.MAIN, checked=True)
-    if main.state["format"] != FORMAT:
+    if main.state["format"] not in GOES_ON:
         raise UserError(
             f"{folder} was written by an older loce and has too little in it to go on from; start anew with another "
             f"output=... (train.init={folder} takes its weights over)"
@@ -282,10 +329,11 @@ def restore(
         lines.append(f"train.epochs: {epochs} before, {config.train.epochs} now: {drops}no warm-up{moved}")
     if model.roi_heads.memory is not None:
         bank = model.roi_heads.memory.bank
-        packed, lost = main.state["memory"], 0
-        if not config.memory.shared:
-            packs = [part["memory"] for part in own]
-            packed, lost = (packs[0], 0) if before == now else reshard(packs, bank.capacity, distributed.rank(), now)
+        packs = [memory_of(main, rank, checked=True) for rank in ([0] if config.memory.shared else wanted)]
+        if before == now or config.memory.shared:
+            packed, lost = packs[0], 0
+        else:
+            packed, lost = reshard(packs, bank.capacity, distributed.rank(), now)
         if before != now:
             how = "is shared and stays as it is" if config.memory.shared else "is resharded"
             lines.append(f"feature memory: {how}; {lost} rows were left out, the oldest where a class had too many")

@@ -12,7 +12,7 @@ import torch
 
 from loce.checkpoint.files import megabytes
 from loce.checkpoint.load import Checkpoint, load_weights
-from loce.checkpoint.save import restore, save
+from loce.checkpoint.save import Written, restore, save
 from loce.config import Config, UserError, diff
 from loce.data.annotations.lvis import LVISAnnotations
 from loce.engine import divergence, validation
@@ -124,11 +124,12 @@ class Arm:
         self.log.line(summary, shown=False)
         return summary
 
-    def save(self, total: int, last: bool = False) -> bool:
+    def save(self, total: int, last: bool = False, written: Written | None = None) -> bool:
         """Write a checkpoint; False, with a warning, where the disk does not take it. Every rank must call.
 
         total: iterations of the whole training; last: nothing comes after it, so it is tried again for ten minutes,
-        then UserError. DivergedError where a value is not finite.
+        then UserError; written: files of the pass so far, which may be linked. DivergedError where a value is not
+        finite.
         """
         numbers = [x for x in self.model.state_dict().values() if x.is_floating_point()]
         bad = ~torch.stack([x.isfinite().all() for x in numbers]).all()
@@ -145,7 +146,7 @@ class Arm:
             if attempt:
                 self.log.line(f"training is done, but not saved; the next try is in {LAST_WAIT:g} s")
                 time.sleep(LAST_WAIT)
-            saved = save(self.folder, self.config, self.stats, self.model, state, pending, best)
+            saved = save(self.folder, self.config, self.stats, self.model, state, pending, best, written)
             if not saved.problems:
                 self.log.line(f"checkpoint {saved.folder.name}: {megabytes(saved.bytes)} in {saved.seconds:.2f} s")
                 return True

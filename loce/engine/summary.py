@@ -63,11 +63,11 @@ def run_summary(trainer: Trainer, arm: Arm) -> list[str]:
     end = f"said near iteration {known}, when the speed is known" if known else ""
     averaged = f"their moving average (train.ema={train.ema:g}) is evaluated, and what others take from a checkpoint"
     # Disk: checkpoints that are kept, the one that is being written, the best one, and the logs.
-    size, lines = checkpoint_bytes(config, arm.model), total // train.log_every + train.epochs
-    count, logs = train.keep_checkpoints + 1 + bool(train.evaluate_every), lines * LINE_BYTES + RUN_BYTES
+    lines, count = total // train.log_every + train.epochs, train.keep_checkpoints + 1 + bool(train.evaluate_every)
+    size, logs = checkpoint_bytes([(config, arm.model)], count), lines * LINE_BYTES + RUN_BYTES
     others = [other for other in trainer.arms if other is not arm]
-    pass_size = sum(checkpoint_bytes(other.config, other.model) for other in trainer.arms)
-    everything = f"; up to {megabytes(count * pass_size + len(trainer.arms) * logs)} with the others" if others else ""
+    of_all = checkpoint_bytes([(one.config, one.model) for one in trainer.arms], count) + len(trainer.arms) * logs
+    everything = f"; up to {megabytes(of_all)} with the others" if others else ""
     kept = f"{train.keep_checkpoints} checkpoints, the next{' and the best' if train.evaluate_every else ''}"
     beside = f"in one pass with {', '.join(str(other.folder) for other in others)}: images/s and minutes are the pass's"
     return [
@@ -94,7 +94,7 @@ def run_summary(trainer: Trainer, arm: Arm) -> list[str]:
             else []
         ),
         f"expected end: {end or 'the run is over before its speed is known'}",
-        f"disk: up to {megabytes(count * size + logs)} ({kept}: {count} x {megabytes(size)}; logs: {megabytes(logs)})"
+        f"disk: up to {megabytes(size + logs)} ({kept}: {megabytes(size)}; logs: {megabytes(logs)})"
         f"{', detections of the evaluation come on top' if train.evaluate else ''}"
         f"{everything}; {megabytes(free_bytes(arm.folder))} are free",
     ]

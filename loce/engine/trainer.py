@@ -14,6 +14,7 @@ import torch
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
+from loce.checkpoint.save import Written
 from loce.config import Config, UserError, images_per_rank, raise_problems
 from loce.data.annotations.lvis import LVISAnnotations
 from loce.data.build import train_dataset
@@ -64,6 +65,7 @@ class Trainer:
         self.finished = [arm for arm in self.arms if arm.step == self.total]
         self.arms = [arm for arm in self.arms if arm.step < self.total]
         self.diverged: list[str] = []
+        self.written: Written = {}
         self._module: nn.Module | None = None
 
     def set_data(self, annotations: LVISAnnotations, steps: int = 0) -> None:
@@ -125,7 +127,7 @@ class Trainer:
             for arm in (arm for arms in groups.values() for arm in arms):
                 arm.log.line(memory_contents(arm.model))
                 if self.saves:
-                    arm.save(self.total)
+                    arm.save(self.total, written=self.written)
 
     def fit(self, last: int | None = None) -> None:
         """Train from where it stands to the end, or until `last` iterations are done; every rank must call.
@@ -229,7 +231,7 @@ class Trainer:
         saved, problems = [], []
         for arm in list(self.arms):
             try:
-                saved.append(arm.save(self.total, last))
+                saved.append(arm.save(self.total, last, self.written))
             except DivergedError as error:
                 self._drop(arm, str(error))
             except UserError as error:

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from loce.checkpoint.files import finished
-from loce.checkpoint.load import Checkpoint, load_file
+from loce.checkpoint.load import Checkpoint, memory_of
 from loce.utils.errors import UserError
 from loce.utils.files import read_csv
 from loce.utils.yaml_text import load_yaml
@@ -154,7 +154,7 @@ def _of_checkpoint(folder: Path, classes: ClassFacts | None) -> tuple[ClassFacts
     facts = ClassFacts(
         stats.category_ids.tolist(), list(stats.names), stats.groups.tolist(), stats.instance_counts.tolist()
     )
-    bank = load_file(newest / "rank0.pt").get("memory", {})
+    bank = memory_of(checkpoint, 0)
     written = next((value for name, value in bank.items() if name.split(".")[-1] == "written"), None)
     capacity = int(checkpoint.options["memory"]["capacity"])
     memory = None if written is None else written.clamp(max=capacity).tolist()

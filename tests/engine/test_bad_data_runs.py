@@ -150,6 +150,6 @@ def test_classes_of_one_split_and_images_without_objects_through_both_stages(fol
     text = run(folder / "tiny.yaml", *words, script="finetune.py")
     rows = {int(row["id"]): row for row in csv.DictReader((loce / "eval/per_category.csv").open())}
     assert rows[only_train]["AP"] == "-1" and float(rows[only_val]["AP"]) >= 0
-    memory = torch.load(max(loce.glob("checkpoints/*/rank0.pt")), weights_only=True)["memory"]
+    memory = torch.load(max(loce.glob("checkpoints/*/memory0.pt")), weights_only=True)
     labels = [category["id"] for category in train["categories"]]
     assert memory["written"][labels.index(only_val)] == 0 and memory["written"][labels.index(only_train)] > 0

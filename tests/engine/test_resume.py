@@ -2,9 +2,9 @@
 
 import contextlib
 import dataclasses
-import json
 import re
 import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -151,6 +151,24 @@ def test_everything_comes_back(tiny: Config, shared: bool) -> None:
     assert saved.bytes == written and saved.seconds > 0
 
 
+@pytest.mark.parametrize("shared", [False, True])
+def test_a_checkpoint_of_before_parts_had_files_of_their_own(tiny: Config, shared: bool) -> None:
+    config = dataclasses.replace(tiny, memory=dataclasses.replace(tiny.memory, shared=shared))
+    model, saved = save(config, 7)
+    parts = {name: torch.load(saved.folder / f"{name}.pt", weights_only=True) for name in ("main", "rank0", "frozen")}
+    memory = torch.load(saved.folder / "memory0.pt", weights_only=True)
+    old = {**parts["main"], "format": 2, "model": parts["main"]["model"] | parts["frozen"]["model"]}
+    del old["frozen"]
+    for name in ("frozen", "memory0"):
+        (saved.folder / f"{name}.pt").unlink()
+    rank0 = {**parts["rank0"], "memory": {} if shared else memory}
+    checkpoint_files.write(saved.folder / "rank0.pt", rank0)
+    checkpoint_files.write(saved.folder / "main.pt", {**old, "memory": memory if shared else {}})
+    other, _ = job(config, 1)
+    resume.restore(saved.folder, config, other, torch.device("cpu"))
+    same(other.state_dict(), model.state_dict(), "model")
+
+
 def test_counts_that_a_rank_keeps_for_itself_come_back(tiny: Config) -> None:
     """Seesaw without synchronisation: a rank goes on with its own counts, not with those of rank 0 in main.pt."""
     seesaw = HeadConfig(name="seesaw", seesaw=SeesawOptions(synchronise=False))
@@ -158,8 +176,7 @@ def test_counts_that_a_rank_keeps_for_itself_come_back(tiny: Config) -> None:
     model, saved = save(config, 7)
     own = torch.load(saved.folder / "rank0.pt", weights_only=True)
     own["head"]["counts"] += 5
-    main = torch.load(saved.folder / "main.pt", weights_only=True)
-    checkpoint_files.finish(saved.folder, [checkpoint_files.write(saved.folder / "rank0.pt", own)], main)
+    checkpoint_files.write(saved.folder / "rank0.pt", own)
     other, _ = job(config, 1)
     resume.restore(saved.folder, config, other, torch.device("cpu"))
     assert torch.equal(other.roi_heads.classifier.counts, model.roi_heads.classifier.counts + 5)
@@ -169,7 +186,7 @@ def test_the_memory_is_stored_without_its_empty_slots(tiny: Config) -> None:
     config = dataclasses.replace(tiny, memory=dataclasses.replace(tiny.memory, capacity=5000, dtype="bfloat16"))
     _, saved = save(config, 1)
     rows = 300 * (32 * 2 + 4 * 4)  # of 30,000 slots: 32 numbers in bf16 and 4 in fp32
-    assert rows < (saved.folder / "rank0.pt").stat().st_size < 2 * rows
+    assert rows < (saved.folder / "memory0.pt").stat().st_size < 2 * rows
 
 
 @pytest.mark.parametrize("shared", [False, True])
@@ -180,9 +197,10 @@ def test_of_two_ranks_one_goes_on(tiny: Config, shared: bool, capsys: pytest.Cap
     own = torch.load(saved.folder / "rank0.pt", weights_only=True)
     main = torch.load(saved.folder / "main.pt", weights_only=True)
     own["window"] = {"loss": own["window"]["loss"] + 1}
-    parts = [checkpoint_files.write(saved.folder / "rank1.pt", own)]
-    parts += [json.loads((saved.folder / "checksums.json").read_text())["rank0.pt"] | {"name": "rank0.pt"}]
-    checkpoint_files.finish(saved.folder, parts, {**main, "world_size": 2})
+    checkpoint_files.write(saved.folder / "rank1.pt", own)
+    if not shared:
+        shutil.copy(saved.folder / "memory0.pt", saved.folder / "memory1.pt")
+    checkpoint_files.write(saved.folder / "main.pt", {**main, "world_size": 2})
     other, _ = job(config, 1)
     state, lines = resume.restore(saved.folder, config, other, torch.device("cpu"))
     assert lines[0] == "2 processes before, 1 now: the batches stay the same, random numbers begin anew"
@@ -200,7 +218,7 @@ def test_of_two_ranks_one_goes_on(tiny: Config, shared: bool, capsys: pytest.Cap
     assert torch.rand(1) != torch.rand(1)  # random numbers go on
 
 
-@pytest.mark.parametrize("harm", ["rank0.pt", "main.pt", "checksums.json"])
+@pytest.mark.parametrize("harm", ["rank0.pt", "memory0.pt", "frozen.pt", "main.pt", "checksums.json"])
 def test_a_damaged_checkpoint_gives_way_to_the_one_before(
     tiny: Config, harm: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -211,7 +229,7 @@ def test_a_damaged_checkpoint_gives_way_to_the_one_before(
     assert resume.newest(Path(tiny.output)) == folders[0]
     text = capsys.readouterr().out
     assert f"WARNING: checkpoint {folders[1]} is damaged: " in text and harm in text
-    with pytest.raises(UserError, match="damaged") if harm != "rank0.pt" else contextlib.nullcontext():
+    with pytest.raises(UserError, match="damaged") if "0.pt" not in harm else contextlib.nullcontext():
         load_model(tiny.output)  # never takes another one than it is asked for
     (folders[0] / "rank0.pt").unlink()
     with pytest.raises(UserError, match="No checkpoint is left") as caught:

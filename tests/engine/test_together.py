@@ -10,6 +10,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from loce.checkpoint.load import Checkpoint, load_model
+from loce.checkpoint.save import checkpoint_bytes
 from loce.config import Config, UserError, load_config
 from loce.engine.inference import evaluate_checkpoint, evaluate_checkpoints
 from loce.engine.passes import passes, read_recipes
@@ -135,6 +137,44 @@ def test_a_pass_that_was_stopped_goes_on_exactly(
     assert [arm.folder.name for arm in trainer.finished] == ["ebl"]
     for name in STOPPED:
         same_run(tmp_path / name, alone(name))
+
+
+def test_what_runs_hold_in_common_is_written_once(
+    config: Path, stage1: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Weights that do not train are one file of all checkpoints but the last; equal memories are one of each save."""
+    folders = [tmp_path / name for name in ("loce", "mfs", "ebl")]
+    configs = [recipe(config, stage1, folder, ARMS[folder.name]) for folder in folders]
+    trainer = train(configs, 3)
+    middle = [main_file(folder).parent for folder in folders]
+    assert len({file.stat().st_ino for folder in folders for file in folder.glob("checkpoints/*/frozen.pt")}) == 1
+    loce, mfs = ((folder / "memory0.pt").stat().st_ino for folder in middle[:2])
+    assert loce == mfs != (folders[0] / "checkpoints/000000000/memory0.pt").stat().st_ino
+    assert not (middle[2] / "memory0.pt").exists()
+    # The header foretells what is there: two checkpoints each, of which none is the last yet.
+    there = {file.stat().st_ino: file.stat().st_size for folder in folders for file in folder.glob("checkpoints/*/*")}
+    frozen = (middle[0] / "frozen.pt").stat().st_size
+    foretold = checkpoint_bytes([(arm.config, arm.model) for arm in trainer.arms], 2) - 3 * frozen
+    assert 0.8 * sum(there.values()) < foretold < 1.2 * sum(there.values())
+
+    # A folder stands for itself, wherever it is; of a file alone it is said what it lacks.
+    shutil.copytree(folders[0], tmp_path / "copy")
+    weights = load_model(tmp_path / "copy").state_dict()
+    assert all(torch.equal(value, weights[name]) for name, value in load_model(folders[0]).state_dict().items())
+    shutil.copy(middle[0] / "main.pt", tmp_path / "alone.pt")
+    with pytest.raises(UserError, match=r"in frozen\.pt, which does not lie beside it any more: copy this, too"):
+        load_model(tmp_path / "alone.pt")
+
+    # Where there are no hard links, everything is written.
+    def refuse(*paths: object) -> None:
+        raise OSError("no links here")
+
+    monkeypatch.setattr("os.link", refuse)
+    train(configs)
+    for folder in folders:
+        assert {file.name for file in main_file(folder).parent.glob("*.pt")} >= {"main.pt", "rank0.pt"}
+        assert not main_file(folder).with_name("frozen.pt").exists()
+        assert Checkpoint.open(main_file(folder)).model.keys() >= dict(load_model(folder).named_parameters()).keys()
 
 
 def test_the_others_go_on_without_one_that_diverges(
