@@ -67,7 +67,7 @@ def results(
     write_picture(output / "predictions.jpg", picture)
     metrics: dict[str, Any] = json.loads((output / "metrics.json").read_text(encoding="utf-8"))
     numbers = {
-        f"eval/{kind}_{name}": float("nan") if value is None else value
+        f"eval/{kind}_{name}": float("nan") if value is None or value < 0 else value  # -1: undefined
         for kind in ("bbox", "segm")
         for name, value in metrics.get(kind, {}).items()
     }

@@ -1,4 +1,4 @@
-"""Bootstrap over images (Efron & Tibshirani 1993): intervals of AP, and of the difference of two evaluations.
+"""Bootstrap over images (Efron & Tibshirani 1993): intervals of AP and calibration errors, and of their differences.
 
 The images are drawn with replacement; an image drawn w times counts w times. Nothing is matched again: an evaluation
 keeps, per category, its detections in order of score with their images and what they found. Of protocol pool the four
@@ -12,11 +12,12 @@ is hard for both cancels out.
 Legend: I images, K categories, B resamples, n true positives of a category at one IoU threshold, T = 10 thresholds.
 """
 
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
+from loce.evaluation.calibration import NAMES, errors, weighted
 from loce.evaluation.lvis_ap import RECALLS, Evaluation
 from loce.evaluation.pooling import POOLS, members
 from loce.utils.errors import UserError
@@ -40,7 +41,8 @@ class Tallies:
     cut by false_bounds (K + 1,). over_image (M,), over_false (M,), over_true, over_change (M, T): overlapping
     detections, cut by over_bounds (K + 1,): image, candidates of the category at or before it, whether it is a true
     positive, and what it adds to that count of candidates (1 for a true positive that is none, -1 for a candidate that
-    found an ignored object). object_image, object_category: of every object.
+    found an ignored object). object_image, object_category: of every object. reliability: see calibration.py; None in
+    files of before, and where scores are no probabilities.
     """
 
     image_ids: np.ndarray
@@ -57,11 +59,12 @@ class Tallies:
     over_bounds: np.ndarray
     object_image: np.ndarray
     object_category: np.ndarray
+    reliability: np.ndarray | None = None
 
     def save(self, path: str | Path) -> None:
         """Write an .npz file."""
         with atomic_write(path) as temporary:
-            np.savez_compressed(temporary, **asdict(self))
+            np.savez_compressed(temporary, **{k: column for k, column in vars(self).items() if column is not None})
 
 
 def tally(evaluation: Evaluation) -> Tallies:
@@ -97,6 +100,7 @@ def tally(evaluation: Evaluation) -> Tallies:
         over_bounds=over_bounds,
         object_image=truth.image[objects].astype(np.int32),
         object_category=truth.category[objects].astype(np.int32),
+        reliability=evaluation.reliability,
     )
 
 
@@ -200,8 +204,9 @@ def group_means(ap: np.ndarray, frequency: np.ndarray) -> dict[str, np.ndarray]:
 
 
 def means_under(tallies: Tallies, weights: np.ndarray) -> dict[str, np.ndarray]:
-    """AP, APr, APc, APf (B,) when image i counts weights[i, b] times (I, B)."""
-    return group_means(resampled_ap(tallies, weights), tallies.frequency)
+    """AP, APr, APc, APf and, where known, calibration errors (B,) when image i counts weights[i, b] times (I, B)."""
+    means = group_means(resampled_ap(tallies, weights), tallies.frequency)
+    return means if tallies.reliability is None else means | errors(weighted(tallies.reliability, weights))
 
 
 def interval(values: np.ndarray, centre: float) -> tuple[float, float]:
@@ -214,7 +219,7 @@ def interval(values: np.ndarray, centre: float) -> tuple[float, float]:
 
 
 def intervals(tallies: Tallies, resamples: int = 1000) -> dict[str, tuple[float, float]]:
-    """95% intervals of AP, APr, APc and APf over images, as fractions."""
+    """95% intervals over images of what `means_under` gives, as fractions."""
     whole = means_under(tallies, np.ones((len(tallies.image_ids), 1), dtype=np.int32))
     drawn = means_under(tallies, draw_weights(len(tallies.image_ids), resamples, seed=0))
     bounds = {name: interval(values, float(whole[name][0])) for name, values in drawn.items()}
@@ -222,8 +227,8 @@ def intervals(tallies: Tallies, resamples: int = 1000) -> dict[str, tuple[float,
 
 
 def compare(first: Tallies, second: Tallies, resamples: int = 1000) -> dict[str, dict[str, float]]:
-    """For AP, APr, APc, APf: first, second, difference (second - first), its 95% interval low, high, and better, the
-    share of resamples in which the second is better; nan where undefined.
+    """For AP, APr, APc, APf and calibration errors: first, second, difference (second - first), its 95% interval low,
+    high, and better, the share of resamples in which the second is better (a lower error); nan where undefined.
 
     UserError when the two are not of the same images, objects, IoU type and protocol.
     """
@@ -239,14 +244,15 @@ def compare(first: Tallies, second: Tallies, resamples: int = 1000) -> dict[str,
     whole = [means_under(tallies, ones) for tallies in (first, second)]
     drawn = [means_under(tallies, weights) for tallies in (first, second)]
     rows = {}
-    for name in METRICS:
+    for name in [name for name in whole[0] if name in whole[1]]:
         values = float(whole[0][name][0]), float(whole[1][name][0])
         differences = drawn[1][name] - drawn[0][name]
         low, high = interval(differences, values[1] - values[0])
         finite = differences[np.isfinite(differences)]
         # Centred on the difference that was measured, as the interval is.
         shifted = finite - finite.mean() + values[1] - values[0] if len(finite) else finite
-        better = float((shifted > 0).mean()) if len(finite) else float("nan")
+        wins = shifted < 0 if name in NAMES else shifted > 0
+        better = float(wins.mean()) if len(finite) else float("nan")
         rows[name] = {
             "first": values[0],
             "second": values[1],
@@ -261,22 +267,32 @@ def compare(first: Tallies, second: Tallies, resamples: int = 1000) -> dict[str,
 def compare_folders(first: str | Path, second: str | Path, resamples: int = 1000, top: int = 10) -> str:
     """Text that compares two output folders of scripts/evaluate.py for every IoU type that both have."""
     folders = Path(first), Path(second)
+    found = []
     for folder in folders:
-        if not list(folder.glob("tallies_*.npz")):
+        files = sorted(folder.glob("tallies_*.npz"))
+        if not files:
             raise UserError(f"{folder}: holds no tallies_<type>.npz; give two output folders of scripts/evaluate.py")
-    kinds = [k for k in ("bbox", "segm") if all((folder / f"tallies_{k}.npz").is_file() for folder in folders)]
-    if not kinds:
+        loaded = [load_tallies(file) for file in files]
+        found.append({(str(one.iou_type), str(one.protocol)): one for one in loaded})
+    if not {kind for kind, _ in found[0]} & {kind for kind, _ in found[1]}:
         raise UserError(f"{folders[0]} and {folders[1]} have no IoU type in common")
+    both = [key for key in found[0] if key in found[1]]
+    if not both:
+        named = [", ".join(sorted({protocol for _, protocol in one})) for one in found]
+        raise UserError(
+            f"the two evaluations differ in protocol: {folders[0]} is {named[0]}, {folders[1]} is {named[1]}"
+        )
     lines = [f"A: {folders[0]}", f"B: {folders[1]}"]
-    for kind in kinds:
-        first_tallies, second_tallies = (load_tallies(folder / f"tallies_{kind}.npz") for folder in folders)
-        lines += ["", f"{kind}, protocol {first_tallies.protocol}, {len(first_tallies.image_ids):,} images"]
+    for kind, protocol in both:
+        one, other = found[0][kind, protocol], found[1][kind, protocol]
+        lines += ["", f"{kind}, protocol {protocol}, {len(one.image_ids):,} images"]
         lines += [f"{'':6}{'A':>8}{'B':>8}{'B - A':>9}  {'95% interval':18}B is better in"]
-        for name, row in compare(first_tallies, second_tallies, resamples).items():
+        for name, row in compare(one, other, resamples).items():
             between = f"{row['low']:+.3f} to {row['high']:+.3f}"
             numbers = f"{row['first']:8.3f}{row['second']:8.3f}{row['difference']:+9.3f}"
             known = f"{numbers}  {between:18}{row['better']:.1%} of resamples"
-            lines.append(f"{name:6}{known if np.isfinite(row['difference']) else f'{NOTHING:>34}'}")
+            nothing = "no detections" if name in NAMES else NOTHING
+            lines.append(f"{name:6}{known if np.isfinite(row['difference']) else f'{nothing:>34}'}")
     return "\n".join(lines + moved(folders, top)) + "\n"
 
 

@@ -144,12 +144,9 @@ def _judge(
 def _precision(evaluation: Evaluation) -> np.ndarray:
     """(N,) precision at IoU .5 of the category's detections down to each."""
     matches = evaluation.matches
-    true, used = np.zeros(len(matches.row), dtype=bool), np.zeros(len(matches.row), dtype=bool)
-    used[matches.overlapping] = matches.matched[:, 0, 0]
-    true[matches.overlapping] = matches.matched[:, 0, 0] & ~matches.ignored[:, 0, 0]
     positives, negatives = (
         np.cumsum(column) - np.repeat(np.append(0, np.cumsum(column))[matches.bounds[:-1]], np.diff(matches.bounds))
-        for column in (true, matches.false_positive[:, 0] & ~used)
+        for column in matches.verdicts()
     )
     return positives / np.maximum(positives + negatives, 1)
 

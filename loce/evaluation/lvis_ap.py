@@ -20,6 +20,7 @@ import numpy as np
 
 from loce.data.annotations.lvis import LVISAnnotations
 from loce.evaluation.annotations import GroundTruth, load_annotations
+from loce.evaluation.calibration import errors, reliability
 from loce.evaluation.detections import Detections, check_detections, read_results, suspicions
 from loce.evaluation.matching import AREA_NAMES, PROTOCOLS, THRESHOLDS, Matches, Protocol, match
 from loce.evaluation.pooling import members, pooled
@@ -40,7 +41,7 @@ class Evaluation:
     metrics: AP, AP50, AP75, APs, APm, APl, APr, APc, APf, AR@300, ARs@300, ARm@300, ARl@300 (the number is the
     protocol's cap; protocol "coco" has AR@1 and AR@10 as well) as fractions, -1 where undefined. precision
     (T, R, K, A), recall (T, K, A): -1 where a category has no objects, K in ascending order of category id. matches:
-    what was found; ranked: the same, of the four pools where the protocol is pooled.
+    what was found; ranked: the same, of the four pools where the protocol is pooled; reliability: of calibration.py.
     per_category: K dicts with id, name, frequency, images, instances, AP, AP50, AR, detections, detection_score (mean
     of the detections that count: not Eq. 2's), found_score (of those that found an object at IoU .5); AP, AP50, AR are
     -1 without objects, the scores nan without detections.
@@ -54,6 +55,15 @@ class Evaluation:
     iou_type: str
     matches: Matches
     ranked: Matches
+    reliability: np.ndarray | None
+
+    @property
+    def calibration(self) -> dict[str, float]:
+        """ECE, ECEr, ..., MCEf as fractions, -1 where undefined; nothing where scores are no probabilities."""
+        if self.reliability is None:
+            return {}
+        found = errors(self.reliability.sum(axis=0, keepdims=True, dtype=np.float64))
+        return {name: float(value[0]) if np.isfinite(value[0]) else -1.0 for name, value in found.items()}
 
     @property
     def truth(self) -> GroundTruth:
@@ -155,6 +165,7 @@ def _evaluation(matches: Matches, rules: Protocol, iou_type: str) -> Evaluation:
         iou_type=iou_type,
         matches=matches,
         ranked=ranked,
+        reliability=reliability(matches),
     )
 
 
@@ -256,8 +267,7 @@ def _per_category(matches: Matches, precision: np.ndarray, recall: np.ndarray) -
     truth, size = matches.truth, len(matches.truth.category_ids)
     cells = np.unique(truth.image.astype(np.int64) * size + truth.category) % size
     images, instances = np.bincount(cells, minlength=size), np.bincount(truth.category, minlength=size)
-    found = np.zeros(len(matches.row), dtype=bool)
-    found[matches.overlapping] = matches.matched[:, 0, 0] & ~matches.ignored[:, 0, 0]
+    found, _ = matches.verdicts()
     # Means over thresholds and recalls, for objects of all sizes.
     ap, ap50, ar = precision[..., 0].mean(axis=(0, 1)), precision[0, ..., 0].mean(axis=0), recall[..., 0].mean(axis=0)
     rows = []

@@ -79,6 +79,13 @@ class Matches:
     object_ignored: np.ndarray
     objects: np.ndarray
 
+    def verdicts(self) -> tuple[np.ndarray, np.ndarray]:
+        """(N,) bool, twice: true and false positives at IoU .5, all sizes; ignored detections are neither."""
+        true, used = np.zeros((2, len(self.row)), dtype=bool)
+        true[self.overlapping] = self.matched[:, 0, 0] & ~self.ignored[:, 0, 0]
+        used[self.overlapping] = self.matched[:, 0, 0]
+        return true, self.false_positive[:, 0] & ~used
+
 
 def match(truth: GroundTruth, detections: Detections, iou_type: str, protocols: Sequence[Protocol]) -> list[Matches]:
     """Cap, filter and match all detections, once for all protocols, whose rules (federated or not) are the same."""

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from loce.data.annotations.lvis import LVISAnnotations
+from loce.evaluation import calibration
 from loce.evaluation.annotations import GroundTruth, load_annotations
 from loce.evaluation.bootstrap import intervals, tally
 from loce.evaluation.detections import Detections, read_results, suspicions
@@ -28,6 +29,11 @@ from loce.utils.progress import phase
 COLUMNS = ("id", "name", "frequency", "images", "instances", "AP", "AP50", "AR", "detections", "detection_score")
 RESULTS = "results.json"
 EXTRA = ("found_score", "iou_type", THRESHOLD, "F1")  # and box_AP, box_AP50, box_AR beside those of masks
+READING = (  # beside numbers wherever they are read
+    "AP is the mean over all categories, APr, APc and APf over those of a group: groups differ in size, so AP is not "
+    "the mean of the three. A category without objects is in no mean (in protocol pool its detections are false "
+    "positives where it was verified to be absent)."
+)
 _SIZES = {"s": "small (< 32^2 px)", "m": "medium", "l": "large (> 96^2 px)"}
 
 
@@ -57,8 +63,8 @@ def evaluate_and_report(
     also write results.json, the official results format; allow_misplaced: as for `evaluate_lvis`; posthoc: the method
     that calibrated the scores and its options, written beside the numbers.
     Writes metrics.json ({"bbox": 13 numbers, "segm": ..., "bbox_fixed": ...}), evaluation.json (what they are of),
-    per_category.csv (of the first protocol), tallies_<key>.npz (for scripts/compare.py), errors.csv and errors.png.
-    UserError for bad input, before anything is written.
+    per_category.csv, calibration.csv and calibration.png (of the first protocol), tallies_<key>.npz (for
+    scripts/compare.py), errors.csv and errors.png. UserError for bad input, before anything is written.
     """
     # A JSON file, a folder that inference wrote (its near misses explain more) or results in memory.
     near_misses, source = None, "results"
@@ -88,8 +94,9 @@ def evaluate_and_report(
         facts["intervals"][key] = spread
         tallies.save(Path(output) / f"tallies_{key}.npz")
         print("\n" + table(evaluation, spread))
+    main = first[max(first)]  # "segm" where there is one
+    print("\n".join(["", f"note: {READING}", *write_calibration(Path(output), main)]))
     if errors and len(truth):
-        main = first[max(first)]  # "segm" where there is one
         outcomes = explain(main, detections, near_misses)
         print("\n" + "\n".join(write_errors(output, main, outcomes, detections, origin)))
     print("\n" + "\n".join(markdown(evaluations)))
@@ -163,6 +170,9 @@ def header(facts: Mapping[str, Any]) -> list[str]:
 
 def describe(name: str) -> str:
     """A metric's name in words: "average precision, IoU .50:.95, all sizes, rare categories"."""
+    if name in calibration.NAMES:
+        what = "expected" if name.startswith("ECE") else "largest"
+        return f"{what} calibration error at IoU .50, {GROUP_NAMES.get(name[3:], 'all')} categories"
     kind, cap = name.partition("@")[::2]
     size = _SIZES.get(kind[2:], "all sizes")
     group = GROUP_NAMES.get(kind[2:], "all")
@@ -172,9 +182,9 @@ def describe(name: str) -> str:
 
 
 def table(evaluation: Evaluation, spread: Mapping[str, tuple[float, float]]) -> str:
-    """The 13 numbers in the order of the official evaluator, with intervals where there are any."""
+    """The 13 numbers in the official order, then the calibration errors, with intervals where there are any."""
     lines = [f"{evaluation.iou_type}, protocol {evaluation.protocol.name}", f"{'':8} {'value':>6}  {'95% interval':14}"]
-    for name, value in evaluation.metrics.items():
+    for name, value in (evaluation.metrics | evaluation.calibration).items():
         low, high = spread.get(name, (math.nan, math.nan))
         between = f"{low:.3f} - {high:.3f}" if math.isfinite(low) else ""
         shown = f"{value:6.3f}" if value >= 0 else f"{'-':>6}"  # undefined: no such objects
@@ -197,13 +207,25 @@ def markdown(evaluations: Mapping[str, Evaluation]) -> list[str]:
 
 def write_folder(output: Path, evaluations: Mapping[str, Evaluation], facts: Mapping[str, Any]) -> None:
     """metrics.json, evaluation.json and per_category.csv; what an earlier evaluation left there is removed."""
-    for path in (*output.glob("tallies_*.npz"), output / "errors.csv", output / "errors.png"):
+    plain = [output / f"{name}.{kind}" for name in ("errors", "calibration") for kind in ("csv", "png")]
+    for path in (*output.glob("tallies_*.npz"), *plain):
         path.unlink(missing_ok=True)
-    metrics = {key: evaluation.metrics for key, evaluation in evaluations.items()}
+    metrics = {key: {**evaluation.metrics, **evaluation.calibration} for key, evaluation in evaluations.items()}
     told = {"posthoc": facts["posthoc"]} if "posthoc" in facts else {}
     write_text(output / "metrics.json", json.dumps({**metrics, **told}, indent=2) + "\n")
     write_facts(output, facts)
     write_text(output / "per_category.csv", category_table(evaluations))
+
+
+def write_calibration(output: Path, evaluation: Evaluation) -> list[str]:
+    """calibration.csv and calibration.png; a line that says why there are none."""
+    if evaluation.reliability is None:
+        return ["calibration errors: none, since scores below 0 or above 1 are no probabilities"]
+    sums = evaluation.reliability.sum(axis=0, dtype=np.float64)
+    what = f"{evaluation.iou_type}, protocol {evaluation.protocol.name}"
+    write_text(output / "calibration.csv", calibration.table(sums, what))
+    calibration.draw(sums, evaluation.calibration, what, output / "calibration.png")
+    return []
 
 
 def write_facts(output: Path, facts: Mapping[str, Any]) -> None:

@@ -23,11 +23,8 @@ def best_thresholds(matches: Matches) -> tuple[np.ndarray, np.ndarray]:
     there. nan: nothing is found whatever the threshold (F1: nor are there objects).
     """
     categories = np.repeat(np.arange(len(matches.bounds) - 1), np.diff(matches.bounds))
-    true, counted = np.zeros((2, len(matches.row)), dtype=bool)
-    true[matches.overlapping] = matches.matched[:, 0, 0] & ~matches.ignored[:, 0, 0]
-    counted[:] = matches.false_positive[:, 0]
-    counted[matches.overlapping[matches.matched[:, 0, 0] & matches.ignored[:, 0, 0]]] = False
-    counted |= true
+    true, false = matches.verdicts()
+    counted = true | false
     objects, scores = matches.objects[0], matches.score
     few = objects < FEWEST
     shared = _best(scores[few[categories] & counted], true[few[categories] & counted], int(objects[few].sum()))

@@ -15,6 +15,7 @@ from PIL import Image
 
 from loce.data.annotations.lvis import LVISAnnotations
 from loce.engine.pictures import RULE, comparisons
+from loce.evaluation.report import READING
 from loce.report import panels
 from loce.report.reading import Run
 from loce.report.states import GROUPS, KINDS, States, over_time
@@ -52,6 +53,8 @@ def page(runs: Sequence[Run], pictures: Mapping[str, Mapping[str, str]], notes: 
         kinds={name: kind for name, kind in KINDS.items() if any(name in kinds for kinds in states)},
         curves=panels.shown_curves(runs),
         causes=[panels.causes(run) for run in runs],
+        calibration=[panels.calibration(run) for run in runs],
+        reading=READING,
         pictures=pictures,
         notes=notes,
         classes=panels.class_table(runs, states),

@@ -8,6 +8,8 @@ from loce.report.reading import Run, Values, number
 from loce.report.states import GROUPS, KINDS, States
 from loce.utils.yaml_text import differing, dotted, show
 
+ERRORS = ("ECE", "MCE")
+SHAPES = {"segm": "mask", "bbox": "box", "boundary": "boundary"}
 METRICS = ("AP", "APr", "APc", "APf", "AP50", "AP75")
 POINTS = 300  # of a curve; longer ones are averaged over neighbours
 # Of metrics.jsonl: title of a figure, and the names of its values with what the legend calls them.
@@ -52,9 +54,32 @@ def results(run: Run) -> list[dict[str, Any]]:
             ],
         }
         for title, (aps, facts) in evaluations.items()
-        for kind, name in (("segm", "mask"), ("bbox", "box"))
-        if kind in aps
+        for shape, what in SHAPES.items()
+        for kind, name in ((key, key.replace(shape, what, 1).replace("_", ", ")) for key in aps)
+        if kind.partition("_")[0] == shape
     ]
+
+
+def calibration(run: Run) -> list[dict[str, Any]]:
+    """Of each group with detections: ECE and MCE with their intervals, the mean of Eq. 2's score over its classes on
+    the true boxes of the validation data and in training, and its reliability diagram as points (score, precision,
+    detections)."""
+    kind = "segm" if "segm" in run.aps else "bbox"
+    spans = (run.facts.get("intervals") or {}).get(kind) or {}
+    trained = run.snapshots[-1].scores if run.snapshots else []
+    found = []
+    for group, name in GROUPS.items():
+        bins = [row for row in run.reliability if row["group"] == group and row["precision"]]
+        errors = [
+            (run.aps.get(kind, {}).get(f"{n}{group}"), *(spans.get(f"{n}{group}") or (None, None))) for n in ERRORS
+        ]
+        means = []
+        for scores in (run.tested, trained):
+            own = [s for s, g in zip(scores, run.classes.groups, strict=False) if g == group and s is not None]
+            means.append(sum(own) / len(own) if own else None)
+        points = [(float(r["mean_score"]), float(r["precision"]), int(r["detections"])) for r in bins]
+        found += [{"group": group, "name": name, "errors": errors, "means": means, "points": points}] if bins else []
+    return found
 
 
 def shown_curves(runs: Sequence[Run]) -> dict[str, str]:
@@ -69,9 +94,15 @@ def curve(run: Run, name: str) -> dict[str, Any]:
     lines = [line for line in [*run.metrics, {"iteration": run.last, **last}] if any(key in line for key in chosen)]
     size = -(-len(lines) // POINTS) or 1
     parts = [lines[i : i + size] for i in range(0, len(lines), size)]
-    series = {shown: [_mean([line.get(key) for line in part]) for part in parts] for key, shown in chosen.items()}
+    series = {shown: [_mean([_value(line, key) for line in part]) for part in parts] for key, shown in chosen.items()}
     known = {shown: values for shown, values in series.items() if any(v is not None for v in values)}
     return {"at": [part[-1]["iteration"] for part in parts], "series": known}
+
+
+def _value(line: Mapping[str, Any], key: str) -> float | None:
+    """None also for the -1 of an AP that is undefined."""
+    value: float | None = line.get(key)
+    return None if value is None or (key.startswith("eval/") and value < 0) else value
 
 
 def _mean(values: Values) -> float | None:

@@ -52,7 +52,8 @@ class Run:
     snapshots, and evaluations (iteration, AP of each class): oldest first; tested, accuracy: mean score and accuracy of
     the classifier on the boxes of the validation data; metrics: lines of metrics.jsonl; aps, facts: metrics.json and
     evaluation.json of the last evaluation; others: the same of those that scripts/evaluate.py wrote beside it, by the
-    names of their folders; errors: rows of errors.csv; texts: config.yaml, env.txt and log.txt.
+    names of their folders; errors, reliability: rows of errors.csv and calibration.csv; texts: config.yaml, env.txt and
+    log.txt.
     """
 
     folder: Path
@@ -68,6 +69,7 @@ class Run:
     facts: dict[str, Any] = field(default_factory=dict)
     others: dict[str, tuple[dict[str, Any], dict[str, Any]]] = field(default_factory=dict)
     errors: list[dict[str, str]] = field(default_factory=list)
+    reliability: list[dict[str, str]] = field(default_factory=list)
     texts: dict[str, str] = field(default_factory=dict)
     missing: list[str] = field(default_factory=list)
 
@@ -109,7 +111,7 @@ def read_run(folder: Path) -> Run:
     run.aps, run.facts = _numbers(folder / "eval")
     beside = [path.parent for path in sorted(folder.glob("eval_*/metrics.json"))]
     run.others = {path.name: _numbers(path) for path in beside if not path.match(EPOCHS)}
-    run.errors = _table(folder / "eval/errors.csv")
+    run.errors, run.reliability = (_table(folder / f"eval/{name}.csv") for name in ("errors", "calibration"))
     run.texts = {name: _text(folder / name) for name in ("config.yaml", "env.txt", "log.txt")}
     run.evaluations = _evaluations(run)
     # What is not there, so that nobody looks for it on the page.

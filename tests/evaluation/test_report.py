@@ -11,7 +11,10 @@ import numpy as np
 import pytest
 
 from loce.evaluation import evaluate_lvis
+from loce.evaluation.bootstrap import compare_folders
+from loce.evaluation.calibration import NAMES
 from loce.evaluation.report import COLUMNS, describe, evaluate_and_report
+from loce.utils.errors import UserError
 from tests.evaluation.cases import METRICS, random_case, without
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -35,16 +38,18 @@ def test_evaluate_script(tmp_path: Path) -> None:
     metrics = json.loads((tmp_path / "out" / "metrics.json").read_text())
     assert list(metrics) == ["bbox", "segm"]
     for iou_type, numbers in metrics.items():
-        assert tuple(numbers) == METRICS
-        assert numbers == pytest.approx(evaluate_lvis(truth, results, iou_type).metrics)
+        assert tuple(numbers) == METRICS + NAMES
+        found = evaluate_lvis(truth, results, iou_type)
+        assert numbers == pytest.approx(found.metrics | found.calibration)
         assert f"| {iou_type}, lvis | {100 * numbers['AP']:.2f} |" in done.stdout
     assert "protocol: lvis (at most 300 detections an image, federated LVIS rules)" in done.stdout
     assert "categories have no objects here and are in no mean" in done.stdout
     order = [line.split()[0] for line in done.stdout.splitlines() if line.startswith(("AP", "AR"))]
     assert tuple(order) == METRICS * 2
+    assert (tmp_path / "out" / "calibration.png").is_file()
     facts = json.loads((tmp_path / "out" / "evaluation.json").read_text())
     assert (facts["protocol"], facts["images"], facts["detections"]) == ("lvis", len(truth["images"]), len(results))
-    assert set(facts["intervals"]["segm"]) == {"AP", "APr", "APc", "APf"}
+    assert set(facts["intervals"]["segm"]) == {"AP", "APr", "APc", "APf", *NAMES}
     assert not list((tmp_path / "out").glob(".*"))  # no temporary files
 
 
@@ -166,8 +171,31 @@ def test_compare_script(tmp_path: Path) -> None:
         assert "folder" in done.stderr
 
 
+def test_several_protocols_and_what_compares_them(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The first has the plain names; folders are compared in what both have."""
+    truth, results = random_case(10, crowded=True)
+    several = ["lvis", "fixed", "pool"]
+    found = evaluate_and_report(truth, results, tmp_path / "a", ["bbox"], several, resamples=5, errors=False)
+    assert list(found) == ["bbox", "bbox_fixed", "bbox_pool"]
+    for name, evaluation in zip(several, found.values(), strict=True):
+        assert evaluation.metrics == evaluate_lvis(truth, results, protocol=name).metrics
+    assert list(json.loads((tmp_path / "a/metrics.json").read_text())) == list(found)
+    facts = json.loads((tmp_path / "a/evaluation.json").read_text())
+    assert facts["protocol"] == "lvis, fixed, pool" and list(facts["intervals"]) == list(found)
+    assert "pool (at most 10,000 detections a category over all images, federated LVIS rules, all" in facts["rules"]
+    assert capsys.readouterr().out.count("| type, protocol |") == 2  # the cap is in the names of the recalls
+    evaluate_and_report(truth, results, tmp_path / "b", ["bbox"], "pool", resamples=0, errors=False)
+    text = compare_folders(tmp_path / "a", tmp_path / "b", resamples=5)
+    assert [line[:19] for line in text.splitlines() if ", protocol " in line] == ["bbox, protocol pool"]
+    assert "ECE " in text
+    evaluate_and_report(truth, results, tmp_path / "c", ["bbox"], "coco", resamples=0, errors=False)
+    with pytest.raises(UserError, match=r"differ in protocol: .*/a is fixed .*, .*/c is coco"):
+        compare_folders(tmp_path / "a", tmp_path / "c")
+
+
 def test_every_metric_is_described() -> None:
     assert describe("AP50") == "average precision, IoU .50, all sizes, all categories"
+    assert describe("ECEr") == "expected calibration error at IoU .50, rare categories"
     assert describe("APr") == "average precision, IoU .50:.95, all sizes, rare categories"
     assert describe("ARs@300") == "average recall, IoU .50:.95, small (< 32^2 px), all categories, cap 300"
 

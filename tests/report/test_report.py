@@ -1,6 +1,7 @@
 """The report: numbers on the page are those in the files; what is missing is said; no name of a class gets out."""
 
 import csv
+import html
 import importlib
 import json
 import math
@@ -15,8 +16,9 @@ import pytest
 
 from loce.config import Config, UserError, dump
 from loce.evaluation.lost_objects import CAUSES
+from loce.evaluation.report import READING
 from loce.report.page import page
-from loce.report.panels import POINTS, most_lost
+from loce.report.panels import POINTS, curve, most_lost
 from loce.report.reading import ClassFacts, Run, Snapshot, read_run
 from loce.report.states import draws, margins, over_time
 
@@ -162,6 +164,29 @@ def test_results_causes_and_origin(tmp_path: Path) -> None:
     for what in ("lvis &lt;300&gt;", "weights 1234", "commit abcdef", "momentum: 0.9"):
         assert what in text
     assert most_lost({"objects": "3", "found": "3", **dict.fromkeys(list(CAUSES)[1:], "0")}) == "-"
+
+
+def test_calibration_of_the_groups(tmp_path: Path) -> None:
+    """Of groups with detections: errors, Eq. 2's mean score beside them, a point for each bin that has detections."""
+    folder = write_run(tmp_path / "run")
+    assert "calibration.csv is not there" not in page([read_run(folder)], {}, [])  # a run of before: no such part
+    (folder / "eval/calibration.csv").write_text(
+        "group,from,to,detections,mean_score,precision,of\n"
+        "r,0,0.05,8,0.02,0.25,segm\nr,0.05,0.1,0,,,segm\nf,0.9,0.95,4,0.92,0.5,segm\n"
+    )
+    (folder / "eval/metrics.json").write_text(json.dumps({"segm": {"AP": 0.5, "ECEr": 0.125, "MCEr": -1}}))
+    text = page([read_run(folder)], {}, [])
+    assert cells(text, "rare") == ["rare", "12.5", "-", "5.0", "2.0"]
+    assert cells(text, "frequent") == ["frequent", "-", "-", "70.0", "80.0"]
+    assert '<path class="line r" d="M4.0 150.0"/>' in text and "rare: 8 detections of mean score 0.020" in text
+    assert READING in html.unescape(text)
+
+
+def test_undefined_numbers_are_not_drawn(tmp_path: Path) -> None:
+    folder = write_run(tmp_path / "run")
+    with (folder / "metrics.jsonl").open("a") as file:
+        file.write('{"iteration": 25, "epoch": 2.5, "eval/segm_APr": -1.0, "eval/segm_AP": 0.25}\n')
+    assert curve(read_run(folder), "aps")["series"]["rare"] == [0.0625, None, 0.125]
 
 
 def test_evaluations_that_the_script_left_in_the_run(tmp_path: Path) -> None:
