@@ -42,7 +42,7 @@ class Tallies:
     detections, cut by over_bounds (K + 1,): image, candidates of the category at or before it, whether it is a true
     positive, and what it adds to that count of candidates (1 for a true positive that is none, -1 for a candidate that
     found an ignored object). object_image, object_category: of every object. reliability: see calibration.py; None in
-    files of before, and where scores are no probabilities.
+    files of before, and where scores are no probabilities. groups: of the categories, where pools take their place.
     """
 
     image_ids: np.ndarray
@@ -60,6 +60,12 @@ class Tallies:
     object_image: np.ndarray
     object_category: np.ndarray
     reliability: np.ndarray | None = None
+    groups: np.ndarray | None = None
+
+    @property
+    def pooled(self) -> bool:
+        """Whether pools take the place of categories (pooling.py)."""
+        return len(self.frequency) > 0 and str(self.frequency[0]) == POOLS[0]
 
     def save(self, path: str | Path) -> None:
         """Write an .npz file."""
@@ -101,6 +107,7 @@ def tally(evaluation: Evaluation) -> Tallies:
         object_image=truth.image[objects].astype(np.int32),
         object_category=truth.category[objects].astype(np.int32),
         reliability=evaluation.reliability,
+        groups=evaluation.truth.frequency,
     )
 
 
@@ -163,7 +170,6 @@ def _category_ap(tallies: Tallies, weights: np.ndarray, false: slice, over: slic
     np.cumsum(weights[tallies.false_image[false]], axis=0, out=candidates[1:])
     candidates = candidates[tallies.over_false[over]]
     own = weights[tallies.over_image[over]]
-    pooled = len(tallies.frequency) > 0 and tallies.frequency[0] == POOLS[0]
     tens = np.flatnonzero(objects % 10 == 0)  # only then a late recall can be hit exactly
     per_object = (100 / np.maximum(objects, 1)).astype(np.float32)
     for t in range(thresholds):
@@ -171,7 +177,7 @@ def _category_ap(tallies: Tallies, weights: np.ndarray, false: slice, over: slic
         if not len(rows):
             continue
         every, looks = rows, slice(None)
-        if pooled and len(rows) > _LOOKS and len(objects) > 1:
+        if tallies.pooled and len(rows) > _LOOKS and len(objects) > 1:
             looks = np.linspace(0, len(rows) - 1, _LOOKS).round().astype(np.int64)
             rows = rows[looks]
         positives = candidates[rows]
@@ -230,10 +236,14 @@ def compare(first: Tallies, second: Tallies, resamples: int = 1000) -> dict[str,
     """For AP, APr, APc, APf and calibration errors: first, second, difference (second - first), its 95% interval low,
     high, and better, the share of resamples in which the second is better (a lower error); nan where undefined.
 
+    Without the numbers of groups where the two put categories into different ones: these are of different categories.
     UserError when the two are not of the same images, objects, IoU type and protocol.
     """
     for name in ("image_ids", "category_ids", "object_image", "object_category", "protocol", "iou_type"):
-        if not np.array_equal(getattr(first, name), getattr(second, name)):
+        a, b = getattr(first, name), getattr(second, name)
+        if first.pooled and name.startswith("object_"):  # the pool of all; groups may differ, see `regrouped`
+            a, b = a[first.object_category == 0], b[second.object_category == 0]
+        if not np.array_equal(a, b):
             raise UserError(
                 f"the two evaluations differ in {name.replace('_', ' ')}; only evaluations of the same annotation "
                 "file, type and protocol can be compared"
@@ -244,7 +254,10 @@ def compare(first: Tallies, second: Tallies, resamples: int = 1000) -> dict[str,
     whole = [means_under(tallies, ones) for tallies in (first, second)]
     drawn = [means_under(tallies, weights) for tallies in (first, second)]
     rows = {}
-    for name in [name for name in whole[0] if name in whole[1]]:
+    names = [name for name in whole[0] if name in whole[1]]
+    if regrouped(first, second):
+        names = [name for name in names if name in ("AP", "ECE", "MCE")]
+    for name in names:
         values = float(whole[0][name][0]), float(whole[1][name][0])
         differences = drawn[1][name] - drawn[0][name]
         low, high = interval(differences, values[1] - values[0])
@@ -262,6 +275,18 @@ def compare(first: Tallies, second: Tallies, resamples: int = 1000) -> dict[str,
             "better": better,
         }
     return rows
+
+
+def regrouped(first: Tallies, second: Tallies) -> str:
+    """What is said where the two put categories into different groups; "" where they do not."""
+    ours, theirs = (one.frequency if one.groups is None else one.groups for one in (first, second))
+    if np.array_equal(ours, theirs):
+        return ""
+    return (
+        f"{(ours != theirs).sum()} of {len(ours)} categories are rare, common or frequent otherwise in B "
+        "(its training set or annotation file says so): numbers of groups would be of different categories, and are "
+        "left out"
+    )
 
 
 def compare_folders(first: str | Path, second: str | Path, resamples: int = 1000, top: int = 10) -> str:
@@ -293,6 +318,7 @@ def compare_folders(first: str | Path, second: str | Path, resamples: int = 1000
             known = f"{numbers}  {between:18}{row['better']:.1%} of resamples"
             nothing = "no detections" if name in NAMES else NOTHING
             lines.append(f"{name:6}{known if np.isfinite(row['difference']) else f'{nothing:>34}'}")
+        lines += [note] if (note := regrouped(one, other)) else []
     return "\n".join(lines + moved(folders, top)) + "\n"
 
 
@@ -312,7 +338,8 @@ def moved(folders: tuple[Path, Path], top: int) -> list[str]:
         chosen = [pair for pair in chosen if (pair[2] > 0) == (what == "gained") and pair[2] != 0]
         lines += ["", f"categories that {what} most AP ({tables[0][0]['iou_type']}; group, objects here)"]
         for a, b, difference in chosen:
-            name = f"{a['name'][:28]} ({a['frequency']}, {a['instances']})"
+            group = "/".join(dict.fromkeys((a["frequency"], b["frequency"])))
+            name = f"{a['name'][:28]} ({group}, {a['instances']})"
             lines.append(f"  {name:40}{float(a['AP']):7.3f}{float(b['AP']):7.3f}{difference:+8.3f}")
         lines += [] if chosen else ["  none"]
     return lines

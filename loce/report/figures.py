@@ -10,6 +10,7 @@ from matplotlib.patches import Rectangle
 from matplotlib.patheffects import withStroke
 
 from loce.utils.classes import GROUP_NAMES, GROUP_RGB
+from loce.utils.errors import UserError, first_few
 from loce.utils.files import atomic_write, read_csv
 
 GROUP_COLOURS = {group: tuple(part / 255 for part in rgb) for group, rgb in GROUP_RGB.items()}
@@ -23,6 +24,7 @@ def equilibrium_figure(runs: Mapping[str, Path], output: Path, rows: Sequence[st
     runs: title -> evaluation folder with per_category.csv and, but for rows=("ap",), mean_scores.csv. rows: of VALUES.
     Classes without objects in the validation data are gaps, and in no mean. The suffix of `output` says PNG or PDF.
     """
+    require_same_groups(runs)
     size = (4.6 * len(runs), 0.6 + 2.3 * len(rows))
     figure = Figure(size)
     axes = figure.subplots(len(rows), len(runs), sharex="col", sharey="row", squeeze=False)
@@ -39,6 +41,20 @@ def equilibrium_figure(runs: Mapping[str, Path], output: Path, rows: Sequence[st
     figure.legend(handles, GROUP_NAMES.values(), loc="lower center", ncols=3, frameon=False)
     figure.tight_layout(rect=(0, 0.25 / size[1], 1, 1))
     save_figure(figure, output)
+
+
+def require_same_groups(runs: Mapping[str, Path]) -> None:
+    """UserError where evaluations put a class into different groups, whose means then are of different classes."""
+    first, *others = runs.items()
+    groups = {row["id"]: row["frequency"] for row in read_csv(first[1] / "per_category.csv")}
+    for title, folder in others:
+        rows = read_csv(folder / "per_category.csv")
+        moved = [row["id"] for row in rows if groups.get(row["id"], row["frequency"]) != row["frequency"]]
+        if moved:
+            raise UserError(
+                f"{title}: puts categories into other groups than {first[0]} (ids {first_few(moved)}), so the means of "
+                "rare, common and frequent are of different classes; draw the two in figures of their own"
+            )
 
 
 def class_values(folder: Path) -> tuple[dict[str, np.ndarray], np.ndarray, np.ndarray | None]:

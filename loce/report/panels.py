@@ -10,6 +10,7 @@ from loce.utils.yaml_text import differing, dotted, show
 
 ERRORS = ("ECE", "MCE")
 SHAPES = {"segm": "mask", "bbox": "box", "boundary": "boundary"}
+OF_GROUPS = ("APr", "APc", "APf")
 METRICS = ("AP", "APr", "APc", "APf", "AP50", "AP75")
 POINTS = 300  # of a curve; longer ones are averaged over neighbours
 # Of metrics.jsonl: title of a figure, and the names of its values with what the legend calls them.
@@ -37,9 +38,25 @@ def short(value: float | None) -> float | None:
     return None if value is None else float(f"{value:.4g}")
 
 
-def results(run: Run) -> list[dict[str, Any]]:
+def regrouped(runs: Sequence[Run]) -> str:
+    """What is said where runs put classes into different groups, so that numbers of groups do not compare; or ""."""
+    groups = [dict(zip(run.classes.ids, run.classes.groups, strict=True)) for run in runs]
+    other = [
+        f"{run.title} ({count} classes)"
+        for run, own in zip(runs, groups, strict=True)
+        if (count := sum(own[i] != group for i, group in groups[0].items() if i in own))
+    ]
+    told = f"{', '.join(other)} put classes into other groups than {runs[0].title}: numbers of groups are of different "
+    return (
+        told + "classes, so APr, APc and APf are not shown, and other numbers of groups do not compare."
+        if other
+        else ""
+    )
+
+
+def results(run: Run, groups: bool = True) -> list[dict[str, Any]]:
     """METRICS of masks and boxes, each with the ends of its interval (None: not known), of the last evaluation and of
-    those of scripts/evaluate.py, which are named by folder and annotation file."""
+    those of scripts/evaluate.py, which are named by folder and annotation file; groups: with those of OF_GROUPS."""
     evaluations = {run.title: (run.aps, run.facts)}
     for folder, (aps, facts) in run.others.items():
         what = f"{facts.get('annotations', '-')}, {facts.get('protocol', '-')}"
@@ -49,7 +66,9 @@ def results(run: Run) -> list[dict[str, Any]]:
             "run": title,
             "of": name,
             "cells": [
-                (aps[kind].get(m), *(((facts.get("intervals") or {}).get(kind) or {}).get(m) or (None, None)))
+                (None, None, None)
+                if m in OF_GROUPS and not groups
+                else (aps[kind].get(m), *(((facts.get("intervals") or {}).get(kind) or {}).get(m) or (None, None)))
                 for m in METRICS
             ],
         }

@@ -14,6 +14,7 @@ from loce.evaluation.bootstrap import (
     intervals,
     load_tallies,
     means_under,
+    regrouped,
     resampled_ap,
     tally,
 )
@@ -155,6 +156,13 @@ def test_paired_difference() -> None:
     assert row["difference"] == pytest.approx(row["second"] - row["first"])
     assert 0 < row["low"] <= row["difference"] <= row["high"]
     assert row["better"] == 1.0
+    # Categories in other groups: numbers of groups would be of different ones.
+    truth["categories"] = [{**c, "frequency": "rcf"["crf".index(c["frequency"])]} for c in truth["categories"]]
+    for protocol in ("lvis", "pool"):
+        pair = [tally(evaluate_lvis(t, results, protocol=protocol)) for t in (random_case(10, crowded=True)[0], truth)]
+        assert set(compare(*pair, resamples=5)) == {"AP", "ECE", "MCE"}
+        assert "categories are rare, common or frequent otherwise in B" in regrouped(*pair)
+    assert regrouped(first, first) == ""
     with pytest.raises(UserError, match="differ in iou type"):
         compare(first, tally(evaluate_lvis(truth, results, "segm")))
     with pytest.raises(UserError, match="differ in image ids"):

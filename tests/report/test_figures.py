@@ -11,6 +11,7 @@ import pytest
 
 from loce.report import figures as plots
 from loce.report.figures import class_values, equilibrium_figure, group_means
+from loce.utils.errors import UserError
 
 SCORES: list[tuple] = [  # id, group, training_instances, boxes, mean_score, accuracy
     (7, "r", 3, 2, 0.1, 0.0),
@@ -114,3 +115,10 @@ def test_an_evaluation_without_any_value(write_evaluation, tmp_path, figures):
         assert written(tmp_path / f"{name}.png")
     assert figures[0].axes[0].get_ylim() == pytest.approx((0, 0.88))
     assert figures[1].axes[0].get_ylim() == pytest.approx((0, 1)) and not figures[1].axes[0].texts
+
+
+def test_groups_of_different_classes_do_not_stand_beside_each_other(tmp_path, write_evaluation):
+    other = [(number, {"r": "c"}.get(group, group), *rest) for number, group, *rest in SCORES]
+    runs = {"a": write_evaluation("a"), "b": write_evaluation("b", other)}
+    with pytest.raises(UserError, match=r"b: puts categories into other groups than a \(ids 7, 5\).* figures of their"):
+        equilibrium_figure(runs, tmp_path / "figure.png")

@@ -189,6 +189,15 @@ def test_undefined_numbers_are_not_drawn(tmp_path: Path) -> None:
     assert curve(read_run(folder), "aps")["series"]["rare"] == [0.0625, None, 0.125]
 
 
+def test_groups_of_other_classes_are_not_shown_beside_each_other(tmp_path: Path) -> None:
+    runs = [read_run(write_run(tmp_path / name)) for name in ("one", "two")]
+    assert "other groups than" not in page(runs, {}, [])
+    runs[1].classes.groups[0] = "c"
+    text = page(runs, {}, [])
+    assert "two (1 classes) put classes into other groups than one" in text
+    assert [row[2:4] for row in Page(text).rows if row[1:2] == ["mask"]] == [["31.2 [25.0, 37.5]", "-"]] * 2
+
+
 def test_evaluations_that_the_script_left_in_the_run(tmp_path: Path) -> None:
     """Not those between epochs, which are curves."""
     folder = write_run(tmp_path / "run")
