@@ -48,9 +48,18 @@ def detect_of_classes(boxes_NC4: Tensor, scores_NC: Tensor, allowed_C: Tensor, c
     return boxes_M4, scores_M, classes[places_M]
 
 
-def detect(boxes_NC4: Tensor, scores_NC: Tensor, config: EvalConfig) -> Found:
-    """(boxes (M, 4), scores (M,), labels (M,)), best first. Scores must exceed the threshold; no box is too small."""
-    proposal_K, labels_K = (scores_NC > config.score_threshold).nonzero(as_tuple=True)
-    scores_K, boxes_K4 = scores_NC[proposal_K, labels_K], boxes_NC4[proposal_K, labels_K]
+def detect(
+    boxes_NC4: Tensor,
+    scores_NC: Tensor,
+    config: EvalConfig,
+    classes_NC: Tensor | None = None,
+) -> Found:
+    """(boxes (M, 4), scores (M,), labels (M,)), best first. Scores must exceed the threshold; no box is too small.
+
+    classes_NC: the label of each column, ascending in each row, where not all classes have one.
+    """
+    proposal_K, column_K = (scores_NC > config.score_threshold).nonzero(as_tuple=True)
+    scores_K, boxes_K4 = scores_NC[proposal_K, column_K], boxes_NC4[proposal_K, column_K]
+    labels_K = column_K if classes_NC is None else classes_NC[proposal_K, column_K]
     kept = best_detections(boxes_K4, scores_K, labels_K, config.nms, config.detections)
     return boxes_K4[kept], scores_K[kept], labels_K[kept]

@@ -233,6 +233,35 @@ class MaskRCNN(nn.Module):
         logits, deltas = self.rpn(features)
         return self.rpn.proposals(logits, deltas, self.rpn.anchors(features), sizes)
 
+    def _classify(
+        self,
+        features: list[Tensor],
+        proposals_N4: Tensor,
+        size: Size,
+        scale: tuple[float, float],
+        once: Once,
+        place: int,
+    ) -> tuple[Tensor, Tensor]:
+        """Boxes (N, C, 4) of every class, in pixels of the original image, and logits (N, L) of proposals."""
+        roi = self.roi_heads
+        pooled = once((self.backbone, self.rpn, place), lambda: roi.pool(features, [proposals_N4], BOX_SIDE))
+        reads = (self.backbone, self.rpn, roi.box_head, roi.classifier.depth, place)
+        x_ND = once(reads, lambda: roi.features_of(pooled))
+        deltas_NC4 = roi.deltas(x_ND).float().reshape(len(x_ND), -1, 4)
+        boxes_NC4 = decode(proposals_N4[:, None], deltas_NC4, ROI_STDS, size)
+        return boxes_NC4 / proposals_N4.new_tensor([*scale, *scale]), roi.classifier(x_ND)
+
+    @torch.no_grad()
+    def regions(self, images: list[Tensor], scales: list[tuple[float, float]]) -> list[tuple[Tensor, Tensor]]:
+        """Per image what `detect` begins with: boxes (N, C, 4) in pixels of the original image, and logits (N, L)."""
+        batch, sizes, _ = self.batch_images(images)
+        features, once = self.features(batch), Once()
+        proposals, maps = self._propose(features, sizes), [x.contiguous() for x in features]
+        return [
+            self._classify([x[i : i + 1] for x in maps], boxes_N4, sizes[i], scales[i], once, i)
+            for i, boxes_N4 in enumerate(proposals)
+        ]
+
     def _detect_one(
         self,
         features: list[Tensor],
@@ -248,13 +277,8 @@ class MaskRCNN(nn.Module):
         """Detections of the image at a `place` of the batch."""
         # Scores and boxes (in pixels of the original image) of every proposal and class; the best are detections.
         roi = self.roi_heads
-        pooled = once((self.backbone, self.rpn, place), lambda: roi.pool(features, [proposals_N4], BOX_SIDE))
-        reads = (self.backbone, self.rpn, roi.box_head, roi.classifier.depth, place)
-        x_ND = once(reads, lambda: roi.features_of(pooled))
-        scores_NC = roi.scores(roi.classifier(x_ND))
-        deltas_NC4 = roi.deltas(x_ND).float().reshape(len(x_ND), -1, 4)
-        scale_4 = proposals_N4.new_tensor([*scale, *scale])
-        boxes_NC4 = decode(proposals_N4[:, None], deltas_NC4, ROI_STDS, size) / scale_4
+        boxes_NC4, logits_NL = self._classify(features, proposals_N4, size, scale, once, place)
+        scores_NC, scale_4 = roi.scores(logits_NL), proposals_N4.new_tensor([*scale, *scale])
         found = boxes_M4, scores_M, labels_M = detect(boxes_NC4, scores_NC, self.evaluation)
 
         # Near misses are looked for among all detections; then those of classes that do not count here are left out.

@@ -1,0 +1,212 @@
+"""Stored regions: boxes and logits of a detector on a set of images, from which calibrations are evaluated in seconds.
+
+A folder of files regions_NNNNNN.npz with some images each, in columns that any detector can write (docs/posthoc.md):
+
+    source ()                    text: what the regions come from
+    image_ids (I,)               int64, ids of the annotation file
+    regions (I,)                 int32, how many each image has; they stand image after image, R in all
+    boxes (R, 4) or (R, K, 4)    float32, x1, y1, x2, y2 in pixels of the original image; of a region, or by class
+    logits (R, K)                float16 or float32, of K classes; of all C, in order, where `classes` is missing
+    background (R,)              its logit; missing where scores are sigmoids
+    classes (R, K)               int, labels of the logits, ascending: places in the file's list of categories
+    rest (R,)                    float32, log of the sum of e^z over the classes left out; missing where none is
+
+Legend: I images, R regions, K kept classes of C, L logits of the classifier.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from loce.config import Config, EvalConfig
+from loce.data.annotations.lvis import LVISAnnotations
+from loce.data.loader import Batches, EvalDataset
+from loce.evaluation.detections import Detections
+from loce.models.detection import UNCAPPED_LIMIT, detect
+from loce.models.mask_rcnn import MaskRCNN
+from loce.utils import distributed
+from loce.utils.errors import UserError
+from loce.utils.files import atomic_write
+from loce.utils.progress import progress
+
+PATTERN = "regions_*.npz"
+CHUNK = 100  # images of a file
+NEVER = -1e4  # logit of a class that was left out, of sigmoids
+
+
+@dataclass(frozen=True, kw_only=True)
+class Regions:
+    """The content of a file; `bounds` (I + 1,) cuts the regions into images, `classes` (R, K) is always there."""
+
+    image_ids: np.ndarray
+    bounds: np.ndarray
+    boxes: Tensor
+    logits: Tensor
+    background: Tensor | None
+    classes: Tensor
+    rest: Tensor | None
+    num_classes: int
+
+    @cached_property
+    def whole_logits(self) -> Tensor:
+        """(R, C + 1), background last, or (R, C) for sigmoids, fp32; what was left out shares `rest` evenly."""
+        left_out = self.num_classes - self.logits.shape[1]
+        z_RC = self.logits.new_full((len(self.logits), self.num_classes), NEVER)
+        if left_out and self.rest is not None:
+            z_RC[:] = (self.rest - np.log(left_out))[:, None]
+        z_RC.scatter_(1, self.classes, self.logits)
+        return z_RC if self.background is None else torch.cat([z_RC, self.background[:, None]], dim=1)
+
+    def detections(
+        self,
+        calibrated: Callable[[Tensor], Tensor],
+        options: EvalConfig,
+        category_ids: np.ndarray,
+        allowed: Callable[[int], np.ndarray] | None = None,
+    ) -> Detections:
+        """What inference finds in these images with the scores `calibrated(logits)`; category_ids: of each label.
+
+        allowed: (C,) bool of an image, the classes that count there; all detections of these, with their ranks, as
+        inference keeps them for protocols without a cap. None: the best detections of an image, of any class.
+        """
+        scores_RK, wide = (
+            calibrated(self.whole_logits).gather(1, self.classes),
+            replace(options, detections=UNCAPPED_LIMIT),
+        )
+        found, ranks = [], []
+        for image, *ends in zip(
+            self.image_ids.tolist(), self.bounds[:-1].tolist(), self.bounds[1:].tolist(), strict=True
+        ):
+            rows = slice(*ends)
+            boxes, scores, classes = self.boxes[rows], scores_RK[rows], self.classes[rows]
+            own = detect(boxes, scores, options, classes)
+            ranks.append(torch.arange(len(own[1])))
+            if allowed is not None:
+                counts_C = torch.from_numpy(allowed(image))
+                ranks[-1] = counts_C[own[2]].nonzero()[:, 0]
+                own = detect(boxes, scores * counts_C[classes], wide, classes)
+                after = len(own[1]) - len(ranks[-1])
+                ranks[-1] = torch.cat([ranks[-1], torch.full((after,), options.detections)])
+            found.append(own)
+        corners, best, labels = (torch.cat(parts).numpy() for parts in zip(*found, strict=True))
+        return Detections(
+            image_ids=np.repeat(self.image_ids, [len(part[1]) for part in found]),
+            category_ids=category_ids[labels],
+            scores=best,
+            boxes=np.concatenate([corners[:, :2], corners[:, 2:] - corners[:, :2]], axis=1),
+            ranks=torch.cat(ranks).numpy(),
+        )
+
+
+def read_regions(file: Path, num_classes: int) -> Regions:
+    """The regions of a file; UserError where it is not one, with what is wrong."""
+    try:
+        with np.load(file, allow_pickle=False) as content:
+            columns = {name: content[name] for name in content.files}
+        logits, boxes, counts = columns["logits"], columns["boxes"], columns["regions"]
+        classes = columns.get("classes", np.broadcast_to(np.arange(num_classes), (len(logits), num_classes)))
+    except (OSError, ValueError, KeyError) as error:
+        raise UserError(f"{file}: is no file of regions ({error}); docs/posthoc.md has its columns") from None
+    rows, kept = logits.shape if logits.ndim == 2 else (len(logits), 0)
+    wrong = {
+        f"logits are {logits.shape}, not (R, K)": logits.ndim != 2,
+        f"regions add up to {counts.sum()}, logits have {rows} rows": counts.sum() != rows,
+        f"boxes are {boxes.shape}": boxes.shape not in ((rows, 4), (rows, kept, 4)),
+        f"classes are {classes.shape}, logits {logits.shape}; without classes there is a logit of each of the "
+        f"{num_classes}": classes.shape != logits.shape,
+        f"classes go up to {classes.max(initial=0)} of {num_classes}": classes.max(initial=0) >= num_classes,
+        "logits or boxes are not finite": not (np.isfinite(logits).all() and np.isfinite(boxes).all()),
+    }
+    if problems := [what for what, is_wrong in wrong.items() if is_wrong]:
+        raise UserError(f"{file}: {'; '.join(problems)}")
+    float32 = {name: torch.from_numpy(columns[name]).float() for name in ("background", "rest") if name in columns}
+    corners = torch.from_numpy(boxes).float()
+    return Regions(
+        image_ids=columns["image_ids"],
+        bounds=np.append(0, np.cumsum(counts)),
+        boxes=corners if corners.dim() == 3 else corners[:, None].expand(-1, kept, -1),
+        logits=torch.from_numpy(logits).float(),
+        background=float32.get("background"),
+        classes=torch.from_numpy(classes.astype(np.int64)),
+        rest=float32.get("rest"),
+        num_classes=num_classes,
+    )
+
+
+def store_regions(
+    model: MaskRCNN,
+    config: Config,
+    annotations: LVISAnnotations,
+    images: str,
+    indices: Sequence[int],
+    folder: Path,
+    source: str,
+    most: tuple[int, int],
+    sigmoid: bool = False,
+) -> list[Path]:
+    """The files of regions of the images `indices`, in `folder`; written by all ranks where they are not there.
+
+    images: their folder; source: what the regions depend on, files of another source are replaced; most: regions of an
+    image, those with the largest odds of any class against the background, and classes of a region, the largest logits.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    dataset, model = EvalDataset(annotations, Path(images), config.data), model.eval()
+    parts = {
+        folder / f"regions_{n:06d}.npz": indices[i : i + CHUNK] for n, i in enumerate(range(0, len(indices), CHUNK))
+    }
+    mine = [file for file in list(parts)[distributed.rank() :: distributed.world_size()] if _source(file) != source]
+    size = config.eval.batch_size
+    todo = [list(parts[file][i : i + size]) for file in mine for i in range(0, len(parts[file]), size)]
+    batches = iter(
+        progress(Batches(dataset, todo, len(todo), config.data.workers), len(todo), f"regions {folder.name}")
+    )
+    for file in mine:
+        rows: list[dict[str, Tensor]] = []
+        ids: list[int] = []
+        while len(ids) < len(parts[file]):
+            samples = next(batches)
+            found = model.regions([s["image"] for s in samples], [s["scale"] for s in samples])
+            rows += [keep(boxes_NC4, logits_NL, most, sigmoid) for boxes_NC4, logits_NL in found]
+            ids += [s["image_id"] for s in samples]
+        columns = {name: torch.cat([row[name] for row in rows]).cpu().numpy() for name in rows[0]}
+        counts = np.array([len(row["logits"]) for row in rows], np.int32)
+        with atomic_write(file) as temporary:
+            columns |= {"source": np.array(source), "image_ids": np.array(ids), "regions": counts}
+            np.savez(temporary, **columns)  # type: ignore[arg-type]
+    next(batches, None)  # ends the line of progress
+    distributed.barrier()
+    return list(parts)
+
+
+def keep(boxes_NC4: Tensor, logits_NL: Tensor, most: tuple[int, int], sigmoid: bool = False) -> dict[str, Tensor]:
+    """The columns of an image, see above, of at most so many regions and classes; both stay in their order."""
+    classes = boxes_NC4.shape[1]
+    z_NC = logits_NL[:, :classes].float()
+    odds_N = z_NC.logsumexp(dim=1) - (0 if sigmoid else logits_NL[:, -1].float())
+    rows_R = odds_N.topk(min(most[0], len(odds_N))).indices.sort().values
+    z_RC = z_NC[rows_R]
+    classes_RK = z_RC.topk(min(most[1], classes), dim=1).indices.sort(dim=1).values
+    columns = {
+        "boxes": boxes_NC4[rows_R[:, None], classes_RK].float(),
+        "logits": z_RC.gather(1, classes_RK).half(),
+        "classes": classes_RK.to(torch.int16 if classes < 2**15 else torch.int32),
+    }
+    if not sigmoid:
+        columns["background"] = logits_NL[rows_R, -1].half()
+        if classes_RK.shape[1] < classes:
+            columns["rest"] = z_RC.scatter(1, classes_RK, -torch.inf).logsumexp(dim=1)
+    return columns
+
+
+def _source(file: Path) -> str:
+    """What a file of regions comes from; "" where it is not there or damaged."""
+    try:
+        with np.load(file, allow_pickle=False) as content:
+            return str(content["source"])
+    except Exception:  # zipfile, zlib and NumPy raise half a dozen kinds
+        return ""
