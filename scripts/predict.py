@@ -199,7 +199,7 @@ def main() -> None:
     # Every image with its picture; all detections in one file.
     checkpoint = Checkpoint.open(names[0])
     config = checkpoint.config_with(overrides)
-    model = checkpoint.detector(config).to(distributed.setup(options.device)).eval()
+    model = checkpoint.detector(config).to(distributed.setup(options.device)).only_predict()
     run = Path(names[0])
     calibrate(model, config, run if run.is_dir() else run.with_suffix(""))
     if text := posthoc_text(config):

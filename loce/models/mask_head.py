@@ -45,20 +45,26 @@ class MaskHead(nn.Module):
         """
         x = x_PDSS
         for conv in self.convs:
-            x = F.relu(conv(x))
+            x = F.relu_(conv(x))
         regions, channels, *side = x.shape
-        # The deconvolution's 2 x 2 windows do not overlap: it is a linear layer of each pixel that makes four. They
-        # stay in this order, channels last, until only logits are left to be put into place.
-        weight = self.upsample.weight.permute(2, 3, 1, 0).reshape(-1, channels)
+        # The deconvolution's 2 x 2 windows do not overlap: it is a 1 x 1 convolution to four pixels. They stay in
+        # this order, channels last, until only logits are left to be put into place.
+        weight = self.upsample.weight.permute(2, 3, 1, 0).reshape(-1, channels, 1, 1)
         assert self.upsample.bias is not None and self.predictor.bias is not None
-        x = F.linear(x.permute(0, 2, 3, 1).reshape(-1, channels), weight, self.upsample.bias.repeat(4)).relu_()
-        x = x.view(regions, 4 * side[0] * side[1], self.upsample.out_channels)
-        weight_PD = self.predictor.weight.flatten(1)[labels_P]
+        x = x.contiguous(memory_format=torch.channels_last)
+        x = F.conv2d(x, weight, self.upsample.bias.repeat(4)).relu_()
+        x = x.permute(0, 2, 3, 1).reshape(regions, 4 * side[0] * side[1], self.upsample.out_channels)
+        weight_PD, length = self.predictor.weight.flatten(1)[labels_P], None
         if self.normalised:
             weight_PD = F.normalize(weight_PD, dim=1)
-        logits = (x @ weight_PD[:, :, None].to(x.dtype))[:, :, 0]
-        if self.normalised:
             length = torch.linalg.vector_norm(x, dim=2, dtype=torch.promote_types(x.dtype, torch.float32))
+        weight_PD = weight_PD.to(x.dtype)
+        # In place is several times as fast on a CPU, and has nothing to keep for a gradient.
+        if torch.is_grad_enabled():
+            logits = (x @ weight_PD[:, :, None])[:, :, 0]
+        else:
+            logits = x.mul_(weight_PD[:, None]).sum(dim=2)
+        if length is not None:
             logits = self.temperature * logits / length.clamp(min=1e-12)
         logits = logits.view(regions, *side, 2, 2).transpose(2, 3).reshape(regions, 2 * side[0], 2 * side[1])
         return logits + self.predictor.bias[labels_P, None, None]

@@ -8,7 +8,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from pycocotools import mask as coco_mask
 from torch import Tensor, nn
 from torch.profiler import record_function
 
@@ -20,17 +19,17 @@ from loce.models.backbone import build_backbone
 from loce.models.boxes import ROI_STDS, decode
 from loce.models.detection import detect, detect_of_classes
 from loce.models.lost_objects import find_near_misses
-from loce.models.mask_head import MaskHead
+from loce.models.mask_head import MASK_SIZE, MaskHead
 from loce.models.memory_sampling import MemorySampling
-from loce.models.paste import paste_and_encode
-from loce.models.roi_heads import BOX_SIDE, MASK_SIDE, BoxHead, Once, RoIHeads, Targets
+from loce.models.paste import paste_and_encode, paste_full
+from loce.models.roi_heads import BOX_SIDE, MASK_SIDE, BoxHead, Once, RoIHeads, Targets, pyramid_level
 from loce.models.rpn import RPN
 from loce.utils.classes import IGNORED, ClassStats
 
 PIXEL_MEAN = (123.675, 116.28, 103.53)  # RGB, ImageNet
 PIXEL_STD = (58.395, 57.12, 57.375)
 DIVISOR = 32
-REGIONS = 32  # whose masks are predicted at once
+MASK_BYTES = 1 << 25  # of the mask head's largest map: it is made for so many regions at a time
 Size = tuple[int, int]
 FirstStage = tuple[list[Tensor], list[Tensor], list[Targets], list[Size]]  # maps, proposals, targets, content sizes
 
@@ -204,6 +203,7 @@ class MaskRCNN(nn.Module):
         allowed: Sequence[Tensor | None] | None = None,
         objects: Sequence[tuple[Tensor, Tensor]] | None = None,
         once: Once | None = None,
+        full_masks: bool = False,
     ) -> list[dict[str, Any]]:
         """Detections per image in original pixels: boxes (M, 4), scores (M,), labels (M,), rles (M compressed codes).
 
@@ -212,7 +212,7 @@ class MaskRCNN(nn.Module):
         before masks are made, and all detections of these classes stay where a protocol is uncapped; the result then
         has "ranks" (M,), how many better ones of any class there were; objects: per image the boxes (G, 4) and labels
         (G,) that are to be found; the result then has "near_misses" of them, see `find_near_misses`; once: what other
-        models computed of these images.
+        models computed of these images; full_masks: masks (M, height, width) bool in place of rles.
         """
         once = once or Once()
         batch, sizes, _ = once("images", lambda: self.batch_images(images))
@@ -224,7 +224,7 @@ class MaskRCNN(nn.Module):
             level_features = [x[i : i + 1] for x in features]
             keep = None if allowed is None else allowed[i]
             wanted = None if objects is None else objects[i]
-            options = (sizes[i], scales[i], originals[i], keep, wanted, once, i)
+            options = (sizes[i], scales[i], originals[i], keep, wanted, once, i, full_masks)
             results.append(self._detect_one(level_features, boxes_N4, *options))
         return results
 
@@ -273,6 +273,7 @@ class MaskRCNN(nn.Module):
         objects: tuple[Tensor, Tensor] | None,
         once: Once,
         place: int,
+        full_masks: bool = False,
     ) -> dict[str, Any]:
         """Detections of the image at a `place` of the batch."""
         # Scores and boxes (in pixels of the original image) of every proposal and class; the best are detections.
@@ -300,12 +301,18 @@ class MaskRCNN(nn.Module):
                 ranks_M = torch.cat([ranks_M, ranks_M.new_full((after,), self.evaluation.detections)])
             ranks = {"ranks": ranks_M.cpu()}
 
-        # Masks of what is left, some regions at a time, so that what is made of them stays in the processor's cache.
-        some = zip((boxes_M4 * scale_4).split(REGIONS), labels_M.split(REGIONS), strict=True)
+        # Masks of what is left, some regions at a time, which bounds the memory, and by level of the pyramid, so that
+        # most of these times read one map.
+        most = max(1, MASK_BYTES // (4 * MASK_SIZE**2 * roi.mask_head.upsample.out_channels))
+        regions_M4 = boxes_M4 * scale_4
+        order_M = pyramid_level(regions_M4, roi.config.finest_scale).argsort(stable=True)
+        some = zip(regions_M4[order_M].split(most), labels_M[order_M].split(most), strict=True)
         masks = [roi.mask_head(roi.pool(features, [b], MASK_SIDE), labels).float().sigmoid() for b, labels in some]
-        rles = paste_and_encode(torch.cat(masks), boxes_M4, original)
-        arrays = {"boxes": boxes_M4.cpu(), "scores": scores_M.cpu(), "labels": labels_M.cpu()}
-        return {**arrays, "rles": rles, **ranks, **misses}
+        masks_MSS = torch.cat(masks)[order_M.argsort()]
+        arrays = {"boxes": boxes_M4.cpu(), "scores": scores_M.cpu(), "labels": labels_M.cpu(), **ranks, **misses}
+        if full_masks:
+            return {**arrays, "masks": paste_full(masks_MSS, boxes_M4, original)}
+        return {**arrays, "rles": paste_and_encode(masks_MSS, boxes_M4, original)}
 
     @torch.no_grad()
     def class_scores(self, samples: list[dict[str, Any]], once: Once | None = None) -> tuple[Tensor, Tensor, Tensor]:
@@ -331,7 +338,7 @@ class MaskRCNN(nn.Module):
         return roi.classifier(roi.features_of(roi.pool(features, [r.boxes for r in sampled], BOX_SIDE)))[used_N]
 
     @torch.no_grad()
-    def detect_images(self, images: list[Tensor]) -> list[dict[str, Any]]:
+    def detect_images(self, images: list[Tensor], full_masks: bool = False) -> list[dict[str, Any]]:
         """`detect` on uint8 RGB images (3, h, w) of any size, resized as the options say; results in their pixels."""
         pixels, scales, originals = [], [], []
         for image in images:
@@ -341,16 +348,8 @@ class MaskRCNN(nn.Module):
             pixels.append(torch.from_numpy(rows).permute(2, 0, 1))
             scales.append(geometry.scale)
             originals.append(old)
-        return self.detect(pixels, scales, originals)
+        return self.detect(pixels, scales, originals, full_masks=full_masks)
 
     def predict(self, images: list[Tensor]) -> list[dict[str, Tensor]]:
         """Detections of uint8 RGB images (3, h, w) of any size: boxes, labels, scores and full-size bool masks."""
-        results = []
-        for detections, image in zip(self.detect_images(images), images, strict=True):
-            size = (image.shape[1], image.shape[2])
-            rles = [{"size": size, "counts": counts} for counts in detections.pop("rles")]
-            masks = (
-                torch.from_numpy(coco_mask.decode(rles)).permute(2, 0, 1) if rles else torch.zeros((0, *size)).byte()
-            )
-            results.append({**detections, "masks": masks.view(torch.bool)})  # zeros and ones: no copy of so much
-        return results
+        return self.detect_images(images, full_masks=True)

@@ -1,10 +1,12 @@
-"""From 28 x 28 mask probabilities to run-length codes at the image's size, without ever holding full-size masks.
+"""From 28 x 28 mask probabilities to run-length codes or masks at the image's size; codes need no full-size masks.
 
 MMDetection's paste: the mask is sampled bilinearly at pixel centres inside its box and cut at 0.5 (>=); nothing is
 rounded. Masks of similar size are pasted together, large ones some columns at a time, so that no image is too large.
 Shapes: N detections, Q pieces of columns of their windows, S = 28 the mask side, W, H columns and rows of pixels, E
 pixels where a run starts or ends.
 """
+
+from collections.abc import Iterator
 
 import numpy as np
 import torch
@@ -81,22 +83,37 @@ def paste_and_encode(masks_NSS: Tensor, boxes_N4: Tensor, size: tuple[int, int],
 
     budget: bytes of working memory, at least one column of pixels; the codes themselves come on top.
     """
+    found = [np.zeros((2, 0), np.int64)]
+    for rows_Q, windows_Q4, inside_QWH in _pasted(masks_NSS, boxes_N4, size, budget):
+        piece_E, position_E = run_edges(inside_QWH, windows_Q4, size[0])
+        found.append(torch.stack([rows_Q[piece_E], position_E]).cpu().numpy())
+    mask_E, position_E = np.concatenate(found, axis=1)
+    return encode_runs(mask_E, position_E, len(boxes_N4), size) if len(boxes_N4) else []
+
+
+def paste_full(masks_NSS: Tensor, boxes_N4: Tensor, size: tuple[int, int]) -> Tensor:
+    """(N, height, width) bool on the host: the masks whose codes `paste_and_encode` gives."""
+    full_NWH = np.zeros((len(boxes_N4), *size[::-1]), dtype=bool)
+    for rows_Q, windows_Q4, inside_QWH in _pasted(masks_NSS, boxes_N4, size, BUDGET):
+        pieces = zip(rows_Q.tolist(), windows_Q4.tolist(), inside_QWH.cpu().numpy(), strict=True)
+        for row, (x0, y0, x1, y1), inside_WH in pieces:
+            full_NWH[row, x0:x1, y0:y1] = inside_WH[: x1 - x0, : y1 - y0]
+    return torch.from_numpy(full_NWH).mT
+
+
+def _pasted(
+    masks_NSS: Tensor, boxes_N4: Tensor, size: tuple[int, int], budget: int
+) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+    """The masks in pieces, some at a time: detections (Q,), windows in the image (Q, 4), `paste` of them."""
     if len(boxes_N4) == 0:
-        return []
-    height, width = size
+        return
     masks_NSS, boxes_N4 = masks_NSS.float(), boxes_N4.float()
     low = (boxes_N4[:, :2].floor() - 1).clamp(min=0)
-    high = torch.minimum(boxes_N4[:, 2:].ceil() + 1, boxes_N4.new_tensor([width, height]))
+    high = torch.minimum(boxes_N4[:, 2:].ceil() + 1, boxes_N4.new_tensor(size[::-1]))
     windows = torch.cat([low, torch.maximum(high, low)], dim=1).long().cpu().numpy()
-    found = [np.zeros((2, 0), np.int64)]
     for rows_Q, windows_Q4 in _groups(windows, budget):
-        pieces_Q4 = torch.from_numpy(windows_Q4).to(boxes_N4.device)
-        rows = torch.from_numpy(rows_Q).to(boxes_N4.device)
-        inside_QWH = paste(masks_NSS[rows], boxes_N4[rows], pieces_Q4)
-        piece_E, position_E = run_edges(inside_QWH, pieces_Q4, height)
-        found.append(torch.stack([rows[piece_E], position_E]).cpu().numpy())
-    mask_E, position_E = np.concatenate(found, axis=1)
-    return encode_runs(mask_E, position_E, len(boxes_N4), size)
+        rows, pieces = (torch.from_numpy(x).to(boxes_N4.device) for x in (rows_Q, windows_Q4))
+        yield rows, pieces, paste(masks_NSS[rows], boxes_N4[rows], pieces)
 
 
 def _groups(windows_N4: np.ndarray, budget: int) -> list[tuple[np.ndarray, np.ndarray]]:

@@ -411,4 +411,6 @@ def pool(
         roi_align(maps.float(), part_n5, side, 1 / stride, samples, aligned)
         for maps, part_n5, stride in zip(features, regions_N5[order_N].split(counts), POOL_STRIDES, strict=False)
     ]
+    if max(counts) == len(boxes_N4) and not torch.is_grad_enabled():  # of one level: they are in order
+        return parts[counts.index(len(boxes_N4))].to(features[0].dtype)
     return torch.cat(parts).to(features[0].dtype).index_select(0, order_N.argsort())

@@ -53,6 +53,8 @@ def test_logits_and_gradients_are_those_of_the_layers(normalised, convs):
         gradients.append([logits, *torch.autograd.grad(logits.sin().sum(), [given, *parameters])])
     for own, expected in zip(gradients[1], gradients[0], strict=True):
         torch.testing.assert_close(own, expected, rtol=1e-11, atol=1e-12)
+    with torch.no_grad():
+        torch.testing.assert_close(made(x, labels), gradients[0][0], rtol=1e-11, atol=1e-12)
 
 
 @pytest.mark.parametrize("normalised", [True, False])

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from pycocotools import mask as coco_mask
 
-from loce.models.paste import encode_runs, paste_and_encode, run_edges
+from loce.models.paste import encode_runs, paste_and_encode, paste_full, run_edges
 from loce.models.paste import paste as paste_columns
 
 
@@ -56,6 +56,8 @@ def test_codes_are_those_of_masks_pasted_one_by_one(size, most):
     centre, side = torch.rand(60, 2) * limit, torch.rand(60, 2) ** 2 * most + 0.5
     boxes = torch.cat([centre - side / 2, centre + side / 2], dim=1)
     codes = paste_and_encode(masks, boxes, size)
+    full = coco_mask.decode([{"size": size, "counts": code} for code in codes])
+    assert np.array_equal(paste_full(masks, boxes, size).numpy(), full.transpose(2, 0, 1).astype(bool))
     for mask, box, code in zip(masks, boxes, codes, strict=True):
         share = sampled_paste(mask, box, size)
         wanted = (share >= 0.5).numpy()
@@ -123,6 +125,7 @@ def test_a_box_without_area_breaks_nothing(box):
 
 def test_no_detections():
     assert paste_and_encode(torch.zeros(0, 28, 28), torch.zeros(0, 4), (20, 30)) == []
+    assert paste_full(torch.zeros(0, 28, 28), torch.zeros(0, 4), (20, 30)).shape == (0, 20, 30)
 
 
 def reference_code(crop: np.ndarray, corner: tuple[int, int], size: tuple[int, int]) -> bytes:

@@ -90,6 +90,10 @@ def test_equals_roi_align_box_by_box(features, side):
             feature = features[level][image : image + 1]
             expected.append(roi_align(feature, [box[None]], side, 1 / (4 * 2**level), 0, aligned=True)[0])
     torch.testing.assert_close(pooled, torch.stack(expected), rtol=0, atol=0)
+    with torch.no_grad():  # boxes of one level are not put into another order
+        for level in levels.unique():
+            own = [b[pyramid_level(b, 56.0) == level] for b in boxes]
+            assert torch.equal(pool(features, own, side, 56.0), pooled[levels == level])
 
 
 @pytest.mark.parametrize("box", [[10.3, 20.7, 75.2, 51.1], [-12.0, -9.0, 30.0, 40.0], [280.0, 230.0, 330.0, 300.0]])
