@@ -1,6 +1,6 @@
 """Evaluate a checkpoint, or the results of any model: tables on the screen and in a folder.
 
-python scripts/evaluate.py annotations=A.json results=R.json [output=DIR]
+python scripts/evaluate.py annotations=A.json results=R.json [training=TRAIN.json] [output=DIR]
 python (or torchrun --nproc_per_node=N) scripts/evaluate.py [checkpoint=RUN_OR_FILE | checkpoint=[A,B]]
     [annotations=A.json images=DIR] [eval.posthoc=fracal eval.fracal.exponent=2] [head.name=norcal] [eval.nms=0.4]
 Options head.* and eval.* take the place of the checkpoint's, for what works on trained weights as they are;
@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from loce.config import Natural, Protocols, UserError, read_options, run_script
+from loce.data.annotations.lvis import LVISAnnotations
 from loce.evaluation.report import evaluate_and_report
 from loce.report.tables.steps import newest_run
 from loce.utils.files import require_writable
@@ -30,6 +31,9 @@ class Options:
     checkpoint: str = ""  # run folder or checkpoint, or [A, B]; with no results either: the newest run below runs/
     results: str = ""  # results JSON, or the folder of detections that inference wrote
     annotations: str = ""  # ground truth, JSON; empty: the checkpoint's validation data
+    training: str = ""  # training annotations, for results: what is rare, common and frequent is counted there
+    rare_max: Natural = 10  # images, with `training`; as data.rare_max of a run
+    common_max: Natural = 100  # images, with `training`
     images: str = ""  # folder of the images, for a checkpoint; empty: the checkpoint's
     output: str = ""  # folder for the numbers; empty: in the run folder, or beside the results
     device: Literal["auto", "cpu", "cuda"] = "auto"  # for a checkpoint
@@ -53,6 +57,10 @@ def evaluate_results(options: Options) -> None:
     results = Path(options.results)
     output = options.output or str(results.with_name(results.stem + "_evaluation"))
     require_writable(output)
+    training = None
+    if options.training:
+        bounds = (options.rare_max, options.common_max)
+        training = LVISAnnotations.open(options.training, *bounds, masks=False, named=False).stats
     evaluate_and_report(
         options.annotations,
         results,
@@ -60,6 +68,7 @@ def evaluate_results(options: Options) -> None:
         protocol=options.protocol,
         errors=options.errors,
         allow_misplaced=options.allow_misplaced,
+        training=training,
         **report_options(options),
     )
     print(f"{WRITTEN} {output}")
@@ -102,6 +111,8 @@ def main() -> None:
     options = read_options(Options, [word for word in sys.argv[1:] if word not in words])
     if options.checkpoint and options.results:
         raise UserError("checkpoint and results: give one of them")
+    if options.training and not options.results:
+        raise UserError("training: is for results; a checkpoint knows its training data")
     if options.results and (options.images or options.detections or options.device != "auto" or words):
         raise UserError(
             "images, detections, device, train.ema, head.* and eval.* are for checkpoints; results need no inference"

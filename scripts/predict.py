@@ -21,6 +21,7 @@ from loce.utils.files import require_writable
 from loce.utils.options import Count, Share
 
 RECORDS = "predictions.json"
+MARK = "_predicted"  # ends the name of a picture, which may lie beside its image
 BREAK = "\n"
 SUFFIXES = (
     *(".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".bmp", ".tif", ".tiff"),
@@ -93,8 +94,8 @@ def is_image(file: Path) -> bool:
 def files_below(folder: Path, output: Path) -> Iterator[tuple[Path, bool]]:
     """(file, whether predict.py wrote it) of all that is below a folder and not hidden, in the order of names.
 
-    Written by predict.py: NAME.jpg.png and the like below any folder that has a predictions.json, or below an `output`
-    that lies in `folder`; and that file itself.
+    Written by predict.py: NAME_predicted.png (NAME.jpg.png, of older versions) below any folder that has a
+    predictions.json, or below an `output` that lies in `folder`; and that file itself.
     """
     seen = {folder.resolve()}  # links may go round in circles
     for place, folders, names in os.walk(folder, followlinks=True):
@@ -108,21 +109,34 @@ def files_below(folder: Path, output: Path) -> Iterator[tuple[Path, bool]]:
         ours = inside or any((root / RECORDS).is_file() for root in roots)
         for name in sorted(names):
             file = here / name
-            picture = file.suffix == ".png" and Path(file.stem).suffix.lower() in SUFFIXES
+            older = Path(file.stem).suffix.lower() in SUFFIXES
+            picture = file.suffix == ".png" and (older or file.stem.endswith(MARK))
             if not name.startswith("."):
                 yield file, ours and (picture or name == RECORDS)
 
 
-def pictures(files: list[Path], output: Path) -> dict[Path, Path]:
-    """Where each image's picture goes: below `output`, by the path below the folder that holds them all.
+def pictures(files: list[Path], named: list[str], output: Path) -> dict[Path, Path]:
+    """Where each image's picture goes: NAME_predicted.png below `output`, by the path below the folder that was named,
+    or by its own name where it was named itself.
 
-    UserError where that is one of the images.
+    Where two would meet, those have the path below the folder that holds all images, and keep their suffixes, too.
+    UserError where a picture would be one of the images.
     """
     absolute = {file: Path(os.path.abspath(file)) for file in files}
-    root = Path(os.path.commonpath([path.parent for path in absolute.values()]))
-    targets = {
-        file: (output / path.relative_to(root)).with_suffix(path.suffix + ".png") for file, path in absolute.items()
+    below = {}  # named folder -> the folder below it that holds all its images
+    for folder in (Path(os.path.abspath(name)) for name in named if os.path.isdir(name)):
+        parents = [path.parent for path in absolute.values() if path.is_relative_to(folder)]
+        below[folder] = Path(os.path.commonpath(parents or [folder]))
+    short = {
+        file: path.relative_to(next((r for f, r in below.items() if path.is_relative_to(f)), path.parent)).with_suffix(
+            ""
+        )
+        for file, path in absolute.items()
     }
+    root = Path(os.path.commonpath([path.parent for path in absolute.values()]))
+    often = Counter(short.values())
+    names = {f: short[f] if often[short[f]] == 1 else path.relative_to(root) for f, path in absolute.items()}
+    targets = {file: output / name.with_name(f"{name.name}{MARK}.png") for file, name in names.items()}
     images = {path.resolve() for path in absolute.values()}
     raise_problems(
         [
@@ -186,7 +200,7 @@ def main() -> None:
         raise UserError(USAGE)
     output, threshold = Path(options.output), given_threshold(options.threshold)
     files, left_out = image_files(names[1:], output)
-    targets = pictures(files, output)
+    targets = pictures(files, names[1:], output)
     require_writable(output)
 
     from loce.checkpoint.load import Checkpoint

@@ -22,7 +22,7 @@ from loce.data.build import images_in_both
 from loce.data.download import ANNOTATIONS, IMAGES
 from loce.data.samplers import image_labels, repeat_factors
 from loce.data.transforms import ImageError, read_levels, resized
-from loce.utils.classes import GROUPS
+from loce.utils.classes import GROUP_NAMES, GROUPS
 from loce.utils.errors import UserError, first_few
 from loce.utils.progress import progress
 
@@ -147,6 +147,14 @@ def _check_counts(annotations: LVISAnnotations, report: Report, use: str) -> Non
         f"{len(stats)} classes",
         "; ".join(f"{g}: {mask.sum()} with {counts[mask].sum()} instances" for g, mask in groups),
     )
+    bounds = suggested_bounds(stats.image_counts)
+    if use != "evaluation" and not annotations.own_groups and not all(mask.any() for _, mask in groups) and bounds:
+        rare, common = bounds
+        report.add(
+            "no classes",
+            f"{' and '.join(GROUP_NAMES[g] for g, mask in groups if not mask.any())}: no AP of theirs; thirds of the "
+            f"classes, if this is the training file: data.rare_max={rare} data.common_max={common}, in both stages",
+        )
     few = [f"{stats.names[i]} ({counts[i]})" for i in np.argsort(counts, kind="stable") if counts[i] < FEW]
     named = f": {first_few(few)}" if few else ""
     report.add(f"under {FEW}", f"{len(few)} classes, {(counts == 0).sum()} with none{named}")
@@ -159,6 +167,18 @@ def _check_counts(annotations: LVISAnnotations, report: Report, use: str) -> Non
         )
     if not (used and len(annotations.train_rows)) and use != "evaluation":
         report.problems.append(f"{annotations.path}: training could use none of its images; see the reasons above")
+
+
+def suggested_bounds(image_counts: np.ndarray) -> tuple[int, int] | None:
+    """`data.rare_max` and `data.common_max` that cut the classes with images into thirds; None where none do.
+
+    LVIS's bounds, 10 and 100 images, make every class of a small set with few classes frequent.
+    """
+    counts = np.sort(image_counts[image_counts > 0])
+    if len(counts) < len(GROUPS):
+        return None
+    rare, common = (int(counts[-(-share * len(counts) // 3) - 1]) for share in (1, 2))
+    return (rare, common) if rare < common < counts[-1] else None
 
 
 def _check_left_out(annotations: LVISAnnotations, report: Report) -> None:

@@ -24,7 +24,7 @@ from loce.data.dataset import TrainDataset, unaugmented
 from loce.data.loader import Batches, eval_batches
 from loce.engine.class_facts import calibrate, posthoc_text
 from loce.engine.ranks import process_group
-from loce.evaluation.annotations import FederatedFilter, GroundTruth, load_annotations, only_images
+from loce.evaluation.annotations import FederatedFilter, load_annotations, only_images, with_training_groups
 from loce.evaluation.report import RESULTS, evaluate_and_report
 from loce.evaluation.stream import DetectionWriter, read_detections
 from loce.evaluation.thresholds import read_thresholds
@@ -295,19 +295,6 @@ def _inputs(config: Config, annotations: LVISAnnotations) -> str:
         + (", turned as EXIF asks" if data.exif == "apply" else "")
         + (", 16 bits by range" if data.scale_16bit == "range" else "")
     )
-
-
-def with_training_groups(truth: GroundTruth, stats: ClassStats) -> GroundTruth:
-    """Rare, common and frequent are facts of the training set, also where the validation file says nothing of it.
-
-    A converted checkpoint may know no training set (all counts 0): then the file's own groups stay.
-    """
-    if not stats.instance_counts.any():
-        return truth
-    group_of = dict(zip(stats.category_ids.tolist(), stats.groups.tolist(), strict=True))
-    groups = np.array([group_of[c] for c in truth.category_ids.tolist()])
-    notes = [note for note in truth.notes if not note.startswith("no frequency")]
-    return dataclasses.replace(truth, frequency=groups, notes=notes)
 
 
 def stored_thresholds(

@@ -14,8 +14,8 @@ import numpy as np
 from loce.data.annotations.lvis import LVISAnnotations
 from loce.data.annotations.requirements import evaluation_problems
 from loce.data.annotations.segmentations import Segmentations
-from loce.utils.classes import frequency_groups
-from loce.utils.errors import raise_problems
+from loce.utils.classes import ClassStats, frequency_groups
+from loce.utils.errors import UserError, raise_problems
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -187,6 +187,25 @@ def only_images(truth: GroundTruth, image_ids: np.ndarray, why: str) -> GroundTr
         not_exhaustive=None if truth.not_exhaustive is None else truth.not_exhaustive[kept],
         notes=[*truth.notes, f"PARTIAL: the numbers are of {kept.sum()} of {len(kept)} images, {why}"],
     )
+
+
+def with_training_groups(truth: GroundTruth, stats: ClassStats) -> GroundTruth:
+    """Rare, common and frequent are facts of the training set, also where the validation file says nothing of it.
+
+    A converted checkpoint may know no training set (all counts 0): then the file's own groups stay. UserError where the
+    training set has other classes.
+    """
+    if not stats.instance_counts.any():
+        return truth
+    classes = dict(zip(stats.category_ids.tolist(), stats.names, strict=True))
+    if classes != dict(zip(truth.category_ids.tolist(), truth.names, strict=True)):
+        raise UserError(
+            f"{truth.source}: its categories are not those of the training data, from which groups r/c/f are"
+        )
+    group_of = dict(zip(stats.category_ids.tolist(), stats.groups.tolist(), strict=True))
+    groups = np.array([group_of[c] for c in truth.category_ids.tolist()])
+    notes = [note for note in truth.notes if not note.startswith("no frequency")]
+    return replace(truth, frequency=groups, notes=notes)
 
 
 def positions(ascending: np.ndarray, values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

@@ -2,6 +2,7 @@
 
 import json
 from array import array
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
@@ -161,9 +162,18 @@ def concatenate(parts: Sequence[Detections]) -> Detections:
     )
 
 
-def read_results(results: str | Path | list[dict[str, Any]]) -> Detections:
+def has_names_for_ids(path: str | Path) -> bool:
+    """Whether a results file is one of scripts/predict.py, which knows files and no image ids."""
+    with open(path, "rb") as file:
+        head = file.read(1 << 16).lstrip()
+    return head[:1] == b"[" and b'"file"' in head and b'"image_id"' not in head
+
+
+def read_results(results: str | Path | list[dict[str, Any]], images: Mapping[str, int] | None = None) -> Detections:
     """Detections from a JSON file in the official results format or from a list of such dicts (left as they are).
 
+    images: name -> id, for results that name the `file` of their image instead; the longest end of a path that one
+    image alone has decides.
     UserError with the first five offenders of each kind of mistake, and how many there are, where rows are malformed.
     """
     mistakes, parts, row = Mistakes(), [], 0
@@ -174,7 +184,10 @@ def read_results(results: str | Path | list[dict[str, Any]]) -> Detections:
                 kind = _KINDS.get(type(stream.value()), "a single value")
                 stream.end()
                 raise UserError(f"{source}: is {kind}, not a list of results")
+            id_of = _by_end(images or {})
             for part in stream.elements():
+                if images is not None:
+                    part = [_with_id(entry, number, id_of, mistakes) for number, entry in enumerate(part, row)]
                 parts.append(_columns(part, row, mistakes))
                 row, work.done = row + len(part), stream.offset >> 20
             stream.end()
@@ -186,6 +199,24 @@ def read_results(results: str | Path | list[dict[str, Any]]) -> Detections:
         raise UserError(f"results must be a path, a list of result dicts or Detections, not {type(results).__name__}")
     mistakes.raise_all(source)
     return concatenate(parts)
+
+
+def _by_end(images: Mapping[str, int]) -> dict[str, int]:
+    """Every end of the names of images that one image alone has: "b.jpg" and "a/b.jpg" of "a/b.jpg"."""
+    ends = [("/".join(name.split("/")[n:]), i) for name, i in images.items() for n in range(name.count("/") + 1)]
+    often = Counter(end for end, _ in ends)
+    return {end: i for end, i in ends if often[end] == 1}
+
+
+def _with_id(entry: Any, row: int, id_of: Mapping[str, int], mistakes: Mistakes) -> Any:
+    """A result with the id of the image whose file it names."""
+    if not isinstance(entry, Mapping) or not isinstance(name := entry.get("file"), str):
+        return entry
+    parts = name.replace("\\", "/").split("/")
+    found = next((id_of[end] for n in range(len(parts)) if (end := "/".join(parts[n:])) in id_of), None)
+    if found is None:
+        mistakes.add("results whose file is no image of the annotation file, or may be several", f"row {row}: {name}")
+    return {**entry, "image_id": -1 if found is None else found}
 
 
 def _columns(entries: Sequence[Any], first: int, mistakes: Mistakes) -> Detections:

@@ -12,9 +12,9 @@ import numpy as np
 
 from loce.data.annotations.lvis import LVISAnnotations
 from loce.evaluation import calibration
-from loce.evaluation.annotations import GroundTruth, load_annotations
+from loce.evaluation.annotations import GroundTruth, load_annotations, with_training_groups
 from loce.evaluation.bootstrap import intervals, tally
-from loce.evaluation.detections import Detections, read_results, suspicions
+from loce.evaluation.detections import Detections, has_names_for_ids, read_results, suspicions
 from loce.evaluation.lost_objects import explain
 from loce.evaluation.lost_objects_report import write_errors
 from loce.evaluation.lvis_ap import Evaluation, choose_protocol, evaluate_loaded, load_results
@@ -22,7 +22,7 @@ from loce.evaluation.matching import Protocol
 from loce.evaluation.stream import read_near_misses
 from loce.evaluation.thresholds import COLUMN as THRESHOLD
 from loce.evaluation.thresholds import best_thresholds
-from loce.utils.classes import GROUP_NAMES, GROUPS
+from loce.utils.classes import GROUP_NAMES, GROUPS, ClassStats
 from loce.utils.files import json_text, write_text
 from loce.utils.progress import phase
 
@@ -51,6 +51,7 @@ def evaluate_and_report(
     save_json: bool = False,
     allow_misplaced: bool = False,
     posthoc: str = "",
+    training: ClassStats | None = None,
 ) -> dict[str, Evaluation]:
     """Evaluate, print the tables and write the folder `output`; the result per IoU type, "bbox" first, and where there
     are several protocols also per type and further protocol ("segm_fixed").
@@ -61,7 +62,8 @@ def evaluate_and_report(
     what made the results (method, checkpoint), written beside the numbers; errors: explain lost objects (of masks
     where they are evaluated), with the near misses of inference where `results` is its folder and has them; save_json:
     also write results.json, the official results format; allow_misplaced: as for `evaluate_lvis`; posthoc: the method
-    that calibrated the scores and its options, written beside the numbers.
+    that calibrated the scores and its options, written beside the numbers; training: classes of the training set, whose
+    groups r/c/f take the place of the file's.
     Writes metrics.json ({"bbox": 13 numbers, "segm": ..., "bbox_fixed": ...}), evaluation.json (what they are of),
     per_category.csv, calibration.csv and calibration.png (of the first protocol), tallies_<key>.npz (for
     scripts/compare.py), errors.csv and errors.png. UserError for bad input, before anything is written.
@@ -72,9 +74,15 @@ def evaluate_and_report(
         source = str(results)
         origin = origin or source
         near_misses = read_near_misses(results) if errors and Path(results).is_dir() else None
-        results = results if Path(results).is_dir() else read_results(results)
+        if not Path(results).is_dir():
+            names = None
+            if Path(results).is_file() and has_names_for_ids(results) and isinstance(annotations, (str, Path)):
+                images = LVISAnnotations.open(annotations, masks=False)
+                names = {images.name(index): int(number) for index, number in enumerate(images.image_ids)}
+            results = read_results(results, names)
     wanted = tuple(iou_types) or (results.iou_types if isinstance(results, Detections) else ("bbox", "segm"))
     truth = load_annotations(annotations, "segm" in wanted, allow_misplaced)
+    truth = truth if training is None else with_training_groups(truth, training)
     detections = load_results(results, truth, source)
     rules = choose_protocols(protocol, truth, max_detections)
     wanted = tuple(iou_types) or detections.iou_types

@@ -169,7 +169,7 @@ def _meant_instead(folder: str | Path) -> str:
 
 
 def _may_be_results(path: Path) -> bool:
-    """Whether a file that can be read begins as a list of results; those of predict.py have no image ids."""
+    """Whether a file that can be read begins as a list of results."""
     try:
         if not path.is_file():
             return False
@@ -177,7 +177,7 @@ def _may_be_results(path: Path) -> bool:
             head = file.read(1 << 16)
     except OSError:
         return False
-    return head.lstrip()[:1] == b"[" and b'"image_id"' in head
+    return head.lstrip()[:1] == b"[" and (b'"image_id"' in head or b'"file"' in head)
 
 
 def read_near_misses(folder: str | Path) -> NearMisses | None:

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from loce.data.annotations.lvis import LVISAnnotations
-from loce.data.check import Report, check_pair, check_set
+from loce.data.check import Report, check_pair, check_set, suggested_bounds
 from tests.data.made_annotations import as_format, content
 
 ROOT = Path(__file__).resolve().parent.parent.parent
@@ -77,6 +77,18 @@ def test_groups_and_small_classes_are_counted_as_plain_python_counts_them(write)
     assert text.startswith(f"{len(few)} classes, 1 with none: unicorn (0)")
     for category in made["categories"]:
         assert (f"{category['name']} ({of[category['id']]})" in text) == (category["id"] in few)
+
+
+def test_bounds_are_suggested_where_a_group_would_be_empty(write):
+    made = made_set("coco")
+    assert suggested_bounds(np.array([70, 300, 90, 1432, 0, 800, 500])) == (90, 500)
+    assert suggested_bounds(np.array([5, 5, 5, 9])) is None and suggested_bounds(np.array([5, 9])) is None
+    counts = sorted(LVISAnnotations.open(write(made)).stats.image_counts)
+    bounds = suggested_bounds(np.array(counts))
+    assert bounds is not None
+    text = f"data.rare_max={bounds[0]} data.common_max={bounds[1]}, in both stages"
+    assert told(look(write(made)), "no classes")[0].endswith(text)
+    assert told(look(write(made)), "not done") and not told(look(write(made_set())), "no classes")
 
 
 def test_missing_images_are_counted_by_folder_with_where_they_come_from(write, images):

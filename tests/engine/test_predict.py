@@ -57,11 +57,18 @@ def test_a_folder_of_images(folder: Path) -> None:
     text = predict(folder, "run", "images", "output=out", "threshold=0.0", "most=3")
     assert "wrote 4 pictures" in text
     pictures = {str(p.relative_to(folder / "out")) for p in (folder / "out").rglob("*.png")}
-    assert pictures == {"colour.jpg.png", "grey.PNG.png", "deep/sixteen.png.png", "deep/alpha.png.png"}
+    assert pictures == {
+        "colour_predicted.png",
+        "grey_predicted.png",
+        "deep/sixteen_predicted.png",
+        "deep/alpha_predicted.png",
+    }
     for name in pictures:
         assert cv2.imread(str(folder / "out" / name)).shape == (9 * 50, 9 * 70, 3)  # enlarged, to be readable
     records = json.loads((folder / "out/predictions.json").read_text())
-    assert {record["file"] for record in records} == {f"images/{name.removesuffix('.png')}" for name in pictures}
+    assert {record["file"] for record in records} == {
+        *("images/colour.jpg", "images/grey.PNG", "images/deep/sixteen.png", "images/deep/alpha.png")
+    }
     for file in {record["file"] for record in records}:
         mine = [record for record in records if record["file"] == file]
         assert [r["score"] for r in mine] == sorted((r["score"] for r in mine), reverse=True)
@@ -77,7 +84,7 @@ def test_the_makefile_takes_paths_with_spaces(folder: Path) -> None:
     line = ["make", "-C", str(ROOT), "-o", "setup", f"PY={sys.executable}", "predict", *words]
     done = subprocess.run(line, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
     assert done.returncode == 0, done.stdout + done.stderr
-    assert (folder / "made/a.jpg.png").is_file() and (folder / "made/predictions.json").is_file()
+    assert (folder / "made/a_predicted.png").is_file() and (folder / "made/predictions.json").is_file()
 
 
 def test_the_same_as_the_model_in_python(folder: Path) -> None:
@@ -139,13 +146,14 @@ def test_what_lies_in_a_folder(folder: Path) -> None:
     assert "live4.heic, ..." in text and "live5" not in text
     records = json.loads((trip / "found/predictions.json").read_text())
     assert sorted({record["file"] for record in records}) == expected
-    assert (trip / "found/album/two.png.png").is_file() and (trip / "found/day/photo.JPE.png").is_file()
+    assert (trip / "found/album/two_predicted.png").is_file()
+    assert (trip / "found/day/photo.JPE_predicted.png").is_file()  # there is a photo.jfif, too
     for output in ("trip/found", "trip/other", "trip"):  # the second and third run see the pictures of those before
         text = predict(folder, "run", "trip", f"output={output}")
         records = json.loads((folder / output / "predictions.json").read_text())
         assert sorted({record["file"] for record in records}) == expected
     assert "left out: 8 pictures of earlier predictions" in text
-    assert "wrote 4 pictures" in predict(folder, "run", "trip", "output=trip") and not list(trip.rglob("*.png.png.png"))
+    assert "wrote 4 pictures" in predict(folder, "run", "trip", "output=trip") and not list(trip.rglob("*ed_pred*"))
 
 
 def test_what_is_no_file_in_a_folder(folder: Path) -> None:
@@ -167,11 +175,11 @@ def test_what_is_no_file_in_a_folder(folder: Path) -> None:
 
 def test_no_image_is_overwritten(folder: Path) -> None:
     (folder / "pair").mkdir()
-    for name in ("a.jpg", "a.jpg.png"):
+    for name in ("a.jpg", "a_predicted.png"):
         (folder / "pair" / name).write_bytes((folder / "images/colour.jpg").read_bytes())
     text = predict(folder, "run", "pair", "output=pair", code=2)
-    assert "pair/a.jpg: its picture would be pair/a.jpg.png, which is an image itself" in text
-    assert (folder / "pair/a.jpg.png").read_bytes() == (folder / "images/colour.jpg").read_bytes()
+    assert "pair/a.jpg: its picture would be pair/a_predicted.png, which is an image itself" in text
+    assert (folder / "pair/a_predicted.png").read_bytes() == (folder / "images/colour.jpg").read_bytes()
 
 
 def test_a_bad_image_stops_none_of_the_others(folder: Path) -> None:

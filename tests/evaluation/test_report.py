@@ -68,6 +68,57 @@ def test_table_of_categories(tmp_path: Path, small: dict[str, Any]) -> None:
     assert list(json.loads((tmp_path / "metrics.json").read_text())) == ["bbox"]
 
 
+def test_results_that_name_files(tmp_path: Path) -> None:
+    """predictions.json of scripts/predict.py: the images are found by the ends of their paths."""
+    truth, results = random_case(4)
+    for image in truth["images"]:
+        image["file_name"] = f"val/{image['id'] % 2}/{image['id']}.jpg"
+    named = [{**{k: v for k, v in r.items() if k != "image_id"}, "file": f"/far/{r['image_id']}.jpg"} for r in results]
+    for name, content in (("truth", truth), ("ids", results), ("files", named)):
+        (tmp_path / f"{name}.json").write_text(json.dumps(content))
+    ways = [
+        evaluate_and_report(
+            tmp_path / "truth.json", tmp_path / f"{way}.json", tmp_path / way, resamples=0, errors=False
+        )
+        for way in ("ids", "files")
+    ]
+    assert ways[0]["segm"].metrics == ways[1]["segm"].metrics
+    named[1]["file"] = "x/none.jpg"
+    (tmp_path / "files.json").write_text(json.dumps(named))
+    with pytest.raises(
+        UserError, match=r"1 results whose file is no image of the annotation file.*: row 1: x/none.jpg$"
+    ):
+        evaluate_and_report(tmp_path / "truth.json", tmp_path / "files.json", tmp_path / "x", resamples=0)
+
+
+IMAGE = [{"id": 1, "height": 9, "width": 9, "file_name": "a.png"}]
+OBJECT = [{"id": 1, "image_id": 1, "category_id": 1, "bbox": [1, 1, 5, 5], "area": 25, "iscrowd": 0}]
+
+
+def test_groups_of_the_training_file(tmp_path: Path, small: dict[str, Any]) -> None:
+    """Of results of another program, too; bounds as in a run."""
+    small = {**small, "categories": [{"id": c["id"], "name": c["name"]} for c in small["categories"]]}
+    first = small["categories"][0]["id"]
+    image = small["images"][0]["id"]
+    box = {"bbox": [1, 1, 5, 5], "area": 25, "image_id": image, "iscrowd": 0}
+    objects = [{**box, "id": i, "category_id": c["id"]} for i, c in enumerate(small["categories"]) if c["id"] != first]
+    (tmp_path / "val.json").write_text(json.dumps(small))
+    (tmp_path / "train.json").write_text(json.dumps({**small, "annotations": objects}))
+    (tmp_path / "r.json").write_text("[]")
+    words = [f"annotations={tmp_path}/val.json", f"results={tmp_path}/r.json", f"training={tmp_path}/train.json"]
+    done = script("evaluate.py", *words, "rare_max=0", f"output={tmp_path}/out", "iou_types=bbox")
+    assert done.returncode == 0, done.stderr
+    with (tmp_path / "out/per_category.csv").open(newline="") as file:
+        assert {row["id"]: row["frequency"] for row in csv.DictReader(file)} == {
+            str(c["id"]): "r" if c["id"] == first else "c" for c in small["categories"]
+        }
+    (tmp_path / "train.json").write_text(
+        json.dumps({"annotations": OBJECT, "categories": [{"id": 1, "name": "other"}], "images": IMAGE})
+    )
+    assert "its categories are not those of the training data" in script("evaluate.py", *words).stderr
+    assert "training: is for results" in script("evaluate.py", "training=x.json").stderr
+
+
 def test_nothing_is_left_of_an_earlier_evaluation(tmp_path: Path) -> None:
     """Or compare.py would take old masks for new ones."""
     truth, results = random_case(10, crowded=True)

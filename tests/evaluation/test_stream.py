@@ -202,7 +202,7 @@ def test_a_folder_of_somebody_else(tmp_path):
     (tmp_path / "inference").mkdir()
     (tmp_path / "inference/segm.json").write_text('\n [{"image_id": 1}]')
     (tmp_path / "metrics.json").write_text("{}")
-    (tmp_path / "predictions.json").write_text('[{"file": "a.jpg", "category_id": 1}]')  # of predict.py: no image ids
+    (tmp_path / "others.json").write_text('[{"name": "a.jpg", "category_id": 1}]')
     (tmp_path / "folder.json").mkdir()
     (tmp_path / "gone.json").symlink_to("nowhere")
     os.mkfifo(tmp_path / "pipe.json")

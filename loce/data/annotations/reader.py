@@ -178,11 +178,11 @@ class Mistakes:
         self.counts: Counter[str] = Counter()
         self.examples: dict[str, list[str]] = {}
 
-    def add(self, kind: str, example: str) -> None:
-        """One more mistake of a kind."""
-        self.counts[kind] += 1
-        if self.counts[kind] <= FEW:
-            self.examples.setdefault(kind, []).append(example)
+    def add(self, kind: str, example: str, count: int = 1) -> None:
+        """One more mistake of a kind, or several with one example."""
+        self.counts[kind] += count
+        if len(shown := self.examples.setdefault(kind, [])) < FEW:
+            shown.append(example)
 
     def raise_all(self, path: str) -> None:
         """One UserError for all of them, or nothing."""
