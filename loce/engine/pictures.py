@@ -3,6 +3,7 @@
 OpenCV scales images and finds outlines, Pillow draws; figures with axes are matplotlib's (loce/report/figures.py).
 """
 
+import colorsys
 import unicodedata
 from collections.abc import Iterator, Mapping, Sequence
 from functools import cache
@@ -31,6 +32,8 @@ from loce.utils.files import atomic_write
 
 CELL, GAP, CAPTION, TITLE = 448, 8, 26, 44  # pixels: the side of a picture, between two, of the lines of text
 WHITE, INK, GREY = (255, 255, 255), (40, 40, 40), (128, 128, 128)
+LUMA, BRIGHT = (0.299, 0.587, 0.114), 140  # of a colour; on brighter ones letters are dark
+SHADES = ((0.0, 0.0), (0.035, 0.08), (-0.035, -0.1), (0.035, -0.1), (-0.035, 0.08))  # of hue and lightness
 TINT = 0.45  # how much of the colour goes into a mask
 READABLE = 480  # pixels of the short side; smaller images are enlarged by a whole number, so that names fit
 LARGEST = 4096  # pixels of the long side, beyond which nothing is enlarged
@@ -166,7 +169,8 @@ def comparisons(
         known = [(number, *classes.get(number, ("?", "r"))) for number in category_ids.tolist()]
         names = [class_text(name, number) for number, name, _ in known]
         texts = [f"{name} {score:.2f}" for name, score in zip(names, scores, strict=True)] if len(scores) else names
-        return draw_objects(image, corners, codes, texts, [group for _, _, group in known], CELL)
+        labels = [label_of.get(number, 0) for number, _, _ in known]
+        return draw_objects(image, corners, codes, texts, [group for _, _, group in known], labels, CELL)
 
     ids = annotations.stats.category_ids
     label_of = {number: label for label, number in enumerate(ids.tolist())}
@@ -248,9 +252,10 @@ def _annotated(sample: Sample, stats: ClassStats) -> np.ndarray:
     groups = [str(stats.groups[label]) for label in labels]
     names = [_name(stats, label) for label in labels]
     codes = _codes(sample["masks"], image.shape[:2])
-    picture = draw_objects(image, sample["boxes"].numpy(), codes, names, groups, CELL)
+    picture = draw_objects(image, sample["boxes"].numpy(), codes, names, groups, labels, CELL)
     boxes = torch.cat([sample["ignored"], sample["boxes"]]) * (CELL / max(image.shape[:2]))
-    colours = [GREY] * len(sample["ignored"]) + [GROUP_RGB[group] for group in groups]
+    own = [shade(group, label) for group, label in zip(groups, labels, strict=True)]
+    colours = [GREY] * len(sample["ignored"]) + own
     for (x1, y1, x2, y2), colour in zip(boxes.round().int().tolist(), colours, strict=True):
         cv2.rectangle(picture, (x1, y1), (x2, y2), colour, 1)
     return picture
@@ -282,7 +287,7 @@ def draw_detections(
     texts = [f"{_name(stats, labels[row])} {scores[row]:.2f}" for row in rows]
     groups = [str(stats.groups[labels[row]]) for row in rows]
     codes = [{"size": list(image.shape[:2]), "counts": found["rles"][row]} for row in rows]
-    return draw_objects(image, boxes[rows], codes, texts, groups, longest), rows
+    return draw_objects(image, boxes[rows], codes, texts, groups, labels[rows].tolist(), longest), rows
 
 
 def worth_drawing(boxes_N4: np.ndarray, scores_N: np.ndarray, labels_N: np.ndarray, limits: Limits) -> np.ndarray:
@@ -299,13 +304,14 @@ def draw_objects(
     codes: Sequence[dict[str, Any]],
     texts: Sequence[str],
     groups: Sequence[str],
+    labels: Sequence[int],
     longest: int | None = None,
 ) -> np.ndarray:
     """A scaled copy of the (H, W, 3) uint8 RGB image with N objects, the best first.
 
     boxes: (N, 4) xyxy; codes: N run-length codes of masks of the image's size, or none; texts: what is written at each;
-    groups: "r", "c" or "f", which gives the colour; longest: pixels of the picture's longer side (None: those of the
-    image, times a whole number where it is small).
+    groups: "r", "c" or "f", which gives the colour, and labels, which give its shade; longest: pixels of the picture's
+    longer side (None: those of the image, times a whole number where it is small).
     """
     height, width = image.shape[:2]
     whole = max(1, min(READABLE // min(height, width), LARGEST // max(height, width)))
@@ -314,25 +320,79 @@ def draw_objects(
     pixels = max(12, round(min(canvas.shape[:2]) / 40))  # of the letters
     line = max(1, round(pixels / 15))
     corners = (boxes * scale).round().astype(int).tolist()
+    colours = [shade(group, label) for group, label in zip(groups, labels, strict=True)]
+    points = [_label_points(*box) for box in corners]  # of each object, where its label may be
     for place in reversed(range(len(boxes))):  # the best on top
-        colour = GROUP_RGB[groups[place]]
+        colour = colours[place]
         if len(codes):
             mask = cv2.resize(coco_mask.decode(codes[place]), canvas.shape[1::-1], interpolation=cv2.INTER_NEAREST)
             shown = mask.astype(bool)
             canvas[shown] = ((1 - TINT) * canvas[shown] + TINT * np.array(colour)).astype(np.uint8)
             contours, _ = cv2.findContours(mask, cv2.RETR_EXTERNAL, cv2.CHAIN_APPROX_SIMPLE)
             cv2.drawContours(canvas, contours, -1, colour, line)
+            if contours:
+                points[place] = _mask_points(np.concatenate(contours)[:, 0])
         else:
             cv2.rectangle(canvas, tuple(corners[place][:2]), tuple(corners[place][2:]), colour, line)
-    # White letters on plates above the boxes, moved where they would leave the picture.
+    # Letters on plates at their objects, the best first, each where it covers least of the plates before it.
     picture = Image.fromarray(canvas)
     pen = ImageDraw.Draw(picture)
-    for (x, y, _, _), text, group in reversed(list(zip(corners, texts, groups, strict=True))):
-        length = pen.textlength(*_letters(text, pixels))
-        x, y = max(0, min(x, picture.width - int(length) - 4)), max(pixels + 4, y)
-        pen.rectangle((x, y - pixels - 4, x + length + 4, y), fill=GROUP_RGB[group])
-        write(pen, text, (x + 2, y - pixels // 4 - 1), WHITE, pixels)
+    plates: list[tuple[int, int, int, int]] = []
+    for text, own in zip(texts, points, strict=True):
+        plate = int(pen.textlength(*_letters(text, pixels))) + 4, pixels + 4
+        plates.append(_free_place(own, plate, picture.size, plates))
+    for (left, top, right, bottom), text, colour in reversed(list(zip(plates, texts, colours, strict=True))):
+        pen.rectangle((left, top, right, bottom), fill=colour)
+        bright = np.dot(colour, LUMA) > BRIGHT
+        write(pen, text, (left + 2, bottom - pixels // 4 - 1), INK if bright else WHITE, pixels)
     return np.array(picture)
+
+
+def shade(group: str, label: int) -> Colour:
+    """A class's colour: its group's, lighter or darker and of a neighbouring hue, so that few classes share one."""
+    turn, lighter = SHADES[label % len(SHADES)]
+    hue, lightness, saturation = colorsys.rgb_to_hls(*(part / 255 for part in GROUP_RGB[group]))
+    red, green, blue = colorsys.hls_to_rgb((hue + turn) % 1, min(max(lightness + lighter, 0), 1), saturation)
+    return round(255 * red), round(255 * green), round(255 * blue)
+
+
+Points = list[
+    tuple[float, float, float, float]
+]  # x, y of an object, and which share of a plate lies left of and above it
+
+
+def _label_points(x1: int, y1: int, x2: int, y2: int) -> Points:
+    """Where the label of a box may be: over its top left corner, within it, below, beside."""
+    return [(x1, y1, 0, 1), (x1, y1, 0, 0), (x1, y2, 0, 0), (x2, y1, 0, 0), (x1, y1, 1, 0), (x2, y2, 0, 1)]
+
+
+def _mask_points(outline: np.ndarray) -> Points:
+    """Where the label of a mask may be, touching its outline (P, 2) of x, y: over, below, beside; on its middle."""
+    x, y = outline[:, 0], outline[:, 1]
+    top, bottom, right, left = (outline[i].tolist() for i in (y.argmin(), y.argmax(), x.argmax(), x.argmin()))
+    middle = (float(x.mean()), float(y.mean()))
+    return [(*top, 0.5, 1), (*bottom, 0.5, 0), (*right, 0, 0.5), (*left, 1, 0.5), (*middle, 0.5, 0.5)]
+
+
+def _free_place(
+    points: Points,
+    plate: tuple[int, int],
+    size: tuple[int, int],
+    taken: Sequence[tuple[int, int, int, int]],
+) -> tuple[int, int, int, int]:
+    """Left, top, right, bottom of a plate (width, height) within a picture (width, height), at the first of the points
+    where it covers none that are taken, or least of them."""
+
+    def covered(place: tuple[int, int, int, int]) -> int:
+        sides = [(min(place[2], o[2]) - max(place[0], o[0]), min(place[3], o[3]) - max(place[1], o[1])) for o in taken]
+        return sum(max(width, 0) * max(height, 0) for width, height in sides)
+
+    places = []
+    for x, y, left, above in points:
+        corner = x - left * plate[0], y - above * plate[1]
+        a, b = (max(0, min(round(corner[n]), size[n] - plate[n] - 1)) for n in (0, 1))
+        places.append((a, b, a + plate[0], b + plate[1]))
+    return min(places, key=covered)  # the first of equal ones
 
 
 def _fitted(picture: np.ndarray, scale: float) -> np.ndarray:

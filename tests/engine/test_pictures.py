@@ -28,6 +28,7 @@ from loce.engine.pictures import (
     draw_objects,
     examples,
     first_samples,
+    shade,
     sheet,
     write,
     write_picture,
@@ -192,7 +193,8 @@ def test_names_of_several_lines_and_long_ones() -> None:
     )
     image, boxes = np.zeros((60, 90, 3), np.uint8), np.array([[5, 30, 50, 55]], np.float32)
     drawn = [
-        draw_objects(image, boxes, [], [f"{class_text(name, 3)} 0.5"], ["r"]) for name in ("left\nhand", "left hand")
+        draw_objects(image, boxes, [], [f"{class_text(name, 3)} 0.5"], ["r"], [0])
+        for name in ("left\nhand", "left hand")
     ]
     assert np.array_equal(*drawn)
     assert class_text("long " * 99, 3) != class_text("long " * 99, 4) and len(class_text("x" * 10**5, 3)) < 80
@@ -202,8 +204,38 @@ def test_names_of_several_lines_and_long_ones() -> None:
 def test_pictures_of_narrow_images_stay_small(size: tuple[int, int]) -> None:
     boxes = np.array([[0, 0, size[1], size[0]]], np.float32)
     codes = [coco_mask.encode(np.ones(size, np.uint8, order="F"))]
-    drawn = draw_objects(np.zeros((*size, 3), np.uint8), boxes, codes, ["a 0.5"], ["r"])
+    drawn = draw_objects(np.zeros((*size, 3), np.uint8), boxes, codes, ["a 0.5"], ["r"], [0])
     assert drawn.any() and max(drawn.shape) <= max(pictures.LARGEST, *size) and drawn.shape[0] % size[0] == 0
+
+
+def test_labels_touch_their_masks_and_keep_off_each_other(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a long, oblique mask the corner of the box is far away; three objects at one place have three labels."""
+    mask = np.zeros((500, 500), np.uint8)
+    cv2.line(mask, (50, 450), (450, 50), 1, 9)
+    around = coco_mask.encode(np.asfortranarray(mask))
+    box = coco_mask.toBbox(around)
+    boxes = np.array([[*box[:2], *(box[:2] + box[2:])]] * 3, np.float32)
+    plates: list[tuple[float, ...]] = []
+    monkeypatch.setattr(ImageDraw.ImageDraw, "rectangle", lambda pen, place, fill: plates.append(place))
+    draw_objects(np.zeros((500, 500, 3), np.uint8), boxes, [around] * 3, ["a", "b", "c"], ["r"] * 3, [0, 1, 2])
+    outline = np.argwhere(mask)[:, ::-1]
+    for n, (left, top, right, bottom) in enumerate(plates):
+        gap = np.maximum(np.maximum([left, top] - outline, outline - [right, bottom]), 0).sum(axis=1).min()
+        assert gap <= 5 and len(plates) == 3
+        assert all(right <= o[0] or o[2] <= left or bottom <= o[1] or o[3] <= top for o in plates[:n])
+
+
+def test_classes_of_a_group_have_shades_and_letters_are_read_on_them() -> None:
+    for group, base in GROUP_RGB.items():
+        colours = {shade(group, label) for label in range(5)}
+        assert len(colours) == 5 and shade(group, 0) == shade(group, 5) == base
+        others = [np.array(rgb) for other, rgb in GROUP_RGB.items() if other != group]
+        for colour in colours:  # nearer to its own group's than to another's
+            assert all(np.abs(np.array(colour) - base).sum() < np.abs(colour - other).sum() for other in others)
+    image, boxes = np.zeros((100, 100, 3), np.uint8), np.array([[20, 60, 80, 90]], np.float32)
+    for group, letters in (("f", pictures.WHITE), ("c", pictures.INK)):
+        drawn = draw_objects(image, boxes, [], ["name"], [group], [0])
+        assert (np.abs(drawn.astype(int) - letters).max(axis=2) < 40).sum() > 10
 
 
 def test_letters_stay_within_the_image() -> None:
@@ -211,5 +243,5 @@ def test_letters_stay_within_the_image() -> None:
         lettered("Жук", corner)
     picture = np.full((30, 40, 3), 90, np.uint8)
     boxes = np.array([[20, 0, 24, 4]], np.float32)
-    assert draw_objects(picture, boxes, [], ["очень длинное имя 0.98"], ["c"]).shape == (480, 640, 3)
+    assert draw_objects(picture, boxes, [], ["очень длинное имя 0.98"], ["c"], [0]).shape == (480, 640, 3)
     assert (picture == 90).all()

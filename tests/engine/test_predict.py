@@ -221,7 +221,7 @@ def test_masks_are_tinted_and_the_image_is_left_alone() -> None:
     mask = np.zeros((600, 600), np.uint8, order="F")
     mask[30:50, 30:50] = 1
     boxes = np.array([[30, 30, 50, 50]], np.float32)
-    drawn = draw_objects(image, boxes, [coco_mask.encode(mask)], ["a 0.50"], ["r"])
+    drawn = draw_objects(image, boxes, [coco_mask.encode(mask)], ["a 0.50"], ["r"], [0])
     assert (image == 200).all() and drawn.shape == image.shape
     expected = (0.55 * 200 + 0.45 * np.array(GROUP_RGB["r"])).astype(np.uint8)
     np.testing.assert_array_equal(drawn[40, 40], expected)
@@ -230,5 +230,5 @@ def test_masks_are_tinted_and_the_image_is_left_alone() -> None:
 
 def test_letters_stay_inside_a_small_image() -> None:
     image = np.zeros((24, 24, 3), np.uint8)
-    drawn = draw_objects(image, np.array([[20, 0, 24, 4]], np.float32), [], ["a very long name ✓"], ["c"])
+    drawn = draw_objects(image, np.array([[20, 0, 24, 4]], np.float32), [], ["a very long name ✓"], ["c"], [0])
     assert drawn.shape == (480, 480, 3) and drawn.any()
