@@ -21,6 +21,7 @@ import torch
 from data_rows import loader, mask_memory, opening
 from detector_rows import (
     Setting,
+    boxes,
     gpu_rows,
     inference,
     loce_cost,
@@ -43,6 +44,7 @@ ROWS: dict[str, Callable[[Setting], list[Row]]] = {
     "loce_cost": loce_cost,
     "stage2": stage2,
     "stage1": stage1,
+    "boxes": boxes,
     "mask_head": mask_head,
     "inference": inference,
     "nms": nms,

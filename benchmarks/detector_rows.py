@@ -122,6 +122,21 @@ def stage2(setting: Setting) -> list[Row]:
     return [take_turns(row, *[lambda s=s: s.step(samples) for s in sides], setting.device, setting.rounds)]
 
 
+def boxes(setting: Setting) -> list[Row]:
+    """A step without masks against the same with them, of both stages."""
+    scenes = make_scenes(BATCH, setting.image)
+    samples, rows = our_samples(scenes), []
+    for recipe, name in (("stage1.yaml", "stage 1"), ("loce.yaml", "LOCE")):
+        sides = [
+            Ours(recipe, setting.device, *words, regions=setting.regions) for words in (("model.masks=false",), ())
+        ]
+        for side in sides:
+            side.give_proposals(scenes)
+        row = Row(f"boxes_{recipe[:-5]}", f"{name} step, boxes only", "the same with masks", ratio="ours / theirs")
+        rows.append(take_turns(row, *[lambda s=s: s.step(samples) for s in sides], setting.device, setting.rounds))
+    return rows
+
+
 def stage1(setting: Setting) -> list[Row]:
     """A step of stage 1 against torchvision's; on a GPU also with bf16 on both sides, and with its defaults."""
     if setting.device.type == "cpu":

@@ -127,8 +127,9 @@ class RoIConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class ModelConfig:
-    """Mask R-CNN with FPN."""
+    """Mask R-CNN with FPN, or Faster R-CNN."""
 
+    masks: bool = True  # false: Faster R-CNN, boxes only; segmentations are neither needed nor read
     backbone: Literal["tiny", "resnet18", "resnet50", "resnet101"] = "resnet50"  # tiny: for tests and the demo
     weights: Literal["imagenet", "none"] = "imagenet"  # what the backbone starts from
     norm: Literal["frozen", "batch", "group"] = "frozen"  # frozen: BN statistics fixed, affine trained
@@ -415,7 +416,7 @@ class TrainConfig:
     checkpoint_every: Count = 1000  # iterations, besides every epoch's end
     keep_checkpoints: Count = 2  # newest ones, the best one besides
     evaluate: bool = True  # after the last epoch
-    evaluate_every: Natural = 0  # epochs; 0: after the last only; the best checkpoint by mask AP is kept, too
+    evaluate_every: Natural = 0  # epochs; 0: after the last only; the best checkpoint by AP is kept, too
     dry_run: bool = False  # two steps, save, resume and evaluation of a few images, in RUN/dry_run, instead of the run
     overfit: Natural = 0  # images to learn by heart, in RUN/overfit, instead of the run; 0: off
     wandb: bool = False  # curves and pictures on Weights & Biases, too; needs pip install loce[wandb]
@@ -547,13 +548,17 @@ OPTION_OF: dict[str, Choice] = {
     "indicator.background_score": ("indicator.kind", ("score",)),
     "indicator.background_count": ("indicator.kind", ("prior",)),
     "memory": ("memory.enabled", (True,)),
+    **{f"model.mask_{part}": ("model.masks", (True,)) for part in ("channels", "convs", "predictor")},
     "model.mask_temperature": ("model.mask_predictor", ("normalised",)),
+    "data.without_mask": ("model.masks", (True,)),
+    "data.allow_misplaced": ("model.masks", (True,)),
     "head.ecm.temperature": ("head.ecm.normalised", (True,)),
     "head.fcbl.threshold": ("head.fcbl.reweight", (True,)),
     "head.iif.temperature": ("head.iif.normalised", (True,)),
     "data.short_edges": ("data.resize", ("short_edge",)),
     "data.canvas": ("data.resize", ("lsj",)),
     "data.lsj_scale": ("data.resize", ("lsj",)),
+    "data.copy_paste": ("model.masks", (True,)),
     "data.paste_from": ("data.copy_paste", Range(0, above=True)),
     "train.drops": ("train.schedule", ("step",)),
     "train.drop_factor": ("train.schedule", ("step",)),

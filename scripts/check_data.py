@@ -2,18 +2,19 @@
 
 python scripts/check_data.py CONFIG.yaml [data.train_images=DIR ...] [decode=all] [key=value ...]
 python scripts/check_data.py annotations=A.json images=DIR [key=value ...]     # or A.json images=DIR
+Keys are those of a run, too: model.masks=false data.keep_empty=true.
 """
 
 import sys
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import TYPE_CHECKING, Any, Literal
 
 from loce.config import (
     Config,
     Count,
-    DataConfig,
     Natural,
     UserError,
+    from_dict,
     load_config,
     raise_problems,
     read_options,
@@ -46,9 +47,12 @@ def read_words(words: list[str]) -> tuple[Options, list[tuple[str, str]], Config
     options = read_options(Options, own)
     rest = [word for word in words if word not in own]
     if options.annotations:
-        if rest:
-            raise UserError(f"command line: {' '.join(rest)}: does not go with annotations={options.annotations}")
-        config = Config(data=DataConfig(allow_misplaced=options.allow_misplaced))
+        named = [word for word in rest if word.startswith(("data.train_", "data.val_"))]
+        if recipes := [*named, *(word for word in rest if "=" not in word)]:
+            raise UserError(f"command line: {' '.join(recipes)}: does not go with annotations={options.annotations}")
+        config = from_dict({}, "defaults", rest)
+        if options.allow_misplaced:
+            config = replace(config, data=replace(config.data, allow_misplaced=True))
         return options, [(options.annotations, options.images)], config
     if options.images:
         raise UserError("command line: images=: needs annotations=; with a CONFIG: data.train_images, data.val_images")

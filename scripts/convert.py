@@ -1,7 +1,7 @@
 """Convert a checkpoint: python scripts/convert.py SOURCE OUT [key=value ...]
 
-SOURCE -> ours: a Mask R-CNN of MMDetection 2.x or 3.x (LOCE's release, for one) or of torchvision, as its training, an
-own one, Lightning or torch.compile saved it; model.* and data.* are a run's options that no weight shows
+SOURCE -> ours: a Mask or Faster R-CNN of MMDetection 2.x or 3.x (LOCE's release, for one) or of torchvision, as its
+training, an own one, Lightning or torch.compile saved it; model.* and data.* are a run's options that no weight shows
 (data.test_short_edge=800, model.rpn.anchor_scale=8). With --to mmdet (to=mmdet): a checkpoint or run folder of ours ->
 MMDetection's.
 """

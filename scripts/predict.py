@@ -2,8 +2,8 @@
 
 Options eval.* take the place of the checkpoint's: eval.nms=0.4, eval.posthoc=norcal eval.norcal.gamma=0.8.
 
-Writes every image with masks, names and scores, coloured by how frequent a class was in training, and predictions.json
-with all detections.
+Writes every image with masks (or boxes), names and scores, coloured by how frequent a class was in training, and
+predictions.json with all detections.
 """
 
 import json
@@ -178,6 +178,7 @@ def records(
 ) -> Iterator[dict[str, Any]]:
     """An image's detections as predictions.json has them: COCO's fields, the file, the class's name, whether drawn."""
     height, width = image.shape[:2]
+    codes = found.get("rles")  # none of a detector of boxes
     for row, (box, score, label) in enumerate(zip(found["boxes"], found["scores"], found["labels"], strict=True)):
         x1, y1, x2, y2 = box.tolist()
         yield {
@@ -187,7 +188,7 @@ def records(
             "group": str(stats.groups[label]),
             "score": round(float(score), 6),
             "bbox": [round(side, 2) for side in (x1, y1, x2 - x1, y2 - y1)],
-            "segmentation": {"size": [height, width], "counts": found["rles"][row].decode()},
+            **({"segmentation": {"size": [height, width], "counts": codes[row].decode()}} if codes else {}),
             "drawn": row in drawn,
         }
 

@@ -457,6 +457,7 @@ def another_value(key: str) -> str:
 
 
 OTHER_CHOICE = {"indicator.kind": "prior", "model.mask_predictor": "linear", "memory.enabled": "false"} | {
+    "model.masks": "false",
     "head.reweighted.by": "inverse_frequency",
     "head.balms.meta_lr": "0.0",
     "head.ldam.reweight_from": "1.0",

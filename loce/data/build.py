@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from loce.config import Config, DataConfig
+from loce.config import Config
 from loce.data.annotations.cache import open_annotations
 from loce.data.annotations.image_files import Listings
 from loce.data.annotations.lvis import LVISAnnotations
@@ -14,7 +14,7 @@ from loce.utils.errors import raise_problems
 def train_annotations(config: Config) -> LVISAnnotations:
     """The training annotations; UserError where file or images are missing, or masks are not where boxes are."""
     data = config.data
-    annotations = _annotations(data, data.train_annotations, data.train_images, keep_empty=data.keep_empty)
+    annotations = _annotations(config, data.train_annotations, data.train_images, keep_empty=data.keep_empty)
     raise_problems(training_problems(annotations, data.allow_misplaced))
     return annotations
 
@@ -24,18 +24,19 @@ def val_annotations(config: Config, annotated: bool = True) -> LVISAnnotations:
 
     annotated=False takes a file of test images without a list `annotations`, for predictions.
     """
-    return _annotations(config.data, config.data.val_annotations, config.data.val_images, annotated=annotated)
+    return _annotations(config, config.data.val_annotations, config.data.val_images, annotated=annotated)
 
 
 def _annotations(
-    data: DataConfig,
+    config: Config,
     path: str,
     images: str,
     keep_empty: bool = False,
     annotated: bool = True,
 ) -> LVISAnnotations:
-    box_masks = data.without_mask == "box"
-    annotations = open_annotations(path, data.rare_max, data.common_max, keep_empty, box_masks, annotated=annotated)
+    data, masks = config.data, config.model.masks
+    options = (data.rare_max, data.common_max, keep_empty, data.without_mask == "box")
+    annotations = open_annotations(path, *options, masks=masks, annotated=annotated)
     if data.allow_missing:
         return annotations.without_images(annotations.missing_images(images), images)
     annotations.require_images(images)

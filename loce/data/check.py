@@ -64,9 +64,8 @@ def check_set(
     report.lines.append(path)
     data = config.data
     try:
-        annotations = LVISAnnotations.open(
-            path, data.rare_max, data.common_max, data.keep_empty and use == "training", data.without_mask == "box"
-        )
+        options = (data.rare_max, data.common_max, data.keep_empty and use != "evaluation", data.without_mask == "box")
+        annotations = LVISAnnotations.open(path, *options, masks=config.model.masks)
     except UserError as error:
         version = next((v for v, archives in ANNOTATIONS.items() for a in archives if a.content == Path(path).name), "")
         fix = f". `make data VERSION={version} ARGS=only=annotations` fetches it into data/" if version else ""

@@ -48,13 +48,14 @@ class TrainDataset:
     """Augmented training samples.
 
     A sample: "image" uint8 (3, H, W) RGB (stored row by row with the channels last); "boxes" float32 (N, 4) xyxy in its
-    pixels; "labels" int64 (N,); "masks" CroppedMasks; "ignored" float32 (M, 4) boxes of regions that are neither
-    objects nor background; "rows" int64 (N,) indices of the annotations; "image_id" int; "size" the file's (height,
-    width); "scale" (x, y) resized / file; "sampled_class" and "batch_index" as in `ShownImage`; "seed" int, see
-    `sample_seed`. Instances are the annotations `annotations.rows(index)`, in that order, or some of them, and then
-    "limited" is a message that says so; N may be 0 only with `data.keep_empty`, and where a canvas shows no object.
-    With `data.copy_paste` the last "pasted" instances are of another image: neither its crowds nor what is known of its
-    classes (negative, not annotated everywhere) come along, since training reads nothing of the latter.
+    pixels; "labels" int64 (N,); "masks" CroppedMasks, where segmentations were read; "ignored" float32 (M, 4) boxes of
+    regions that are neither objects nor background; "rows" int64 (N,) indices of the annotations; "image_id" int;
+    "size" the file's (height, width); "scale" (x, y) resized / file; "sampled_class" and "batch_index" as in
+    `ShownImage`; "seed" int, see `sample_seed`. Instances are the annotations `annotations.rows(index)`, in that order,
+    or some of them, and then "limited" is a message that says so; N may be 0 only with `data.keep_empty`, and where a
+    canvas shows no object. With `data.copy_paste` the last "pasted" instances are of another image: neither its crowds
+    nor what is known of its classes (negative, not annotated everywhere) come along, since training reads nothing of
+    the latter.
     """
 
     def __init__(self, annotations: LVISAnnotations, folder: str | Path, config: DataConfig, seed: int) -> None:
@@ -101,7 +102,7 @@ class TrainDataset:
             "image": _to_tensor(scene.image),
             "boxes": torch.from_numpy(scene.boxes),
             "labels": torch.from_numpy(annotations.labels[scene.rows].astype(np.int64)),
-            "masks": CroppedMasks.pack(scene.crops, geometry.size),
+            **self._masks(scene.crops, geometry.size),
             "ignored": torch.from_numpy(scene.ignored),
             "rows": torch.from_numpy(scene.rows),
             "image_id": int(annotations.image_ids[index]),
@@ -129,7 +130,10 @@ class TrainDataset:
         cuts is that of the pixels that are left.
         """
         annotations = self.annotations
-        corners, crops = annotations.clipped_boxes(rows), instance_crops(annotations, rows, geometry)
+        corners = annotations.clipped_boxes(rows)
+        # Without masks boxes are all that is needed; on a canvas filled ones are cut as masks are.
+        needed = annotations.with_masks or geometry.canvas is not None
+        crops = instance_crops(annotations, rows, geometry) if needed else []
         boxes, regions = geometry.boxes(corners), geometry.boxes(annotations.clipped_boxes(ignored))
         if geometry.canvas is not None:
             seen = np.array([bits.any() for bits, _ in crops], bool)
@@ -178,6 +182,9 @@ class TrainDataset:
         label = int(generator.integers(len(first) - 1))
         return int(self.annotations.image_of[rows[generator.integers(first[label], first[label + 1])]])
 
+    def _masks(self, crops: list[Crop], size: tuple[int, int]) -> Sample:
+        return {"masks": CroppedMasks.pack(crops, size)} if self.annotations.with_masks else {}
+
     def _substitute(self, index: int, epoch: int, repeat: int, message: str) -> Sample:
         messages = [message]
         generator = image_generator(self.seed, epoch, int(self.annotations.image_ids[index]), repeat)
@@ -200,7 +207,7 @@ class TrainDataset:
             "image": torch.zeros((3, side, side), dtype=torch.uint8),
             "boxes": torch.zeros((0, 4)),
             "labels": torch.zeros(0, dtype=torch.int64),
-            "masks": CroppedMasks.pack([], geometry.size),
+            **self._masks([], geometry.size),
             "ignored": torch.zeros((0, 4)),
             "rows": torch.from_numpy(none),
             "image_id": int(self.annotations.image_ids[index]),

@@ -31,6 +31,7 @@ from loce.utils.yaml_text import show
 # Options that give weights their meaning, and that no shape shows.
 UNSEEN = ("model.mask_predictor", "model.rpn.anchor_scale", "model.roi.finest_scale", "model.roi.aligned")
 SIZES = ("data.short_edges", "data.long_edge", "data.test_short_edge")
+MASKS = "roi_heads.mask_head."
 LAST_TRIES, LAST_WAIT = 20, 30.0  # of saving the last checkpoint; seconds between them
 
 
@@ -170,16 +171,23 @@ def load_initial_weights(config: Config, model: MaskRCNN, stats: ClassStats) -> 
     frozen = {name for name, p in model.named_parameters() if not p.requires_grad}
     lacking = sorted(frozen & set(found["new"]))
     if lacking:
+        hint = "; a detector of boxes goes on with model.masks=false" * lacking[0].startswith(MASKS)
         raise UserError(
-            f"train.init = {init}: has no {', '.join(lacking[:5])}, which would stay random: they are frozen"
+            f"train.init = {init}: has no {', '.join(lacking[:5])}, which would stay random: they are frozen{hint}"
         )
     counts = ", ".join(f"{len(names)} {what}" for what, names in found.items())
     averaged = f", averages over its training (train.ema={start.config.train.ema:g})" if start.averages else ""
     lines = [f"weights from {init}{averaged}: {counts}; {len(frozen)} tensors are frozen"]
     if start.unfinished:
         lines.append(f"WARNING: {start.path} is of an unfinished run: {start.iterations} iterations were done")
+    # A mask head comes and goes with model.masks.
+    if any(name.startswith(MASKS) for name in found["dropped"]):
+        lines.append("the mask head of that checkpoint is left out (model.masks=false)")
+    if any(name.startswith(MASKS) for name in found["new"]):
+        lines.append(f"WARNING: {init} is a detector of boxes: the mask head starts anew (model.masks=true)")
     lines += [f"weights: {what}: {name}" for what in ("new", "dropped") for name in found[what]]
-    options = [f"{key}={show(value)}" for key, value in diff(config, start.config).items() if key in UNSEEN]
+    unseen = UNSEEN if config.model.masks and start.config.model.masks else UNSEEN[1:]
+    options = [f"{key}={show(value)}" for key, value in diff(config, start.config).items() if key in unseen]
     if options:
         lines.append(
             f"WARNING: {init} was made with {' '.join(options)}, this run says otherwise: its weights fit worse"

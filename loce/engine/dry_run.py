@@ -170,7 +170,8 @@ def _verdict(folder: Path, images: int) -> list[str]:
     """The first and last loss, the AP, and what to look at where the loss did not fall enough."""
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
     metrics = json.loads((folder / "eval" / "metrics.json").read_text(encoding="utf-8"))
-    ap = ", ".join(f"{name} AP {100 * metrics[kind]['AP']:.1f}" for kind, name in (("bbox", "box"), ("segm", "mask")))
+    names = {"bbox": "box", "segm": "mask"}
+    ap = ", ".join(f"{names[kind]} AP {100 * values['AP']:.1f}" for kind, values in metrics.items())
     first, last = lines[0], lines[-1]
     text = f"overfit: loss {first['loss']:.4g} at first, {last['loss']:.4g} at last; on these {images} images {ap}"
     if last["loss"] < LEARNED * first["loss"]:

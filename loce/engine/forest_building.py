@@ -80,6 +80,8 @@ def _check(
         problems.append("checkpoint: must name a trained detector, whose features the visual tree is made of")
     if forest.lexical and not lexical:
         problems.append("lexical: must name a JSON file, {class name: parent name}, for the lexical tree")
+    if forest.geometrical and not config.model.masks:
+        problems.append("model.masks = false: the geometrical tree is made of masks; set head.forest.geometrical=0")
     for tree in ("visual", "geometrical"):
         if getattr(forest, tree) > seen:
             problems.append(

@@ -168,6 +168,8 @@ def check_evaluation(
 ) -> None:
     """UserError, before any work, where the validation data or the protocol cannot be evaluated."""
     annotations.require_same_classes(stats, owner)
+    if "segm" in iou_types and not config.model.masks:
+        raise UserError(f"iou_types = {','.join(iou_types)}: {owner} is a detector of boxes (model.masks=false)")
     masks = "segm" in compared_types(annotations, config.data.without_mask, iou_types)
     raise_problems(evaluation_problems(annotations, masks, config.eval.protocols, config.data.allow_misplaced))
 
@@ -368,7 +370,7 @@ def _write(
     if near_misses is not None:
         near_misses = {kind: (b, s, category_ids[labels]) for kind, (b, s, labels) in near_misses.items()}
     ids = category_ids[found["labels"]]
-    writer.add(image_id, found["boxes"], found["scores"], ids, found["rles"], size, near_misses, found.get("ranks"))
+    writer.add(image_id, found["boxes"], found["scores"], ids, found.get("rles"), size, near_misses, found.get("ranks"))
 
 
 @torch.no_grad()

@@ -184,21 +184,19 @@ def comparisons(
         image = read_image(annotations.image_path(index, images), (height, width))
         # What is annotated, without scores; then what each run found, if it is worth drawing.
         own = annotations.rows(index)
-        codes = [
-            coco_mask.frPyObjects({"counts": runs.tolist(), "size": [height, width]}, height, width)
-            for runs in annotations.segmentations.runs(own, height, width)
-        ]
-        boxes = np.array([coco_mask.toBbox(code) for code in codes]).reshape(-1, 4)
-        corners = np.concatenate([boxes[:, :2], boxes[:, :2] + boxes[:, 2:]], axis=1)
+        masked = annotations.has_mask[own]
+        masks = iter(annotations.segmentations.rles(own[masked], height, width))
+        codes = [next(masks) if has_mask else None for has_mask in masked]  # of the others the box is drawn
+        corners = annotations.clipped_boxes(own)
         drawn = {"ground truth": draw(corners, codes, ids[annotations.labels[own]], np.empty(0))}
         for title, detections in found.items():
             mine = np.flatnonzero(detections.image_ids == annotations.image_ids[index])
             labels = np.array([label_of[number] for number in detections.category_ids[mine].tolist()], dtype=np.int64)
             scores = detections.scores[mine]
             best = mine[worth_drawing(detections.corners()[mine], scores, labels, limits[title])]
-            codes = detections.masks.rles(best) if detections.masks is not None else []
+            found_masks = detections.masks.rles(best) if detections.masks is not None else []
             ids_of_best, scores = detections.category_ids[best], detections.scores[best]
-            drawn[title] = draw(detections.corners()[best], codes, ids_of_best, scores)
+            drawn[title] = draw(detections.corners()[best], found_masks, ids_of_best, scores)
         yield annotations.name(index), drawn
 
 
@@ -251,7 +249,7 @@ def _annotated(sample: Sample, stats: ClassStats) -> np.ndarray:
     image, labels = _pixels(sample), sample["labels"].tolist()
     groups = [str(stats.groups[label]) for label in labels]
     names = [_name(stats, label) for label in labels]
-    codes = _codes(sample["masks"], image.shape[:2])
+    codes = _codes(sample["masks"], image.shape[:2]) if "masks" in sample else []
     picture = draw_objects(image, sample["boxes"].numpy(), codes, names, groups, labels, CELL)
     boxes = torch.cat([sample["ignored"], sample["boxes"]]) * (CELL / max(image.shape[:2]))
     own = [shade(group, label) for group, label in zip(groups, labels, strict=True)]
@@ -286,7 +284,8 @@ def draw_detections(
     rows = worth_drawing(boxes, scores, labels, limits)
     texts = [f"{_name(stats, labels[row])} {scores[row]:.2f}" for row in rows]
     groups = [str(stats.groups[labels[row]]) for row in rows]
-    codes = [{"size": list(image.shape[:2]), "counts": found["rles"][row]} for row in rows]
+    counts = [found["rles"][row] for row in rows] if "rles" in found else []
+    codes = [{"size": list(image.shape[:2]), "counts": count} for count in counts]
     return draw_objects(image, boxes[rows], codes, texts, groups, labels[rows].tolist(), longest), rows
 
 
@@ -301,7 +300,7 @@ def worth_drawing(boxes_N4: np.ndarray, scores_N: np.ndarray, labels_N: np.ndarr
 def draw_objects(
     image: np.ndarray,
     boxes: np.ndarray,
-    codes: Sequence[dict[str, Any]],
+    codes: Sequence[dict[str, Any] | None],
     texts: Sequence[str],
     groups: Sequence[str],
     labels: Sequence[int],
@@ -309,9 +308,9 @@ def draw_objects(
 ) -> np.ndarray:
     """A scaled copy of the (H, W, 3) uint8 RGB image with N objects, the best first.
 
-    boxes: (N, 4) xyxy; codes: N run-length codes of masks of the image's size, or none; texts: what is written at each;
-    groups: "r", "c" or "f", which gives the colour, and labels, which give its shade; longest: pixels of the picture's
-    longer side (None: those of the image, times a whole number where it is small).
+    boxes: (N, 4) xyxy; codes: N run-length codes of masks of the image's size, or none at all; None: the box is drawn;
+    texts: what is written at each; groups: "r", "c" or "f", which gives the colour, and labels, which give its shade;
+    longest: pixels of the picture's longer side (None: those of the image, times a whole number where it is small).
     """
     height, width = image.shape[:2]
     whole = max(1, min(READABLE // min(height, width), LARGEST // max(height, width)))
@@ -324,7 +323,7 @@ def draw_objects(
     points = [_label_points(*box) for box in corners]  # of each object, where its label may be
     for place in reversed(range(len(boxes))):  # the best on top
         colour = colours[place]
-        if len(codes):
+        if len(codes) and codes[place] is not None:
             mask = cv2.resize(coco_mask.decode(codes[place]), canvas.shape[1::-1], interpolation=cv2.INTER_NEAREST)
             shown = mask.astype(bool)
             canvas[shown] = ((1 - TINT) * canvas[shown] + TINT * np.array(colour)).astype(np.uint8)

@@ -52,6 +52,7 @@ def run_summary(trainer: Trainer, arm: Arm) -> list[str]:
     groups = " / ".join(str(int(mask.sum())) for mask in masks)
     instances = [int(stats.instance_counts[mask].sum()) for mask in masks]
     # Model and batch.
+    network = config.model.backbone + ("" if config.model.masks else ", boxes only")
     trained = sum(p.numel() for p in arm.model.parameters() if p.requires_grad)
     every = sum(p.numel() for p in arm.model.parameters())
     each = train.batch_size // (world * train.accumulate)
@@ -78,8 +79,7 @@ def run_summary(trainer: Trainer, arm: Arm) -> list[str]:
         f"{len(stats)} classes: rare / common / frequent {groups}",
         *(f"data: left out: {count} {reason}" for reason, count in trainer.annotations.dropped.items()),
         *(f"data: {note}" for note in trainer.annotations.notes),
-        f"model: {config.model.backbone}, {trained / 1e6:.2f} of {every / 1e6:.2f} M parameters train "
-        f"(train.freeze={train.freeze})",
+        f"model: {network}, {trained / 1e6:.2f} of {every / 1e6:.2f} M parameters train (train.freeze={train.freeze})",
         f"batch: {train.batch_size} = {world} ranks x {each} images x {train.accumulate} steps{meta}; "
         f"{rate} {scaled_lr(train):.4g} ({train.lr:g} at {train.lr_batch_size}, scaled linearly)",
         f"schedule: {train.epochs} epochs, {total} iterations, {falls}, {train.precision}, "

@@ -1,7 +1,7 @@
 """Evaluation between epochs (`train.evaluate_every`), and the best checkpoint, which is kept beside the newest.
 
-Best is by mask AP on the validation data, so its own number is too good to be reported: RUN/eval, and every table, is
-of the last checkpoint.
+Best is by mask AP (box AP where masks are not evaluated) on the validation data, so its own number is too good to be
+reported: RUN/eval, and every table, is of the last checkpoint.
 """
 
 import json
@@ -19,7 +19,7 @@ from loce.models.mask_rcnn import MaskRCNN
 from loce.utils import distributed
 from loce.utils.files import write_text
 
-BEST = "best.json"  # in the run folder: {"checkpoint": "checkpoints/000012300", "epoch": 3, "mask AP": 0.2}
+BEST = "best.json"  # in the run folder: {"checkpoint": "checkpoints/000012300", "epoch": 3, "mask AP": 0.2} or "box AP"
 
 
 def due(train: TrainConfig, epoch: int) -> bool:
@@ -82,10 +82,11 @@ def note_best(
 ) -> None:
     """Make this epoch's checkpoint the best one, where it is. Rank 0 only."""
     metrics = json.loads((output / "metrics.json").read_text(encoding="utf-8"))
-    score = float(metrics.get("segm", metrics["bbox"])["AP"])  # of boxes where masks cannot be compared
+    name, kind = ("mask AP", "segm") if "segm" in metrics else ("box AP", "bbox")
+    score = float(metrics[kind]["AP"])
     known = read_best(run)
-    if not known or known["epoch"] == epoch or score > known["mask AP"]:
-        found = {"checkpoint": f"checkpoints/{iteration:09d}", "epoch": epoch, "mask AP": score}
+    if not known or known["epoch"] == epoch or score > known.get(name, -1):
+        found = {"checkpoint": f"checkpoints/{iteration:09d}", "epoch": epoch, name: score}
         write_text(run / BEST, json.dumps(found) + "\n")
 
 

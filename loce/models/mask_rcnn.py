@@ -1,4 +1,5 @@
-"""Mask R-CNN with FPN (arXiv 1703.06870), MMDetection's numerics, and LOCE's second stage.
+"""Mask R-CNN with FPN (arXiv 1703.06870) or, without a mask head, Faster R-CNN (arXiv 1506.01497), by MMDetection's
+numerics, and LOCE's second stage.
 
 Samples are the data sets' dicts with host tensors; the model moves them to its own device. Shapes: B images.
 """
@@ -41,11 +42,13 @@ def build_roi_heads(
     memory: MemoryConfig,
     stats: ClassStats,
 ) -> RoIHeads:
-    """The RoI heads for the classes of `stats`: boxes, masks, classifier, and LOCE's mean score and memory."""
+    """The RoI heads for the classes of `stats`: boxes, masks (or none), classifier, LOCE's mean score and memory."""
     classes, width = len(stats), model.fpn_channels
     box_head = BoxHead(width, model.fc_features)
-    normalised = model.mask_predictor == "normalised"
-    mask_head = MaskHead(width, model.mask_channels, model.mask_convs, classes, normalised, model.mask_temperature)
+    mask_head = None
+    if model.masks:
+        normalised = model.mask_predictor == "normalised"
+        mask_head = MaskHead(width, model.mask_channels, model.mask_convs, classes, normalised, model.mask_temperature)
 
     # The indicator (Sec. 3.1): the mean score or, in its place, training instance counts.
     tracker = MeanScoreTracker(classes, indicator.momentum, indicator.initial_score, indicator.background_score)
@@ -156,7 +159,7 @@ class MaskRCNN(nn.Module):
         return Targets(
             boxes=boxes,
             labels=labels,
-            masks=sample["masks"].to(device, non_blocking=True),
+            masks=sample["masks"].to(device, non_blocking=True) if self.config.masks else None,
             store_rows=None if rows is None else rows.to(device, non_blocking=True),
             sampled_class=sample.get("sampled_class", -1),
             seed=sample.get("seed"),
@@ -167,7 +170,7 @@ class MaskRCNN(nn.Module):
 
     def forward(self, samples: list[Any]) -> Any:
         """Training: samples -> their losses, scalars by name. Evaluation: images (3, h, w) -> list of {boxes, labels,
-        scores, masks}."""
+        scores, masks}; no masks where the model has none."""
         if not self.training:
             return self.predict(samples)
         losses, batch = self.first_stage(samples)
@@ -205,7 +208,8 @@ class MaskRCNN(nn.Module):
         once: Once | None = None,
         full_masks: bool = False,
     ) -> list[dict[str, Any]]:
-        """Detections per image in original pixels: boxes (M, 4), scores (M,), labels (M,), rles (M compressed codes).
+        """Detections per image in original pixels: boxes (M, 4), scores (M,), labels (M,), rles (M compressed codes;
+        not in a model without masks).
 
         scales: (x, y) resized / original; originals: (height, width); allowed: per image a bool mask (C,) of the
         classes that evaluation can use there: others count towards the cap of detections, but are then left out
@@ -301,15 +305,18 @@ class MaskRCNN(nn.Module):
                 ranks_M = torch.cat([ranks_M, ranks_M.new_full((after,), self.evaluation.detections)])
             ranks = {"ranks": ranks_M.cpu()}
 
+        arrays = {"boxes": boxes_M4.cpu(), "scores": scores_M.cpu(), "labels": labels_M.cpu(), **ranks, **misses}
+        mask_head = roi.mask_head
+        if mask_head is None:
+            return arrays
         # Masks of what is left, some regions at a time, which bounds the memory, and by level of the pyramid, so that
         # most of these times read one map.
-        most = max(1, MASK_BYTES // (4 * MASK_SIZE**2 * roi.mask_head.upsample.out_channels))
+        most = max(1, MASK_BYTES // (4 * MASK_SIZE**2 * mask_head.upsample.out_channels))
         regions_M4 = boxes_M4 * scale_4
         order_M = pyramid_level(regions_M4, roi.config.finest_scale).argsort(stable=True)
         some = zip(regions_M4[order_M].split(most), labels_M[order_M].split(most), strict=True)
-        masks = [roi.mask_head(roi.pool(features, [b], MASK_SIDE), labels).float().sigmoid() for b, labels in some]
+        masks = [mask_head(roi.pool(features, [b], MASK_SIDE), labels).float().sigmoid() for b, labels in some]
         masks_MSS = torch.cat(masks)[order_M.argsort()]
-        arrays = {"boxes": boxes_M4.cpu(), "scores": scores_M.cpu(), "labels": labels_M.cpu(), **ranks, **misses}
         if full_masks:
             return {**arrays, "masks": paste_full(masks_MSS, boxes_M4, original)}
         return {**arrays, "rles": paste_and_encode(masks_MSS, boxes_M4, original)}
@@ -351,5 +358,6 @@ class MaskRCNN(nn.Module):
         return self.detect(pixels, scales, originals, full_masks=full_masks)
 
     def predict(self, images: list[Tensor]) -> list[dict[str, Tensor]]:
-        """Detections of uint8 RGB images (3, h, w) of any size: boxes, labels, scores and full-size bool masks."""
+        """Detections of uint8 RGB images (3, h, w) of any size: boxes, labels, scores and, of a model with masks,
+        full-size bool masks."""
         return self.detect_images(images, full_masks=True)

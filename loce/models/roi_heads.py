@@ -48,7 +48,7 @@ class Targets:
 
     boxes: Tensor  # (G, 4)
     labels: Tensor  # (G,)
-    masks: CroppedMasks
+    masks: CroppedMasks | None  # None: the model has no mask head
     store_rows: Tensor | None = None  # (n,) instances whose features the memory stores; None: it chooses
     sampled_class: int = -1  # as RoIs.sampled_class_N
     seed: int | None = None  # of the image's random numbers
@@ -103,7 +103,7 @@ class BoxHead(nn.Module):
 
 
 class RoIHeads(nn.Module):
-    """Box head, classification head, class-specific box regressor, mask head, and what LOCE adds to them."""
+    """Box head, classification head, class-specific box regressor, mask head (or none), and what LOCE adds to them."""
 
     prior: Tensor
 
@@ -112,7 +112,7 @@ class RoIHeads(nn.Module):
         config: RoIConfig,
         box_head: BoxHead,
         classifier: Head,
-        mask_head: MaskHead,
+        mask_head: MaskHead | None,
         tracker: MeanScoreTracker,
         prior: Tensor | None = None,
         memory: MemorySampling | None = None,
@@ -158,7 +158,8 @@ class RoIHeads(nn.Module):
         if self.only_classifier:
             return losses
         losses["loss_box"] = self._box_loss(x_ND, rois, box_targets_N4, self._most(sampled, rois))
-        losses["loss_mask"] = once(self.mask_head, lambda: self._mask_loss(features, sampled, targets, positives))
+        if self.mask_head is not None:
+            losses["loss_mask"] = once(self.mask_head, lambda: self._mask_loss(features, sampled, targets, positives))
         return losses
 
     def fill_memory(
@@ -350,10 +351,9 @@ class RoIHeads(nn.Module):
         counts = counts_B.tolist()  # sync: masks are predicted for positives only, which come first
         boxes = [r.boxes[:p] for r, p in zip(sampled, counts, strict=True)]
         labels_P = torch.cat([r.labels[:p] for r, p in zip(sampled, counts, strict=True)])
-        wanted = [
-            mask_targets(t.masks, r.instances[:p], b)
-            for r, t, p, b in zip(sampled, targets, counts, boxes, strict=True)
-        ]
+        assert self.mask_head is not None
+        masks = [t.masks for t in targets if t.masks is not None]
+        wanted = [mask_targets(m, r.instances[:p], b) for r, m, p, b in zip(sampled, masks, counts, boxes, strict=True)]
         logits = self.mask_head(self.pool(features, boxes, MASK_SIDE), labels_P)
         return mask_loss(logits, torch.cat(wanted), positives)
 

@@ -8,6 +8,7 @@ image. So each model comes out as if it had been trained by itself.
 
 import copy
 from collections.abc import Sequence
+from operator import attrgetter
 from typing import Any
 
 import torch
@@ -18,7 +19,7 @@ from loce.models.mask_rcnn import MaskRCNN
 from loce.models.memory_sampling import MemorySampling
 from loce.models.roi_heads import Once
 
-SHARED = ("backbone", "rpn", "roi_heads.mask_head")
+SHARED = ("backbone", "rpn", "roi_heads.mask_head")  # the last where the model has one
 DRAWING = ("classes_per_draw", "features_per_class")  # options of the memory that storing does not depend on
 
 
@@ -50,7 +51,7 @@ def share(model: MaskRCNN, others: Sequence[MaskRCNN]) -> None:
     UserError where the weights of a part that trains alike in all, or of the trunk, are not the same.
     """
     for other in others[:1]:
-        for name in SHARED:
+        for name in _parts(model, *SHARED):
             if not _equal(model.get_submodule(name), other.get_submodule(name)):
                 raise UserError(f"{name}: its weights are not the same in all, so that they cannot train in one pass")
             parent, _, part = name.rpartition(".")
@@ -69,7 +70,7 @@ def share(model: MaskRCNN, others: Sequence[MaskRCNN]) -> None:
 def share_equal(models: Sequence[MaskRCNN]) -> None:
     """Make those parts one module that hold the same bits, for inference."""
     for number, model in enumerate(models):
-        for name in (*SHARED, "roi_heads.box_head"):
+        for name in _parts(model, *SHARED, "roi_heads.box_head"):
             parent, _, part = name.rpartition(".")
             for other in models[:number]:
                 if _equal(model.get_submodule(name), other.get_submodule(name)):
@@ -90,6 +91,11 @@ def _stored(model: MaskRCNN) -> tuple[Any, ...]:
     options = {name: value for name, value in vars(memory.config).items() if name not in DRAWING}
     depth = model.roi_heads.classifier.depth if memory.config.level == "fc" else -1
     return *options.items(), depth
+
+
+def _parts(model: MaskRCNN, *names: str) -> list[str]:
+    """Those parts of a model that it has."""
+    return [name for name in names if attrgetter(name)(model) is not None]
 
 
 def _frozen(module: nn.Module) -> bool:

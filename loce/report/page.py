@@ -106,7 +106,8 @@ def predictions(runs: Sequence[Run], count: int) -> tuple[Pictures, list[str]]:
     same = [run for run in able if run.facts.get("annotations") == path]
     notes += [f"{run.title}: was evaluated on other data" for run in able if run not in same]
     try:
-        annotations = LVISAnnotations.open(path, keep_empty=True)
+        masks, box_masks = first.option("model", "masks", True), first.option("data", "without_mask") == "box"
+        annotations = LVISAnnotations.open(path, keep_empty=True, box_masks=box_masks, masks=masks)
         found = {run.title: run.folder / "eval" for run in same}
         classes = dict(zip(first.classes.ids, zip(first.classes.names, first.classes.groups, strict=True), strict=True))
         drawn = comparisons(annotations, images, found, classes, count)

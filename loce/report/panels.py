@@ -22,10 +22,16 @@ CURVES: dict[str, tuple[str, Callable[[Run], dict[str, str]]]] = {
     "scores": ("Mean score of the groups", lambda _: {f"mean_score/{g}": name for g, name in GROUPS.items()}),
     "memory": ("Memory fill of the groups", lambda _: {f"memory_fill/{g}": name for g, name in GROUPS.items()}),
     "aps": (
-        "Mask AP of the groups, after epochs (train.evaluate_every) and at the end",
-        lambda _: {"eval/segm_AP": "all"} | {f"eval/segm_AP{g}": name for g, name in GROUPS.items()},
+        "AP of the groups, after epochs (train.evaluate_every) and at the end: of masks, of boxes where there are none",
+        lambda run: {f"eval/{kind(run)}_AP{g}": name for g, name in {"": "all", **GROUPS}.items()},
     ),
 }
+
+
+def kind(run: Run) -> str:
+    """The IoU type that a run's AP is of: masks, or boxes where masks were not evaluated."""
+    masks = "segm" in run.aps or any("eval/segm_AP" in line for line in run.metrics)
+    return "segm" if masks else "bbox"
 
 
 def percent(value: float | None) -> str:
@@ -109,7 +115,7 @@ def shown_curves(runs: Sequence[Run]) -> dict[str, str]:
 def curve(run: Run, name: str) -> dict[str, Any]:
     """{"at": iterations, "series": {legend: values}} of the lines that have such values."""
     chosen = CURVES[name][1](run)
-    last = {f"eval/segm_{key}": number(str(value)) for key, value in run.aps.get("segm", {}).items()}
+    last = {f"eval/{kind(run)}_{key}": number(str(value)) for key, value in run.aps.get(kind(run), {}).items()}
     lines = [line for line in [*run.metrics, {"iteration": run.last, **last}] if any(key in line for key in chosen)]
     size = -(-len(lines) // POINTS) or 1
     parts = [lines[i : i + size] for i in range(0, len(lines), size)]

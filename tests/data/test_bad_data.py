@@ -126,7 +126,9 @@ def test_a_box_stands_for_a_mask_by_option(write, images):
     assert dropped.annotations.dropped["annotations without a usable segmentation"] == 3
     still = dataclasses.replace(CONFIG, flip=0.0)
     dataset = opened(write, images, made, still, box_masks=True)
-    assert dataset.annotations.dropped["masks that cannot be used: the box is the mask"] == 3
+    assert any(
+        "3 annotations have no mask that can be used: their box is the mask" in n for n in dataset.annotations.notes
+    )
     assert len(dataset.annotations.train_rows) == len(dropped.annotations.train_rows) + 3
     assert (~dataset.annotations.has_mask).nonzero()[0].tolist() == [0, 1, 2]
     for index, image in enumerate(made["images"]):

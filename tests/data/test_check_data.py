@@ -13,6 +13,7 @@ import pytest
 
 from loce.data.annotations.lvis import LVISAnnotations
 from loce.data.check import Report, check_pair, check_set, suggested_bounds
+from scripts.check_data import read_words
 from tests.data.made_annotations import as_format, content
 
 ROOT = Path(__file__).resolve().parent.parent.parent
@@ -286,6 +287,23 @@ def test_the_script_on_a_good_set_and_on_a_config_with_problems(write, images, t
     assert "2 problems" in bad.stderr and "8 of 8 images are missing" in bad.stderr
     assert "3 categories here, 4 there" in bad.stderr
     assert "decoded      2 of 8 images" in bad.stdout and "nothing to mend" not in bad.stdout
+
+
+def test_a_file_alone_is_checked_with_options_of_a_run(write):
+    made = made_set()
+    for row in made["annotations"]:
+        del row["segmentation"]
+    path = write(made)
+    found = {}
+    for word in ("data.keep_empty=true", "model.masks=false", "data.without_mask=box"):
+        _, pairs, config = read_words([path, word])
+        check_set(*pairs[0], report := Report(), 0, config=config)
+        found[word] = "\n".join([*report.lines, *report.problems])
+    assert "segmentation missing" in found["data.keep_empty=true"] and "refuse" in found["data.keep_empty=true"]
+    assert "left out" not in found["model.masks=false"] and "refuse" not in found["model.masks=false"]
+    assert (
+        "their box is the mask" in found["data.without_mask=box"] and "left out" not in found["data.without_mask=box"]
+    )
 
 
 @pytest.mark.parametrize(

@@ -39,6 +39,6 @@ def convert(
             return checkpoint, report + ([f"dropped on purpose: {some(left_out)}"] if left_out else [])
     parts = ", ".join(f"{part} ({n})" for part, n in Counter(key.split(".")[0] for key in weights).most_common(8))
     raise UserError(
-        f"{source}: no Mask R-CNN of MMDetection (it would have {mmdetection.FORMAT.mark}*) or of torchvision "
-        f"({torchvision.FORMAT.mark}*); tensors in it: {parts or 'none'}"
+        f"{source}: no Mask or Faster R-CNN of MMDetection (it would have {mmdetection.FORMAT.mark}*) or of "
+        f"torchvision ({torchvision.FORMAT.mark}*); tensors in it: {parts or 'none'}"
     )

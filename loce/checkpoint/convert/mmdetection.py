@@ -1,4 +1,4 @@
-"""MMDetection's Mask R-CNN (2.x, 3.x, LOCE's), both ways. Its conventions are ours: only names change."""
+"""MMDetection's Mask and Faster R-CNN (2.x, 3.x, LOCE's), both ways. Its conventions are ours: only names change."""
 
 import re
 from collections.abc import Mapping, Sequence
@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from loce.checkpoint.convert.source import (
+    NO_MASKS,
     Format,
     MaskPredictor,
     Source,
@@ -78,10 +79,13 @@ def convert(
         )
     elif names:
         report += _compare_names(found.path, names, stats.names)
+    reason = ""
     if mask_predictor == "auto":
         mask_predictor, reason = _guess_predictor(found.meta)
-        report.append(f"mask predictor: {mask_predictor}, {reason}")
-    head, model = new_model(architecture(found, mask_predictor), stats, overrides)
+    options = architecture(found, mask_predictor)
+    if reason or not options.masks:
+        report.append(f"mask predictor: {mask_predictor}, {reason}" if options.masks else NO_MASKS)
+    head, model = new_model(options, stats, overrides)
     check(found, model)
     return {**head, "model": model | found.weights}, report
 
@@ -133,5 +137,6 @@ def to_mmdetection(source: Path) -> tuple[dict[str, Any], list[str]]:
     for prefix, what in METHOD_STATE.items():
         count = sum(key.startswith(prefix) for key in unknown)
         report += [f"dropped on purpose: {prefix[:-1]} ({what}, {count} tensors)"] if count else []
-    report.append(f"its mask predictor is {options['mask_predictor']}: MMDetection's config must say so too")
+    if checkpoint.config.model.masks:
+        report.append(f"its mask predictor is {options['mask_predictor']}: MMDetection's config must say so too")
     return {"meta": {"CLASSES": checkpoint.classes.names}, "state_dict": weights}, report

@@ -20,6 +20,7 @@ from loce.utils.classes import ClassStats, frequency_groups
 Weights = dict[str, Tensor]
 MaskPredictor = Literal["auto", "normalised", "linear"]
 CLASSIFIER = "roi_heads.classifier.fc_cls"
+NO_MASKS = "no mask head in it: a detector of boxes (model.masks=false)"
 _SHOWN = 5  # keys named of a long list
 MEMBERS = ("state_dict", "model", "model_state_dict")  # MMDetection's and Lightning's, torchvision's, the tutorials'
 WRAPPERS = {"module", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"}  # in keys, added by torch
@@ -41,7 +42,7 @@ PLAIN_COPY = (
 
 @dataclass(frozen=True)
 class Format:
-    """How others write a Mask R-CNN. mark: how a key begins that only they have; table: their module -> ours."""
+    """How others write a detector. mark: how a key begins that only they have; table: their module -> ours."""
 
     name: str
     mark: str
@@ -216,8 +217,10 @@ def architecture(found: Source, mask_predictor: str) -> ModelConfig:
         "mask_channels": "roi_heads.mask_head.convs.0.bias",
     }
     widths = {option: len(found.weights[key]) for option, key in modules.items() if key in found.weights}
-    mask_convs = {key.split(".")[3] for key in found.weights if key.startswith("roi_heads.mask_head.convs.")}
-    widths["mask_convs"] = len(mask_convs)
+    mask_head = [key for key in found.weights if key.startswith("roi_heads.mask_head.")]
+    if not mask_head:
+        return ModelConfig(backbone=backbone, masks=False, **widths)  # type: ignore[arg-type]
+    widths["mask_convs"] = len({key.split(".")[3] for key in mask_head if ".convs." in key})
     return ModelConfig(backbone=backbone, mask_predictor=mask_predictor, **widths)  # type: ignore[arg-type]
 
 

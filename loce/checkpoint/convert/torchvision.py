@@ -1,4 +1,4 @@
-"""torchvision's Mask R-CNN (COCO's, or a user's own): the same detector but for what docs/differences.md lists.
+"""torchvision's Mask and Faster R-CNN (COCO's, or a user's own): ours but for what docs/differences.md lists.
 
 Its labels put the background first, its pooling is not aligned; how anchors are rounded and masks are pasted is ours.
 """
@@ -12,6 +12,7 @@ from torch import Tensor
 
 from loce.checkpoint.convert.source import (
     CLASSIFIER,
+    NO_MASKS,
     Format,
     MaskPredictor,
     Source,
@@ -95,7 +96,7 @@ def convert(
     options_to_train = [f"{key}={show(value)}" for key, value in changes.items() if key.startswith(("model.", "data."))]
     check(found, _with_outputs(model, outputs), optional=COUNTER)
     weights = dict(found.weights)
-    for key, height in _class_keys():
+    for key, height in _class_keys(model):
         weights[key] = _move_rows(found.weights[key], model[key], rows, height)
     taken = [name for name, row in zip(stats.names, rows, strict=True) if row is not None]
     fresh = [name for name, row in zip(stats.names, rows, strict=True) if row is None]
@@ -107,7 +108,7 @@ def convert(
         f"{len(taken)} classes taken over by name: {', '.join(taken) or 'none'}{hint}",
         f"{len(fresh)} classes start anew: {', '.join(fresh) or 'none'}",
         f"new, zero: {len(new)} num_batches_tracked, which nothing reads",
-        f"mask predictor: {options.mask_predictor}",
+        f"mask predictor: {options.mask_predictor}" if options.masks else NO_MASKS,
         "pooling: torchvision's (model.roi.aligned=false)",
         "not seen from weights, so as given here or by default: "
         f"data.test_short_edge={data['test_short_edge']} data.long_edge={data['long_edge']} (torchvision: min_size, "
@@ -116,14 +117,15 @@ def convert(
     ]
 
 
-def _class_keys() -> list[tuple[str, int]]:
-    return [(f"{part}.{kind}", height) for part, height in CLASS_PARTS.items() for kind in ("weight", "bias")]
+def _class_keys(model: Weights) -> list[tuple[str, int]]:
+    keys = [(f"{part}.{kind}", height) for part, height in CLASS_PARTS.items() for kind in ("weight", "bias")]
+    return [(key, height) for key, height in keys if key in model]
 
 
 def _with_outputs(model: Weights, outputs: int) -> Weights:
     """The shapes that the source has: one more row for the background everywhere, and its own number of classes."""
-    shapes = {key: torch.empty(height * outputs, *model[key].shape[1:], device="meta") for key, height in _class_keys()}
-    return {**model, **shapes}
+    shapes = ((key, (height * outputs, *model[key].shape[1:])) for key, height in _class_keys(model))
+    return {**model, **{key: torch.empty(shape, device="meta") for key, shape in shapes}}
 
 
 def _move_rows(

@@ -47,6 +47,7 @@ def open_annotations(
     keep_empty: bool = False,
     box_masks: bool = False,
     *,
+    masks: bool = True,
     annotated: bool = True,
     folder: Path | None = None,
     large: int = LARGE,
@@ -56,20 +57,21 @@ def open_annotations(
     Files below `large` bytes are read as they are. A cache that cannot be written, or is damaged, costs time only.
     """
     path, options = Path(path), (rare_max, common_max, keep_empty, box_masks)
+    named = {"masks": masks, "annotated": annotated}
     if not path.is_file() or path.stat().st_size < large:
-        return LVISAnnotations.open(path, *options, annotated=annotated)
+        return LVISAnnotations.open(path, *options, **named)
     folder = folder or default_folder()
     if folder is None:
         print_line(f"{path}: not kept for the next time: there is no home directory; XDG_CACHE_HOME may name a folder")
-        return LVISAnnotations.open(path, *options, annotated=annotated)
-    place = folder / _key(path, (*options, annotated))
+        return LVISAnnotations.open(path, *options, **named)
+    place = folder / _key(path, (*options, *named.values()))
     try:
         return _load(place, str(path))
     except FileNotFoundError:
         pass
     except (OSError, ValueError, KeyError, TypeError) as error:
         print_line(f"warning: {place} is damaged ({error}); {path} is read again")
-    annotations = LVISAnnotations.open(path, *options, annotated=annotated)
+    annotations = LVISAnnotations.open(path, *options, **named)
     try:
         _store(annotations, place)
     except OSError as error:

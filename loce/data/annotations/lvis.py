@@ -28,7 +28,7 @@ from loce.data.annotations.lookups import (
 )
 from loce.data.annotations.plausible import likely_cause, misplaced_masks, outlines, suspicious_boxes
 from loce.data.annotations.reader import Columns, read_annotation_file
-from loce.data.annotations.segmentations import Segmentations
+from loce.data.annotations.segmentations import BAD_PART, Segmentations
 from loce.data.annotations.training_rows import clip, sensible_boxes, training_rows
 from loce.utils.classes import ClassStats, frequency_groups
 from loce.utils.errors import FEW, UserError, first_few
@@ -46,9 +46,11 @@ class LVISAnnotations:
     file_counts: (C,) int64 images of each class as the file gives them, or None.
     train_rows: (R,) int64, the annotations training uses, image by image; first_row: (I+1,) int64 into train_rows;
     train_images: (T,) int64, the images training uses. ignored_rows: (Q,) int64 ascending by image, annotations whose
-    region is neither object nor background (crowds). has_mask: (A,) bool. empty_masks, misplaced: annotations whose
+    region is neither object nor background (crowds). with_masks: segmentations were read, for training and evaluation
+    by masks. has_mask: (A,) bool. empty_masks, misplaced: annotations whose
     mask has no pixel, or lies elsewhere than its box; tiny_masks: whose mask is where its box is, but
-    fills no pixel; masks_compared: of how many; mask_cause: what probably happened.
+    fills no pixel; masks_compared: of how many; mask_cause: what probably happened. bad_masks: how many masks, or
+    parts, cannot be used, by reason.
     dropped: how much of the file training leaves out, by reason; examples: the first indices of each. own_groups: the
     file gives the groups. suspicion: what the boxes may be, or "". notes: what else users should know of the content.
     absent: images that are not on disk, which the user allows.
@@ -75,12 +77,14 @@ class LVISAnnotations:
     first_row: np.ndarray
     train_images: np.ndarray
     ignored_rows: np.ndarray
+    with_masks: bool
     has_mask: np.ndarray
     empty_masks: np.ndarray
     tiny_masks: np.ndarray
     misplaced: np.ndarray
     masks_compared: int
     mask_cause: str
+    bad_masks: dict[str, int]
     dropped: dict[str, int]
     examples: dict[str, list[int]]
     own_groups: bool
@@ -105,8 +109,8 @@ class LVISAnnotations:
 
         rare_max, common_max: bounds in images of the groups r and c where the file has no `frequency`; keep_empty:
         train on images without objects; box_masks: where a mask cannot be used, the box is the mask. masks=False
-        leaves the segmentations out; named=False takes images without a file name, for what reads no images;
-        annotated=False takes a file without a list `annotations`, for predictions.
+        leaves the segmentations out, and boxes are all that is used; named=False takes images without a file name, for
+        what reads no images; annotated=False takes a file without a list `annotations`, for predictions.
         UserError: file missing or not JSON, missing sections, unknown ids, image or category ids used twice, images
         without name, flags and lists that are none.
         """
@@ -271,7 +275,13 @@ def _build(
         size = sizes[image_of[row]].tolist()
         areas[row] = coco_mask.area(masks.rles([row], *size)[0]) if has_mask[row] else xywh[row, 2] * xywh[row, 3]
     # What training uses; masks that lie elsewhere than their boxes, and what the boxes may be.
-    training = training_rows(xywh, areas, image_of, sizes, crowd, ignore, has_mask, keep_empty, box_masks)
+    usable = has_mask | box_masks | (not columns.masks)
+    training = training_rows(xywh, areas, image_of, sizes, crowd, ignore, usable, keep_empty)
+    bad_masks = dict(columns.segmentations.dropped) if columns.masks else {}
+    filled = training.rows[~has_mask[training.rows]] if columns.masks else training.rows[:0]
+    if len(filled):
+        ids = first_few(annotation_ids[filled])
+        notes.append(f"{len(filled)} annotations have no mask that can be used: their box is the mask ({ids})")
     compared = has_mask & sensible_boxes(xywh, sizes[image_of]) & columns.masks
     outline = outlines(masks, sizes[image_of])
     empty, misplaced, tiny = misplaced_masks(masks, outline, xywh, sizes[image_of], compared)
@@ -301,13 +311,15 @@ def _build(
         first_row=training.first,
         train_images=training.images,
         ignored_rows=training.ignored,
-        has_mask=has_mask,
+        with_masks=columns.masks,
+        has_mask=has_mask & columns.masks,
         empty_masks=empty,
         tiny_masks=tiny,
         misplaced=misplaced,
         masks_compared=int(compared.sum()),
         mask_cause=cause,
-        dropped=training.dropped | columns.segmentations.dropped,
+        dropped=training.dropped | {r: n for r, n in bad_masks.items() if r == BAD_PART or not box_masks},
+        bad_masks=bad_masks,
         examples=training.examples | columns.segmentations.examples,
         own_groups=groups is not None,
         suspicion=suspicion,

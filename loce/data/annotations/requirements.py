@@ -6,18 +6,17 @@ import numpy as np
 
 from loce.data.annotations.lvis import LVISAnnotations, misplaced_text
 from loce.data.annotations.plausible import MANY_MISPLACED, SINGLE
-from loce.data.annotations.segmentations import BAD_MASKS
 from loce.data.annotations.training_rows import BAD_BOX
 from loce.utils.errors import first_few
 
 
 def compared_types(annotations: LVISAnnotations, without_mask: str, wanted: Sequence[str] = ()) -> tuple[str, ...]:
     """ "bbox", "segm" or both: what is evaluated. wanted: the user's choice; () is both, but boxes alone where
-    `data.without_mask` is box and some masks cannot be compared with."""
+    masks were not read, and where `data.without_mask` is box and some masks cannot be compared with."""
     if wanted:
         return tuple(wanted)
-    lacking = any(reason in annotations.dropped for reason in BAD_MASKS)
-    return ("bbox",) if without_mask == "box" and lacking else ("bbox", "segm")
+    boxes = not annotations.with_masks or (without_mask == "box" and annotations.bad_masks)
+    return ("bbox",) if boxes else ("bbox", "segm")
 
 
 def training_problems(annotations: LVISAnnotations, allow_misplaced: bool = False) -> list[str]:
@@ -56,11 +55,11 @@ def evaluation_problems(
         if rows.any():
             refuse(int(rows.sum()), what, first_few(ids[rows]), "object")
     boxes_alone = (
-        ", or evaluate boxes alone: iou_types=bbox of scripts/evaluate.py, data.without_mask=box of a training"
+        ", or evaluate boxes alone: iou_types=bbox of scripts/evaluate.py, data.without_mask=box of a training; "
+        "model.masks=false is a detector of boxes"
     )
-    for reason in BAD_MASKS if masks else ():
-        if number := annotations.dropped.get(reason, 0):
-            refuse(number, reason, first_few(annotations.first_ids(reason), number), "mask", boxes_alone)
+    for reason, number in annotations.bad_masks.items() if masks else ():
+        refuse(number, reason, first_few(annotations.first_ids(reason), number), "mask", boxes_alone)
     lacking = [name for name in protocols if name in ("lvis", "fixed", "pool")]
     if lacking and annotations.negatives is None:
         problems.append(

@@ -38,29 +38,25 @@ def training_rows(
     sizes: np.ndarray,
     crowd: np.ndarray,
     ignore: np.ndarray,
-    has_mask: np.ndarray,
+    usable: np.ndarray,
     keep_empty: bool = False,
-    box_masks: bool = False,
 ) -> TrainingRows:
     """Sort out what training uses.
 
     xywh: (A, 4) float64 boxes; areas: (A,); image_of: (A,) image of each annotation; sizes: (I, 2) image heights and
-    widths; crowd, ignore: (A,) bool, no single objects; has_mask: (A,) bool; keep_empty: images without objects are
-    used, too; box_masks: an annotation without a mask is used with its box.
+    widths; crowd, ignore: (A,) bool, no single objects; usable: (A,) bool, what is needed of the
+    segmentation is there; keep_empty: images without objects are used, too.
     """
     bad_boxes = _bad_boxes(xywh, sizes[image_of])
     reasons = {"crowd regions": crowd, "annotations marked `ignore`": ignore} | bad_boxes
     reasons["annotations whose area is not positive (where none is given, it is computed)"] = ~(areas > 0)
-    if not box_masks:
-        reasons["annotations without a usable segmentation"] = ~has_mask
+    reasons["annotations without a usable segmentation"] = ~usable
     # Every annotation counts once, with the first reason that holds.
     found: dict[str, np.ndarray] = {}
     kept = np.ones(len(xywh), dtype=bool)
     for reason, holds in reasons.items():
         found[reason] = np.flatnonzero(kept & holds)
         kept &= ~holds
-    if box_masks:
-        found["masks that cannot be used: the box is the mask"] = np.flatnonzero(kept & ~has_mask)
     # The regions of crowds are no background, as far as they have one.
     ignored = (crowd | ignore) & ~np.logical_or.reduce([*bad_boxes.values()])
     rows, regions = (part[np.argsort(image_of[part], kind="stable")] for part in map(np.flatnonzero, (kept, ignored)))

@@ -63,13 +63,17 @@ def resamples(evaluation: Path) -> dict[str, list[float]]:
     """COLUMNS in percent of RESAMPLES resampled validation sets; none of a group without objects."""
     from loce.evaluation.bootstrap import draw_weights, load_tallies, means_under  # imports NumPy and more
 
-    box, mask = (load_tallies(evaluation / f"tallies_{kind}.npz") for kind in ("bbox", "segm"))
+    files = [evaluation / f"tallies_{kind}.npz" for kind in ("bbox", "segm")]
+    box, *masks = (load_tallies(file) for file in files if file.is_file())
     weights = draw_weights(len(box.image_ids), RESAMPLES, RESAMPLE_SEED)
-    drawn = {"box AP": means_under(box, weights)["AP"], **means_under(mask, weights)}
+    boxes = means_under(box, weights)
+    drawn = {"box AP": boxes["AP"], **(means_under(masks[0], weights) if masks else boxes)}
+    if not masks:  # the groups of a detector of boxes are of boxes, and it has no mask AP
+        del drawn["AP"]
     return {
         name: [round(100 * v, DIGITS - 2) for v in drawn[name].tolist()]
         for name in COLUMNS
-        if (drawn[name] == drawn[name]).all()
+        if name in drawn and (drawn[name] == drawn[name]).all()
     }
 
 

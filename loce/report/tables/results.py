@@ -23,11 +23,11 @@ NAMES = {  # of the rows of Table 1, for readers who have not seen the paper
 }
 NOTE = """Written by `make results DATA={data} SEEDS={seeds}` from records in `{records}`;
 [the benchmark](benchmark.md) says what is trained, on what, and how the claims are judged. All numbers are
-in percent; AP is mask AP where it does not say box. Mean ± standard deviation over seeds; intervals are 95%
-over seeds and images (of images alone where there is one seed); differences pair both, of the seeds that
-both rows have: rows of different numbers of seeds compare by differences, not by means. Softmax and LOCE,
-which the others are compared with, are those of Table 1. Published numbers are of LVIS v1, each with the
-schedule of its source (configs/tables.yaml)."""
+in percent; AP is mask AP where it does not say box (a detector of boxes has none, and its groups are of boxes).
+Mean ± standard deviation over seeds; intervals are 95% over seeds and images (of images alone where there is one
+seed); differences pair both, of the seeds that both rows have: rows of different numbers of seeds compare by
+differences, not by means. Softmax and LOCE, which the others are compared with, are those of Table 1. Published
+numbers are of LVIS v1, each with the schedule of its source (configs/tables.yaml)."""
 
 
 def read_tables(options: RunOptions) -> list[Table]:

@@ -64,9 +64,13 @@ def is_evaluated(folder: Path) -> bool:
 
 
 def average_precisions(evaluation: Path) -> list[float]:
-    """Box AP, then mask AP, APr, APc and APf of an evaluation's folder, in percent; negative of no classes."""
+    """Box AP, then mask AP, APr, APc and APf of an evaluation's folder, in percent; negative of no classes.
+
+    Of a detector of boxes the groups are of boxes, and mask AP is negative.
+    """
     metrics = json.loads((evaluation / "metrics.json").read_text(encoding="utf-8"))
-    box, mask = metrics["bbox"], metrics["segm"]
+    box = metrics["bbox"]
+    mask = metrics.get("segm", {**box, "AP": -1.0})
     return [100 * value for value in (box["AP"], mask["AP"], mask["APr"], mask["APc"], mask["APf"])]
 
 

@@ -99,7 +99,8 @@ def markdown(options: RunOptions, table: Table) -> str:
     head = ["", *COLUMNS, *(f"paper's {name}" for name in COLUMNS), "training", "speed, memory", "run"]
     lines = [f"**Table {table.number}: {table.title}**", "", *markdown_table(head, cells)]
     # What the numbers are of.
-    lines += ["", "AP is mask AP where it does not say box.", table.recipes.note]
+    lines += ["", "AP is mask AP where it does not say box; without masks it is -, and the groups are of boxes."]
+    lines.append(table.recipes.note)
     if options.seeds > 1:
         lines.append(f"Mean ± standard deviation over the seeds that are trained, at most {options.seeds}.")
     sources = [f"{row.text.name}: {row.text.source}" for row in table.rows if row.text.source]

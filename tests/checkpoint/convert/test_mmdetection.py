@@ -137,7 +137,9 @@ def test_another_architecture(written, tmp_path):
     with pytest.raises(UserError, match=r"36 blocks of 3 convolutions in layer3; loce has ResNet-18"):
         convert(written({f"backbone.layer3.{i}.conv1.weight": torch.zeros(1) for i in range(36)}))
     torch.save({"state_dict": {"backbone.conv1.weight": torch.zeros(1), "bbox_head.x": torch.zeros(1)}}, tmp_path / "r")
-    with pytest.raises(UserError, match=r"no Mask R-CNN(.|\n)*tensors in it: backbone \(1\), bbox_head \(1\)"):
+    with pytest.raises(
+        UserError, match=r"no Mask or Faster R-CNN(.|\n)*tensors in it: backbone \(1\), bbox_head \(1\)"
+    ):
         convert(tmp_path / "r")
     with pytest.raises(UserError, match=r"no classifier in it; roi_head.bbox_head.fc_cls.weight is missing"):
         convert(written({"roi_head.bbox_head.fc_cls.weight": None}))

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from torchvision.models.detection import maskrcnn_resnet50_fpn
+from torchvision.models.detection import fasterrcnn_resnet50_fpn, maskrcnn_resnet50_fpn
 
 import loce
 from loce.checkpoint.convert import convert, mmdetection, torchvision
@@ -60,6 +60,22 @@ def test_outputs_of_the_heads(torchvision_model, torchvision_file, tmp_path):
     torch.testing.assert_close(ours.mask_head(large, labels), masks[torch.arange(6), rows[labels]])
     assert "80 classes taken over by name: person, bicycle" in report[2] and "0 classes start anew" in report[3]
     assert "background: moved from the first output to the last" in report
+
+
+def test_a_faster_r_cnn_is_a_detector_of_boxes(torchvision_model, torchvision_file, tmp_path):
+    """`fasterrcnn_resnet50_fpn` has these names and shapes; what it shares with the Mask R-CNN becomes the same."""
+    state = {key: value for key, value in torchvision_model.state_dict().items() if "mask" not in key}
+    with torch.device("meta"):
+        theirs = fasterrcnn_resnet50_fpn(weights=None, weights_backbone=None, num_classes=91).state_dict()
+    assert {key: value.shape for key, value in theirs.items()} == {key: value.shape for key, value in state.items()}
+    torch.save(state, tmp_path / "faster.pth")
+    content, report = convert(tmp_path / "faster.pth")
+    assert "no mask head in it: a detector of boxes (model.masks=false)" in report
+    assert any(line.startswith("to train from it: ") and "model.masks=false" in line for line in report)
+    expected, _ = convert(torchvision_file)
+    assert {key for key in expected["model"] if "mask_head" not in key} == set(content["model"])
+    assert all(torch.equal(value, expected["model"][key]) for key, value in content["model"].items())
+    assert content["config"]["model"] == {**expected["config"]["model"], "masks": False, "mask_predictor": "normalised"}
 
 
 @torch.no_grad()
