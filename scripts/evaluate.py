@@ -13,13 +13,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from loce.config import Natural, Protocols, UserError, read_options, run_script
+from loce.config import EvalConfig, Natural, Protocols, UserError, read_options, run_script
 from loce.data.annotations.lvis import LVISAnnotations
 from loce.evaluation.report import evaluate_and_report
 from loce.report.tables.steps import newest_run
 from loce.utils.files import require_writable
 from loce.utils.yaml_text import parse_value, show
 
+FOR_RESULTS = ("eval.images=", "eval.slices=")  # options of a run that need no inference
 CONFIG_WORDS = ("head.", "eval.", "train.ema=")  # options of a run
 WRITTEN = "metrics.json, evaluation.json, per_category.csv and more are in"
 
@@ -47,13 +48,14 @@ class Options:
     save_json: bool = False  # also write the detections as results.json, in the official format
 
 
-def evaluate_results(options: Options) -> None:
-    """Results from a file or folder."""
+def evaluate_results(options: Options, words: Sequence[str]) -> None:
+    """Results from a file or folder; words: of FOR_RESULTS."""
     missing = [name for name in ("annotations", "results") if not getattr(options, name)]
     if missing:
         raise UserError(
             f"{' and '.join(missing)} must be given: python scripts/evaluate.py annotations=A.json results=R.json"
         )
+    section = read_options(EvalConfig, [word.removeprefix("eval.") for word in words])
     results = Path(options.results)
     output = options.output or str(results.with_name(results.stem + "_evaluation"))
     require_writable(output)
@@ -69,6 +71,8 @@ def evaluate_results(options: Options) -> None:
         errors=options.errors,
         allow_misplaced=options.allow_misplaced,
         training=training,
+        images=section.images,
+        slices=section.slices,
         **report_options(options),
     )
     print(f"{WRITTEN} {output}")
@@ -113,11 +117,13 @@ def main() -> None:
         raise UserError("checkpoint and results: give one of them")
     if options.training and not options.results:
         raise UserError("training: is for results; a checkpoint knows its training data")
-    if options.results and (options.images or options.detections or options.device != "auto" or words):
+    inference = [word for word in words if not word.startswith(FOR_RESULTS)]
+    if options.results and (options.images or options.detections or options.device != "auto" or inference):
         raise UserError(
-            "images, detections, device, train.ema, head.* and eval.* are for checkpoints; results need no inference"
+            "images, detections, device, train.ema, head.* and eval.* are for checkpoints; results need no inference "
+            "(eval.images and eval.slices are for both)"
         )
-    evaluate_results(options) if options.results else evaluate_a_checkpoint(options, words)
+    evaluate_results(options, words) if options.results else evaluate_a_checkpoint(options, words)
 
 
 if __name__ == "__main__":

@@ -5,6 +5,7 @@ from pathlib import Path
 from loce.config import Config
 from loce.data.annotations.cache import open_annotations
 from loce.data.annotations.image_files import Listings
+from loce.data.annotations.image_lists import listed_images
 from loce.data.annotations.lvis import LVISAnnotations
 from loce.data.annotations.requirements import training_problems
 from loce.data.loader import EvalDataset, TrainDataset
@@ -20,11 +21,12 @@ def train_annotations(config: Config) -> LVISAnnotations:
 
 
 def val_annotations(config: Config, annotated: bool = True) -> LVISAnnotations:
-    """The validation annotations; UserError where file or images are missing.
+    """The validation annotations, of `eval.images` alone where it is given; UserError where file or images are missing.
 
     annotated=False takes a file of test images without a list `annotations`, for predictions.
     """
-    return _annotations(config, config.data.val_annotations, config.data.val_images, annotated=annotated)
+    data, subset = config.data, config.eval.images
+    return _annotations(config, data.val_annotations, data.val_images, annotated=annotated, subset=subset)
 
 
 def _annotations(
@@ -33,10 +35,14 @@ def _annotations(
     images: str,
     keep_empty: bool = False,
     annotated: bool = True,
+    subset: str = "",
 ) -> LVISAnnotations:
     data, masks = config.data, config.model.masks
     options = (data.rare_max, data.common_max, keep_empty, data.without_mask == "box")
     annotations = open_annotations(path, *options, masks=masks, annotated=annotated)
+    if subset:
+        names = map(annotations.name, range(len(annotations)))
+        annotations = annotations.only(listed_images(subset, annotations.image_ids, names))
     if data.allow_missing:
         return annotations.without_images(annotations.missing_images(images), images)
     annotations.require_images(images)

@@ -39,7 +39,7 @@ from loce.utils.progress import progress
 from loce.utils.yaml_text import show
 
 ORIGIN = "origin.txt"  # beside the detections: the weights, data and options that they are of
-CHANGES_NOTHING = ("eval.batch_size", "eval.errors")  # of the detections
+CHANGES_NOTHING = ("eval.batch_size", "eval.errors", "eval.slices")  # of the detections
 
 
 class Evaluated(NamedTuple):
@@ -234,6 +234,7 @@ def evaluate_models(found: Sequence[Evaluated], annotations: LVISAnnotations, **
         for one, origin in zip(found, origins, strict=True):
             options: dict[str, Any] = {"protocol": config.eval.protocol, "errors": config.eval.errors}
             options |= {"origin": f"{one.source}, {origin}", "posthoc": posthoc_text(one.config)}
+            options["slices"] = config.eval.slices
             evaluate_and_report(
                 truth, one.output / "detections", one.output, **{**options, **report, "iou_types": kinds}
             )
@@ -257,6 +258,8 @@ def _take_over(output: Path, origin: str) -> None:
 
 def _why_absent(config: Config) -> str:
     missing = f"the others are missing in {config.data.val_images}"
+    if config.eval.images:
+        return f"those of {config.eval.images}" + (f" that are in {config.data.val_images}" * config.data.allow_missing)
     return missing if config.data.allow_missing else "the others are left out"
 
 
@@ -293,6 +296,7 @@ def _inputs(config: Config, annotations: LVISAnnotations) -> str:
             if len(annotations.absent)
             else ""
         )
+        + (f", images of {evaluation.images} (sha256 {file_hash(evaluation.images)})" if evaluation.images else "")
         + (f", post-hoc {text}" if (text := posthoc_text(config)) else "")
         + (", turned as EXIF asks" if data.exif == "apply" else "")
         + (", 16 bits by range" if data.scale_16bit == "range" else "")

@@ -26,7 +26,8 @@ class GroundTruth:
     label_ids (K,) int64, category ids in the file's order; image, category (G,) indices; boxes (G, 4) x, y, width,
     height in px; areas (G,) px^2; ignore, crowd (G,) bool; ids (G,); masks: all segmentations of the file, or None when
     they were left out, and rows (G,) int64 into them; negative, not_exhaustive (I, K) bool or None for COCO-style
-    files; notes: what a reader of the numbers should know; source: where it came from.
+    files; notes: what a reader of the numbers should know; source: where it came from; image_names: I texts; part:
+    which of the file's images these are, "20 of 400 images", or "".
     """
 
     image_ids: np.ndarray
@@ -48,6 +49,8 @@ class GroundTruth:
     not_exhaustive: np.ndarray | None
     notes: list[str] = field(default_factory=list)
     source: str = ""
+    image_names: list[str] = field(default_factory=list)
+    part: str = ""
 
     def __len__(self) -> int:
         return len(self.image)
@@ -171,6 +174,7 @@ def _view(file: LVISAnnotations, masks: bool) -> GroundTruth:
         not_exhaustive=not_exhaustive,
         notes=notes,
         source=file.path,
+        image_names=[file.name(index) for index in image_order.tolist()],
     )
 
 
@@ -186,6 +190,8 @@ def only_images(truth: GroundTruth, image_ids: np.ndarray, why: str) -> GroundTr
         negative=None if truth.negative is None else truth.negative[kept],
         not_exhaustive=None if truth.not_exhaustive is None else truth.not_exhaustive[kept],
         notes=[*truth.notes, f"PARTIAL: the numbers are of {kept.sum()} of {len(kept)} images, {why}"],
+        image_names=[name for name, chosen in zip(truth.image_names, kept.tolist(), strict=True) if chosen],
+        part=f"{kept.sum()} of {len(kept)} images",
     )
 
 

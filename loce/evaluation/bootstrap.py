@@ -42,7 +42,8 @@ class Tallies:
     detections, cut by over_bounds (K + 1,): image, candidates of the category at or before it, whether it is a true
     positive, and what it adds to that count of candidates (1 for a true positive that is none, -1 for a candidate that
     found an ignored object). object_image, object_category: of every object. reliability: see calibration.py; None in
-    files of before, and where scores are no probabilities. groups: of the categories, where pools take their place.
+    files of before, and where scores are no probabilities. groups: of the categories, where pools take their place;
+    part: text, which images of the file these are.
     """
 
     image_ids: np.ndarray
@@ -61,6 +62,7 @@ class Tallies:
     object_category: np.ndarray
     reliability: np.ndarray | None = None
     groups: np.ndarray | None = None
+    part: np.ndarray | None = None
 
     @property
     def pooled(self) -> bool:
@@ -108,6 +110,7 @@ def tally(evaluation: Evaluation) -> Tallies:
         object_category=truth.category[objects].astype(np.int32),
         reliability=evaluation.reliability,
         groups=evaluation.truth.frequency,
+        part=np.array(evaluation.truth.part),
     )
 
 
@@ -148,6 +151,8 @@ def resampled_ap(tallies: Tallies, weights: np.ndarray) -> np.ndarray:
         for b in range(0, resamples, step):
             some = weights[:, b : b + step]
             objects = some[images].sum(axis=0)
+            if not objects.any():
+                continue
             value = _category_ap(tallies, some, false, over, objects)
             ap[k, b : b + step] = np.where(objects > 0, value, np.nan)
     return ap
@@ -310,7 +315,8 @@ def compare_folders(first: str | Path, second: str | Path, resamples: int = 1000
     lines = [f"A: {folders[0]}", f"B: {folders[1]}"]
     for kind, protocol in both:
         one, other = found[0][kind, protocol], found[1][kind, protocol]
-        lines += ["", f"{kind}, protocol {protocol}, {len(one.image_ids):,} images"]
+        part = "" if one.part is None else str(one.part)
+        lines += ["", f"{kind}, protocol {protocol}, {f'SUBSET, {part}' if part else f'{len(one.image_ids):,} images'}"]
         lines += [f"{'':6}{'A':>8}{'B':>8}{'B - A':>9}  {'95% interval':18}B is better in"]
         for name, row in compare(one, other, resamples).items():
             between = f"{row['low']:+.3f} to {row['high']:+.3f}"

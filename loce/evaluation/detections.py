@@ -18,7 +18,7 @@ from loce.data.annotations.json_file import open_json
 from loce.data.annotations.plausible import suspicious_boxes
 from loce.data.annotations.reader import LONGEST, Mistakes, short
 from loce.data.annotations.run_lengths import measure_codes
-from loce.data.annotations.segmentations import pack_code
+from loce.data.annotations.segmentations import pack_code, ranges
 from loce.data.annotations.values import as_list, is_whole, pack_numbers, pack_rows, pack_whole, require_types
 from loce.evaluation.annotations import GroundTruth, positions
 from loce.utils.errors import FEW, UserError, first_few, raise_problems
@@ -104,6 +104,17 @@ class Detections:
         """(N, 4) boxes as x1, y1, x2, y2."""
         assert self.boxes is not None
         return np.concatenate([self.boxes[:, :2], self.boxes[:, :2] + self.boxes[:, 2:]], axis=1)
+
+    def some(self, rows: np.ndarray) -> "Detections":
+        """Some rows, ascending."""
+        masks = None
+        if self.masks is not None:
+            starts, ends = self.masks.offsets[rows], self.masks.offsets[rows + 1]
+            counts = self.masks.counts[ranges(starts, ends)]
+            masks = Masks(counts=counts, offsets=offsets_of(ends - starts), sizes=self.masks.sizes[rows])
+        names = ("image_ids", "category_ids", "scores", "boxes", "ranks")
+        columns = {name: None if (column := getattr(self, name)) is None else column[rows] for name in names}
+        return Detections(**columns, masks=masks)  # type: ignore[arg-type]
 
     def save_json(self, path: str | Path) -> None:
         """Write the official results format: a list of {image_id, category_id, score, bbox, segmentation}."""

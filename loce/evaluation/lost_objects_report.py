@@ -33,7 +33,8 @@ def write_errors(
     groups = {name: _group(evaluation, outcomes, back, name) for name in GROUPS}
     write_text(Path(output) / "errors.csv", _table(evaluation, outcomes, back, groups))
     with atomic_write(Path(output) / "errors.png") as temporary:
-        draw(groups, f"{_SHAPES[evaluation.iou_type]}, protocol {evaluation.protocol.name}", origin, temporary)
+        part = f", SUBSET, {evaluation.truth.part}" if evaluation.truth.part else ""
+        draw(groups, f"{_SHAPES[evaluation.iou_type]}, protocol {evaluation.protocol.name}{part}", origin, temporary)
     return lines(evaluation, outcomes, groups, detections)
 
 

@@ -31,6 +31,11 @@ class NearMisses:
     def __len__(self) -> int:
         return len(self.image_ids)
 
+    def of_images(self, image_ids: np.ndarray) -> "NearMisses":
+        """Those of some images."""
+        chosen = np.isin(self.image_ids, image_ids)
+        return NearMisses(**{name: column[chosen] for name, column in vars(self).items()})
+
 
 def near_misses_of_image(image_id: int, found: Found) -> NearMisses:
     """What a model found in one image, arrays or CPU tensors; KeyError for a kind that is none of KINDS."""

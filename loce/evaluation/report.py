@@ -10,15 +10,17 @@ from typing import Any
 
 import numpy as np
 
+from loce.data.annotations.image_lists import attributes_of_images, listed_images
 from loce.data.annotations.lvis import LVISAnnotations
 from loce.evaluation import calibration
-from loce.evaluation.annotations import GroundTruth, load_annotations, with_training_groups
+from loce.evaluation.annotations import GroundTruth, load_annotations, only_images, with_training_groups
 from loce.evaluation.bootstrap import intervals, tally
 from loce.evaluation.detections import Detections, has_names_for_ids, read_results, suspicions
 from loce.evaluation.lost_objects import explain
 from loce.evaluation.lost_objects_report import write_errors
 from loce.evaluation.lvis_ap import Evaluation, choose_protocol, evaluate_loaded, load_results
 from loce.evaluation.matching import Protocol
+from loce.evaluation.slices import slice_lines, slice_numbers, slice_table
 from loce.evaluation.stream import read_near_misses
 from loce.evaluation.thresholds import COLUMN as THRESHOLD
 from loce.evaluation.thresholds import best_thresholds
@@ -52,6 +54,8 @@ def evaluate_and_report(
     allow_misplaced: bool = False,
     posthoc: str = "",
     training: ClassStats | None = None,
+    images: str = "",
+    slices: str = "",
 ) -> dict[str, Evaluation]:
     """Evaluate, print the tables and write the folder `output`; the result per IoU type, "bbox" first, and where there
     are several protocols also per type and further protocol ("segm_fixed").
@@ -63,7 +67,8 @@ def evaluate_and_report(
     where they are evaluated), with the near misses of inference where `results` is its folder and has them; save_json:
     also write results.json, the official results format; allow_misplaced: as for `evaluate_lvis`; posthoc: the method
     that calibrated the scores and its options, written beside the numbers; training: classes of the training set, whose
-    groups r/c/f take the place of the file's.
+    groups r/c/f take the place of the file's; images: a file of ids or names of images, which alone are evaluated;
+    slices: a CSV file of attributes of images, for numbers of each value in slices.csv.
     Writes metrics.json ({"bbox": 13 numbers, "segm": ..., "bbox_fixed": ...}), evaluation.json (what they are of),
     per_category.csv, calibration.csv and calibration.png (of the first protocol), tallies_<key>.npz (for
     scripts/compare.py), errors.csv and errors.png. UserError for bad input, before anything is written.
@@ -77,13 +82,19 @@ def evaluate_and_report(
         if not Path(results).is_dir():
             names = None
             if Path(results).is_file() and has_names_for_ids(results) and isinstance(annotations, (str, Path)):
-                images = LVISAnnotations.open(annotations, masks=False)
-                names = {images.name(index): int(number) for index, number in enumerate(images.image_ids)}
+                file = LVISAnnotations.open(annotations, masks=False)
+                names = {file.name(index): int(number) for index, number in enumerate(file.image_ids)}
             results = read_results(results, names)
     wanted = tuple(iou_types) or (results.iou_types if isinstance(results, Detections) else ("bbox", "segm"))
     truth = load_annotations(annotations, "segm" in wanted, allow_misplaced)
     truth = truth if training is None else with_training_groups(truth, training)
     detections = load_results(results, truth, source)
+    if images:
+        chosen = truth.image_ids[listed_images(images, truth.image_ids, truth.image_names)]
+        truth = only_images(truth, chosen, f"those of {images}")
+        detections = detections.some(np.flatnonzero(np.isin(detections.image_ids, chosen)))
+        near_misses = None if near_misses is None else near_misses.of_images(chosen)
+    parts = attributes_of_images(slices, truth.image_ids, truth.image_names) if slices else {}
     rules = choose_protocols(protocol, truth, max_detections)
     wanted = tuple(iou_types) or detections.iou_types
     # The numbers come first, and are on disk before what may take another minute: intervals, causes of lost objects.
@@ -96,12 +107,18 @@ def evaluate_and_report(
     facts["notes"] += suspicions(detections, truth, source)
     print("\n".join(header(facts)))
     write_folder(Path(output), evaluations, facts)
+    of_slices = {}
     for key, evaluation in evaluations.items():
         tallies = tally(evaluation)
+        of_slices[key] = slice_numbers(tallies, parts, resamples)
         spread = intervals(tallies, resamples) if resamples else {}
         facts["intervals"][key] = spread
         tallies.save(Path(output) / f"tallies_{key}.npz")
         print("\n" + table(evaluation, spread))
+        if parts:
+            print("\n" + "\n".join(slice_lines(of_slices[key], title(evaluation))))
+    if parts:
+        write_text(Path(output) / "slices.csv", slice_table(of_slices))
     main = first[max(first)]  # "segm" where there is one
     print("\n".join(["", f"note: {READING}", *write_calibration(Path(output), main)]))
     if errors and len(truth):
@@ -130,6 +147,7 @@ def _facts(
         "protocol": ", ".join(one.name for one in rules),
         "rules": "; ".join(map(str, rules)),
         "images": len(truth.image_ids),
+        "subset": truth.part,
         "images_with_detections": len(np.unique(detections.image_ids)),
         "categories": len(truth.category_ids),
         "categories_without_objects": {g: int((empty & (truth.frequency == g)).sum()) for g in GROUPS},
@@ -189,9 +207,15 @@ def describe(name: str) -> str:
     return f"{what}, IoU {iou}, {size}, {group} categories" + (f", cap {cap}" if cap else "")
 
 
+def title(evaluation: Evaluation) -> str:
+    """What numbers are of."""
+    part = f", SUBSET, {evaluation.truth.part}" if evaluation.truth.part else ""
+    return f"{evaluation.iou_type}, protocol {evaluation.protocol.name}{part}"
+
+
 def table(evaluation: Evaluation, spread: Mapping[str, tuple[float, float]]) -> str:
     """The 13 numbers in the official order, then the calibration errors, with intervals where there are any."""
-    lines = [f"{evaluation.iou_type}, protocol {evaluation.protocol.name}", f"{'':8} {'value':>6}  {'95% interval':14}"]
+    lines = [title(evaluation), f"{'':8} {'value':>6}  {'95% interval':14}"]
     for name, value in (evaluation.metrics | evaluation.calibration).items():
         low, high = spread.get(name, (math.nan, math.nan))
         between = f"{low:.3f} - {high:.3f}" if math.isfinite(low) else ""
@@ -209,17 +233,19 @@ def markdown(evaluations: Mapping[str, Evaluation]) -> list[str]:
             head = names
             lines += [head, "|---" * (len(evaluation.metrics) + 1) + "|"]
         values = [f"{100 * v:.2f}" if v >= 0 else "-" for v in evaluation.metrics.values()]
-        lines.append(f"| {evaluation.iou_type}, {evaluation.protocol.name} | " + " | ".join(values) + " |")
+        lines.append(f"| {title(evaluation).replace(' protocol', '')} | " + " | ".join(values) + " |")
     return lines
 
 
 def write_folder(output: Path, evaluations: Mapping[str, Evaluation], facts: Mapping[str, Any]) -> None:
     """metrics.json, evaluation.json and per_category.csv; what an earlier evaluation left there is removed."""
+    (output / "slices.csv").unlink(missing_ok=True)
     plain = [output / f"{name}.{kind}" for name in ("errors", "calibration") for kind in ("csv", "png")]
     for path in (*output.glob("tallies_*.npz"), *plain):
         path.unlink(missing_ok=True)
     metrics = {key: {**evaluation.metrics, **evaluation.calibration} for key, evaluation in evaluations.items()}
-    told = {"posthoc": facts["posthoc"]} if "posthoc" in facts else {}
+    told: dict[str, Any] = {"posthoc": facts["posthoc"]} if "posthoc" in facts else {}
+    told |= {"subset": facts["subset"]} if facts["subset"] else {}
     write_text(output / "metrics.json", json.dumps({**metrics, **told}, indent=2) + "\n")
     write_facts(output, facts)
     write_text(output / "per_category.csv", category_table(evaluations))
@@ -230,7 +256,7 @@ def write_calibration(output: Path, evaluation: Evaluation) -> list[str]:
     if evaluation.reliability is None:
         return ["calibration errors: none, since scores below 0 or above 1 are no probabilities"]
     sums = evaluation.reliability.sum(axis=0, dtype=np.float64)
-    what = f"{evaluation.iou_type}, protocol {evaluation.protocol.name}"
+    what = title(evaluation)
     write_text(output / "calibration.csv", calibration.table(sums, what))
     calibration.draw(sums, evaluation.calibration, what, output / "calibration.png")
     return []
@@ -247,12 +273,16 @@ def category_table(evaluations: Mapping[str, Evaluation]) -> str:
     beside = ["bbox"] if main == "segm" and "bbox" in evaluations else []
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
-    writer.writerow([*COLUMNS, *EXTRA, *(f"box_{key}" for _ in beside for key in ("AP", "AP50", "AR"))])
+    part = evaluations[main].truth.part
+    names = [*COLUMNS, *EXTRA, *(f"box_{key}" for _ in beside for key in ("AP", "AP50", "AR"))]
+    writer.writerow([*names, *(["subset"] if part else [])])
     best = zip(*(values.tolist() for values in best_thresholds(evaluations[main].matches)), strict=True)
     for k, (row, (threshold, f1)) in enumerate(zip(evaluations[main].per_category, best, strict=True)):
         own = {**row, "iou_type": main, THRESHOLD: threshold, "F1": f1}
         other = [evaluations[kind].per_category[k][key] for kind in beside for key in ("AP", "AP50", "AR")]
-        writer.writerow([_cell(value) for value in [*(own[key] for key in (*COLUMNS, *EXTRA)), *other]])
+        writer.writerow(
+            [_cell(value) for value in [*(own[key] for key in (*COLUMNS, *EXTRA)), *other, *([part] if part else [])]]
+        )
     return text.getvalue()
 
 

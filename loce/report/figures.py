@@ -33,7 +33,8 @@ def equilibrium_figure(runs: Mapping[str, Path], output: Path, rows: Sequence[st
         values, groups, counts = class_values(folder)
         for axis, name in zip(column, rows, strict=True):
             _bars(axis, values[name], groups)
-        column[0].set_title(title)
+        part = next(iter(read_csv(folder / "per_category.csv")), {}).get("subset")
+        column[0].set_title(f"{title}\nSUBSET, {part}" if part else title)
         _class_axis(column[-1], counts)
     for axis, name in zip(axes[:, 0], rows, strict=True):
         axis.set_ylabel(VALUES[name])

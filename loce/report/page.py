@@ -39,6 +39,7 @@ def page(runs: Sequence[Run], pictures: Mapping[str, Mapping[str, str]], notes: 
         title=f"Equilibrium report: {', '.join(run.title for run in runs)}",
         runs=runs,
         colours=GROUP_RGB,
+        subset=panels.subset,
         groups=GROUPS,
         style=style,
         script=script,

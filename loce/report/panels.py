@@ -44,6 +44,11 @@ def short(value: float | None) -> float | None:
     return None if value is None else float(f"{value:.4g}")
 
 
+def subset(run: Run) -> str:
+    """Which images the last evaluation is of, where not of all."""
+    return f" (SUBSET, {run.facts['subset']})" if run.facts.get("subset") else ""
+
+
 def regrouped(runs: Sequence[Run]) -> str:
     """What is said where runs put classes into different groups, so that numbers of groups do not compare; or ""."""
     groups = [dict(zip(run.classes.ids, run.classes.groups, strict=True)) for run in runs]
@@ -63,9 +68,10 @@ def regrouped(runs: Sequence[Run]) -> str:
 def results(run: Run, groups: bool = True) -> list[dict[str, Any]]:
     """METRICS of masks and boxes, each with the ends of its interval (None: not known), of the last evaluation and of
     those of scripts/evaluate.py, which are named by folder and annotation file; groups: with those of OF_GROUPS."""
-    evaluations = {run.title: (run.aps, run.facts)}
+    evaluations = {run.title + subset(run): (run.aps, run.facts)}
     for folder, (aps, facts) in run.others.items():
-        what = f"{facts.get('annotations', '-')}, {facts.get('protocol', '-')}"
+        part = f", SUBSET, {facts['subset']}" if facts.get("subset") else ""
+        what = f"{facts.get('annotations', '-')}, {facts.get('protocol', '-')}{part}"
         evaluations[f"{run.title}, {folder}: {what}"] = aps, facts
     return [
         {

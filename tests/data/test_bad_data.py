@@ -12,8 +12,9 @@ import pytest
 import torch
 from PIL import Image, ImageOps
 
-from loce.config import Config, DataConfig, SamplerConfig
+from loce.config import Config, DataConfig, EvalConfig, SamplerConfig
 from loce.data.annotations.lvis import LVISAnnotations
+from loce.data.build import val_annotations
 from loce.data.check import Report, check_set
 from loce.data.dataset import EvalDataset, limit_instances
 from loce.data.loader import TrainDataset, eval_batches, fill_batches, train_batches, training_plan
@@ -173,6 +174,21 @@ def test_missing_images_are_left_out_by_option(write, images):
     plan = training_plan(dataset, SamplerConfig(), CONFIG, 2, seed=0)
     assert not any("replaced" in s for samples in train_batches(dataset, plan, epochs=2) for s in samples)
     assert rest.without_images([], dataset.folder) is rest
+
+
+def test_a_subset_needs_its_own_images_only(write, images, tmp_path):
+    dataset = opened(write, images, content(images=6))
+    dataset.annotations.image_path(1, dataset.folder).unlink()
+    data = dataclasses.replace(CONFIG, val_annotations=dataset.annotations.path, val_images=str(dataset.folder))
+    ids = dataset.annotations.image_ids.tolist()
+    (tmp_path / "few.txt").write_text(f"{ids[4]}\n{ids[2]}\n")
+    few = EvalConfig(images=str(tmp_path / "few.txt"))
+    assert list(val_annotations(Config(data=data, eval=few)).absent) == [0, 1, 3, 5]
+    (tmp_path / "few.txt").write_text(f"{ids[1]}\n{ids[2]}\n")
+    with pytest.raises(UserError, match="1 of 6 images are missing"):
+        val_annotations(Config(data=data, eval=few))
+    found = val_annotations(Config(data=dataclasses.replace(data, allow_missing=True), eval=few))
+    assert list(found.absent) == [0, 1, 3, 4, 5]
 
 
 def test_annotations_with_one_id_are_told_apart(write):

@@ -171,9 +171,10 @@ class LVISAnnotations:
         return self.image_sizes[:, 1] > self.image_sizes[:, 0]
 
     def missing_images(self, folder: str | Path) -> list[int]:
-        """Images that `folder` does not hold; lists folders, does not ask file by file."""
-        holds, folder = Listings().holds, os.path.normpath(folder)
-        return [index for index in range(len(self)) if not holds(self._place(index, folder, holds))]
+        """Images, of those that are used, that `folder` does not hold; lists folders, does not ask file by file."""
+        holds, folder, absent = Listings().holds, os.path.normpath(folder), set(self.absent)
+        used = [index for index in range(len(self)) if index not in absent]
+        return [index for index in used if not holds(self._place(index, folder, holds))]
 
     def there_instead(self, missing: Sequence[int], folder: str | Path) -> str:
         """A sentence for missing images that lie there under nearly their name; "" where there is none such."""
@@ -187,7 +188,7 @@ class LVISAnnotations:
             return self
         left = np.setdiff1d(self.train_images, missing)
         dropped = self.dropped | {f"images that are missing in {folder} (data.allow_missing)": len(missing)}
-        return replace(self, train_images=left, dropped=dropped, absent=missing)
+        return replace(self, train_images=left, dropped=dropped, absent=sorted({*self.absent, *missing}))
 
     def only(self, images: Sequence[int]) -> "LVISAnnotations":
         """The same file, where training and evaluation use these images alone; facts of the classes stay."""

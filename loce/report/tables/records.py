@@ -33,7 +33,8 @@ def write_record(run: RowRun) -> None:
         "started": last["started"],
         **speed(run),
         "minutes": round(float((run.folder / "minutes.txt").read_text()), 1),
-        "data": "{annotations}, {images:,} images, {categories:,} categories".format_map(evaluation),
+        "data": "{annotations}, {images:,} images, {categories:,} categories".format_map(evaluation)
+        + (f", SUBSET, {evaluation['subset']}" if evaluation.get("subset") else ""),
         "protocol": evaluation["rules"],
         "values": dict(zip(COLUMNS, average_precisions(run.evaluation), strict=True)),
         "resamples": resamples(run.evaluation),

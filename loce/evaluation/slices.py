@@ -1,0 +1,67 @@
+"""Numbers of slices: of the images with an attribute, such as weather=rain, from the matches of the whole set.
+
+A slice is a weighting of the images (bootstrap.py), 1 inside and 0 outside; its resamples draw among its own images.
+Equal to evaluating its images alone, but for the caps of protocols fixed and pool, which are over the whole set.
+"""
+
+import csv
+import io
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from loce.evaluation.bootstrap import Tallies, draw_weights, interval, means_under
+
+SHOWN = ("AP", "APr", "APc", "APf", "ECE")
+Rows = list[dict[str, Any]]
+
+
+def slice_numbers(tallies: Tallies, images: Mapping[tuple[str, str], np.ndarray], resamples: int) -> Rows:
+    """A row a slice: attribute, value, images, objects, and what `means_under` gives, -1 where undefined, each with the
+    ends of its 95% interval as NAME_low and NAME_high (nan: none). images: (attribute, value) -> indices of images."""
+    rows = []
+    for (attribute, value), chosen in images.items():
+        weights = np.zeros((len(tallies.image_ids), 1 + resamples), dtype=np.int32)
+        weights[chosen, 0] = 1
+        weights[chosen, 1:] = draw_weights(len(chosen), resamples, seed=0)
+        inside = weights[tallies.object_image, 0] > 0
+        if tallies.pooled:
+            inside &= tallies.object_category == 0
+        row: dict[str, Any] = {"attribute": attribute, "value": value, "images": len(chosen), "objects": inside.sum()}
+        whole, drawn = means_under(tallies, weights[:, :1]), means_under(tallies, weights[:, 1:])
+        for name, number in whole.items():
+            known = float(number[0]) if np.isfinite(number[0]) else -1.0
+            low, high = interval(drawn[name], float(number[0]))
+            row |= {name: known, f"{name}_low": max(low, 0.0), f"{name}_high": min(high, 1.0)}
+        rows.append(row)
+    return rows
+
+
+def slice_table(numbers: Mapping[str, Rows]) -> str:
+    """CSV of `slice_numbers`; in front, which evaluation a row is of ("segm", "segm_pool")."""
+    text = io.StringIO()
+    every = [{"of": key, **row} for key, rows in numbers.items() for row in rows]
+    writer = csv.DictWriter(text, list(dict.fromkeys(name for row in every for name in row)), lineterminator="\n")
+    writer.writeheader()
+    for row in every:
+        writer.writerow({name: _cell(value) for name, value in row.items()})
+    return text.getvalue()
+
+
+def _cell(value: Any) -> Any:
+    if isinstance(value, float):
+        return "" if np.isnan(value) else f"{value:.6g}"
+    return value
+
+
+def slice_lines(rows: Rows, what: str) -> list[str]:
+    """What is shown of slices on the screen."""
+    lines = [f"slices, {what} (each a part of the images)", f"{'':28}{'images':>8}{'objects':>9}"]
+    lines[1] += "".join(f"{name:>8}" for name in SHOWN) + "  95% interval of AP"
+    for row in rows:
+        cells = [f"{row[name]:8.3f}" if row.get(name, -1) >= 0 else f"{'-':>8}" for name in SHOWN]
+        between = f"  {row['AP_low']:.3f} - {row['AP_high']:.3f}" if row["AP_low"] == row["AP_low"] else ""
+        name = f"{row['attribute']}={row['value']}"[:27]
+        lines.append(f"{name:28}{row['images']:8,}{row['objects']:9,}{''.join(cells)}{between}")
+    return lines
