@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 import torch
-from data_rows import loader, mask_memory, opening
+from data_rows import augmentation, loader, mask_memory, opening
 from detector_rows import (
     Setting,
     boxes,
@@ -50,6 +50,7 @@ ROWS: dict[str, Callable[[Setting], list[Row]]] = {
     "nms": nms,
     "masks": mask_memory,
     "loader": loader,
+    "augmentation": augmentation,
     "opening": opening,
 }
 

@@ -20,7 +20,7 @@ from detector_rows import Setting
 from lvis_like import FILE_SIZE, outline, random_boxes, write_annotations, write_images
 from PIL import Image
 from pycocotools import mask as coco_mask
-from sides import MIB, Row, in_process, seconds, status_mib
+from sides import MIB, Row, in_process, seconds, status_mib, take_turns
 from torchvision.ops import roi_align
 
 from loce.config import DataConfig
@@ -87,6 +87,29 @@ def loader(setting: Setting) -> list[Row]:
                 row.ours.append(ours / images)
                 row.theirs.append(theirs / images)
     return [row]
+
+
+def augmentation(setting: Setting) -> list[Row]:
+    """File to training sample with large-scale jitter and copy-paste, against short-edge jitter; one process."""
+    images = 24 if setting.size == "full" else 6
+    jitter = {"resize": "lsj", "canvas": 1024}
+    ways = {"lsj": jitter, "copy_paste": {"copy_paste": 1.0}, "lsj_copy_paste": jitter | {"copy_paste": 1.0}}
+    rows = []
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        write_annotations(folder / "annotations.json", images)
+        write_images(folder, images)
+        annotations = LVISAnnotations.open(folder / "annotations.json")
+        usual = TrainDataset(annotations, folder, DataConfig(), 0)
+        for way, options in ways.items():
+            dataset = TrainDataset(annotations, folder, DataConfig(**options), 0)  # type: ignore[arg-type]
+            words = " ".join(f"{key}={value}" for key, value in options.items())
+            row = Row(way, f"image file to sample with {words}", "short-edge jitter", ratio="ours / theirs")
+            each = [lambda d=d: [d[i, e] for e in range(2) for i in range(images)] for d in (dataset, usual)]
+            take_turns(row, *each, torch.device("cpu"), setting.rounds)
+            row.ours, row.theirs = ([x / 2 / images for x in side] for side in (row.ours, row.theirs))
+            rows.append(row)
+    return rows
 
 
 def _regions(boxes: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

@@ -9,6 +9,7 @@ is gone (the paper removes those alone, but a sliver shows no class).
 
 from typing import NamedTuple
 
+import cv2
 import numpy as np
 
 from loce.data.masks import Crop
@@ -32,15 +33,15 @@ class Scene(NamedTuple):
 
 def paste(scene: Scene, source: Scene) -> Scene:
     """`scene` with all objects of `source`, an image of the same size, on top; they come last."""
-    covered = np.zeros(scene.image.shape[:2], bool)
+    covered = np.zeros(scene.image.shape[:2], np.uint8)
     for bits, (x, y) in source.crops:
-        covered[y : y + bits.shape[0], x : x + bits.shape[1]] |= bits.astype(bool)
-    image = np.where(covered[:, :, None], source.image, scene.image)
+        covered[y : y + bits.shape[0], x : x + bits.shape[1]] |= bits
+    image = cv2.copyTo(source.image, covered, scene.image.copy())
 
     # What is left of the objects below.
     boxes, crops, kept, slivers = scene.boxes.copy(), list(scene.crops), [], []
     for row, (bits, (x, y)) in enumerate(crops):
-        left = bits * ~covered[y : y + bits.shape[0], x : x + bits.shape[1]]
+        left = bits & ~covered[y : y + bits.shape[0], x : x + bits.shape[1]]
         before, after = np.count_nonzero(bits), np.count_nonzero(left)
         if after < before:
             crops[row] = left, (x, y)

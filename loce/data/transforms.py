@@ -193,10 +193,8 @@ class Geometry:
             return image
         (y, x), (height, width) = self.corner, self.canvas
         shown = image[y : y + height, x : x + width]
-        page = np.empty((height, width, 3), np.uint8)
-        page[:] = PADDING
-        page[: shown.shape[0], : shown.shape[1]] = shown
-        return page
+        below, right = height - shown.shape[0], width - shown.shape[1]
+        return cv2.copyMakeBorder(shown, 0, below, 0, right, cv2.BORDER_CONSTANT, value=PADDING)
 
     def boxes(self, boxes: np.ndarray) -> np.ndarray:
         """(N, 4) float32 xyxy boxes, scaled, clipped to [0, width] and [0, height], flipped, clipped to the canvas."""
