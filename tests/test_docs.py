@@ -178,6 +178,7 @@ RUN_BY = {
     r".*: (make (report|figures)|python scripts/(report|figures).py).*": "tests/report/test_report.py",
     r"together.md: python .*": "tests/engine/test_together.py",
     r"posthoc.md: python scripts/(evaluate|predict).py .*": "tests/engine/test_calibration.py",
+    r"recipe.md: python scripts/train.py glyphs/.*": TIME,
     r"posthoc.md: python scripts/posthoc.py .*": "tests/engine/test_posthoc_bench.py",
     r"lvis.md: python scripts/convert.py .*": "tests/checkpoint/convert/test_files.py",
     r"own_data.md: .*": "tests/test_own_data.py",

@@ -70,8 +70,8 @@ def lr_scales(model: nn.Module, decay: float) -> dict[Tensor, float]:
     """Layer-wise learning rates: of the trunk's parameters, the share of the learning rate that they train with.
 
     decay^(5 - l) in stage l of 1 to 4, its downsampling included, and in the stem, l = 0; the pyramid and all behind it
-    train with all of it. The rule of ELECTRA (arXiv 2003.10555, Appendix A) and BEiT (arXiv 2106.08254, Appendix H),
-    where every layer is one step; a stage is one here, as in MMDetection's "stage_wise" for ConvNeXt.
+    train with all of it. The rule of ELECTRA (arXiv 2003.10555) and BEiT (arXiv 2106.08254) in fine-tuning, where every
+    layer is one step; a stage is one here, as in MMDetection's "stage_wise" for ConvNeXt.
     """
     if decay == 1:
         return {}
