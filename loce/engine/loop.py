@@ -81,7 +81,7 @@ def train_step(
 
 
 def optimizer_step(arms: Sequence[Learner], lr: float) -> None:
-    """Move the weights of all arms. What they share is moved by the first, and has one state."""
+    """Move the weights of all arms. What some share is moved by the first of them, and has one state."""
     moved: dict[Tensor, dict[str, Any]] = {}  # weight -> its momentum, or AdamW's moments
     for arm in arms:
         state = arm.optimizer.state
@@ -91,7 +91,7 @@ def optimizer_step(arms: Sequence[Learner], lr: float) -> None:
                 learning = [p for p in group["params"] if p in moved or p.grad is not None]
                 state.update({p: moved.get(p, state[p]) for p in learning})
         arm.scaler.step(arm.optimizer)  # sync: with fp16 alone, PyTorch's scaler asks whether a gradient is infinite
-        moved = moved or dict(state)
+        moved = {**state, **moved}
         arm.scaler.update()
         arm.optimizer.zero_grad(set_to_none=True)  # a weight without gradient is not moved again
 

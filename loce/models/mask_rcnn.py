@@ -251,7 +251,7 @@ class MaskRCNN(nn.Module):
         pooled = once((self.backbone, self.rpn, place), lambda: roi.pool(features, [proposals_N4], BOX_SIDE))
         reads = (self.backbone, self.rpn, roi.box_head, roi.classifier.depth, place)
         x_ND = once(reads, lambda: roi.features_of(pooled))
-        deltas_NC4 = roi.deltas(x_ND).float().reshape(len(x_ND), -1, 4)
+        deltas_NC4 = once((*reads, roi.fc_reg), lambda: roi.deltas(x_ND).float().reshape(len(x_ND), -1, 4))
         boxes_NC4 = decode(proposals_N4[:, None], deltas_NC4, ROI_STDS, size)
         return boxes_NC4 / proposals_N4.new_tensor([*scale, *scale]), roi.classifier(x_ND)
 

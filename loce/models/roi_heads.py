@@ -146,7 +146,7 @@ class RoIHeads(nn.Module):
     ) -> dict[str, Tensor]:
         """Losses of one batch. sizes: (height, width) of each image's content; once: what other models computed of it.
 
-        The loss of a mask head that they share is the same tensor in all.
+        The loss of a mask head or a box regressor that they share is the same tensor in all.
         """
         once = once or Once()
         sampled = once("RoIs", lambda: [self.select(p, t) for p, t in zip(proposals, targets, strict=True)])
@@ -157,7 +157,8 @@ class RoIHeads(nn.Module):
             losses = self.classifier.losses(logits_NL, rois)
         if self.only_classifier:
             return losses
-        losses["loss_box"] = self._box_loss(x_ND, rois, box_targets_N4, self._most(sampled, rois))
+        most = self._most(sampled, rois)
+        losses["loss_box"] = once(self.fc_reg, lambda: self._box_loss(x_ND, rois, box_targets_N4, most))
         if self.mask_head is not None:
             losses["loss_mask"] = once(self.mask_head, lambda: self._mask_loss(features, sampled, targets, positives))
         return losses

@@ -1,7 +1,8 @@
 """Detectors that differ in their classification heads only, trained in one pass: what they have in common is one.
 
 Each is a complete model. Parts with the same weights and the same future (trunk, RPN, mask head, frozen FCs, a memory
-that stores the same) are the same module objects, and `Once` computes for all what such a module makes of a batch.
+that stores the same, box regressors that see no memory) are the same module objects, and `Once` computes for all what
+such a module makes of a batch.
 Nothing of a head flows back into them: the trunk is frozen, proposals have no gradient, and random numbers are keyed by
 image. So each model comes out as if it had been trained by itself.
 """
@@ -17,7 +18,7 @@ from torch import Tensor, nn
 from loce.config import UserError
 from loce.models.mask_rcnn import MaskRCNN
 from loce.models.memory_sampling import MemorySampling
-from loce.models.roi_heads import Once
+from loce.models.roi_heads import Once, RoIHeads
 
 SHARED = ("backbone", "rpn", "roi_heads.mask_head")  # the last where the model has one
 DRAWING = ("classes_per_draw", "features_per_class")  # options of the memory that storing does not depend on
@@ -61,6 +62,8 @@ def share(model: MaskRCNN, others: Sequence[MaskRCNN]) -> None:
         theirs = other.roi_heads
         if _frozen(roi.box_head) and _frozen(theirs.box_head) and _equal(roi.box_head, theirs.box_head):
             roi.box_head = theirs.box_head
+        if _regress_alike(roi, theirs) and _equal(roi.fc_reg, theirs.fc_reg):
+            roi.fc_reg = theirs.fc_reg
         if roi.memory is not None and theirs.memory is not None and _stored(model) == _stored(other):
             if not _equal(roi.memory.bank, theirs.memory.bank):
                 raise UserError("feature memory: what it holds is not the same in all with the same memory options")
@@ -70,7 +73,7 @@ def share(model: MaskRCNN, others: Sequence[MaskRCNN]) -> None:
 def share_equal(models: Sequence[MaskRCNN]) -> None:
     """Make those parts one module that hold the same bits, for inference."""
     for number, model in enumerate(models):
-        for name in _parts(model, *SHARED, "roi_heads.box_head"):
+        for name in _parts(model, *SHARED, "roi_heads.box_head", "roi_heads.fc_reg"):
             parent, _, part = name.rpartition(".")
             for other in models[:number]:
                 if _equal(model.get_submodule(name), other.get_submodule(name)):
@@ -96,6 +99,12 @@ def _stored(model: MaskRCNN) -> tuple[Any, ...]:
 def _parts(model: MaskRCNN, *names: str) -> list[str]:
     """Those parts of a model that it has."""
     return [name for name in names if attrgetter(name)(model) is not None]
+
+
+def _regress_alike(one: RoIHeads, other: RoIHeads) -> bool:
+    """Whether two box regressors learn from the same: without a memory, its rows are the sampled regions alone."""
+    same = one.box_head is other.box_head and one.classifier.depth == other.classifier.depth
+    return same and one.memory is None and other.memory is None
 
 
 def _frozen(module: nn.Module) -> bool:

@@ -76,7 +76,7 @@ def alone(config: Path, stage1: Path, tmp_path_factory: pytest.TempPathFactory) 
     return trained
 
 
-FEW = ("ebl", "mfs", "loce", "fill 1", "roi", "seesaw", "FCs train")
+FEW = ("softmax", "ebl", "mfs", "loce", "fill 1", "roi", "seesaw", "FCs train")
 
 
 @pytest.mark.parametrize("names", [FEW, pytest.param(tuple(ARMS), marks=pytest.mark.slow)], ids=["few", "all"])
@@ -89,6 +89,8 @@ def test_each_arm_is_as_its_own_run(
     models = {name: arm.model for name, arm in zip(names, trainer.arms, strict=True)}
     assert len({model.backbone for model in models.values()}) == len({model.rpn for model in models.values()}) == 1
     assert len({model.roi_heads.box_head for model in models.values()}) == 2  # one trains
+    alike = [name for name in ("softmax", "ebl", "bags") if name in names]  # have no memory
+    assert len({model.roi_heads.fc_reg for model in models.values()}) == len(names) - len(alike) + 1
     banks = {m.roi_heads.memory.bank for m in models.values() if m.roi_heads.memory is not None}
     assert len(banks) == (3 if names == FEW else 4)  # at level fc, filled with one, few and in bf16; at level roi
 
