@@ -25,6 +25,7 @@ from loce.engine.ranks import process_group
 from loce.engine.region_store import read_regions, store_regions
 from loce.evaluation.annotations import FederatedFilter, GroundTruth, load_annotations, only_images
 from loce.evaluation.bootstrap import METRICS, Tallies, compare, tally
+from loce.evaluation.calibration import NAMES as CALIBRATION
 from loce.evaluation.detections import concatenate
 from loce.evaluation.lvis_ap import Evaluation, choose_protocol, evaluate_loaded
 from loce.evaluation.report import choose_protocols
@@ -161,7 +162,7 @@ def bench(
             f"parameters: chosen by box AP on {len(tuning.truth.image_ids)} training images (up to {tune} of each "
             f"class, seed {config.seed}), which the detector was trained on",
             f"numbers: box AP on {len(testing.truth.image_ids)} validation images, protocol {protocols[0]}; in "
-            "brackets the 95% interval of the difference to the plain scores, over images",
+            "brackets the 95% interval of the difference to the plain scores, over images; a lower ECE is better",
             "",
             *table(tallies, told, resamples, protocols),
             "",
@@ -232,11 +233,13 @@ def table(
     resamples: int,
     protocols: Sequence[str],
 ) -> list[str]:
-    """Rows of a Markdown table, in percent: AP and that of each group by the first protocol, AP and APr by the others.
+    """Rows of a Markdown table, in percent: AP and ECE, with those of groups, by the first protocol, AP by the others.
 
     Beside each value stands its difference to that of the plain scores.
     """
-    columns = [(0, metric) for metric in METRICS] + [(n, m) for n in range(1, len(protocols)) for m in ("AP", "APr")]
+    columns = [(0, metric) for metric in METRICS]
+    columns += [(n, metric) for n in range(1, len(protocols)) for metric in ("AP", "APr")]
+    columns += [(0, name) for name in CALIBRATION if name.startswith("ECE")]
     names = [metric if not n else f"{metric} {protocols[n]}" for n, metric in columns]
     lines = [f"| method | {' | '.join(names)} | setting |", "|---" * (len(names) + 2) + "|"]
     for name, own in tallies.items():

@@ -14,6 +14,7 @@ from loce.data.build import val_annotations, val_dataset
 from loce.engine.class_facts import calibrate
 from loce.engine.posthoc_bench import GRIDS, bench, choose_grids
 from loce.engine.region_store import keep, read_regions, store_regions
+from loce.evaluation.annotations import FederatedFilter
 
 
 @pytest.fixture
@@ -49,6 +50,27 @@ def test_stored_regions_give_what_inference_finds(copied: Path, tmp_path: Path, 
     assert found.image_ids.tolist() == [
         s["image_id"] for s, one in zip(samples, wanted, strict=True) for _ in one["rles"]
     ]
+
+
+def test_stored_regions_without_a_cap(copied: Path, tmp_path: Path) -> None:
+    """For AP-fixed and AP-pool: all of the classes that count, and the place of each among all detections."""
+    config = Checkpoint.open(copied).config_with(["eval.protocol=[lvis,fixed,pool]", "eval.detections=20"])
+    model = Checkpoint.open(copied).detector(config).eval()
+    exact = model.roi_heads.classifier.forward
+    model.roi_heads.classifier.forward = lambda x: exact(x).half().float()
+    val = val_annotations(config)
+    allowed = FederatedFilter(val).allowed
+    place = (config.data.val_images, [0, 1, 2], tmp_path / "regions", "test", (1000, 1000))
+    file = store_regions(model, config, val, *place)[0]
+    ids = val.stats.category_ids
+    found = read_regions(file, len(ids)).detections(model.roi_heads.scores, config.eval, ids, allowed)
+    wanted = []
+    for sample in (val_dataset(config, val)[index] for index in range(3)):
+        columns = ([sample[key]] for key in ("image", "scale", "size"))
+        wanted += model.detect(*columns, [torch.from_numpy(allowed(sample["image_id"]))])
+    assert np.array_equal(found.ranks, torch.cat([one["ranks"] for one in wanted]))
+    assert np.array_equal(found.scores, torch.cat([one["scores"] for one in wanted]))
+    assert len(found) > 60 and (found.ranks == 20).any()
 
 
 def saved(folder: Path, **columns: np.ndarray) -> Path:
@@ -130,6 +152,10 @@ def test_the_bench(copied: Path) -> None:
     said = bench(copied, ["fracal", "logn"], words, tune=1, resamples=20)
     rows = [line.split("|")[1].strip() for line in said.splitlines() if line.startswith("|")]
     assert rows == ["method", "---", "plain", "fracal", "logn"]
+    columns = [name.strip() for name in said.splitlines()[3].split("|")[1:-1]]
+    assert columns[:5] == ["method", "AP", "APr", "APc", "APf"] and columns[-1] == "setting"
+    assert columns[5:9] == ["AP fixed", "APr fixed", "AP pool", "APr pool"]
+    assert columns[9:-1] == ["ECE", "ECEr", "ECEc", "ECEf"]
     assert "which the detector was trained on" in said and "scripts/evaluate.py checkpoint=" in said
     assert (copied / "posthoc" / "bench" / "table.md").read_text() == said + "\n"
     with (copied / "posthoc" / "bench" / "sweep.csv").open() as file:
