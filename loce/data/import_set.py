@@ -152,5 +152,5 @@ def report_lines(found: Found) -> list[str]:
             f"{len(instances) - masks} objects have boxes alone: data.without_mask=box takes the filled box as mask"
         )
     elif not masks:
-        lines.append("there are no masks: data.without_mask=box trains on filled boxes and evaluates boxes")
+        lines.append("there are no masks: model.masks=false in recipes and check-data (a Faster R-CNN)")
     return lines

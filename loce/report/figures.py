@@ -15,6 +15,7 @@ from loce.utils.files import atomic_write, read_csv
 
 GROUP_COLOURS = {group: tuple(part / 255 for part in rgb) for group, rgb in GROUP_RGB.items()}
 VALUES = {"score": "mean score of own class", "accuracy": "classification accuracy", "ap": "AP"}  # rows of a figure
+NAMED, LETTERS = 40, 24  # classes up to which they are named below the bars; letters of a name there
 COLUMNS = {"score": "mean_score", "accuracy": "accuracy"}  # of mean_scores.csv
 
 
@@ -28,18 +29,21 @@ def equilibrium_figure(runs: Mapping[str, Path], output: Path, rows: Sequence[st
     size = (4.6 * len(runs), 0.6 + 2.3 * len(rows))
     figure = Figure(size)
     axes = figure.subplots(len(rows), len(runs), sharex="col", sharey="row", squeeze=False)
+    named = False
     # Rows share their axis, so each panel only raises the common limit.
     for column, (title, folder) in zip(axes.T, runs.items(), strict=True):
-        values, groups, counts = class_values(folder)
+        values, groups, counts, names = class_values(folder)
         for axis, name in zip(column, rows, strict=True):
             _bars(axis, values[name], groups)
         part = next(iter(read_csv(folder / "per_category.csv")), {}).get("subset")
         column[0].set_title(f"{title}\nSUBSET, {part}" if part else title)
-        _class_axis(column[-1], counts)
+        _class_axis(column[-1], counts, names)
+        named |= len(names) <= NAMED
     for axis, name in zip(axes[:, 0], rows, strict=True):
         axis.set_ylabel(VALUES[name])
     handles = [Rectangle((0, 0), 1, 1, color=GROUP_COLOURS[g]) for g in GROUP_COLOURS]
     figure.legend(handles, GROUP_NAMES.values(), loc="lower center", ncols=3, frameon=False)
+    figure.set_figheight(size[1] + named)  # an inch for names
     figure.tight_layout(rect=(0, 0.25 / size[1], 1, 1))
     save_figure(figure, output)
 
@@ -58,8 +62,8 @@ def require_same_groups(runs: Mapping[str, Path]) -> None:
             )
 
 
-def class_values(folder: Path) -> tuple[dict[str, np.ndarray], np.ndarray, np.ndarray | None]:
-    """Values of an evaluation's classes, their groups ("r", "c", "f") and training instances, most instances first.
+def class_values(folder: Path) -> tuple[dict[str, np.ndarray], np.ndarray, np.ndarray | None, list[str]]:
+    """Values of an evaluation's classes, groups ("r", "c", "f"), training instances and names, most instances first.
 
     Values: name in VALUES -> (C,), nan where the validation data have no boxes (score, accuracy) or no objects that
     count (AP: empty or -1). The results of another program have AP only: no instances then (None), and the order is
@@ -69,12 +73,14 @@ def class_values(folder: Path) -> tuple[dict[str, np.ndarray], np.ndarray, np.nd
     by_id = {row["id"]: row for row in read_csv(folder / "per_category.csv")}
     if not tested.is_file():
         rows = sorted(by_id.values(), key=lambda row: ("fcr".index(row["frequency"]), -int(row["instances"])))
-        return {"ap": _numbers(rows, "AP")}, np.array([row["frequency"] for row in rows]), None
+        groups = np.array([row["frequency"] for row in rows])
+        return {"ap": _numbers(rows, "AP")}, groups, None, [row.get("name", row["id"]) for row in rows]
     rows = sorted(read_csv(tested), key=lambda row: -int(row["training_instances"]))
     boxes = np.array([int(row["boxes"]) for row in rows])
     values = {n: np.where(boxes > 0, _numbers(rows, c), np.nan) for n, c in COLUMNS.items() if c in rows[0]}
     values["ap"] = _numbers([by_id[row["id"]] for row in rows], "AP")
-    return values, np.array([row["group"] for row in rows]), np.array([int(row["training_instances"]) for row in rows])
+    counts = np.array([int(row["training_instances"]) for row in rows])
+    return values, np.array([row["group"] for row in rows]), counts, [row.get("name", row["id"]) for row in rows]
 
 
 def _numbers(rows: Sequence[Mapping[str, str]], column: str) -> np.ndarray:
@@ -82,14 +88,18 @@ def _numbers(rows: Sequence[Mapping[str, str]], column: str) -> np.ndarray:
     return np.where(values < 0, np.nan, values)
 
 
-def _class_axis(axis: Any, counts: np.ndarray | None) -> None:
-    """The paper's x axis: places in the order, and the training instances of the class there."""
-    if counts is None:
+def _class_axis(axis: Any, counts: np.ndarray | None, names: Sequence[str]) -> None:
+    """The names of few classes; else the paper's x axis: places in the order, and the class's training instances."""
+    if len(names) <= NAMED:
+        own = [""] * len(names) if counts is None else [f" ({count})" for count in counts]
+        labels = [f"{name[:LETTERS]}{count}" for name, count in zip(names, own, strict=True)]
+        axis.set_xticks(range(len(names)), labels, rotation=90, fontsize=7, parse_math=False)
+    elif counts is None:
         axis.set_xlabel("classes: frequent, common, rare")
-        return
-    places = np.linspace(0, len(counts) - 1, min(5, len(counts))).round().astype(int)
-    axis.set_xticks(places, [f"{place + 1}\n({counts[place]})" for place in places])
-    axis.set_xlabel("class (its training instances)")
+    else:
+        places = np.linspace(0, len(counts) - 1, min(5, len(counts))).round().astype(int)
+        axis.set_xticks(places, [f"{place + 1}\n({counts[place]})" for place in places])
+        axis.set_xlabel("class (its training instances)")
 
 
 def group_means(values: np.ndarray, groups: np.ndarray) -> dict[str, float]:

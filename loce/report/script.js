@@ -2,6 +2,7 @@
 // Draws the charts of the page as SVG, moves them through time, names what is under the pointer; the class table.
 const data = JSON.parse(document.getElementById("data").textContent);
 const LEFT = 48, TOP = 10, PLOT = 150, BAND = 20; // pixels of a chart
+const NAMED = 11, NAMES = 104, LETTERS = 15; // pixels of a class from which on it is named below its bar, and for that; letters
 let time = 1; // share of each training
 
 const escaped = text => String(text).replace(/[&<>"]/g, c => ({"&": "&amp;", "<": "&lt;", ">": "&gt;", '"': "&quot;"})[c]);
@@ -74,7 +75,10 @@ function bars(element) {
       `${shown(kind, mean)}</text>`;
   }
   if (low < 0) content += `<path class="zero" d="M${LEFT} ${y(0).toFixed(1)}H${width}"/>`;
-  element.innerHTML = svg(width, TOP + PLOT + BAND + 4, content);
+  const named = step >= NAMED ? NAMES : 0;
+  if (named) content += run.names.map((name, place) => `<text transform="translate(${(x(place + 0.5) - 4).toFixed(1)} ` +
+    `${TOP + PLOT + BAND + 8}) rotate(90)">${escaped(name.length > LETTERS ? name.slice(0, LETTERS - 1) + "\u2026" : name)}</text>`).join("");
+  element.innerHTML = svg(width, TOP + PLOT + BAND + 4 + named, content);
 }
 
 function tipOfBars(element, x) {

@@ -96,7 +96,7 @@ def test_voc(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         "1 images left out, with all in them: the file is missing: d.jpg of ",
         "1 objects left out: no name, or no box of four numbers: ",
         "1 XML files left out: broken, or no <annotation>: ",
-        "data.without_mask=box",
+        "there are no masks: model.masks=false",
     ):
         assert line in text, line
     assert hashes(source) == before

@@ -70,26 +70,27 @@ def written(path: Path) -> bool:
 
 
 def test_classes_without_objects_have_no_value(write_evaluation):
-    values, groups, counts = class_values(write_evaluation("run"))
+    values, groups, counts, names = class_values(write_evaluation("run"))
     np.testing.assert_array_equal(values["score"], [0.8, 0.6, math.nan, 0.5, 0.1, 0.0])  # most training instances first
     np.testing.assert_array_equal(values["accuracy"], [0.9, 0.7, math.nan, 0.6, 0.0, 0.0])
     np.testing.assert_array_equal(values["ap"], [0.5, math.nan, math.nan, 0.3, 0.2, 0.0])
     assert "".join(groups) == "ffccrr" and counts is not None and counts.tolist() == [900, 500, 40, 30, 3, 1]
+    assert names == ["3", "1", "20", "9", "7", "5"]  # the ids, where a table of another program has no names
 
 
 def test_results_of_another_program_have_ap_only(write_evaluation, tmp_path, figures):
     folder = write_evaluation("run")
     (folder / "mean_scores.csv").unlink()
-    values, groups, counts = class_values(folder)
+    values, groups, counts, names = class_values(folder)
     np.testing.assert_array_equal(values["ap"], [0.5, math.nan, 0.3, math.nan, 0.2, 0.0])  # most objects first
-    assert list(values) == ["ap"] and "".join(groups) == "ffccrr" and counts is None
+    assert list(values) == ["ap"] and "".join(groups) == "ffccrr" and counts is None and len(names) == 6
     equilibrium_figure({"a": folder}, tmp_path / "figure.pdf", ["ap"])
     assert (tmp_path / "figure.pdf").read_bytes()[:4] == b"%PDF"
     assert [bar.get_height() for bar in figures[0].axes[0].patches][:1] == [0.5] and len(figures[0].axes) == 1
 
 
 def test_means_are_over_classes_with_a_value(write_evaluation):
-    values, groups, _ = class_values(write_evaluation("run"))
+    values, groups, *_ = class_values(write_evaluation("run"))
     assert group_means(values["score"], groups) == pytest.approx({"f": 0.7, "c": 0.5, "r": 0.05})
     assert group_means(values["ap"], groups) == pytest.approx({"f": 0.5, "c": 0.3, "r": 0.1})
     assert group_means(np.array([math.nan, 1.0]), np.array(["r", "f"])) == {"f": 1.0}
@@ -100,6 +101,7 @@ def test_the_figure_shows_these_numbers(write_evaluation, tmp_path, figures):
     assert written(tmp_path / "out/figure.png")
     panels = figures[0].axes
     assert [panel.get_title() for panel in panels] == ["a", "b", "", ""]
+    assert [tick.get_text() for tick in panels[2].get_xticklabels()][:2] == ["3 (900)", "1 (500)"]
     heights = [bar.get_height() for bar in panels[0].patches]
     np.testing.assert_array_equal(heights, [0.8, 0.6, math.nan, 0.5, 0.1, 0.0])  # the gap keeps its place
     assert sorted(text.get_text().strip() for text in panels[0].texts) == ["0.05", "0.50", "0.70"]
