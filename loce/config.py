@@ -480,6 +480,7 @@ class EvalConfig:
     protocol: Protocols = "auto"  # one, or [lvis, fixed, pool]; auto: lvis if the file has LVIS's fields, else coco
     batch_size: Count = 1  # images per rank
     errors: bool = True  # what became of lost objects (errors.csv); inference keeps near misses for it
+    boundary: bool = False  # boundary AP of masks, too
     images: str = ""  # file with ids or names of images, one a line: these alone are evaluated; empty: all
     slices: str = ""  # CSV file, first column an image, further ones attributes: numbers for each value (slices.csv)
     posthoc: PosthocName = "none"  # calibration of a trained head's scores (docs/posthoc.md)
@@ -784,7 +785,7 @@ CONFLICTS: tuple[Conflict, ...] = (
 # What may differ when a run goes on: it changes how fast a run goes and what it writes, not what it learns; so, but for
 # rounding and the random draws, does `accumulate`, as the number of processes does.
 MAY_CHANGE = {"output", "device", "data.workers", "data.train_images", "data.val_images"} | {
-    *("eval.batch_size", "eval.errors", "eval.images", "eval.slices"),
+    *("eval.batch_size", "eval.errors", "eval.boundary", "eval.images", "eval.slices"),
     *("train.resume", "train.accumulate", "train.evaluate", "train.evaluate_every"),
     *("train.log_every", "train.checkpoint_every", "train.keep_checkpoints", "train.wandb"),
 }

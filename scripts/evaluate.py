@@ -20,7 +20,7 @@ from loce.report.tables.steps import newest_run
 from loce.utils.files import require_writable
 from loce.utils.yaml_text import parse_value, show
 
-FOR_RESULTS = ("eval.images=", "eval.slices=")  # options of a run that need no inference
+FOR_RESULTS = ("eval.images=", "eval.slices=", "eval.boundary=")  # options of a run that need no inference
 CONFIG_WORDS = ("head.", "eval.", "train.ema=")  # options of a run
 WRITTEN = "metrics.json, evaluation.json, per_category.csv and more are in"
 
@@ -73,6 +73,7 @@ def evaluate_results(options: Options, words: Sequence[str]) -> None:
         training=training,
         images=section.images,
         slices=section.slices,
+        boundary=section.boundary,
         **report_options(options),
     )
     print(f"{WRITTEN} {output}")
@@ -121,7 +122,7 @@ def main() -> None:
     if options.results and (options.images or options.detections or options.device != "auto" or inference):
         raise UserError(
             "images, detections, device, train.ema, head.* and eval.* are for checkpoints; results need no inference "
-            "(eval.images and eval.slices are for both)"
+            "(eval.images, eval.slices and eval.boundary are for both)"
         )
     evaluate_results(options, words) if options.results else evaluate_a_checkpoint(options, words)
 

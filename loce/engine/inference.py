@@ -39,7 +39,7 @@ from loce.utils.progress import progress
 from loce.utils.yaml_text import show
 
 ORIGIN = "origin.txt"  # beside the detections: the weights, data and options that they are of
-CHANGES_NOTHING = ("eval.batch_size", "eval.errors", "eval.slices")  # of the detections
+CHANGES_NOTHING = ("eval.batch_size", "eval.errors", "eval.slices", "eval.boundary")  # of the detections
 
 
 class Evaluated(NamedTuple):
@@ -171,6 +171,8 @@ def check_evaluation(
     if "segm" in iou_types and not config.model.masks:
         raise UserError(f"iou_types = {','.join(iou_types)}: {owner} is a detector of boxes (model.masks=false)")
     masks = "segm" in compared_types(annotations, config.data.without_mask, iou_types)
+    if config.eval.boundary and not masks:
+        raise UserError("eval.boundary: boundary AP is of masks, which are not evaluated here")
     raise_problems(evaluation_problems(annotations, masks, config.eval.protocols, config.data.allow_misplaced))
 
 
@@ -234,7 +236,7 @@ def evaluate_models(found: Sequence[Evaluated], annotations: LVISAnnotations, **
         for one, origin in zip(found, origins, strict=True):
             options: dict[str, Any] = {"protocol": config.eval.protocol, "errors": config.eval.errors}
             options |= {"origin": f"{one.source}, {origin}", "posthoc": posthoc_text(one.config)}
-            options["slices"] = config.eval.slices
+            options |= {"slices": config.eval.slices, "boundary": config.eval.boundary}
             evaluate_and_report(
                 truth, one.output / "detections", one.output, **{**options, **report, "iou_types": kinds}
             )

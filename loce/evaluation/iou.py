@@ -1,5 +1,13 @@
-"""Areas and IoU of boxes and masks, for pairs that lie in the same image and category."""
+"""Areas and IoU of boxes, masks and mask boundaries, for pairs that lie in the same image and category.
 
+Boundary IoU (Cheng et al., CVPR 2021, arXiv 2103.16562) is the IoU of the pixels of two masks that lie within d pixels
+of their contours; d is a share of the image's diagonal. As in its authors' evaluator distance is the larger of dx and
+dy, the image's border is a contour, too, and boundary AP takes the lower of mask IoU and boundary IoU.
+"""
+
+from typing import Any
+
+import cv2
 import numpy as np
 from pycocotools import mask as mask_utils
 
@@ -8,6 +16,7 @@ from loce.evaluation.annotations import GroundTruth
 from loce.evaluation.detections import Masks
 from loce.utils.progress import watched
 
+DILATION = {True: 0.008, False: 0.02}  # d / diagonal, with LVIS's rules and with COCO's
 _CELLS = 1000  # whose objects' masks are held at a time
 _PAIRS = 1 << 20  # box pairs that are held at a time
 
@@ -70,8 +79,12 @@ def mask_pairs(
     counts: np.ndarray,
     truth: GroundTruth,
     low: float,
+    dilation: float = 0.0,
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """As `box_pairs`, for the masks of detections `rows` (N,); rows of one image and category stand together."""
+    """As `box_pairs`, for the masks of detections `rows` (N,); rows of one image and category stand together.
+
+    dilation: > 0 for the lower of mask IoU and boundary IoU, with this share of the diagonal.
+    """
     borders = np.flatnonzero(np.diff(starts, prepend=-1, append=-1))
     starts, counts = starts[borders[:-1]], counts[borders[:-1]]  # of cells from here on
     pieces = []
@@ -84,10 +97,36 @@ def mask_pairs(
             end = 0
         begin, end = end, end + int(counts[cell])
         first, last = borders[cell], borders[cell + 1]
-        iou = mask_utils.iou(masks.rles(rows[first:last]), grounds[begin:end], crowd[begin:end])
+        found = masks.rles(rows[first:last])
+        iou = mask_utils.iou(found, grounds[begin:end], crowd[begin:end])
+        if dilation and (iou >= low).any():
+            # No lower mask IoU can be of a pair, so boundaries of few masks are needed.
+            near, at = np.flatnonzero((iou >= low).any(axis=1)), np.flatnonzero((iou >= low).any(axis=0))
+            edges = [boundary(found[n], dilation) for n in near]
+            around = [boundary(grounds[begin + g], dilation) for g in at]
+            lower = mask_utils.iou(edges, around, [crowd[begin + g] for g in at])
+            iou[np.ix_(near, at)] = np.minimum(iou[np.ix_(near, at)], lower)
         box, ground = np.nonzero(iou >= low)
         pieces.append((first + box, starts[cell] + ground, iou[box, ground]))
     return _join(pieces)
+
+
+def boundary(code: dict[str, Any], dilation: float) -> dict[str, Any]:
+    """The code of a mask's pixels within max(1, round(dilation * diagonal)) px of its contour."""
+    height, width = code["size"]
+    distance = max(1, round(dilation * float(np.hypot(height, width))))
+    x, y, w, h = (int(side) for side in mask_utils.toBbox(code))
+    window = np.s_[y : y + h, x : x + w]
+    mask = mask_utils.decode(code)
+    inner = cv2.erode(
+        np.ascontiguousarray(mask[window]),
+        np.ones((2 * distance + 1, 2 * distance + 1), np.uint8),
+        borderType=cv2.BORDER_CONSTANT,
+        borderValue=0,
+    )
+    mask[window] -= inner
+    coded: dict[str, Any] = mask_utils.encode(mask)
+    return coded
 
 
 def _join(pieces: list[tuple[np.ndarray, np.ndarray, np.ndarray]]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

@@ -28,6 +28,7 @@ from loce.evaluation.stream import read_detections
 from loce.utils.errors import UserError
 from loce.utils.progress import phase, print_line, watched
 
+IOU_TYPES = ("bbox", "segm", "boundary")
 RECALLS = np.linspace(0.0, 1.0, 101)
 FEW = (1, 10)  # detections of an image and category, for COCO's AR@1 and AR@10
 _EPSILON = np.spacing(1)
@@ -83,18 +84,18 @@ def evaluate_lvis(
     """Evaluate detections on LVIS- or COCO-style ground truth; nothing that is passed in is changed.
 
     annotations: path, loaded dict or GroundTruth; results: path of a results JSON or of a folder that inference wrote,
-    list of result dicts, or Detections; iou_type: "bbox" or "segm"; protocol: "lvis", "fixed" (AP-fixed), "pool"
-    (AP-pool) or "coco". max_detections: cap per image for "lvis", per image and category for "coco"; None is the
-    protocol's own, 300 and 100, since a number for both would be wrong for one. "fixed" and "pool" keep the best 10,000
-    detections of a category whatever their images, so a cap beside them is refused.
+    list of result dicts, or Detections; iou_type: "bbox", "segm" or "boundary" (see iou.py); protocol: "lvis",
+    "fixed" (AP-fixed), "pool" (AP-pool) or "coco". max_detections: cap per image for "lvis", per image and category for
+    "coco"; None is the protocol's own, 300 and 100, since a number for both would be wrong for one. "fixed" and "pool"
+    keep the best 10,000 detections of a category whatever their images, so a cap beside them is refused.
     allow_misplaced: masks of annotations may lie elsewhere than their boxes. NumPy's numbers and arrays are read as
     JSON's are. Raises UserError for everything that is wrong with the input, with the first five offenders of each
     kind; what only looks wrong is a line on standard error.
     """
     rules = choose_protocol(protocol, max_detections)
-    if iou_type not in ("bbox", "segm"):
-        raise UserError(f'iou_type: {iou_type!r} is not known; choose "bbox" or "segm"')
-    truth = load_annotations(annotations, iou_type == "segm", allow_misplaced)
+    if iou_type not in IOU_TYPES:
+        raise UserError(f'iou_type: {iou_type!r} is not known; choose "bbox", "segm" or "boundary"')
+    truth = load_annotations(annotations, iou_type != "bbox", allow_misplaced)
     source = str(results) if isinstance(results, (str, Path)) else "results"
     detections = load_results(results, truth, source)
     for warning in [note for note in truth.notes if note.startswith("WARNING")] + suspicions(detections, truth, source):
@@ -134,9 +135,9 @@ def evaluate_loaded(
     truth: GroundTruth, detections: Detections, iou_type: str, protocols: Sequence[Protocol]
 ) -> list[Evaluation]:
     """`evaluate_lvis` by several protocols, for input that is loaded and checked (`load_results`)."""
-    if iou_type not in detections.iou_types:
+    if ("segm" if iou_type == "boundary" else iou_type) not in detections.iou_types:
         raise UserError(f"iou_type={iou_type}: the results have no {'bbox' if iou_type == 'bbox' else 'segmentation'}")
-    if iou_type == "segm" and truth.masks is None:
+    if iou_type != "bbox" and truth.masks is None:
         raise ValueError("the ground truth was loaded without masks")
     if not truth.federated and (names := [rules.name for rules in protocols if rules.federated]):
         raise UserError(

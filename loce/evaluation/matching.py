@@ -15,7 +15,7 @@ import numpy as np
 
 from loce.evaluation.annotations import GroundTruth, positions
 from loce.evaluation.detections import Detections
-from loce.evaluation.iou import box_areas, box_pairs, mask_pairs
+from loce.evaluation.iou import DILATION, box_areas, box_pairs, mask_pairs
 from loce.utils.progress import watched
 
 THRESHOLDS = np.linspace(0.5, 0.95, 10)
@@ -112,7 +112,8 @@ def match(truth: GroundTruth, detections: Detections, iou_type: str, protocols: 
     if federated and truth.not_exhaustive is not None:
         false_positive &= ~truth.not_exhaustive[image, category][:, None]
     # The matching itself, among pairs that overlap by half.
-    pairs = _pairs(truth, detections, iou_type, rows, image, category)
+    dilation = DILATION[federated] if iou_type == "boundary" else 0.0
+    pairs = _pairs(truth, detections, iou_type, dilation, rows, image, category)
     overlapping, matched, ignored, taken = _lock_step(*pairs, object_ignored, truth.crowd)
     objects = [
         np.bincount(truth.category[~object_ignored[:, a]], minlength=categories) for a in range(len(AREA_RANGES))
@@ -226,6 +227,7 @@ def _pairs(
     truth: GroundTruth,
     detections: Detections,
     iou_type: str,
+    dilation: float,
     rows: np.ndarray,
     image: np.ndarray,
     category: np.ndarray,
@@ -245,7 +247,8 @@ def _pairs(
     if iou_type == "bbox" and detections.boxes is not None:
         box, ground, iou = box_pairs(detections.boxes[rows[near]], starts[cell], counts[cell], truth, THRESHOLDS[0])
     elif detections.masks is not None:
-        box, ground, iou = mask_pairs(detections.masks, rows[near], starts[cell], counts[cell], truth, THRESHOLDS[0])
+        near_cells = rows[near], starts[cell], counts[cell], truth, THRESHOLDS[0], dilation
+        box, ground, iou = mask_pairs(detections.masks, *near_cells)
     else:
         box, ground, iou = near, near, np.zeros(0)  # no detections at all
     return cell[box], near[box], ground, iou

@@ -18,13 +18,14 @@ from loce.evaluation.bootstrap import intervals, tally
 from loce.evaluation.detections import Detections, has_names_for_ids, read_results, suspicions
 from loce.evaluation.lost_objects import explain
 from loce.evaluation.lost_objects_report import write_errors
-from loce.evaluation.lvis_ap import Evaluation, choose_protocol, evaluate_loaded, load_results
+from loce.evaluation.lvis_ap import IOU_TYPES, Evaluation, choose_protocol, evaluate_loaded, load_results
 from loce.evaluation.matching import Protocol
 from loce.evaluation.slices import slice_lines, slice_numbers, slice_table
 from loce.evaluation.stream import read_near_misses
 from loce.evaluation.thresholds import COLUMN as THRESHOLD
 from loce.evaluation.thresholds import best_thresholds
 from loce.utils.classes import GROUP_NAMES, GROUPS, ClassStats
+from loce.utils.errors import UserError
 from loce.utils.files import json_text, write_text
 from loce.utils.progress import phase
 
@@ -56,6 +57,7 @@ def evaluate_and_report(
     training: ClassStats | None = None,
     images: str = "",
     slices: str = "",
+    boundary: bool = False,
 ) -> dict[str, Evaluation]:
     """Evaluate, print the tables and write the folder `output`; the result per IoU type, "bbox" first, and where there
     are several protocols also per type and further protocol ("segm_fixed").
@@ -68,7 +70,8 @@ def evaluate_and_report(
     also write results.json, the official results format; allow_misplaced: as for `evaluate_lvis`; posthoc: the method
     that calibrated the scores and its options, written beside the numbers; training: classes of the training set, whose
     groups r/c/f take the place of the file's; images: a file of ids or names of images, which alone are evaluated;
-    slices: a CSV file of attributes of images, for numbers of each value in slices.csv.
+    slices: a CSV file of attributes of images, for numbers of each value in slices.csv; boundary: boundary AP beside
+    that of masks ("boundary").
     Writes metrics.json ({"bbox": 13 numbers, "segm": ..., "bbox_fixed": ...}), evaluation.json (what they are of),
     per_category.csv, calibration.csv and calibration.png (of the first protocol), tallies_<key>.npz (for
     scripts/compare.py), errors.csv and errors.png. UserError for bad input, before anything is written.
@@ -97,8 +100,11 @@ def evaluate_and_report(
     parts = attributes_of_images(slices, truth.image_ids, truth.image_names) if slices else {}
     rules = choose_protocols(protocol, truth, max_detections)
     wanted = tuple(iou_types) or detections.iou_types
+    if boundary and "segm" not in wanted:
+        raise UserError("eval.boundary: boundary AP is of masks, which are not evaluated here")
     # The numbers come first, and are on disk before what may take another minute: intervals, causes of lost objects.
-    by_kind = {kind: evaluate_loaded(truth, detections, kind, rules) for kind in sorted(wanted)}
+    kinds = sorted({*wanted, *(["boundary"] if boundary else [])}, key=IOU_TYPES.index)
+    by_kind = {kind: evaluate_loaded(truth, detections, kind, rules) for kind in kinds}
     first = {kind: found[0] for kind, found in by_kind.items()}  # of the first protocol
     further = {f"{kind}_{one.protocol.name}": one for kind, found in by_kind.items() for one in found[1:]}
     evaluations = {**first, **further}
@@ -119,7 +125,7 @@ def evaluate_and_report(
             print("\n" + "\n".join(slice_lines(of_slices[key], title(evaluation))))
     if parts:
         write_text(Path(output) / "slices.csv", slice_table(of_slices))
-    main = first[max(first)]  # "segm" where there is one
+    main = first["segm" if "segm" in first else "bbox"]
     print("\n".join(["", f"note: {READING}", *write_calibration(Path(output), main)]))
     if errors and len(truth):
         outcomes = explain(main, detections, near_misses)
