@@ -1,8 +1,8 @@
 """Saving and exact resuming: everything that training depends on; a kill at any moment or a full disk loses nothing.
 
 A checkpoint is a folder `checkpoints/000001500/`:
-main.pt        model, optimiser, scaler, position, config, classes. The sampler has no state: its batches follow from
-               config, data, epoch and position
+main.pt        model, averages, optimiser, scaler, position, config, classes. The sampler has no state: its batches
+               follow from config, data, epoch and position
 rank<r>.pt     of each process: random state, what its head keeps for itself, losses that wait for their line in the log
 memory<r>.pt   a process's feature memory, or the first one's where it is shared: one file of all runs of a pass that
                store the same

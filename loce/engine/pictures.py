@@ -78,7 +78,7 @@ def first_samples(dataset: TrainDataset, plan: TrainingPlan) -> np.ndarray:
 
 
 def _caption(sample: Sample) -> str:
-    if "replaced" in sample:
+    if "replaced" in sample and "pasted" not in sample:  # else it may be the source of pasted objects
         return f"in place of a bad image: {sample['image_id']}"
     height, width = sample["image"].shape[1:]
     pasted = f", {sample['pasted']} pasted" if sample.get("pasted") else ""

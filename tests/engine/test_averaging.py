@@ -16,6 +16,7 @@ from loce.engine.trainer import Trainer
 from loce.models.build import build_model
 from tests.conftest import stats_of
 from tests.tiny_runs import main_file, same_run
+from tests.tiny_runs import run as script
 
 CPU = torch.device("cpu")
 EMA = 0.6
@@ -137,6 +138,19 @@ def test_arms_of_a_pass_have_the_average_of_their_own_runs(config: Path, stage1:
     for name, head in heads.items():
         run([recipe(f"{name} alone", head)])
         same_run(tmp_path / name, tmp_path / f"{name} alone")
+
+
+@pytest.mark.slow
+def test_two_ranks_have_the_average_of_one(config: Path, tmp_path: Path) -> None:
+    """Up to rounding, with AdamW, jitter and pasted objects; evaluated by both ranks."""
+    for ranks in (1, 2):
+        words = (*TODAY, f"train.ema={EMA}", f"output={tmp_path / str(ranks)}")
+        script("train.py", config, *words, processes=ranks)
+    one, two = (Checkpoint.open(tmp_path / str(ranks)) for ranks in (1, 2))
+    assert list(one.averages) == list(two.averages) != []
+    for name, value in one.averages.items():
+        torch.testing.assert_close(two.averages[name], value, rtol=1e-3, atol=1e-4)
+    assert weights_hash(two.detector()) in (tmp_path / "2/eval/origin.txt").read_text()
 
 
 def test_what_is_averaged() -> None:
