@@ -18,6 +18,7 @@ from loce.data.annotations.lvis import LVISAnnotations
 from loce.engine import divergence, validation
 from loce.engine.averaging import WeightAverage
 from loce.engine.boards import Shown
+from loce.engine.inference import Evaluated
 from loce.engine.log import RunLog
 from loce.engine.loop import Losses, Samples
 from loce.models.build import build_model, build_optimizer, load_head_files
@@ -105,11 +106,9 @@ class Arm:
         """A line of equilibrium.jsonl."""
         self.log.snapshot(self.step, equilibrium_of_classes(self.model))
 
-    def evaluate(self, epoch: int) -> None:
-        """Evaluate between two epochs."""
-        with self.averaged():
-            found = validation.evaluate_epoch(self.model, self.config, self.folder, epoch, self.step)
-        self.log.scalars(self.step, found)
+    def evaluated(self, name: str) -> Evaluated:
+        """What an evaluation into the folder `name` of the run works on; in a block of `averaged`."""
+        return Evaluated(self.model, self.config, self.folder / name, f"{self.folder} after {self.step} iterations")
 
     def diverged(
         self,

@@ -11,7 +11,7 @@ from loce.engine import validation
 from loce.engine.arm import Arm
 from loce.engine.boards import open_boards
 from loce.engine.dry_run import dry_run, overfit
-from loce.engine.inference import Evaluated, evaluate_models
+from loce.engine.inference import evaluate_models
 from loce.engine.preflight import preflight
 from loce.engine.ranks import process_group
 from loce.engine.summary import introduce
@@ -67,14 +67,10 @@ def train(*configs: Config) -> None:
 
 def _evaluate(arms: list[Arm], annotations: LVISAnnotations) -> None:
     """Evaluate into RUN/eval; numbers and a picture also on the pages of TensorBoard."""
-    found = [
-        Evaluated(arm.model, arm.config, arm.folder / "eval", f"{arm.folder} after {arm.step} iterations")
-        for arm in arms
-    ]
     with ExitStack() as stack:
         for arm in arms:
             stack.enter_context(arm.averaged())
-        evaluate_models(found, annotations)
+        evaluate_models([arm.evaluated("eval") for arm in arms], annotations)
         for arm in arms if distributed.is_main() else ():
             boards = open_boards(arm.folder, None, arm.config)
             values = validation.results(arm.model, arm.config, arm.folder / "eval", annotations)

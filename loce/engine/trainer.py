@@ -197,9 +197,12 @@ class Trainer:
     def _evaluate(self, epoch: int) -> None:
         """Evaluate between two epochs; a signal ends it at once, since the checkpoint is there."""
         self._end_loader()
-        with signals.at_once(), self._paused():
+        with signals.at_once(), self._paused(), ExitStack() as stack:
             for arm in self.arms:
-                arm.evaluate(epoch)
+                stack.enter_context(arm.averaged())
+            runs = [arm.evaluated(f"eval_epoch_{epoch:02d}") for arm in self.arms]
+            for arm, values in zip(self.arms, validation.evaluate_epoch(runs, epoch, self.step), strict=True):
+                arm.log.scalars(self.step, values)
 
     def _go_on_without(self, error: NotFiniteError, lr: float) -> tuple[list[list[Losses]], bool]:
         """Report on the arms whose step is bad and drop them; the step of the others, which are as if alone."""

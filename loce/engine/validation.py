@@ -6,6 +6,7 @@ reported: RUN/eval, and every table, is of the last checkpoint.
 
 import json
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from loce.data.annotations.lvis import LVISAnnotations
 from loce.data.build import val_annotations
 from loce.data.dataset import TrainDataset, unaugmented
 from loce.engine.boards import Shown
-from loce.engine.inference import evaluate_model, is_evaluated
+from loce.engine.inference import Evaluated, evaluate_models, is_evaluated
 from loce.models.mask_rcnn import MaskRCNN
 from loce.utils import distributed
 from loce.utils.files import write_text
@@ -27,27 +28,22 @@ def due(train: TrainConfig, epoch: int) -> bool:
     return bool(train.evaluate_every) and epoch % train.evaluate_every == 0 and epoch < train.epochs
 
 
-def evaluate_epoch(
-    model: MaskRCNN,
-    config: Config,
-    run: Path,
-    epoch: int,
-    iteration: int,
-) -> dict[str, Shown]:
-    """Evaluate into RUN/eval_epoch_<epoch> unless that is done, and note the best; `results` for the log.
+def evaluate_epoch(found: Sequence[Evaluated], epoch: int, iteration: int) -> list[dict[str, Shown]]:
+    """Evaluate the models of a pass, each into a folder of its run, unless that is done, and note the best.
 
-    Every rank must call. Detections are not kept. Nothing that training depends on changes: evaluation draws no random
-    numbers.
+    `results` of each for the log. Every rank must call. Detections are not kept. Nothing that training depends on
+    changes: evaluation draws no random numbers.
     """
-    output = run / f"eval_epoch_{epoch:02d}"
-    annotations = val_annotations(config)
-    if not is_evaluated(model, config, output, annotations):
-        source = f"{run} after {iteration} iterations"
-        evaluate_model(model, config, output, source, annotations, resamples=0, errors=False)
-    if distributed.is_main():
-        shutil.rmtree(output / "detections", ignore_errors=True)
-        note_best(run, output, epoch, iteration)
-    return results(model, config, output, annotations) if distributed.is_main() else {}
+    annotations = val_annotations(found[0].config)
+    missing = [one for one in found if not is_evaluated(one.model, one.config, one.output, annotations)]
+    if missing:
+        evaluate_models(missing, annotations, resamples=0, errors=False)
+    if not distributed.is_main():
+        return [{} for _ in found]
+    for one in found:
+        shutil.rmtree(one.output / "detections", ignore_errors=True)
+        note_best(one.output.parent, one.output, epoch, iteration)
+    return [results(one.model, one.config, one.output, annotations) for one in found]
 
 
 def results(
