@@ -28,6 +28,7 @@ from loce.utils.yaml_text import show
 
 FOLDER = "posthoc"  # in a run folder
 IMAGES = 2  # of a batch of the pass for LogN, what a GPU gets in the usual training
+COUNTED = ("norcal", "logit_adjustment", "iif", "fracal")  # methods that need the counts of the classes
 FROM_FILES = ("fracal", "logn")  # methods that need more than a checkpoint holds
 Arrays = dict[str, np.ndarray]
 
@@ -59,10 +60,10 @@ def posthoc_text(config: Config) -> str:
 def class_facts(model: MaskRCNN, config: Config, run: Path, methods: Collection[str]) -> ClassFacts:
     """What `methods` need to know of the classes; computed once, kept in `run`. Every rank must call."""
     stats, found = model.stats, {}
-    if not stats.instance_counts.any():
+    if not stats.instance_counts.any() and (counted := sorted({*COUNTED} & {*methods})):
         raise UserError(
-            "eval.posthoc: this checkpoint does not know how often a class was seen in training; "
-            "train.init=... it in a training on your data, or convert it again with annotations=TRAIN.json"
+            f"eval.posthoc = {counted[0]}: needs to know how often each class is in the training data, which this "
+            "checkpoint does not; convert it again with annotations=TRAIN.json (scripts/convert.py)"
         )
     images = stats.file_images or stats.image_total
     if "fracal" in methods:

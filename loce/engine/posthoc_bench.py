@@ -167,6 +167,7 @@ def bench(
             *table(tallies, told, resamples, protocols),
             "",
             *left_out,
+            *_at_an_end(grids, best),
             f"{len(every)} settings on {len(tuning.truth.image_ids)} images: {swept:.1f} s ({cpu:.1f} of CPU); "
             f"before, regions and class facts: {stored:.1f} s",
             "masks: the same command line with scripts/evaluate.py gives them, for the detections that survive:",
@@ -175,6 +176,17 @@ def bench(
         write_text(run / FOLDER / "bench" / "sweep.csv", _sweep(settings, aps))
         write_text(run / FOLDER / "bench" / "table.md", "\n".join(lines) + "\n")
         return "\n".join(lines)
+
+
+def _at_an_end(grids: Mapping[str, Grid], best: Mapping[str, int]) -> list[str]:
+    """A line where the best value of an option is the first or last of its grid, so that others may be better."""
+    found = [
+        f"{name} ({grid.option}={show(grid.values[best[name]])})"
+        for name, grid in grids.items()
+        if name in best and len(grid.values) > 1 and best[name] in (0, len(grid.values) - 1)
+        if isinstance(grid.values[0], (int, float))
+    ]
+    return [f"best at an end of the grid, so try others (OPTION=[...]): {', '.join(found)}"] if found else []
 
 
 def _winner(aps: Mapping[str, Sequence[Mapping[str, float]]], best: Mapping[str, int]) -> str:
@@ -203,7 +215,7 @@ def _stored(
     files = store_regions(model, config, annotations, images, indices, folder, source, most, sigmoid)
     truth = load_annotations(annotations, False, config.data.allow_misplaced)
     if len(ids) < len(truth.image_ids):
-        truth = only_images(truth, ids, "a part of the training set")
+        truth = only_images(truth, ids, "those that regions are stored of")
     return Data(files, with_training_groups(truth, model.stats))
 
 

@@ -1,5 +1,6 @@
 """Post-hoc calibration by an option: evaluation, prediction, refusals, and class facts that are kept beside the run."""
 
+import dataclasses
 import json
 import shutil
 from pathlib import Path
@@ -134,6 +135,16 @@ def test_without_the_training_set(copied: Path, tmp_path: Path) -> None:
         detections(copied, gone, "eval.posthoc=logn")
     known = detections(copied, "eval.posthoc=fracal")
     assert same(detections(copied, gone, "eval.posthoc=fracal"), known)
+
+
+def test_a_checkpoint_that_knows_no_counts(copied: Path) -> None:
+    """As one that was converted without annotations: methods that need no counts work."""
+    checkpoint = Checkpoint.open(copied)
+    model, zeros = checkpoint.detector(), np.zeros(6, np.int64)
+    model.stats = dataclasses.replace(model.stats, image_counts=zeros, instance_counts=zeros)
+    with pytest.raises(UserError, match=r"norcal: needs to know how often"):
+        class_facts(model, checkpoint.config, copied, ["norcal"])
+    assert class_facts(model, checkpoint.config, copied, ["tau_norm"]).norm is not None
 
 
 REFUSED = [
