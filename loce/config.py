@@ -373,18 +373,39 @@ class IndicatorConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class AdaptiveOptions:
+    """Adaptive sampling rates of FASA."""
+
+    power: Positive = 1.0  # of the share that a class has in the sum of inverse instance counts
+    scale: Positive = 1.0  # of the rates that training starts with; 1: one vector a draw, over all classes
+    held_out: Count = 2  # training images of a class, a quarter of its own at most, whose losses adapt the rates
+
+
+@dataclass(frozen=True, kw_only=True)
 class MemoryConfig:
-    """Memory-augmented feature sampling (Sec. 3.3)."""
+    """Feature memory: memory-augmented feature sampling (Sec. 3.3), or Gaussians of the features (BACL, FASA)."""
 
     enabled: bool = False  # features of weak classes are stored and drawn again
+    kind: Literal["ring", "gaussian"] = "ring"  # ring: the newest features (LOCE); gaussian: their mean and variance
+    source: Literal["boxes", "regions"] = "boxes"  # boxes: jittered ones around objects; regions: the batch's positives
+    draw: Literal["score", "confusion", "adaptive"] = "score"  # classes by 1 / indicator; 1 - K_cc (BACL); FASA's rates
     capacity: Count = 80  # M, features per class
+    momentum: Decay = 0.9  # of the running mean and variance
     instances_per_class: Count = 5  # stored per class and image, chosen at random
-    fill_instances: Count = 5  # per class, before the first iteration
+    fill_instances: Natural = 5  # per class, before the first iteration
     level: Literal["fc", "roi"] = "fc"  # fc: the vector after the shared FCs; roi: the pooled RoI features
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"  # of what is stored
     shared: bool = False  # true: every rank holds the rows of all ranks
     classes_per_draw: Count = 8  # k, per 2 images on a rank
     features_per_class: Count = 4  # m
+    start: Fraction = 0.0  # share of the training before which nothing is drawn
+    loss_weight: NotNegative = 0.0  # of the mean loss of drawn rows, apart from the rest; 0: they are rows like others
+    adaptive: AdaptiveOptions = field(default_factory=AdaptiveOptions)
+
+    @property
+    def holds_out(self) -> int:
+        """Training images of a class that are held out; 0: none."""
+        return self.adaptive.held_out if self.enabled and self.draw == "adaptive" else 0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -552,6 +573,12 @@ OPTION_OF: dict[str, Choice] = {
     "indicator.background_count": ("indicator.kind", ("prior",)),
     "memory": ("memory.enabled", (True,)),
     **{f"model.mask_{part}": ("model.masks", (True,)) for part in ("channels", "convs", "predictor")},
+    "memory.capacity": ("memory.kind", ("ring",)),
+    "memory.dtype": ("memory.kind", ("ring",)),
+    "memory.momentum": ("memory.kind", ("gaussian",)),
+    "memory.instances_per_class": ("memory.source", ("boxes",)),
+    "memory.classes_per_draw": ("memory.draw", ("score", "confusion")),
+    "memory.adaptive": ("memory.draw", ("adaptive",)),
     "model.mask_temperature": ("model.mask_predictor", ("normalised",)),
     "data.without_mask": ("model.masks", (True,)),
     "data.allow_misplaced": ("model.masks", (True,)),
@@ -579,6 +606,8 @@ GONE = {
     "memory.eta": "box",
     "memory.transform": "inverse",
 }
+
+CONFUSION_HEADS = ("fcbl", "pcb")  # have `own_share`, which memory.draw=confusion goes by
 
 # What cannot stand together: the keys, when it is wrong, and why (or what is right).
 CONFLICTS: tuple[Conflict, ...] = (
@@ -646,13 +675,36 @@ CONFLICTS: tuple[Conflict, ...] = (
     ),
     (
         ("memory.enabled", "train.freeze"),
-        lambda c: c.memory.enabled and c.train.freeze == "none",
+        lambda c: c.memory.enabled and c.memory.kind == "ring" and c.train.freeze == "none",
         "the stored features would be stale; set train.freeze=trunk (or backbone, with memory.level=roi)",
     ),
     (
         ("memory.enabled", "memory.level", "train.freeze"),
-        lambda c: c.memory.enabled and c.memory.level == "fc" and c.train.freeze == "backbone",
+        lambda c: (
+            c.memory.enabled and c.memory.kind == "ring" and c.memory.level == "fc" and c.train.freeze == "backbone"
+        ),
         "the shared FCs train, so vectors stored after them would be stale; set train.freeze=trunk or memory.level=roi",
+    ),
+    (
+        ("memory.fill_instances", "train.init"),
+        lambda c: (
+            c.memory.enabled
+            and c.memory.kind == "gaussian"
+            and c.memory.fill_instances > 0
+            and c.train.freeze == "none"
+            and not c.train.init
+        ),
+        "a detector that has learned nothing has no features to fill it with; set memory.fill_instances=0",
+    ),
+    (
+        ("memory.draw", "memory.kind"),
+        lambda c: c.memory.enabled and c.memory.draw == "adaptive" and c.memory.kind == "ring",
+        "classes are grouped by their running means; set memory.kind=gaussian",
+    ),
+    (
+        ("memory.draw", "head.name"),
+        lambda c: c.memory.enabled and c.memory.draw == "confusion" and c.head.name not in CONFUSION_HEADS,
+        f"this head keeps no confusion matrix; set head.name={' or '.join(CONFUSION_HEADS)}, or memory.draw=score",
     ),
     (
         ("train.freeze", "train.init"),

@@ -23,6 +23,14 @@ def sampling_probability(mean_score: Tensor, counts: Tensor) -> Tensor:
     return weight_C / weight_C.sum().clamp(min=torch.finfo(weight_C.dtype).tiny)
 
 
+def draw_classes(probability_C: Tensor, uniform_K: Tensor) -> Tensor:
+    """(K,) long: a class for each of K numbers in (0, 1], by the inverse of the distribution (C,); with replacement."""
+    cumulative_C = probability_C.cumsum(0)
+    # The first class with u <= cumulative sum. Its last entry may differ from 1 by rounding.
+    class_K = torch.searchsorted(cumulative_C, uniform_K * cumulative_C[-1])
+    return class_K.clamp(max=len(probability_C) - 1)
+
+
 class FeatureMemoryBank(nn.Module):
     """One ring of the `capacity` newest features for each class (Eq. 6), with their box regression targets.
 
@@ -123,11 +131,12 @@ class FeatureMemoryBank(nn.Module):
     @torch.no_grad()
     def draw(self, mean_score: Tensor, uniform_K: Tensor, uniform_KF: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """`sample` with given random numbers: those for the classes in (0, 1], those for the features in [0, 1)."""
-        counts_C = self.counts
-        cumulative_C = sampling_probability(mean_score.double(), counts_C).cumsum(0)
-        # Inverse distribution: the first class with u <= cumulative sum. Its last entry may differ from 1 by rounding.
-        class_K = torch.searchsorted(cumulative_C, uniform_K * cumulative_C[-1]).clamp(max=self.num_classes - 1)
-        count_K1 = counts_C[class_K][:, None]
+        class_K = draw_classes(sampling_probability(mean_score.double(), self.counts), uniform_K)
+        return self.rows_of(class_K, uniform_KF)
+
+    def rows_of(self, class_K: Tensor, uniform_KF: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Stored rows of given classes (K,), as `sample` returns them; uniform_KF: in [0, 1), which of a class."""
+        count_K1 = self.counts[class_K][:, None]
         slot_KF = (uniform_KF * count_K1).long()
         stored_KF = (count_K1 > 0).expand_as(slot_KF)
         row = torch.where(stored_KF, class_K[:, None] * self.capacity + slot_KF, self.spare_row).flatten()

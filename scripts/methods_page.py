@@ -12,6 +12,7 @@ from types import ModuleType
 from typing import get_args, get_type_hints
 
 from loce.config import (
+    AdaptiveOptions,
     Config,
     HeadConfig,
     IndicatorConfig,
@@ -33,18 +34,22 @@ INTRODUCTION = """\
 Made from the code by `python scripts/methods_page.py`; do not edit. How to add your own: [plug-in guide](plugin.md).
 
 Three choices are independent: the **image sampler** (`sampler.name`), the **classification head** (`head.name`) and the
-**feature memory** (`memory.enabled`). Any of their combinations is a YAML edit; the few that make no sense are refused
-with the reason before anything starts. What is compared, and how long everything is trained: `configs/tables.yaml`.
+**feature memory** (`memory.enabled`; what it stores, in what form, and how it is drawn from: `memory.source`,
+`memory.kind`, `memory.draw`). Any of their combinations is a YAML edit; the few that make no sense are refused with the
+reason before anything starts. What is compared, and how long everything is trained: `configs/tables.yaml`.
 
 Notation: N rows (regions, then rows from the memory), C foreground classes, label C is the background, z logits,
 y the label of a row, n_c training instances and f_c share of training images of class c.
 """
-# What else the tables compare: title, file that explains it, section of the options, prefix of their keys.
-OTHERS: list[tuple[str, str, type, str]] = [
-    ("Mean score", "loce.mean_score", IndicatorConfig, "indicator."),
-    ("Feature memory", "loce.models.memory_sampling", MemoryConfig, "memory."),
-    ("Image samplers", "loce.data.samplers", SamplerConfig, "sampler."),
-    ("NMS resampling", "loce.models.nms_resampling", RPNConfig, "model.rpn."),
+# What else the tables compare: title, file that explains it, section of the options, prefix of their keys, which of
+# them (none: all).
+OTHERS: list[tuple[str, str, type, str, tuple[str, ...]]] = [
+    ("Mean score", "loce.mean_score", IndicatorConfig, "indicator.", ()),
+    ("Feature memory", "loce.models.memory_sampling", MemoryConfig, "memory.", ()),
+    ("Gaussian feature memory", "loce.gaussian_memory", MemoryConfig, "memory.", ("kind", "momentum")),
+    ("Adaptive sampling rates", "loce.adaptive_rates", AdaptiveOptions, "memory.adaptive.", ()),
+    ("Image samplers", "loce.data.samplers", SamplerConfig, "sampler.", ()),
+    ("NMS resampling", "loce.models.nms_resampling", RPNConfig, "model.rpn.", ("nms_resampling",)),
 ]
 
 
@@ -104,8 +109,7 @@ def page() -> str:
         INTRODUCTION.rstrip(),
         *(method(name, found) for name in get_args(get_type_hints(HeadConfig)["name"])),
     ]
-    for title, name, section, prefix in OTHERS:
-        only = ("nms_resampling",) if section is RPNConfig else ()
+    for title, name, section, prefix, only in OTHERS:
         module = importlib.import_module(name)
         parts.append("\n\n".join([f"## {title}", explained(module), options_of(section, prefix, only)]))
     return "\n\n".join(parts) + "\n"

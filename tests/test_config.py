@@ -250,7 +250,7 @@ SINGLE = {
     "train: {freze: trunk}": "run.yaml: train.freze = trunk: unknown key; did you mean train.freeze?",
     "gpu: {lr: 3}": "run.yaml: gpu = {lr: 3}: unknown key; --help lists all keys",
     "momentum: 0.5": "run.yaml: momentum = 0.5: unknown key; "
-    "did you mean head.pcb.momentum or indicator.momentum or train.momentum or eval.logn.momentum?",
+    "did you mean head.pcb.momentum or indicator.momentum or memory.momentum or train.momentum or eval.logn.momentum?",
     "memory: {enable: true}": "run.yaml: memory.enable = true: unknown key; did you mean memory.enabled?",
     "model: {roi: 512}": (
         "run.yaml: model.roi = 512: is a section; its keys are model.roi.positive_iou, model.roi.batch_per_image, "
@@ -362,6 +362,9 @@ IMPOSSIBLE = [
     ("model.weights=none", "model.norm=batch"),
     ("memory.enabled=true",),
     ("memory.enabled=true", "train.freeze=backbone", "train.init=x"),
+    ("memory.enabled=true", "memory.kind=gaussian"),
+    ("memory.enabled=true", "train.freeze=trunk", "train.init=x", "memory.draw=adaptive"),
+    ("memory.enabled=true", "train.freeze=trunk", "train.init=x", "memory.draw=confusion"),
     ("train.freeze=trunk",),
     ("model.norm=batch", "train.freeze=trunk", "train.init=x"),
     ("train.accumulate=3",),
@@ -426,6 +429,9 @@ def test_ways_out_of_conflicts(load):
     memory = ["memory.enabled=true", "train.init=runs/stage1"]
     assert load("", *memory, "train.freeze=trunk").memory.level == "fc"
     assert load("", *memory, "train.freeze=backbone", "memory.level=roi").memory.enabled
+    gaussian = ["memory.enabled=true", "memory.kind=gaussian"]  # whose means follow what trains
+    assert load("", *gaussian, "memory.fill_instances=0").train.freeze == "none"
+    assert load("", *gaussian, "train.init=runs/stage1", "train.freeze=backbone").memory.level == "fc"
     assert load("", "model.weights=none", "train.init=x").model.norm == "frozen"
     assert load("", "model.weights=none", "model.norm=group", "model.frozen_stages=0").model.weights == "none"
 
@@ -458,6 +464,9 @@ def another_value(key: str) -> str:
 
 OTHER_CHOICE = {"indicator.kind": "prior", "model.mask_predictor": "linear", "memory.enabled": "false"} | {
     "model.masks": "false",
+    "memory.kind": "gaussian",
+    "memory.source": "regions",
+    "memory.draw": "score",
     "head.reweighted.by": "inverse_frequency",
     "head.balms.meta_lr": "0.0",
     "head.ldam.reweight_from": "1.0",
@@ -486,10 +495,14 @@ IDLE = {
 def test_an_option_of_what_is_not_chosen_is_refused(load, key: str):
     chooser, values = IDLE[key]
     others = {"indicator.background_count": "score", "data.short_edges": "lsj"}
+    others |= {"memory.momentum": "ring", "memory.classes_per_draw": "adaptive"}
     other = others.get(key, OTHER_CHOICE[chooser])
     head = [f"head.name={key.split('.')[1]}"] if chooser.startswith("head.") and chooser != "head.name" else []
     head += ["train.freeze=detector", "train.init=x"] if "head.name=balms" in head else []
     head += ["train.init=x"] if chooser == "train.freeze" else []
+    if chooser.startswith("memory.") and chooser != "memory.enabled":
+        head = ["memory.enabled=true", "train.freeze=trunk", "train.init=x"]
+        head += ["memory.kind=gaussian"] if other == "adaptive" else []
     choice = f"{chooser} {values}" if isinstance(values, Range) else f"{chooser}={show(values[0])}"
     text = message(load, "", *head, f"{key}={another_value(key)}", f"{chooser}={other}")
     assert text.startswith(f"command line: {key} = ")

@@ -13,7 +13,7 @@ PACKAGE = ROOT / "loce"
 FLOORS = (
     ("utils",),
     ("config", "data.glyphs", "box_generator", "mean_score", "memory_bank", "equilibrium_loss"),
-    ("data.annotations", "posthoc"),
+    ("data.annotations", "posthoc", "gaussian_memory", "adaptive_rates"),
     ("heads",),
     ("data", "evaluation"),
     ("models",),

@@ -14,12 +14,15 @@ from loce.utils.options import flatten, schema
 CONFIGS = Path(__file__).resolve().parent.parent / "configs"
 NAMES = sorted(path.stem for path in (CONFIGS / "methods").glob("*.yaml"))
 EACH = pytest.mark.parametrize("name", NAMES)
+MEMORY = tuple(key for key in schema(Config) if key.startswith("memory."))
 # What a method may change beside its own section and the part of the detector that is frozen: recipe -> keys, and why.
 OWN: dict[str, tuple[str, ...]] = {
     "balms": ("train.init",),  # a stage 1 of its own: sigmoids
     "ldam": ("train.clip_norm",),  # its late class weights, as reweighted
     "reweighted": ("train.clip_norm",),  # rows of a class with one instance weigh hundreds
     "forest": ("model.rpn.nms_resampling",),  # the other half of the method
+    "fasa": MEMORY,
+    "bacl": MEMORY,
     "simcal": ("train.lr", "train.momentum", "train.weight_decay"),  # its own optimiser, as published
 }
 METHOD_KEYS = ("head.", "sampler.", "train.freeze", "output")

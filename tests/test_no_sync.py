@@ -219,8 +219,9 @@ def test_sampling_of_regions_and_mask_targets_never_wait(device, truths, make_st
     assert all((f.labels >= 0).all() for f in found) and (found[0].instances >= 0).any() and targets.any()
 
 
-def test_memory_sampling_never_waits(device, truths):
-    sampling = MemorySampling(3, (8,), MemoryConfig(enabled=True)).to(device)
+@pytest.mark.parametrize(("kind", "draw"), [("ring", "score"), ("gaussian", "score"), ("gaussian", "confusion")])
+def test_memory_sampling_never_waits(device, truths, kind, draw):
+    sampling = MemorySampling(3, (8,), MemoryConfig(enabled=True, kind=kind, draw=draw)).to(device)
     indicator = torch.full((4,), 0.5, device=device)
     features_BD = torch.randn(32, 8, device=device)
     rows = [t.store_rows for t in truths]
@@ -229,6 +230,6 @@ def test_memory_sampling_never_waits(device, truths):
             [t.boxes for t in truths], [t.labels for t in truths], rows, [SIZE] * 2
         )
         sampling.store(features_BD, labels_B, targets_B4)
-        labels_K = sampling.draw(indicator, [ImageSeed(7, 0), ImageSeed(None, 1)]).labels
+        labels_K = sampling.draw(indicator, [ImageSeed(7, 0), ImageSeed(None, 1)], indicator[:3]).labels
     assert [len(b) for b in boxes] == [32, 0] and (labels_K >= 0).all()
     assert sampling.bank.counts[:2].all()

@@ -36,7 +36,7 @@ def insert(file: Path, after: str, line: str) -> None:
 
 
 def test_the_worked_example(tmp_path: Path) -> None:
-    head, entry, name, _ = BLOCK.findall((ROOT / "docs/plugin.md").read_text())
+    head, entry, name, *_ = BLOCK.findall((ROOT / "docs/plugin.md").read_text())
     statements = [line for line in head.partition('"""\n\nfrom')[2].splitlines() if line.strip()]
     assert len(statements) <= 20, "the page promises 20 lines"
     shutil.copytree(ROOT / "loce", tmp_path / "loce", ignore=shutil.ignore_patterns("__pycache__"))
@@ -66,7 +66,15 @@ def test_the_worked_example(tmp_path: Path) -> None:
 
 
 def test_a_head_in_another_detector() -> None:
-    code = BLOCK.findall((ROOT / "docs/plugin.md").read_text())[-1]
+    code, memory = BLOCK.findall((ROOT / "docs/plugin.md").read_text())[-2:]
+    assert len([line for line in memory.splitlines() if line and " import " not in line]) <= 10
     check = "loss.backward()\nassert loss > 0 and scores.shape == (8, 3) and head.fc_cls.weight.grad.any()"
-    done = subprocess.run([sys.executable, "-c", f"{code}\n{check}"], capture_output=True, text=True, cwd=ROOT)
+    drawn = (
+        "assert loce[0].shape == (32, 1024) and bacl[0].shape == (96, 1024) and vectors.shape == (len(own), 1024)\n"
+        "assert set(loce[1].tolist()) <= {0, 1, 2} and (bacl[1] >= 0).all() and own.tolist() == drawn.tolist()\n"
+        "assert memory.used.all()"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", "\n".join([code, check, memory, drawn])], capture_output=True, text=True, cwd=ROOT
+    )
     assert done.returncode == 0, done.stderr

@@ -7,11 +7,11 @@ from typing import get_args, get_type_hints
 import pytest
 import torch
 
-from loce.config import Config, HeadConfig, SamplerConfig, UserError, load_config
+from loce.config import CONFUSION_HEADS, Config, HeadConfig, SamplerConfig, UserError, load_config
 from loce.data.build import train_annotations, train_dataset
 from loce.data.glyphs.make import GlyphOptions, make_glyphs
 from loce.data.loader import train_batches, training_plan
-from loce.heads import HEADS
+from loce.heads import HEADS, Head
 from loce.models.build import build_model, build_optimizer
 from tests.engine.test_training import CONFIG
 
@@ -22,6 +22,8 @@ CELLS = [
     pytest.param(*cell, id="-".join([cell[0], cell[1], "memory" if cell[2] else "plain"]))
     for cell in itertools.product(SAMPLERS, NAMES, (False, True))
 ]
+GAUSSIAN = ("memory.kind=gaussian", "memory.fill_instances=0")
+FEW = ("softmax", "fcbl", "balms")
 
 
 @pytest.fixture(scope="module")
@@ -54,6 +56,22 @@ def refused(sampler: str, head: str) -> str | None:
     if head == "simcal" and sampler != "bilevel":
         return "set sampler.name=bilevel"
     return None
+
+
+@pytest.mark.parametrize(
+    "head", [name if name in FEW else pytest.param(name, marks=pytest.mark.slow) for name in NAMES if name != "simcal"]
+)
+def test_a_cell_with_gaussians(glyphs: Path, head: str) -> None:
+    """Of regions, drawn by confusion where the head has one, and apart from the rest."""
+    draw = "confusion" if head in CONFUSION_HEADS else "score"
+    chosen = [*GAUSSIAN, "memory.source=regions", f"memory.draw={draw}", "memory.loss_weight=0.5"]
+    losses = one_step(load_config([str(glyphs / "tiny.yaml"), *words("uniform", head, True), *chosen]))
+    assert all(torch.isfinite(torch.tensor(loss)) for loss in losses.values())
+
+
+def test_confusion_heads_are_those_that_keep_one() -> None:
+    own = {name for name, head in HEADS.items() if head.own_share is not Head.own_share}
+    assert own == set(CONFUSION_HEADS)
 
 
 def one_step(config: Config) -> dict[str, float]:

@@ -27,11 +27,13 @@ from loce.utils.files import kind_of
 FORMAT = 3
 GOES_ON = (2, FORMAT)  # format 2 has the feature memory in main.pt or rank<r>.pt, and no frozen.pt
 READABLE = (1, *GOES_ON)  # for their weights; what format 1 kept of a run is too little to go on from
-MEMORY_PREFIX = "roi_heads.memory."
+MEMORY_PREFIX = "roi_heads.memory.bank."  # what it holds
+RATES_PREFIX = "roi_heads.memory.rates."  # how it draws, where that is learned
 HEAD_PREFIX = "roi_heads.classifier."
 OLD_HEAD_PREFIX = "roi_heads.head."  # of files before the classifier had its name; hashes of weights keep it
 METHOD_STATE = {
     MEMORY_PREFIX: "feature memory",
+    RATES_PREFIX: "sampling rates",
     "roi_heads.tracker.": "mean score",
 }  # belongs to the stage that made it
 CONVERTED = "  A checkpoint of MMDetection or torchvision is converted by scripts/convert.py SOURCE.pth OUT.pt."
@@ -120,7 +122,9 @@ class Checkpoint:
                 f"{self.config.train.ema:g} in training; 0 takes those of the last step"
             )
         model = build_model(config, self.classes, pretrained=False)
-        weights = {**memory_state(model), **(self.weights if config.train.ema else self.model)}
+        weights = self.weights if config.train.ema else self.model
+        weights = {k: v for k, v in weights.items() if not k.startswith(RATES_PREFIX)}  # a detector draws nothing
+        weights = {**memory_state(model), **weights}
         expected = model.state_dict()
         wrong = [f"{k} is missing" for k in expected if k not in weights]
         wrong += [f"{k} is left over" for k in weights if k not in expected]
@@ -273,8 +277,8 @@ def memory_of(main: Checkpoint, rank: int, checked: bool = False) -> dict[str, T
 
 
 def memory_state(model: MaskRCNN) -> dict[str, Tensor]:
-    """The buffers of the feature memory, which a checkpoint holds packed and apart from the weights."""
-    return {k: v for k, v in model.state_dict().items() if k.startswith(MEMORY_PREFIX)}
+    """The buffers of the feature memory; what it holds is packed in a checkpoint, and apart from the weights."""
+    return {k: v for k, v in model.state_dict().items() if k.startswith((MEMORY_PREFIX, RATES_PREFIX))}
 
 
 def stats_to_dict(stats: ClassStats) -> dict[str, Any]:

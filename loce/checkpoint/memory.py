@@ -1,8 +1,8 @@
-"""The feature memory in a checkpoint: its filled slots only; resharding from W ranks to V.
+"""The feature memory in a checkpoint: a ring's filled slots only, or Gaussians; resharding from W ranks to V.
 
-A packed memory: written (C,) long as in the bank; features (n, *feature_shape) in the bank's dtype and box_targets
-(n, 4) fp32, on the host, class by class, each in the order of its slots. Suffixes: C classes, n filled slots of a bank,
-N those of all banks together.
+A packed ring: written (C,) long as in the bank; features (n, *feature_shape) in the bank's dtype and box_targets
+(n, 4) fp32, on the host, class by class, each in the order of its slots. Packed Gaussians: mean, variance and used, on
+the host. Suffixes: C classes, n filled slots of a bank, N those of all banks together.
 """
 
 from collections.abc import Sequence
@@ -10,9 +10,11 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from loce.gaussian_memory import GaussianMemory
 from loce.memory_bank import FeatureMemoryBank
 
 Packed = dict[str, Tensor]
+Bank = FeatureMemoryBank | GaussianMemory
 
 
 def _slots(written_C: Tensor, capacity: int) -> tuple[Tensor, Tensor]:
@@ -22,8 +24,10 @@ def _slots(written_C: Tensor, capacity: int) -> tuple[Tensor, Tensor]:
     return class_n, torch.arange(len(class_n)) - (count_C.cumsum(0) - count_C)[class_n]
 
 
-def pack(bank: FeatureMemoryBank) -> Packed:
+def pack(bank: Bank) -> Packed:
     """What `bank` holds, on the host."""
+    if isinstance(bank, GaussianMemory):
+        return {name: buffer.cpu().clone() for name, buffer in bank.named_buffers()}
     written_C = bank.written.cpu()
     class_n, slot_n = _slots(written_C, bank.capacity)
     row_n = (class_n * bank.capacity + slot_n).to(bank.written.device)
@@ -35,8 +39,11 @@ def pack(bank: FeatureMemoryBank) -> Packed:
 
 
 @torch.no_grad()
-def unpack(packed: Packed, bank: FeatureMemoryBank) -> None:
+def unpack(packed: Packed, bank: Bank) -> None:
     """Make `bank` hold exactly what was packed, slot for slot."""
+    if isinstance(bank, GaussianMemory):
+        bank.load_state_dict(packed)
+        return
     class_n, slot_n = _slots(packed["written"], bank.capacity)
     row_n = (class_n * bank.capacity + slot_n).to(bank.written.device)
     bank.written.copy_(packed["written"])
@@ -87,3 +94,14 @@ def reshard(
             from_it = (bank_N[mine] == number).nonzero()[:, 0]
             packed[name][from_it] = pack[name][row_N[mine[from_it]]]
     return packed, int((~fits_N).sum())
+
+
+def merge(packs: Sequence[Packed]) -> Packed:
+    """One Gaussian of each class out of those of several ranks: the moments of their equal mixture."""
+    used = torch.stack([pack["used"] for pack in packs])
+    share = used / used.sum(dim=0).clamp(min=1)
+    share = share.reshape(*share.shape, *[1] * (packs[0]["mean"].dim() - 1))
+    means = torch.stack([pack["mean"] for pack in packs])
+    mean = (share * means).sum(dim=0)
+    within = torch.stack([pack["variance"] for pack in packs])
+    return {"mean": mean, "variance": (share * (within + (means - mean) ** 2)).sum(dim=0), "used": used.any(dim=0)}

@@ -34,8 +34,9 @@ from loce.checkpoint.load import (
     memory_state,
     stats_to_dict,
 )
-from loce.checkpoint.memory import pack, reshard, unpack
+from loce.checkpoint.memory import merge, pack, reshard, unpack
 from loce.config import Config, UserError, diff, to_dict
+from loce.gaussian_memory import GaussianMemory
 from loce.models.mask_rcnn import MaskRCNN
 from loce.utils import distributed
 from loce.utils.classes import ClassStats
@@ -330,13 +331,18 @@ def restore(
     if model.roi_heads.memory is not None:
         bank = model.roi_heads.memory.bank
         packs = [memory_of(main, rank, checked=True) for rank in ([0] if config.memory.shared else wanted)]
-        if before == now or config.memory.shared:
-            packed, lost = packs[0], 0
-        else:
-            packed, lost = reshard(packs, bank.capacity, distributed.rank(), now)
+        packed, lost = packs[0], 0
+        if before != now and not config.memory.shared:
+            if isinstance(bank, GaussianMemory):
+                packed = merge(packs)
+            else:
+                packed, lost = reshard(packs, bank.capacity, distributed.rank(), now)
         if before != now:
-            how = "is shared and stays as it is" if config.memory.shared else "is resharded"
-            lines.append(f"feature memory: {how}; {lost} rows were left out, the oldest where a class had too many")
+            ring = config.memory.kind == "ring"
+            how = "is resharded" if ring else "is that of all processes together, on each of them"
+            how = "is shared and stays as it is" if config.memory.shared else how
+            left_out = f"; {lost} rows were left out, the oldest where a class had too many" if ring else ""
+            lines.append(f"feature memory: {how}{left_out}")
         unpack(packed, bank)
     return {**main.state, "window": _mean_window([part["window"] for part in own])}, lines
 

@@ -1,6 +1,9 @@
 """Annotations and data sets from a Config; images that training and evaluation share."""
 
+from dataclasses import replace
 from pathlib import Path
+
+import numpy as np
 
 from loce.config import Config
 from loce.data.annotations.cache import open_annotations
@@ -9,7 +12,10 @@ from loce.data.annotations.image_lists import listed_images
 from loce.data.annotations.lvis import LVISAnnotations
 from loce.data.annotations.requirements import training_problems
 from loce.data.loader import EvalDataset, TrainDataset
+from loce.data.samplers import held_out_images, image_labels
 from loce.utils.errors import raise_problems
+
+_HELD_OUT = 0x5A3D  # keeps the choice of these images apart from other random numbers
 
 
 def train_annotations(config: Config) -> LVISAnnotations:
@@ -52,6 +58,19 @@ def _annotations(
 def train_dataset(config: Config, annotations: LVISAnnotations) -> TrainDataset:
     """Augmented training samples."""
     return TrainDataset(annotations, Path(config.data.train_images), config.data, config.seed)
+
+
+def hold_out(
+    annotations: LVISAnnotations,
+    per_class: int,
+    seed: int,
+) -> tuple[LVISAnnotations, LVISAnnotations | None]:
+    """Training images that stay, and those that are held out (`held_out_images`), None where there are none."""
+    held = held_out_images(image_labels(annotations), per_class, np.random.default_rng([_HELD_OUT, seed]))
+    if not len(held):
+        return annotations, None
+    left = np.setdiff1d(annotations.train_images, held)
+    return replace(annotations, train_images=left), replace(annotations, train_images=held)
 
 
 def val_dataset(config: Config, annotations: LVISAnnotations) -> EvalDataset:

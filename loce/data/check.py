@@ -342,9 +342,12 @@ def _views(annotations: LVISAnnotations, sampler: SamplerConfig, memory: MemoryC
     sides = {
         "uniform sampler": seen.uniform,
         f"repeat_factor (t = {sampler.repeat_threshold:g})": seen.repeat_factor,
-        "feature memory, all scores equal": seen.memory_equal,
-        "feature memory, scores ~ counts": seen.memory_counts,
     }
+    if memory.draw == "score":
+        sides |= {
+            "feature memory, all scores equal": seen.memory_equal,
+            "feature memory, scores ~ counts": seen.memory_counts,
+        }
     head = "".join(f"{group:>12}" for group in GROUPS)
     lines = [f"  {'instances of a class in an epoch, mean':<42}{head}     fewest"]
     for name, values in sides.items():
@@ -354,10 +357,12 @@ def _views(annotations: LVISAnnotations, sampler: SamplerConfig, memory: MemoryC
         )
         lines.append(f"    {name:<40}{means}{values.min():11.1f}")
     k, m = memory.classes_per_draw, memory.features_per_class
-    lines.append(
-        f"    (memory: features drawn on top of a uniform epoch, {k} x {m} for every 2 images, p ~ 1 / mean score)"
+    drawn = f"{k} x {m} for every 2 images, p ~ 1 / mean score"
+    return (
+        [*lines, f"    (memory: features drawn on top of a uniform epoch, {drawn})"]
+        if memory.draw == "score"
+        else lines
     )
-    return lines
 
 
 def _worst(annotations: LVISAnnotations, data: DataConfig) -> list[str]:

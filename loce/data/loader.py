@@ -216,11 +216,43 @@ def fill_batches(
     with images shown again, of which nothing is stored.
     """
     place, ranks = _place(rank, world)
-    annotations, fills = dataset.annotations, []
-    for stream in range(1 if shared else ranks):
-        chosen = memory_fill_images(annotations, per_class, np.random.default_rng([FILL_EPOCH, seed, stream]))
-        # Wide images first, so that those on a rank at once need little padding.
-        fills.append(sorted(chosen, key=lambda fill: not annotations.wide[fill[0]]))
+    fills = [
+        memory_fill_images(dataset.annotations, per_class, np.random.default_rng([FILL_EPOCH, seed, stream]))
+        for stream in range(1 if shared else ranks)
+    ]
+    return _dealt_out(dataset, fills, shared, images, workers, place, ranks)
+
+
+def held_out_batches(
+    dataset: TrainDataset,
+    images: int,
+    workers: int = 0,
+    *,
+    rank: int | None = None,
+    world: int | None = None,
+) -> Batches:
+    """All images of a data set, dealt out to the ranks and augmented in the same way every time.
+
+    images: on a rank at once. As in filling, batches are full: images that are shown again have no "store_rows".
+    """
+    place, ranks = _place(rank, world)
+    annotations = dataset.annotations
+    shown = [(int(index), annotations.rows(index)) for index in annotations.train_images]
+    return _dealt_out(dataset, [shown], True, images, workers, place, ranks)
+
+
+def _dealt_out(
+    dataset: TrainDataset,
+    fills: list[list[Fill]],
+    shared: bool,
+    images: int,
+    workers: int,
+    place: int,
+    ranks: int,
+) -> Batches:
+    """Batches of images with "store_rows": of each rank's own list, or of one that is shared out."""
+    # Wide images first, so that those on a rank at once need little padding.
+    fills = [sorted(fill, key=lambda each: not dataset.annotations.wide[each[0]]) for fill in fills]
     together, first = (images * ranks, images * place) if shared else (images, 0)
     length = -(-max(map(len, fills)) // together) * together
     own = fills[0 if shared else place]

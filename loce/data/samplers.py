@@ -270,6 +270,29 @@ def _occurrence(values: np.ndarray) -> np.ndarray:
     return result
 
 
+def held_out_images(labels: ImageLabels, per_class: int, generator: np.random.Generator) -> np.ndarray:
+    """(H,) int64 ascending: training images to hold out, so that the rates of memory.draw=adaptive have a loss.
+
+    Of each class `per_class` where there are enough, from the rarest class on, at random; never more than a quarter of
+    a class's images, so that classes with fewer than 4 have none.
+    """
+    most = labels.image_counts // 4
+    wanted, held = np.minimum(per_class, most), np.zeros(labels.num_classes, np.int64)
+    order = generator.permutation(len(labels.labels))  # of pairs
+    order = order[np.argsort(labels.labels[order], kind="stable")]
+    shown = np.split(labels.owner[order], np.cumsum(labels.image_counts)[:-1])  # images of each class, at random
+    chosen = np.zeros(len(labels.images), bool)
+    for c in np.argsort(labels.image_counts, kind="stable"):
+        for image in shown[c]:
+            if held[c] >= wanted[c]:
+                break
+            own = labels.labels[labels.first[image] : labels.first[image + 1]]
+            if not chosen[image] and (held[own] < most[own]).all():
+                chosen[image] = True
+                held[own] += 1
+    return labels.images[chosen]
+
+
 def memory_fill_images(
     annotations: LVISAnnotations, per_class: int, generator: np.random.Generator
 ) -> list[tuple[int, np.ndarray]]:

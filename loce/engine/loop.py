@@ -1,16 +1,20 @@
 """Training step, and what it needs: learning rate, gradient norm, agreement of the ranks; filling of the memory."""
 
+import json
 import math
 from collections.abc import Sequence
 from contextlib import nullcontext
 from typing import Any, Protocol
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from loce.adaptive_rates import groups
 from loce.config import TrainConfig
 from loce.data.loader import Batches
+from loce.gaussian_memory import GaussianMemory
 from loce.models.mask_rcnn import MaskRCNN
 from loce.models.together import Together
 from loce.utils import distributed, signals
@@ -149,6 +153,30 @@ def fill_memory(model: MaskRCNN | Together, batches: Batches) -> None:
     model.train()
     for samples in progress(batches, len(batches), "filling the feature memory"):
         model.fill_memory(samples)
-        asked = torch.full((), float(bool(signals.asked)), device=next(model.parameters()).device)
-        if distributed.all_reduce_sum(asked).item():  # sync: all ranks stop at the same batch; nothing trains here
-            raise signals.stopped()
+        _stop_together(next(model.parameters()).device)
+
+
+@torch.no_grad()
+def adapt_rates(model: MaskRCNN, batches: Batches, epoch: int) -> None:
+    """Adapt the rates of memory.draw=adaptive to the losses of held-out images, before an epoch (from 0) begins.
+
+    batches: of `held_out_batches`; all ranks end with the same rates. `Stopped` as in `fill_memory`.
+    """
+    model.eval()
+    roi, device = model.roi_heads, model.pixel_mean.device
+    total = torch.zeros(roi.num_classes + 1, device=device)
+    for samples in progress(batches, len(batches), "losses of held-out images"):
+        total += model.held_out_losses(samples)
+        _stop_together(device)
+    sums = distributed.all_reduce_sum(total).cpu().numpy()  # sync: between two epochs, as all that follows
+    assert roi.memory is not None and roi.memory.rates is not None and isinstance(roi.memory.bank, GaussianMemory)
+    group = groups(roi.memory.bank.mean.cpu().numpy()) if distributed.is_main() else np.zeros(0, np.int64)
+    group = np.array(json.loads(distributed.broadcast_text(json.dumps(group.tolist()))))
+    roi.memory.rates.adapt(sums[:-1] / max(sums[-1], 1), group, epoch)
+
+
+def _stop_together(device: torch.device) -> None:
+    """`Stopped` on all ranks where one is asked to stop."""
+    asked = torch.full((), float(bool(signals.asked)), device=device)
+    if distributed.all_reduce_sum(asked).item():  # sync: all ranks stop at the same batch; nothing trains here
+        raise signals.stopped()

@@ -62,6 +62,8 @@ def require_one_pass(configs: Sequence[Config]) -> None:
 def apart(one: Config, other: Config) -> dict[str, object]:
     """Dotted key -> value in `other` of what keeps two runs from training in one pass."""
     found = {key: value for key, value in diff(one, other).items() if not key.startswith(MAY_DIFFER)}
+    if one.memory.holds_out != other.memory.holds_out:  # they train on other images
+        found["memory.adaptive.held_out"] = other.memory.holds_out
     if {one.train.freeze, other.train.freeze} <= {*TOGETHER}:
         found.pop("train.freeze", None)
     return found

@@ -86,8 +86,8 @@ def made_up_model(config: Config, classes: int, device: torch.device) -> MaskRCN
             torch.nn.init.constant_(module.weight, 0.1)
     memory = model.roi_heads.memory
     if memory is not None:
-        rows = memory.bank.spare_row
-        features = torch.rand(rows, *memory.bank.features.shape[1:], dtype=memory.bank.features.dtype, device=device)
+        rows = classes * (config.memory.capacity if config.memory.kind == "ring" else 2)
+        features = torch.rand(rows, *memory.feature_shape, device=device)
         labels = torch.arange(rows, device=device) % classes
         memory.bank.enqueue(features, labels, torch.zeros(rows, 4, device=device))
     return model.train()

@@ -46,7 +46,9 @@ def run_summary(trainer: Trainer, arm: Arm) -> list[str]:
     config, train, memory, stats = arm.config, arm.config.train, arm.config.memory, arm.stats
     world, total = distributed.world_size(), trainer.total
     # Method.
-    bank = f"feature memory ({memory.level}, {memory.capacity} per class)" if memory.enabled else "no memory"
+    form = f"{memory.level}, {memory.capacity} per class" if memory.kind == "ring" else f"{memory.level}, Gaussians"
+    bank = f"feature memory ({form}, drawn by {memory.draw})" if memory.enabled else "no memory"
+    held = 0 if trainer.held_out is None else len(trainer.held_out.train_images)
     # Data: classes and instances by group.
     masks = [stats.group_mask(group) for group in GROUPS]
     groups = " / ".join(str(int(mask.sum())) for mask in masks)
@@ -79,6 +81,7 @@ def run_summary(trainer: Trainer, arm: Arm) -> list[str]:
         f"{len(stats)} classes: rare / common / frequent {groups}",
         *(f"data: left out: {count} {reason}" for reason, count in trainer.annotations.dropped.items()),
         *(f"data: {note}" for note in trainer.annotations.notes),
+        *([f"data: {held} training images are held out, which adapt the sampling rates"] if memory.holds_out else []),
         f"model: {network}, {trained / 1e6:.2f} of {every / 1e6:.2f} M parameters train (train.freeze={train.freeze})",
         f"batch: {train.batch_size} = {world} ranks x {each} images x {train.accumulate} steps{meta}; "
         f"{rate} {scaled_lr(train):.4g} ({train.lr:g} at {train.lr_batch_size}, scaled linearly)",

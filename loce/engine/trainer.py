@@ -17,8 +17,8 @@ from torch.nn.parallel import DistributedDataParallel
 from loce.checkpoint.save import Written
 from loce.config import Config, UserError, images_per_rank, raise_problems
 from loce.data.annotations.lvis import LVISAnnotations
-from loce.data.build import train_dataset
-from loce.data.loader import Batches, fill_batches, train_batches, training_plan
+from loce.data.build import hold_out, train_dataset
+from loce.data.loader import Batches, fill_batches, held_out_batches, train_batches, training_plan
 from loce.engine import validation
 from loce.engine.arm import Arm, memory_contents
 from loce.engine.log import RunLog
@@ -26,6 +26,7 @@ from loce.engine.loop import (
     Losses,
     NotFiniteError,
     Samples,
+    adapt_rates,
     fill_memory,
     learning_rate,
     optimizer_step,
@@ -71,7 +72,9 @@ class Trainer:
     def set_data(self, annotations: LVISAnnotations, steps: int = 0) -> None:
         """What is trained on. steps: iterations of an epoch, in which the images are shown over and over; 0: once."""
         config = self.config
-        self.annotations, self.dataset = annotations, train_dataset(config, annotations)
+        per_class = 0 if steps else config.memory.holds_out
+        trained, self.held_out = hold_out(annotations, per_class, config.seed) if per_class else (annotations, None)
+        self.annotations, self.dataset = annotations, train_dataset(config, trained)
         size, meta = config.train.batch_size, self.arms[0].model.roi_heads.classifier.meta_batch
         self.plan = training_plan(self.dataset, config.sampler, config.data, size, config.seed, meta)
         if steps:
@@ -117,7 +120,7 @@ class Trainer:
         groups: dict[tuple[int, bool], list[Arm]] = {}
         for arm in self.arms:
             memory = arm.config.memory
-            if memory.enabled and not arm.resumed:
+            if memory.enabled and memory.fill_instances and not arm.resumed:
                 groups.setdefault((memory.fill_instances, memory.shared), []).append(arm)
         with signals.deferred(), self._paused():
             for wanted, arms in groups.items():
@@ -138,6 +141,8 @@ class Trainer:
         train, last = self.config.train, self.total if last is None else last
         with signals.deferred():
             for epoch, end in enumerate(self.ends):
+                if self.step < min(end, last):
+                    self._adapt_rates(epoch)
                 self.module.train()
                 for batches in self._waiting(self.batches(min(end, last))):
                     # The optimiser step. A method may depend on the share of the training that is done.
@@ -193,6 +198,24 @@ class Trainer:
             for arm in self.arms:
                 arm.log.line(f"data: {message}", shown=False)
         self._loader, self._stream = None, iter(())
+
+    def _adapt_rates(self, epoch: int) -> None:
+        """Before the second epoch and later ones: the rates of memory.draw=adaptive, where this is not done yet."""
+        config = self.config
+        for arm in self.arms:
+            memory = arm.model.roi_heads.memory
+            rates = None if memory is None else memory.rates
+            if rates is None or int(rates.epochs) >= epoch or self.held_out is None:
+                continue
+            self._end_loader()
+            with self._paused():
+                images = images_per_rank(config.train, distributed.world_size())
+                batches = held_out_batches(train_dataset(config, self.held_out), images, config.data.workers)
+                before = rates.rates.clone()
+                adapt_rates(arm.model, batches, epoch)
+                more, less = int((rates.rates > before).sum()), int((rates.rates < before).sum())
+            rows = float(rates.rates.sum())
+            arm.log.line(f"sampling rates: of {more} classes up, of {less} down; {rows:.3g} rows a draw")
 
     def _evaluate(self, epoch: int) -> None:
         """Evaluate between two epochs; a signal ends it at once, since the checkpoint is there."""

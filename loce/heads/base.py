@@ -6,7 +6,7 @@ Shape suffixes: N rows (RoIs, then memory features), D features, C classes, L lo
 import abc
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 
@@ -56,6 +56,19 @@ class RoIs:
         The model puts their mean over ranks in its place, see `distributed.mean_count`.
         """
         return (self.labels_N != IGNORED).sum().clamp(min=1)
+
+    def part(self, rows: slice, count: Tensor) -> "RoIs":
+        """Some of the rows as a batch of their own, whose losses are divided by `count`."""
+        part = replace(
+            self,
+            labels_N=self.labels_N[rows],
+            instances_N=self.instances_N[rows],
+            from_memory_N=self.from_memory_N[rows],
+            features_ND=None if self.features_ND is None else self.features_ND[rows],
+            sampled_class_N=None if self.sampled_class_N is None else self.sampled_class_N[rows],
+        )
+        part.count = count
+        return part
 
 
 class Head(nn.Module, abc.ABC):
@@ -116,6 +129,13 @@ class Head(nn.Module, abc.ABC):
     @abc.abstractmethod
     def scores(self, logits_NL: Tensor) -> Tensor:
         """Logits (N, L) -> class scores (N, C) in fp32, each in [0, 1], without the background."""
+
+    def own_share(self) -> Tensor:
+        """(C,) K_cc: the mean share, of a softmax over foreground classes, that rows of class c gave to c; 0: no rows.
+
+        Of heads that keep a confusion matrix, for a memory that draws by it (memory.draw=confusion).
+        """
+        raise NotImplementedError(f"{type(self).__name__} keeps no confusion matrix")
 
 
 def linear(in_features: int, logits: int, prior: float | None = None) -> nn.Linear:

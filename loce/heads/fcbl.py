@@ -65,6 +65,10 @@ class FCBLHead(Head):
         """(C, C) K: mean softmax over foreground classes of the rows of each true class; 0 for one never seen."""
         return self.sums / self.rows.clamp(min=1)[:, None]
 
+    def own_share(self) -> Tensor:
+        """(C,) K_cc."""
+        return self.confusion().diagonal()
+
     def margins(self) -> Tensor:
         """(C, C): row y holds margin_j of a row of class y."""
         log_CC = self.confusion().clamp(min=LEAST).log()

@@ -64,6 +64,10 @@ class PCBHead(SoftmaxHead):
         own_CC = torch.eye(self.num_classes, device=columns_CC.device)
         return torch.where(total_C1 > 0, columns_CC / total_C1.clamp(min=1e-30), own_CC)
 
+    def own_share(self) -> Tensor:
+        """(C,) M_cc."""
+        return self.confusion.diagonal()
+
     @torch.no_grad()
     def _update(self, z_NL: Tensor, labels_N: Tensor) -> None:
         sums_CC, counts_C = class_softmax_sums(z_NL[:, :-1], labels_N)

@@ -65,7 +65,7 @@ def build_roi_heads(
 
     # What the memory stores, and what the classifier reads: vectors after shared FCs, or pooled features.
     feature_shape = (model.fc_features,) if memory.level == "fc" else (width, BOX_SIDE, BOX_SIDE)
-    sampling = MemorySampling(classes, feature_shape, memory) if memory.enabled else None
+    sampling = MemorySampling(classes, feature_shape, memory, stats.instance_counts) if memory.enabled else None
     method = HEADS[head.name]
     if method.depth:
         class_head = method(model.fc_features, stats, head)
@@ -196,6 +196,12 @@ class MaskRCNN(nn.Module):
         """Store the features of the samples' `store_rows` and update the mean score; nothing is learned."""
         _, batch = self.first_stage(samples, learns=False)
         self.roi_heads.fill_memory(*batch)
+
+    @torch.no_grad()
+    def held_out_losses(self, samples: list[dict[str, Any]]) -> Tensor:
+        """(C+1,) what `RoIHeads.held_out_losses` says of samples with `store_rows`; nothing is learned or stored."""
+        _, batch = self.first_stage(samples, learns=False)
+        return self.roi_heads.held_out_losses(*batch)
 
     @torch.no_grad()
     def detect(

@@ -1,19 +1,45 @@
-"""Memory-augmented feature sampling (LOCE, Sec. 3.3): box generator, feature memory and probabilistic sampler together.
+"""Feature memory of a detector: LOCE's memory-augmented feature sampling (ICCV 2021, Sec. 3.3), BACL's FHM and FASA.
 
-Shapes: B boxes made from ground truth, K = k m rows drawn from the memory, D feature shape, C classes.
+What is stored, in what form, and how classes are drawn are three options, of which methods are settings:
+
+    LOCE   memory.kind=ring       memory.source=boxes     memory.draw=score        k = 8 classes with m = 4 features
+    BACL   memory.kind=gaussian   memory.source=boxes     memory.draw=confusion    k = 8 classes with m = 12 vectors
+    FASA   memory.kind=gaussian   memory.source=regions   memory.draw=adaptive     one vector of a class
+
+Drawn rows join the batch as foreground rows. With memory.loss_weight=w > 0 (FASA: 0.1) their loss stands apart: that of
+the batch's own rows plus w times the mean over the drawn ones. Box regression learns from stored features, which have
+targets, and not from a Gaussian's; a Gaussian's rows do not count in its divisor.
+
+The ring: loce/memory_bank.py. Gaussians: loce/gaussian_memory.py. FASA's rates: loce/adaptive_rates.py.
+
+Shapes: B rows to store, K = k m rows drawn from the memory, D feature shape, C classes.
+
+State: the ring, or mean and variance; each rank its own unless memory.shared. FASA's rates, the same on all ranks.
+
+Differences from the paper / the released code:
+- A class of which nothing is stored is never drawn; in the released BACL (and LOCE) such a draw gives nothing.
+- BACL's and FASA's draws are for every 2 images of the whole batch, as LOCE's, and not for every GPU; random numbers
+  are keyed by image. With memory.shared, mean and variance are of the rows of all ranks; the released codes keep one
+  of each rank, and save that of rank 0.
+- BACL's boxes are jittered as LOCE's are here: an own random number for each box, at most 5 instances of a class and
+  image, clipped to the image, none under a pixel a side.
+- In a second stage the memory is filled before it begins (memory.fill_instances), which FHM and FASA are not.
 """
 
 from collections.abc import Sequence
 from typing import NamedTuple
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.profiler import record_function
 
+from loce.adaptive_rates import AdaptiveRates
 from loce.box_generator import SIGN_PATTERNS, choose_instances, dense_boxes, valid
 from loce.config import MemoryConfig
-from loce.memory_bank import FeatureMemoryBank
+from loce.gaussian_memory import GaussianMemory, confusion_probability
+from loce.memory_bank import FeatureMemoryBank, draw_classes
 from loce.models.boxes import DRAWS, JITTER, ROI_STDS, encode, generator_for
 from loce.utils.classes import IGNORED
 from loce.utils.distributed import all_gather_rows
@@ -36,13 +62,36 @@ class ImageSeed(NamedTuple):
 
 
 class MemorySampling(nn.Module):
-    """Stores features of jittered ground-truth boxes and draws rows of weak classes from them."""
+    """Stores features of the batch's objects and draws rows of weak classes from them.
 
-    def __init__(self, num_classes: int, feature_shape: tuple[int, ...], config: MemoryConfig) -> None:
+    rates: of memory.draw=adaptive, else None; instance_counts: (C,) of the training set, which they start from.
+    """
+
+    bank: FeatureMemoryBank | GaussianMemory
+
+    def __init__(
+        self,
+        num_classes: int,
+        feature_shape: tuple[int, ...],
+        config: MemoryConfig,
+        instance_counts: np.ndarray | None = None,
+    ) -> None:
         super().__init__()
-        self.config = config
-        dtype = getattr(torch, config.dtype)
-        self.bank = FeatureMemoryBank(num_classes, feature_shape, config.capacity, dtype)
+        self.config, self.feature_shape = config, feature_shape
+        if config.kind == "ring":
+            dtype = getattr(torch, config.dtype)
+            self.bank = FeatureMemoryBank(num_classes, feature_shape, config.capacity, dtype)
+        else:
+            self.bank = GaussianMemory(num_classes, feature_shape, config.momentum)
+        self.rates: AdaptiveRates | None = None
+        if config.draw == "adaptive":
+            counts = np.ones(num_classes) if instance_counts is None else instance_counts
+            self.rates = AdaptiveRates(counts, config.adaptive.power, config.adaptive.scale)
+
+    @property
+    def has_boxes(self) -> bool:
+        """Whether what is drawn has box targets: a stored feature has, a Gaussian's vector has none."""
+        return self.config.kind == "ring"
 
     def choose_rows(self, labels_N: Tensor, generator: torch.Generator | None = None) -> Tensor:
         """Which of an image's instances are stored, a few of each class: indices into its labels (N,), on the host."""
@@ -87,22 +136,56 @@ class MemorySampling(nn.Module):
 
     @record_function("memory: draw")
     @torch.no_grad()
-    def draw(self, indicator: Tensor, images: Sequence[ImageSeed]) -> MemoryRows:
-        """Draw classes that are weak by the indicator (C+1,), and stored rows of them (Eq. 7-8).
+    def draw(
+        self,
+        indicator: Tensor,
+        images: Sequence[ImageSeed],
+        own_share: Tensor | None = None,
+    ) -> MemoryRows:
+        """Draw rows: of classes that are weak by the indicator (C+1,) (Eq. 7-8), or as `memory.draw` says.
 
         k classes are drawn per 2 images of the batch over all ranks, by each image its part with random numbers of its
-        own, so that the method does not depend on how images are spread over ranks.
+        own, so that the method does not depend on how images are spread over ranks. own_share: (C,) K_cc of the head,
+        for memory.draw=confusion.
         """
-        uniforms = torch.cat([self._uniform(image, indicator.device) for image in images])
-        u_K1, u_KF = uniforms.split([1, self.config.features_per_class], dim=1)
-        return MemoryRows(*self.bank.draw(indicator, 1 - u_K1[:, 0], u_KF))
+        drawing = [image for image in images if self.rates is None or image.batch_index % 2 == 0]
+        if not drawing:
+            return self.no_rows()
+        drawn = [self._random(image, indicator.device) for image in drawing]
+        chosen_K, random = (torch.cat(part) for part in zip(*drawn, strict=True))
+        if self.rates is not None:  # classes
+            return MemoryRows(*self.bank.rows_of(chosen_K, random))
+        if self.config.draw == "score":  # else uniform numbers that choose them
+            return MemoryRows(*self.bank.draw(indicator, 1 - chosen_K, random))
+        assert own_share is not None
+        probability_C = confusion_probability(own_share.double(), self.bank.counts)
+        return MemoryRows(*self.bank.rows_of(draw_classes(probability_C, 1 - chosen_K), random))
 
-    def _uniform(self, image: ImageSeed, device: torch.device) -> Tensor:
-        """(K, 1 + m) uniform numbers that an image draws with: K classes, so that 2 images draw k."""
-        k, m = self.config.classes_per_draw, self.config.features_per_class
-        classes = (k * (image.batch_index + 1) + 1) // 2 - (k * image.batch_index + 1) // 2
-        generator = generator_for(image.seed, DRAWS, device)
-        return torch.rand((classes, 1 + m), generator=generator, dtype=torch.float64, device=device)
+    def no_rows(self) -> MemoryRows:
+        """What is drawn while nothing is."""
+        empty = self.bank.counts[:0]
+        shape = () if self.config.kind == "ring" else self.feature_shape
+        return MemoryRows(*self.bank.rows_of(empty, torch.zeros((0, 1, *shape), device=empty.device)))
+
+    def _random(self, image: ImageSeed, device: torch.device) -> tuple[Tensor, Tensor]:
+        """What an image draws K classes with, and m rows of each.
+
+        Of a ring (K,) and (K, m) uniform numbers; of Gaussians (K,) uniform and (K, m, *D) normal ones. Two images have
+        k classes. With adaptive rates it is the classes themselves, and one image of two draws them.
+        """
+        generator, m = generator_for(image.seed, DRAWS, device), self.config.features_per_class
+        if self.rates is not None:
+            uniform_C = torch.rand(self.bank.num_classes, generator=generator, device=device)
+            chosen_K = self.rates.draw(uniform_C, self.bank.counts)
+        else:
+            k = self.config.classes_per_draw
+            classes = (k * (image.batch_index + 1) + 1) // 2 - (k * image.batch_index + 1) // 2
+            shape = (classes, 1 + m if self.config.kind == "ring" else 1)
+            uniform = torch.rand(shape, generator=generator, dtype=torch.float64, device=device)
+            chosen_K, slots = uniform[:, 0], uniform[:, 1:]
+            if self.config.kind == "ring":
+                return chosen_K, slots
+        return chosen_K, torch.randn((len(chosen_K), m, *self.feature_shape), generator=generator, device=device)
 
 
 def _of_all_ranks(features: Tensor, labels_B: Tensor, targets_B4: Tensor) -> tuple[Tensor, Tensor, Tensor]:

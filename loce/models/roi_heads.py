@@ -151,17 +151,30 @@ class RoIHeads(nn.Module):
         once = once or Once()
         sampled = once("RoIs", lambda: [self.select(p, t) for p, t in zip(proposals, targets, strict=True)])
         x_ND, box_targets_N4, logits_NL, rois = self.forward_rows(features, sampled, targets, sizes, once)
-        counted, positive = rois.labels_N != IGNORED, rois.instances_N >= 0
-        rois.count, positives = mean_count(torch.stack([counted.sum(), positive.sum()]))
+        counted_N, positive_N = rois.labels_N != IGNORED, rois.instances_N >= 0
+        drawn_N = counted_N & rois.from_memory_N
+        counts = torch.stack([counted_N.sum(), positive_N.sum(), (counted_N & ~drawn_N).sum(), drawn_N.sum()])
+        rois.count, positives, own_count, drawn_count = mean_count(counts)
+        regions = sum(len(r.labels) for r in sampled)
+        own, drawn = rois.part(slice(regions), own_count), rois.part(slice(regions, None), drawn_count)
+        apart = self.memory is not None and self.memory.config.loss_weight > 0
         with record_function("classification loss"):
-            losses = self.classifier.losses(logits_NL, rois)
+            losses = self._losses_apart(logits_NL, own, drawn) if apart else self.classifier.losses(logits_NL, rois)
         if self.only_classifier:
             return losses
-        most = self._most(sampled, rois)
-        losses["loss_box"] = once(self.fc_reg, lambda: self._box_loss(x_ND, rois, box_targets_N4, most))
+        boxes = own if self.memory is not None and not self.memory.has_boxes else rois
+        most = self._most(sampled, boxes)
+        losses["loss_box"] = once(self.fc_reg, lambda: self._box_loss(x_ND, boxes, box_targets_N4, most))
         if self.mask_head is not None:
             losses["loss_mask"] = once(self.mask_head, lambda: self._mask_loss(features, sampled, targets, positives))
         return losses
+
+    def _losses_apart(self, logits_NL: Tensor, own: RoIs, drawn: RoIs) -> dict[str, Tensor]:
+        """The head's losses with memory.loss_weight: a head with state sees two batches."""
+        assert self.memory is not None
+        losses = self.classifier.losses(logits_NL[: len(own.labels_N)], own)
+        apart = self.classifier.losses(logits_NL[len(own.labels_N) :], drawn)
+        return {name: loss + self.memory.config.loss_weight * apart[name] for name, loss in losses.items()}
 
     def fill_memory(
         self,
@@ -194,9 +207,13 @@ class RoIHeads(nn.Module):
         # MFS (Sec. 3.3): features around this batch's objects are stored, then rows of weak classes are drawn.
         memory, drawn = None, 0
         if self.memory is not None:
-            once(self.memory.bank, lambda: self.store(features, targets, sizes))
+            if self.memory.config.source == "boxes":
+                once(self.memory.bank, lambda: self.store(features, targets, sizes))
+            else:
+                read = pooled if self.memory.config.level == "roi" else self._read(pooled, once)
+                once(self.memory.bank, lambda: self.store_regions(read, box_targets_N4, sampled, targets))
             images = [ImageSeed(t.seed, t.batch_index) for t in targets if t.sampled_class != META]
-            memory = self.memory.draw(self.indicator, images)
+            memory = self._draw(images)
             drawn = len(memory.labels)
             labels_N = torch.cat([labels_N, memory.labels])
             box_targets_N4 = torch.cat([box_targets_N4, memory.box_targets])
@@ -231,6 +248,59 @@ class RoIHeads(nn.Module):
         stored = self.features_of(pooled) if self.memory.config.level == "fc" else pooled
         self.memory.store(stored, labels_B, box_targets_B4)
 
+    @torch.no_grad()
+    def store_regions(
+        self,
+        features_R: Tensor,
+        box_targets_R4: Tensor,
+        sampled: list[SampledRoIs],
+        targets: list[Targets],
+    ) -> None:
+        """Store features of positive regions; where `store_rows` of an image says so, those of these instances only."""
+        assert self.memory is not None
+        most = int(self.config.batch_per_image * self.config.positive_fraction)  # of an image, and they come first
+        rows, labels, first = [], [], 0
+        for r, t in zip(sampled, targets, strict=True):
+            wanted = r.instances[:most] >= 0
+            if t.store_rows is not None:
+                wanted = wanted & (r.instances[:most, None] == t.store_rows).any(dim=1)
+            rows.append(torch.arange(first, first + len(wanted), device=features_R.device))
+            labels.append(torch.where(wanted, r.labels[:most], IGNORED))
+            first += len(r.labels)
+        index = torch.cat(rows)
+        self.memory.store(features_R.detach()[index], torch.cat(labels), box_targets_R4[index])
+
+    @torch.no_grad()
+    def held_out_losses(
+        self,
+        features: list[Tensor],
+        proposals: list[Tensor],
+        targets: list[Targets],
+        sizes: list[tuple[int, int]],
+    ) -> Tensor:
+        """(C+1,): the sum of -log p(c) over regions of each class c, p the scores, and how many regions there are.
+
+        Of images with `store_rows`; others count for nothing. For the rates of memory.draw=adaptive.
+        """
+        sampled = [self.select(p, t) for p, t in zip(proposals, targets, strict=True)]
+        shown = [len(t.store_rows) > 0 for t in targets if t.store_rows is not None]
+        labels_R = torch.cat([r.labels if s else r.labels * 0 + IGNORED for r, s in zip(sampled, shown, strict=True)])
+        x_RD = self.features_of(self.pool(features, [r.boxes for r in sampled], BOX_SIDE))
+        scores_RC = self.classifier.scores(self.classifier(x_RD))
+        own_R = (labels_R >= 0) & (labels_R < self.num_classes)
+        label_R = torch.where(own_R, labels_R, 0)
+        score_R = scores_RC.gather(1, label_R[:, None])[:, 0].clamp(min=torch.finfo(scores_RC.dtype).tiny)
+        sums_C = score_R.new_zeros(self.num_classes).index_add_(0, label_R, torch.where(own_R, -score_R.log(), 0))
+        return torch.cat([sums_C, (labels_R != IGNORED).sum()[None]])
+
+    def _draw(self, images: list[ImageSeed]) -> MemoryRows:
+        """Rows from the memory; none before memory.start."""
+        assert self.memory is not None
+        if self.progress < self.memory.config.start:
+            return self.memory.no_rows()
+        share = self.classifier.own_share() if self.memory.config.draw == "confusion" else None
+        return self.memory.draw(self.indicator, images, share)
+
     def _choose(self, target: Targets) -> Tensor:
         """(n,) the instances of an image to store, chosen on the host."""
         assert self.memory is not None and target.host_labels is not None
@@ -244,8 +314,12 @@ class RoIHeads(nn.Module):
         drawn = None if memory is None else memory.features.to(pooled.dtype)
         if drawn is not None and drawn.dim() == pooled.dim():  # memory.level=roi
             return self.features_of(torch.cat([pooled, drawn]))
-        x_RD = once((self.box_head, self.classifier.depth), lambda: self.features_of(pooled))
+        x_RD = self._read(pooled, once)
         return x_RD if drawn is None else torch.cat([x_RD, drawn])
+
+    def _read(self, pooled: Tensor, once: Once) -> Tensor:
+        """(R, D) what the classifier reads of pooled features (R, D, 7, 7)."""
+        return once((self.box_head, self.classifier.depth), lambda: self.features_of(pooled))
 
     def pool(self, features: list[Tensor], boxes: list[Tensor], side: int) -> Tensor:
         """(N, D, S, S) features of boxes, as `config` says; see the function `pool`."""

@@ -21,7 +21,8 @@ from loce.models.memory_sampling import MemorySampling
 from loce.models.roi_heads import Once, RoIHeads
 
 SHARED = ("backbone", "rpn", "roi_heads.mask_head")  # the last where the model has one
-DRAWING = ("classes_per_draw", "features_per_class")  # options of the memory that storing does not depend on
+# Options of the memory that storing does not depend on.
+DRAWING = ("draw", "classes_per_draw", "features_per_class", "start", "loss_weight", "adaptive")
 
 
 class Together(nn.Module):
@@ -92,8 +93,9 @@ def _stored(model: MaskRCNN) -> tuple[Any, ...]:
     memory = model.roi_heads.memory
     assert isinstance(memory, MemorySampling)
     options = {name: value for name, value in vars(memory.config).items() if name not in DRAWING}
-    depth = model.roi_heads.classifier.depth if memory.config.level == "fc" else -1
-    return *options.items(), depth
+    roi = model.roi_heads
+    reads = (roi.classifier.depth, id(roi.box_head)) if memory.config.level == "fc" else ()  # FCs that train are an own
+    return *options.items(), *reads
 
 
 def _parts(model: MaskRCNN, *names: str) -> list[str]:

@@ -61,7 +61,9 @@ def over_time(run: Run) -> States:
 
 def draws(run: Run, snapshot: Snapshot) -> Values:
     """Eq. 7-8: the probability that a draw from the memory is of each class. Without memory: if all that training
-    has were stored."""
+    has were stored. Unknown where classes are drawn by something else than the indicator."""
+    if run.option("memory", "draw", "score") != "score":
+        return [None] * len(run.classes.ids)
     stored = torch.tensor(snapshot.memory or [int(seen) for seen in run.classes.trained])
     return _known(sampling_probability(_indicator(run, snapshot), stored))
 

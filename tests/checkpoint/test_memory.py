@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from loce.checkpoint.memory import pack, reshard, unpack
+from loce.checkpoint.memory import merge, pack, reshard, unpack
+from loce.gaussian_memory import GaussianMemory
 from loce.memory_bank import FeatureMemoryBank
 
 CLASSES, CAPACITY = 5, 4
@@ -79,3 +80,19 @@ def test_nothing_to_reshard() -> None:
     packs = [pack(filled([0] * CLASSES))] * 2
     packed, lost = reshard(packs, CAPACITY, 0, 1)
     assert lost == 0 and packed["features"].shape == (0, 3) and not packed["written"].any()
+
+
+def test_gaussians_come_back_and_merge() -> None:
+    """Of two ranks: the mean and variance of their equal mixture; what one has alone stays as it is."""
+    memories = [GaussianMemory(3, (2,)) for _ in range(2)]
+    memories[0].enqueue(torch.tensor([[1.0, 2], [3, 2], [5, 5]]), torch.tensor([0, 0, 1]))
+    memories[1].enqueue(torch.tensor([[6.0, 2], [8, 4]]), torch.tensor([0, 0]))
+    packs = [pack(memory) for memory in memories]
+    other = GaussianMemory(3, (2,))
+    unpack(packs[0], other)
+    assert all(torch.equal(a, b) for a, b in zip(other.buffers(), memories[0].buffers(), strict=True))
+    merged = merge(packs)
+    assert merged["mean"].tolist() == [[4.5, 2.5], [5, 5], [0, 0]] and merged["used"].tolist() == [True, True, False]
+    assert merged["variance"].tolist() == [[2 + 2.5**2, 1 + 0.5**2], [0, 0], [0, 0]]
+    same = merge([packs[0], packs[0]])
+    assert all(torch.equal(same[name], packs[0][name]) for name in same)

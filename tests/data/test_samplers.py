@@ -13,6 +13,7 @@ from loce.data.samplers import (
     ImageLabels,
     TrainingPlan,
     epoch_images,
+    held_out_images,
     image_labels,
     memory_fill_images,
     meta_images,
@@ -364,3 +365,19 @@ def test_memory_filling_takes_instances_from_distinct_images_at_random(write):
     assert len(choices) > 10
     same = [memory_fill_images(annotations, 5, np.random.default_rng(7)) for _ in range(2)]
     assert [(i, r.tolist()) for i, r in same[0]] == [(i, r.tolist()) for i, r in same[1]]
+
+
+def test_held_out_images_are_a_quarter_of_a_class_at_most():
+    """Rare classes first; each has its number where its images may be taken, and none with fewer than 4 images any."""
+    shown = long_tail()
+    labels = as_arrays(shown)
+    counts = np.bincount(labels.labels, minlength=14)
+    chosen = [held_out_images(labels, number, np.random.default_rng(1)).tolist() for number in (1, 3)]
+    for images, number in zip(chosen, (1, 3), strict=True):
+        held = np.bincount([c for i in images for c in shown[i]], minlength=14)
+        assert (held <= counts // 4).all() and images == sorted(set(images)) and set(images) <= set(shown)
+        assert (held[counts >= 4 * number] >= 1).all()
+    assert len(chosen[0]) < len(chosen[1])
+    again = held_out_images(labels, 3, np.random.default_rng(1)).tolist()
+    other = held_out_images(labels, 3, np.random.default_rng(2)).tolist()
+    assert again == chosen[1] != other

@@ -66,7 +66,12 @@ MISTAKES = (
         "torch.arange(SIGN_PATTERNS, device=device)",
         "torch.arange(SIGN_PATTERNS)",
     ),
-    Mistake("uniform numbers drawn on the host", MemorySampling._uniform, "device=device", "device='cpu'"),
+    Mistake(
+        "uniform numbers drawn on the host",
+        MemorySampling._random,
+        "dtype=torch.float64, device=device",
+        "dtype=torch.float64, device='cpu'",
+    ),
     Mistake(
         "classes of one_hot without a device",
         base.one_hot,
@@ -84,7 +89,7 @@ MISTAKES = (
     Mistake("a batch made on the host", MaskRCNN.batch_images, "self.pixel_mean.new_zeros(", "torch.zeros("),
     Mistake("an image copied while the host waits", MaskRCNN.batch_images, ", non_blocking=True", ""),
     Mistake("rows to store not page-locked", RoIHeads._choose, "rows.pin_memory()", "rows"),
-    Mistake("a divisor read in the step", RoIHeads.losses, "positive.sum()]))", "positive.sum()])).tolist()"),
+    Mistake("a divisor read in the step", RoIHeads.losses, "mean_count(counts)", "mean_count(counts).tolist()"),
     Mistake("losses kept on the host", loop.train_step, "loss.detach() for", "loss.detach().cpu() for"),
     Mistake(
         "each loss read in the step",

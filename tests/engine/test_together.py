@@ -25,6 +25,7 @@ from tests.tiny_runs import ROOT, environment, main_file, metrics, run, same_run
 CPU = torch.device("cpu")
 FC = ("memory.enabled=true", "memory.capacity=20")
 ROI = (*FC, "memory.level=roi")
+GAUSSIAN = ("memory.enabled=true", "memory.kind=gaussian")
 # Heads with and without state, both memory levels, banks that are shared and not, FCs that train.
 ARMS = {
     "softmax": (),
@@ -40,6 +41,11 @@ ARMS = {
     "eqlv2": ("head.name=eqlv2", "head.reset=true", *ROI),
     "bags": ("head.name=bags", "head.reset=true"),
     "FCs train": ("head.name=equilibrium", "train.freeze=backbone", *ROI),
+    "gaussian": ("head.name=equilibrium", *GAUSSIAN),
+    "bacl": ("head.name=fcbl", "head.reset=true", *GAUSSIAN, "memory.draw=confusion", "memory.features_per_class=12"),
+    "regions": (*GAUSSIAN, "memory.source=regions", "memory.loss_weight=0.1"),
+    "gaussian, FCs train": (*GAUSSIAN, "train.freeze=backbone"),
+    "ebl, gaussian, FCs train": ("head.name=equilibrium", *GAUSSIAN, "train.freeze=backbone"),
 }
 OTHERS = ("acsl", "balanced_softmax", "disalign", "ecm", "eql", "fcbl", "fedloss", "gol", "gumbel", "iif", "ldam")
 OTHERS = (*OTHERS, "logit_adjustment", "pcb", "reweighted")
@@ -76,7 +82,7 @@ def alone(config: Path, stage1: Path, tmp_path_factory: pytest.TempPathFactory) 
     return trained
 
 
-FEW = ("softmax", "ebl", "mfs", "loce", "fill 1", "roi", "seesaw", "FCs train")
+FEW = ("softmax", "ebl", "mfs", "loce", "fill 1", "roi", "seesaw", "FCs train", "bacl")
 
 
 @pytest.mark.parametrize("names", [FEW, pytest.param(tuple(ARMS), marks=pytest.mark.slow)], ids=["few", "all"])
@@ -88,11 +94,12 @@ def test_each_arm_is_as_its_own_run(
         same_run(tmp_path / name, alone(name))
     models = {name: arm.model for name, arm in zip(names, trainer.arms, strict=True)}
     assert len({model.backbone for model in models.values()}) == len({model.rpn for model in models.values()}) == 1
-    assert len({model.roi_heads.box_head for model in models.values()}) == 2  # one trains
+    assert len({model.roi_heads.box_head for model in models.values()}) == (2 if names == FEW else 4)  # others train
     alike = [name for name in ("softmax", "ebl", "bags") if name in names]  # have no memory
     assert len({model.roi_heads.fc_reg for model in models.values()}) == len(names) - len(alike) + 1
     banks = {m.roi_heads.memory.bank for m in models.values() if m.roi_heads.memory is not None}
-    assert len(banks) == (3 if names == FEW else 4)  # at level fc, filled with one, few and in bf16; at level roi
+    # At level fc, filled with one, few and in bf16; at level roi; Gaussians of boxes, of regions, of FCs that train.
+    assert len(banks) == (4 if names == FEW else 8)
 
 
 @pytest.mark.slow

@@ -6,15 +6,20 @@ Tolerance 2e-5 of max(1, largest value), as float32 code needs; others are said 
 import copy
 from collections.abc import Sequence
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
-from loce.config import FCBLOptions, FedLossOptions, GOLOptions, HeadConfig, IIFOptions, PCBOptions
+from loce.adaptive_rates import AdaptiveRates, groups, initial_rates
+from loce.config import FCBLOptions, FedLossOptions, GOLOptions, HeadConfig, IIFOptions, MemoryConfig, PCBOptions
+from loce.gaussian_memory import GaussianMemory, confusion_probability
 from loce.heads import HEADS, Head, RoIs, acsl
 from loce.heads.fedloss import federated_loss
+from loce.memory_bank import draw_classes
+from loce.models.roi_heads import RoIHeads
 from loce.utils.classes import ClassStats
 from tests.fixtures.newer import rule
 from tests.heads.cases import rois_of
@@ -291,3 +296,124 @@ def test_fcbl(stats: ClassStats, mode: str) -> None:
             close(head.confusion().diagonal(), wanted[f"fcbl/plain/step{step}/diagonal"])
             assert head.rows.tolist() == wanted[f"fcbl/plain/step{step}/rows_seen"].tolist()
     close(head.confusion(), wanted["fcbl/confusion"])
+
+
+# Gaussian memories: what is stored, drawn, lost and learned, step by step
+
+
+def classifier(stats: ClassStats, name: str, head: str) -> Head:
+    """A head with the weight and bias of the rule."""
+    made = HEADS[head](D, stats)
+    with torch.no_grad():
+        made.fc_cls.weight.copy_(tensor(rule.normal(S, f"{name}/weight", C + 1, D, scale=0.3)))
+        made.fc_cls.bias.copy_(tensor(rule.normal(S, f"{name}/bias", C + 1, scale=0.5)))
+    return made
+
+
+def own_and_drawn(labels: Tensor, drawn: Tensor) -> RoIs:
+    """RoIs of a batch's own rows and, after them, of rows from the memory."""
+    rois = rois_of(torch.cat([labels, drawn]))
+    rois.from_memory_N[len(labels) :] = True
+    return rois
+
+
+def gradients(head: Head, loss: Tensor) -> tuple[Tensor, ...]:
+    return torch.autograd.grad(loss, [head.fc_cls.weight, head.fc_cls.bias])
+
+
+def test_bacl_feature_hallucination(stats: ClassStats) -> None:
+    """Classes are drawn of all here, as the authors do; of the batch only those with a memory give vectors."""
+    wanted, memory, head = authors("bacl"), GaussianMemory(C, (D,)), classifier(stats, "fhm", "fcbl")
+    for step in range(5):
+        name, key, never = f"fhm/{step}", f"fhm/step{step}", [rule.rarest(S)]
+        labels = rule.labels(S, name, "background" if step == 3 else "mixed", never=never)
+        features = rule.class_features(S, name, labels)
+        if step != 3:
+            own = np.repeat(rule.labels(S, f"{name}/generated", "foreground", rows=5, never=never), 16)
+            memory.enqueue(tensor(rule.class_features(S, f"{name}/generated", own)), tensor(own))
+
+        uniform = tensor(np.sort(rule.stream(S, f"{name}/classes").rand(8)))
+        everyone = torch.ones(C, dtype=torch.long)
+        drawn_K = draw_classes(confusion_probability(head.own_share().double(), everyone), uniform)
+        assert drawn_K.tolist() == wanted[f"{key}/classes"].tolist()
+        stored = drawn_K[memory.used[drawn_K]]
+        noise = tensor(rule.normal(S, f"{name}/noise", 8, 12, D))[: len(stored)]
+        vectors, drawn, _ = memory.rows_of(stored, noise)
+        assert drawn.tolist() == wanted[f"{key}/drawn_labels"].tolist()
+        if f"{key}/drawn_features_head" in wanted:
+            close(vectors, wanted[f"{key}/drawn_features_head"])
+
+        logits = head(torch.cat([tensor(features), vectors]))
+        loss = head.losses(logits, own_and_drawn(tensor(labels), drawn))["loss_cls"]
+        close(loss, wanted[f"{key}/loss"])
+        for found, what in zip(gradients(head, loss), ("weight_grad", "bias_grad"), strict=True):
+            close(found, wanted[f"{key}/{what}"])
+    close(memory.mean, wanted["fhm/mean"])
+    close(memory.variance, wanted["fhm/variance"])
+    assert memory.used.tolist() == wanted["fhm/used"].astype(bool).tolist()
+    close(head.own_share(), wanted["fhm/diagonal"])
+
+
+def test_fasa(stats: ClassStats) -> None:
+    """Six steps, then four epochs of rates that follow held-out losses, grouped as the authors do and as they meant."""
+    wanted, memory, head = authors("fasa"), GaussianMemory(C, (D,)), classifier(stats, "fasa", "softmax")
+    roi = SimpleNamespace(memory=SimpleNamespace(config=MemoryConfig(loss_weight=0.1)), classifier=head)
+    rates = AdaptiveRates(stats.instance_counts)
+    close(rates.rates, wanted["probability/initial"])
+    for power, scale in ((0.5, 1), (1, 10)):
+        close(initial_rates(stats.instance_counts, power, scale), wanted[f"probability/power{power}_scale{scale}"])
+    rates.rates.copy_(tensor(wanted["probability/start_of_steps"]))
+    for step in range(6):
+        name, kind = f"fasa/{step}", {3: "background", 4: "foreground"}.get(step, "mixed")
+        labels = rule.labels(S, name, kind, never=[rule.rarest(S)])
+        features = tensor(rule.class_features(S, name, labels))
+        memory.enqueue(features, tensor(labels))
+        stored = memory.counts * (step > 0)  # nothing is drawn in the first epoch
+        drawn_K = rates.draw(tensor(rule.uniform(S, f"{name}/uniform", C)), stored)
+        noise = tensor(rule.normal(S, f"{name}/noise", C, D))[drawn_K][:, None]
+        vectors, drawn, _ = memory.rows_of(drawn_K, noise)
+        assert drawn.tolist() == wanted[f"step{step}/drawn_labels"].tolist()
+        if f"step{step}/drawn_features_head" in wanted:
+            close(vectors, wanted[f"step{step}/drawn_features_head"])
+
+        logits, rois = head(torch.cat([features, vectors])), own_and_drawn(tensor(labels), drawn)
+        parts = [rois.part(slice(N), torch.tensor(N)), rois.part(slice(N, None), torch.tensor(max(len(drawn), 1)))]
+        close(head.losses(logits[:N], parts[0])["loss_cls"], wanted[f"step{step}/plain_cross_entropy"])
+        loss = RoIHeads._losses_apart(roi, logits, *parts)["loss_cls"]
+        close(loss, wanted[f"step{step}/loss"])
+        for found, what in zip(gradients(head, loss), ("weight_grad", "bias_grad"), strict=True):
+            close(found, wanted[f"step{step}/{what}"])
+        if step in (0, 5):
+            close(memory.mean, wanted[f"step{step}/mean"])
+            close(memory.variance, wanted[f"step{step}/variance"])
+            assert memory.used.tolist() == wanted[f"step{step}/used"].astype(bool).tolist()
+
+    assert groups(memory.mean.numpy()).tolist() == wanted["groups_with_the_sign_corrected"].tolist()
+    rates, weight = AdaptiveRates(stats.instance_counts), head.fc_cls.weight.detach().clone()
+    for epoch in range(4):
+        factor = 0.4 + 1.2 * tensor(rule.uniform(S, f"fasa/val/factor/{epoch}", C + 1, 1))
+        head.fc_cls.weight.data = weight * factor
+        total = torch.zeros(C + 1)
+        for batch in range(3):
+            labels = rule.labels(S, f"fasa/val/{batch}")
+            total += held_out(head, tensor(rule.class_features(S, f"fasa/val/{batch}", labels)), tensor(labels))
+        close(total[:C], wanted[f"epoch{epoch}/sums"][:C])
+        losses = (total[:C] / total[C]).numpy()
+        close(losses, wanted[f"epoch{epoch}/mean_loss"][:C])
+        group = groups(memory.mean.numpy(), released=True)
+        assert group.tolist() == wanted[f"epoch{epoch}/groups"].tolist()
+        rates.adapt(losses, group, epoch + 1)
+        close(rates.rates, wanted[f"epoch{epoch}/probability"])
+
+
+def held_out(head: Head, features: Tensor, labels: Tensor) -> Tensor:
+    """`RoIHeads.held_out_losses` of regions with these features."""
+    regions, shown = SimpleNamespace(boxes=None, labels=labels), SimpleNamespace(store_rows=[0])
+    roi = SimpleNamespace(
+        classifier=head,
+        num_classes=C,
+        select=lambda *_: regions,
+        pool=lambda *_: features,
+        features_of=lambda x: x,
+    )
+    return RoIHeads.held_out_losses(roi, [], [None], [shown], [])

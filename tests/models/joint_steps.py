@@ -22,6 +22,8 @@ from tests.models.conftest import CLASSES, SMALL
 
 BATCH, SIZE = 4, (64, 96)
 SHARED = MemoryConfig(enabled=True, shared=True, capacity=30, instances_per_class=1)
+BACL = MemoryConfig(enabled=True, shared=True, kind="gaussian", draw="confusion", features_per_class=12)
+FASA = MemoryConfig(enabled=True, shared=True, kind="gaussian", source="regions", draw="adaptive", loss_weight=0.1)
 ONE_DRAW = MemoryConfig(enabled=True, shared=True, capacity=30, classes_per_draw=1, level="roi")
 
 
@@ -38,6 +40,8 @@ class Case:
 CASES = {
     "stage 1": Case("softmax", MemoryConfig(), "none", ((3, 1, 2, 4),) * 4),
     "LOCE": Case("equilibrium", SHARED, "trunk", ((3, 1, 2, 4),) * 4),
+    "BACL": Case("fcbl", BACL, "trunk", ((3, 1, 2, 4),) * 4),
+    "FASA": Case("softmax", FASA, "none", ((0, 0, 2, 0), (3, 1, 2, 4), (0, 2, 0, 0), (3, 1, 2, 4))),
     # Ranks without objects, and so without positives and rows to store: some, all but one, and at first all, so that
     # the memory is empty. With one draw for two images every other image draws none.
     "empty ranks": Case("equilibrium", ONE_DRAW, "trunk", ((0, 0, 0, 0), (2, 3, 0, 0), (0, 0, 0, 1), (0, 1, 2, 0))),

@@ -6,7 +6,7 @@ import torch
 from loce.box_generator import dense_boxes
 from loce.config import MemoryConfig
 from loce.models import memory_sampling
-from loce.models.boxes import ROI_STDS, encode
+from loce.models.boxes import DRAWS, ROI_STDS, encode
 from loce.models.memory_sampling import ImageSeed, MemoryRows, MemorySampling
 from loce.utils.classes import IGNORED
 
@@ -147,3 +147,67 @@ def test_a_shared_memory_is_the_own_one_with_a_single_process():
             store_and_draw(sampling, torch.eye(3), torch.tensor([0, 1, 1]), torch.zeros(3, 4), torch.ones(5), TWO)
         )
     assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+
+
+# Gaussians, and other ways to draw
+
+FOUR = [ImageSeed(seed, index) for index, seed in enumerate((30, 10, 40, 20))]
+
+
+def filled(**options) -> MemorySampling:
+    """A memory with two rows of each of four classes."""
+    sampling = make(**options)
+    labels = torch.arange(8) % 4
+    sampling.store(torch.arange(24.0).reshape(8, 3), labels, torch.zeros(8, 4))
+    return sampling
+
+
+@pytest.mark.parametrize("draw", ["score", "confusion", "adaptive"])
+@pytest.mark.parametrize("kind", ["ring", "gaussian"])
+def test_draws_do_not_depend_on_how_images_lie_on_ranks(kind, draw):
+    if (kind, draw) == ("ring", "adaptive"):
+        return
+    sampling = filled(kind=kind, draw=draw, classes_per_draw=3, features_per_class=2)
+    if sampling.rates is not None:
+        sampling.rates.rates.fill_(0.6)
+    shares = torch.tensor([0.0, 0.9, 0.5, 0.99])
+    whole = sampling.draw(torch.ones(5), FOUR, shares)
+    parts = [sampling.draw(torch.ones(5), FOUR[i : i + 2], shares) for i in (0, 2)]
+    assert all(torch.equal(a, torch.cat(b)) for a, b in zip(whole, zip(*parts, strict=True), strict=True))
+    assert len(whole.labels) > 0 and (whole.labels >= 0).all()
+
+
+def test_vectors_of_gaussians_are_keyed_by_image():
+    sampling = filled(kind="gaussian", classes_per_draw=4, features_per_class=2)
+    found = sampling.draw(torch.tensor([0.1, 0.2, 0.3, 0.4, 0.01]), FOUR[:2])
+    generators = [torch.Generator().manual_seed(seed + DRAWS) for seed in (30, 10)]
+    rows = []
+    for generator in generators:
+        u = torch.rand((2, 1), generator=generator, dtype=torch.float64)[:, 0]
+        rows.append(
+            sampling.bank.draw(torch.tensor([0.1, 0.2, 0.3, 0.4]), 1 - u, torch.randn((2, 2, 3), generator=generator))
+        )
+    assert all(torch.equal(a, torch.cat(b)) for a, b in zip(found, zip(*rows, strict=True), strict=True))
+    assert len(found.labels) == 8 and not found.box_targets.any()
+
+
+@pytest.mark.parametrize("kind", ["ring", "gaussian"])
+def test_draws_by_confusion(kind):
+    """1 - K_cc: 0.9 to 0.1; an empty class never."""
+    sampling = make(kind=kind, draw="confusion", classes_per_draw=4000, features_per_class=1)
+    sampling.store(torch.ones(2, 3), torch.tensor([1, 3]), torch.zeros(2, 4))
+    drawn = sampling.draw(torch.ones(5), TWO, torch.tensor([0.0, 0.1, 0.0, 0.9])).labels
+    counts = torch.bincount(drawn, minlength=4)
+    assert counts[0] == counts[2] == 0 and abs(int(counts[1]) - 3600) < 5 * 19  # sqrt(4000 * 0.9 * 0.1) = 19
+
+
+def test_adaptive_rates_draw_once_for_two_images():
+    sampling = filled(kind="gaussian", draw="adaptive", features_per_class=1)
+    sampling.rates.rates.copy_(torch.tensor([1.0, 0.0, 1.0, 0.0]))
+    for images, drawn in ((FOUR[:1], [0, 2]), (FOUR[1:2], []), (FOUR[:2], [0, 2]), (FOUR, [0, 2, 0, 2]), ([], [])):
+        rows = sampling.draw(torch.ones(5), images)
+        assert rows.labels.tolist() == drawn
+        assert rows.features.shape == (len(drawn), 3) and rows.box_targets.shape == (len(drawn), 4)
+    empty = make(kind="gaussian", draw="adaptive")
+    empty.rates.rates.fill_(1)
+    assert empty.draw(torch.ones(5), TWO).labels.tolist() == []

@@ -70,6 +70,63 @@ def test_losses_against_loops(make_model, features, proposals, truths, memory):
     assert losses["loss_box"].item() == pytest.approx(boxes / count, rel=1e-5)  # all rows, not the positives alone
 
 
+def cross_entropies(logits, labels):
+    """-log softmax of each row's own label, in float64."""
+    rows = [(z, y) for z, y in zip(logits.detach().double().tolist(), labels.tolist(), strict=True) if y != IGNORED]
+    return [max(z) + math.log(sum(math.exp(v - max(z)) for v in z)) - z[y] for z, y in rows]
+
+
+@pytest.mark.parametrize("weight", [0.0, 0.1])
+def test_losses_with_vectors_of_gaussians_against_loops(make_model, features, proposals, truths, weight):
+    """They train no boxes, and with a weight their loss is a mean of its own."""
+    memory = MemoryConfig(enabled=True, kind="gaussian", classes_per_draw=3, features_per_class=2, loss_weight=weight)
+    roi_heads = make_model("softmax", memory).roi_heads
+    losses, regions, x, targets, logits, rois = run(roi_heads, features, proposals, truths)
+    sampled = sum(len(found.labels) for found in regions)
+    own = cross_entropies(logits[:sampled], rois.labels_N[:sampled])
+    drawn = cross_entropies(logits[sampled:], rois.labels_N[sampled:])
+    assert len(drawn) == 6 and (rois.labels_N[sampled:] < CLASSES).all()
+    together = (sum(own) + sum(drawn)) / (len(own) + len(drawn))
+    expected = sum(own) / len(own) + weight * sum(drawn) / len(drawn) if weight else together
+    assert losses["loss_cls"].item() == pytest.approx(expected, rel=1e-5)
+    deltas = roi_heads.fc_reg(x).detach().double().reshape(-1, CLASSES, 4)
+    errors = [
+        sum(abs(float(d) - float(t)) for d, t in zip(deltas[row, label], targets[row], strict=True))
+        for row, label in enumerate(rois.labels_N[:sampled].tolist())
+        if 0 <= label < CLASSES
+    ]
+    assert losses["loss_box"].item() == pytest.approx(sum(errors) / len(own), rel=1e-5)
+
+
+@pytest.mark.parametrize("level", ["fc", "roi"])
+@pytest.mark.parametrize("kind", ["ring", "gaussian"])
+def test_regions_are_stored_in_place_of_boxes(make_model, features, proposals, truths, kind, level):
+    """All positives of the batch; in filling, those of the instances to store."""
+    roi_heads = make_model("softmax", MemoryConfig(enabled=True, kind=kind, source="regions", level=level)).roi_heads
+    stored, store = [], roi_heads.memory.store
+    roi_heads.memory.store = lambda *rows: (stored.append(rows), store(*rows))
+    _, _, x, targets, _, rois = run(roi_heads, features, proposals, truths)
+    found, labels, box_targets = stored[0]
+    kept, positive = labels >= 0, rois.instances_N >= 0
+    assert torch.equal(labels[kept], rois.labels_N[positive]) and kept.sum() > 4
+    assert torch.equal(box_targets[kept], targets[positive]) and not found.requires_grad
+    if level == "fc":
+        torch.testing.assert_close(found[kept], x[positive].detach(), rtol=0, atol=0)
+    assert (roi_heads.memory.bank.counts > 0).nonzero()[:, 0].tolist() == sorted(set(labels[kept].tolist()))
+    truths[0].store_rows, truths[1].store_rows = torch.tensor([1]), torch.zeros(0, dtype=torch.long)
+    run(roi_heads, features, proposals, truths)
+    assert set(stored[1][1].tolist()) == {int(truths[0].labels[1]), IGNORED}
+
+
+def test_nothing_is_drawn_before_the_memory_starts(make_model, features, proposals, truths):
+    roi_heads = make_model("softmax", MemoryConfig(enabled=True, kind="gaussian", start=0.3)).roi_heads
+    for progress, drawn in ((0.0, 0), (0.29, 0), (0.3, 32)):
+        roi_heads.progress = progress
+        losses, *_, rois = run(roi_heads, features, proposals, truths)
+        assert int(rois.from_memory_N.sum()) == drawn and losses["loss_cls"] > 0
+    assert roi_heads.memory.bank.used.any()
+
+
 def test_box_targets(make_model, features, proposals, truths):
     _, regions, _, targets, _, _ = run(make_model().roi_heads, features, proposals, truths)
     row = 0

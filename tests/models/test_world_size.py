@@ -41,7 +41,7 @@ def test_the_same_batch_on_several_ranks_is_the_same_step(ranks: int, tmp_path: 
                 assert own[name][step].keys() == values.keys()
                 for key, value in values.items():
                     message = f"{name}, rank {rank} of {ranks}, step {step}, {key}: "
-                    rounding = ROUNDING * float(value.abs().max())
+                    rounding = ROUNDING * float(value.double().abs().max())
                     torch.testing.assert_close(
                         own[name][step][key], value, rtol=ROUNDING, atol=rounding, msg=lambda text, m=message: m + text
                     )

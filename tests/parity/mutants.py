@@ -137,12 +137,11 @@ MUTANTS = (
     Mutant(
         "drawn before stored",
         "models/roi_heads.py",
-        "            once(self.memory.bank, lambda: self.store(features, targets, sizes))\n"
+        '            if self.memory.config.source == "boxes":\n',
         "            images = [ImageSeed(t.seed, t.batch_index) for t in targets if t.sampled_class != META]\n"
-        "            memory = self.memory.draw(self.indicator, images)\n",
-        "            images = [ImageSeed(t.seed, t.batch_index) for t in targets if t.sampled_class != META]\n"
-        "            memory = self.memory.draw(self.indicator, images)\n"
-        "            once(self.memory.bank, lambda: self.store(features, targets, sizes))\n",
+        "            memory = self._draw(images)\n"
+        "            self._draw = lambda _: memory\n"
+        '            if self.memory.config.source == "boxes":\n',
     ),
     Mutant("jitter of a fifth", "box_generator.py", "[:, None] / 6", "[:, None] / 5"),
     Mutant(
