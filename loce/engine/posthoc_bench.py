@@ -171,7 +171,7 @@ def bench(
             f"{len(every)} settings on {len(tuning.truth.image_ids)} images: {swept:.1f} s ({cpu:.1f} of CPU); "
             f"before, regions and class facts: {stored:.1f} s",
             "masks: the same command line with scripts/evaluate.py gives them, for the detections that survive:",
-            f"python scripts/evaluate.py checkpoint={path} {told[_winner(aps, best)]}".rstrip(),
+            " ".join([f"python scripts/evaluate.py checkpoint={path}", *others, told[_winner(aps, best)]]).rstrip(),
         ]
         write_text(run / FOLDER / "bench" / "sweep.csv", _sweep(settings, aps))
         write_text(run / FOLDER / "bench" / "table.md", "\n".join(lines) + "\n")
