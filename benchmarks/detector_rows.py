@@ -213,6 +213,7 @@ def inference(setting: Setting) -> list[Row]:
     """300 detections of one image with masks as run-length codes, from uint8 pixels on."""
     scene = make_scenes(1, setting.image)[0]
     ours = Ours("stage1.yaml", setting.device)
+    ours.model.test_edges = setting.image  # neither side resizes
     theirs = Theirs(ours, setting.image)
     _spread(ours.model.roi_heads.classifier.fc_cls, background=CLASSES)  # type: ignore[arg-type]
     _spread(theirs.model.roi_heads.box_predictor.cls_score, background=0)
