@@ -125,15 +125,33 @@ class RoIConfig:
     aligned: bool = True  # false: torchvision's pooling, half a pixel off, 2 samples a bin; for weights trained so
 
 
+BackboneName = Literal[
+    "tiny",
+    "resnet18",
+    "resnet50",
+    "resnet101",
+    "resnext101_64x4d",
+    "convnext_tiny",
+    "convnext_small",
+    "convnext_base",
+    "swin_t",
+    "swin_s",
+    "swin_b",
+    "swin_v2_t",
+    "swin_v2_s",
+    "swin_v2_b",
+]
+
+
 @dataclass(frozen=True, kw_only=True)
 class ModelConfig:
     """Mask R-CNN with FPN, or Faster R-CNN."""
 
     masks: bool = True  # false: Faster R-CNN, boxes only; segmentations are neither needed nor read
-    backbone: Literal["tiny", "resnet18", "resnet50", "resnet101"] = "resnet50"  # tiny: for tests and the demo
+    backbone: BackboneName = "resnet50"  # tiny: for tests and the demo
     weights: Literal["imagenet", "none"] = "imagenet"  # what the backbone starts from
-    norm: Literal["frozen", "batch", "group"] = "frozen"  # frozen: BN statistics fixed, affine trained
-    frozen_stages: Annotated[int, Range(0, 4)] = 1  # 1 = stem and layer1 never train
+    norm: Literal["frozen", "batch", "group", "layer"] = "frozen"  # frozen: BN statistics fixed, affine trained
+    frozen_stages: Annotated[int, Range(0, 4)] = 1  # 1 = stem and first stage never train
     fpn_channels: Count = 256  # of every level
     fc_features: Count = 1024  # of the two shared FCs
     mask_channels: Count = 256  # of the mask head's convolutions
@@ -660,6 +678,16 @@ CONFLICTS: tuple[Conflict, ...] = (
         ("model.backbone", "model.norm"),
         lambda c: c.model.backbone == "tiny" and c.model.norm != "group",
         "the tiny backbone has group norm only; set model.norm=group",
+    ),
+    (
+        ("model.backbone", "model.norm"),
+        lambda c: c.model.backbone.startswith(("convnext", "swin")) and c.model.norm != "layer",
+        "ConvNeXt and Swin have layer norms only; set model.norm=layer",
+    ),
+    (
+        ("model.backbone", "model.norm"),
+        lambda c: c.model.backbone.startswith("res") and c.model.norm == "layer",
+        "layer norms are ConvNeXt's and Swin's; set model.norm=frozen, batch or group",
     ),
     (
         ("model.norm", "model.weights", "train.init"),

@@ -358,6 +358,8 @@ IMPOSSIBLE = [
     ("model.roi.batch_per_image=3",),
     ("model.backbone=tiny", "model.norm=group"),
     ("model.backbone=tiny", "model.weights=none", "model.norm=batch", "model.frozen_stages=0"),
+    ("model.backbone=swin_t",),
+    ("model.norm=layer",),
     ("model.weights=none", "model.frozen_stages=0"),
     ("model.weights=none", "model.norm=batch"),
     ("memory.enabled=true",),

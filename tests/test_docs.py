@@ -184,6 +184,7 @@ RUN_BY = {
     r"recipe.md: python scripts/train.py glyphs/.*": TIME,
     r"posthoc.md: python scripts/posthoc.py .*": "tests/engine/test_posthoc_bench.py",
     r"lvis.md: python scripts/convert.py .*": "tests/checkpoint/convert/test_files.py",
+    r"trunks.md: .*": "needs LVIS",
     r"own_data.md: .*": "tests/test_own_data.py",
     r"rebalance.md: .*": "tests/checkpoint/convert/test_torchvision_agrees.py",
 }

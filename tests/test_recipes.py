@@ -28,14 +28,18 @@ V05 = {
     "data.val_images": "data/coco/val2017",
 }
 R101 = {"model.backbone": "resnet101"}
-MODERN = {
-    "data.resize": "lsj",
-    "sampler.name": "repeat_factor",
-    "head.name": "fedloss",
+ADAMW = {
     "train.optimizer": "adamw",
     "train.lr": 1e-4,
     "train.weight_decay": 0.05,
     "train.decay_norms": False,
+}
+LAYER_NORM = {"model.norm": "layer", "model.frozen_stages": 0}
+MODERN = {
+    "data.resize": "lsj",
+    "sampler.name": "repeat_factor",
+    "head.name": "fedloss",
+    **ADAMW,
     "train.layer_decay": 0.8,
     "train.schedule": "cosine",
     "train.warmup_iterations": 1000,
@@ -52,6 +56,8 @@ DIFFERENCES: dict[str, dict[str, Any]] = {
     "loce_plus": {**LOCE, **PLUS, "train.init": "runs/stage1"},
     "loce_r101": {**R101, **LOCE, "train.init": "runs/stage1_r101"},
     "loce_v05": {**V05, **LOCE, "train.init": "runs/stage1_v05"},
+    "stage1_swin_t": {"model.backbone": "swin_t", **LAYER_NORM, **ADAMW},
+    "stage1_convnext_s": {"model.backbone": "convnext_small", **LAYER_NORM, **ADAMW},
     "faster_rcnn": {"model.masks": False},
     "modern": {**MODERN, "data.copy_paste": 0.5, "data.paste_from": "rare"},
     "modern_loce": {**LOCE, "data.resize": "lsj", "head.reset": True, "train.init": "runs/modern"},
@@ -125,6 +131,8 @@ def test_lengths_follow_from_the_images_with_annotations(name: str, per_epoch: f
         "stage1": [
             "stage1",
             "stage1_r101",
+            "stage1_swin_t",
+            "stage1_convnext_s",
             "faster_rcnn",
             "loce",
             "loce_plus",

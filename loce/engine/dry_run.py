@@ -56,6 +56,7 @@ def dry_run(config: Config, device: torch.device) -> None:
         raise UserError(f"output = {arm.folder.parent}: no checkpoint can be saved there, see above")
     trainer.fit(STEPS)
     once, weights, peak = _last_losses(arm.folder), weights_hash(arm.model), peak_memory()
+    speed = _last_line(arm.folder)["images_per_second"]
     trainer.close_log()
     del trainer, arm  # one model on the device is enough
 
@@ -76,6 +77,7 @@ def dry_run(config: Config, device: torch.device) -> None:
         _evaluate(arm, f"a dry run of {arm.folder}", few)
         arm.log.line(f"dry run: evaluation of a few validation images: {arm.folder / 'eval'}")
     arm.log.line(f"dry run: peak memory of a process: {peak:.1f} GiB in training, {peak_memory():.1f} GiB in all")
+    arm.log.line(f"dry run: step 2 trained {speed:.3g} images/s, these being the ones with the most objects")
     trainer.close_log()
     distributed.barrier()
     if distributed.is_main():
@@ -151,10 +153,15 @@ def _crowded(annotations: LVISAnnotations, count: int) -> np.ndarray:
 
 
 def _last_losses(folder: Path) -> dict[str, float]:
-    """The losses of the last line in metrics.jsonl, the same on all ranks."""
+    """The losses of the last line in metrics.jsonl."""
+    return {name: value for name, value in _last_line(folder).items() if name.startswith("loss")}
+
+
+def _last_line(folder: Path) -> dict[str, float]:
+    """The last line in metrics.jsonl, the same on all ranks."""
     text = (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()[-1] if distributed.is_main() else ""
     line: dict[str, float] = json.loads(distributed.broadcast_text(text))
-    return {name: value for name, value in line.items() if name.startswith("loss")}
+    return line
 
 
 def _compared(once: dict[str, float], again: dict[str, float], equal: bool, device: torch.device) -> str:
@@ -171,7 +178,7 @@ def _verdict(folder: Path, images: int) -> list[str]:
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
     metrics = json.loads((folder / "eval" / "metrics.json").read_text(encoding="utf-8"))
     names = {"bbox": "box", "segm": "mask"}
-    ap = ", ".join(f"{names[kind]} AP {100 * values['AP']:.1f}" for kind, values in metrics.items())
+    ap = ", ".join(f"{name} AP {100 * metrics[kind]['AP']:.1f}" for kind, name in names.items() if kind in metrics)
     first, last = lines[0], lines[-1]
     text = f"overfit: loss {first['loss']:.4g} at first, {last['loss']:.4g} at last; on these {images} images {ap}"
     if last["loss"] < LEARNED * first["loss"]:

@@ -1,45 +1,31 @@
-"""Backbones with a feature pyramid: ResNet-18/50/101 from torchvision, and a small one for CPUs.
+"""Trunks with a feature pyramid: torchvision's ResNet, ResNeXt, ConvNeXt and Swin, and a small one for CPUs.
 
-Both give P2..P6 (strides 4..64); P6 is P5 subsampled and serves the RPN only.
+All give P2..P6 (strides 4..64); P6 is P5 subsampled and serves the RPN only. docs/trunks.md says how to add your own.
 """
 
 from collections import OrderedDict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from http.client import HTTPException
 from pathlib import Path
 from pickle import UnpicklingError
 from tempfile import TemporaryFile
+from typing import Literal, NamedTuple
 from urllib.error import URLError
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torchvision.models import (
-    ResNet18_Weights,
-    ResNet50_Weights,
-    ResNet101_Weights,
-    WeightsEnum,
-    resnet18,
-    resnet50,
-    resnet101,
-)
-from torchvision.models.detection.backbone_utils import BackboneWithFPN
+from torchvision import models
+from torchvision.models import WeightsEnum
+from torchvision.models._utils import IntermediateLayerGetter
+from torchvision.ops import FeaturePyramidNetwork, StochasticDepth
 from torchvision.ops.feature_pyramid_network import LastLevelMaxPool
 
 from loce.config import ModelConfig, UserError
+from loce.models.boxes import BRANCHES, generator_for
 
-LAYERS = {f"layer{i + 1}": str(i) for i in range(4)}
 TINY_CHANNELS = (16, 32, 64, 96, 128)
-CHANNELS = {"tiny": TINY_CHANNELS[1:], "resnet18": (64, 128, 256, 512)}  # of the four levels, and of the deeper ones:
-DEEP_CHANNELS = (256, 512, 1024, 2048)
-
-
-_RESNETS: dict[str, tuple[Callable[..., nn.Module], WeightsEnum]] = {
-    "resnet18": (resnet18, ResNet18_Weights.IMAGENET1K_V1),
-    "resnet50": (resnet50, ResNet50_Weights.IMAGENET1K_V1),
-    "resnet101": (resnet101, ResNet101_Weights.IMAGENET1K_V1),
-}
 
 
 def _group_norm(channels: int) -> nn.GroupNorm:
@@ -61,29 +47,74 @@ class TinyStage(nn.Module):
         return F.relu(x + self.norm2(self.conv2(x)))
 
 
-def _tiny() -> nn.Module:
+def _tiny(_: bool) -> nn.Module:
     names = ("stem", *LAYERS)
     channels_in = (3, *TINY_CHANNELS[:-1])
     stages = zip(names, channels_in, TINY_CHANNELS, strict=True)
-    return nn.Sequential(OrderedDict((name, TinyStage(c_in, c_out)) for name, c_in, c_out in stages))
+    model = nn.Sequential(OrderedDict((name, TinyStage(c_in, c_out)) for name, c_in, c_out in stages))
+    return IntermediateLayerGetter(model, {name: name for name in LAYERS})
 
 
-def _resnet(config: ModelConfig) -> nn.Module:
-    build, weights = _RESNETS[config.backbone]
+class Trunk(NamedTuple):
+    """A row of TRUNKS. layers: the children that give the pyramid its four maps, of strides 4, 8, 16 and 32; a stage
+    ends with each, the stem belongs to the first. channels: of these maps. norm: "batch" can be frozen or exchanged;
+    "layer" normalises each map, too, as the detectors of Swin's and ConvNeXt's authors do; "own": `build` gives the
+    module itself, which returns its four maps (N, C, H, W) as a list or a dictionary.
+    """
+
+    build: Callable[..., nn.Module]
+    weights: WeightsEnum | None
+    layers: tuple[str, ...]
+    channels: tuple[int, ...]
+    norm: Literal["batch", "layer", "own"]
+    channels_last: bool = False  # its maps are (N, H, W, C)
+
+
+LAYERS = ("layer1", "layer2", "layer3", "layer4")
+FEATURES = ("1", "3", "5", "7")  # of ConvNeXt's and Swin's `features`; 0 is the stem, 2, 4 and 6 halve the resolution
+NARROW, WIDE = (64, 128, 256, 512), (256, 512, 1024, 2048)
+C96, C128 = (96, 192, 384, 768), (128, 256, 512, 1024)
+TRUNKS: dict[str, Trunk] = {
+    "tiny": Trunk(_tiny, None, LAYERS, TINY_CHANNELS[1:], "own"),
+    "resnet18": Trunk(models.resnet18, models.ResNet18_Weights.IMAGENET1K_V1, LAYERS, NARROW, "batch"),
+    "resnet50": Trunk(models.resnet50, models.ResNet50_Weights.IMAGENET1K_V1, LAYERS, WIDE, "batch"),
+    "resnet101": Trunk(models.resnet101, models.ResNet101_Weights.IMAGENET1K_V1, LAYERS, WIDE, "batch"),
+    "resnext101_64x4d": Trunk(
+        models.resnext101_64x4d, models.ResNeXt101_64X4D_Weights.IMAGENET1K_V1, LAYERS, WIDE, "batch"
+    ),
+    "convnext_tiny": Trunk(models.convnext_tiny, models.ConvNeXt_Tiny_Weights.IMAGENET1K_V1, FEATURES, C96, "layer"),
+    "convnext_small": Trunk(models.convnext_small, models.ConvNeXt_Small_Weights.IMAGENET1K_V1, FEATURES, C96, "layer"),
+    "convnext_base": Trunk(models.convnext_base, models.ConvNeXt_Base_Weights.IMAGENET1K_V1, FEATURES, C128, "layer"),
+    "swin_t": Trunk(models.swin_t, models.Swin_T_Weights.IMAGENET1K_V1, FEATURES, C96, "layer", True),
+    "swin_s": Trunk(models.swin_s, models.Swin_S_Weights.IMAGENET1K_V1, FEATURES, C96, "layer", True),
+    "swin_b": Trunk(models.swin_b, models.Swin_B_Weights.IMAGENET1K_V1, FEATURES, C128, "layer", True),
+    "swin_v2_t": Trunk(models.swin_v2_t, models.Swin_V2_T_Weights.IMAGENET1K_V1, FEATURES, C96, "layer", True),
+    "swin_v2_s": Trunk(models.swin_v2_s, models.Swin_V2_S_Weights.IMAGENET1K_V1, FEATURES, C96, "layer", True),
+    "swin_v2_b": Trunk(models.swin_v2_b, models.Swin_V2_B_Weights.IMAGENET1K_V1, FEATURES, C128, "layer", True),
+}
+
+
+def _body(trunk: Trunk, config: ModelConfig) -> nn.Module:
+    """The module that gives the four maps, with its ImageNet weights where they are asked for."""
+    pretrained = config.weights == "imagenet"
+    if trunk.norm == "own":
+        return trunk.build(pretrained)
     norm = _group_norm if config.norm == "group" else partial(nn.BatchNorm2d, eps=1e-5)
-    body = build(norm_layer=norm)
-    if config.weights == "imagenet":
-        body.load_state_dict(_imagenet(weights), strict=config.norm != "group")
-    return body
+    model = trunk.build(norm_layer=norm) if trunk.norm == "batch" else trunk.build()
+    if pretrained:
+        model.load_state_dict(_imagenet(trunk.weights, config), strict=config.norm != "group")
+    stages = model if trunk.norm == "batch" else model.get_submodule("features")
+    return IntermediateLayerGetter(stages, {name: str(level) for level, name in enumerate(trunk.layers)})
 
 
-def _imagenet(weights: WeightsEnum) -> Mapping[str, Tensor]:
+def _imagenet(weights: WeightsEnum, config: ModelConfig) -> Mapping[str, Tensor]:
     """The weights from the cache or, once, from the net; UserError where there are none or the file is damaged."""
     try:
         return weights.get_state_dict(progress=True, check_hash=True)
     except (URLError, OSError, HTTPException, RuntimeError, EOFError, UnpicklingError) as error:
         cached = _cached(weights)
         what = f"{type(error).__name__}: {error}"
+        instead = "model.frozen_stages=0" if config.norm == "layer" else "model.norm=batch or group"
         if cached.exists():
             raise UserError(
                 f"model.weights: imagenet: {cached} cannot be read ({what}).\n  Delete it, and it is downloaded again."
@@ -91,7 +122,7 @@ def _imagenet(weights: WeightsEnum) -> Mapping[str, Tensor]:
         raise UserError(
             f"model.weights: imagenet: {cached.name} is not in the cache and cannot be downloaded ({what}).\n"
             f"  Put the file into ~/.cache/torch/hub/checkpoints/ (or $TORCH_HOME/hub/checkpoints/) by hand, "
-            f"or set model.weights=none (then model.norm=batch or group)."
+            f"or set model.weights=none (then {instead})."
         ) from error
 
 
@@ -99,8 +130,8 @@ def require_cache(config: ModelConfig) -> None:
     """UserError where ImageNet weights have to be downloaded first, and cannot be written where they belong."""
     if config.weights != "imagenet":
         return
-    file = _cached(_RESNETS[config.backbone][1])
-    if file.exists():
+    weights = TRUNKS[config.backbone].weights
+    if weights is None or (file := _cached(weights)).exists():
         return
     if str(file).startswith("~"):
         raise UserError(
@@ -121,19 +152,105 @@ def _cached(weights: WeightsEnum) -> Path:
     return Path(torch.hub.get_dir(), "checkpoints", weights.url.rsplit("/", 1)[-1])
 
 
-def build_backbone(config: ModelConfig) -> BackboneWithFPN:
-    """Body and pyramid; `.body` and `.fpn` as torchvision names them. The pyramid starts Xavier-uniform."""
-    body = _tiny() if config.backbone == "tiny" else _resnet(config)
-    channels = list(CHANNELS.get(config.backbone, DEEP_CHANNELS))
+class DroppedBranch(nn.Module):
+    """Stochastic depth (arXiv 1603.09382) of a residual branch: of an image it is there, 1 / (1 - p) times, or not.
+
+    kept: (B,) bool, which images have it; None: all, as it is. `Backbone` draws it.
+    """
+
+    def __init__(self, p: float) -> None:
+        super().__init__()
+        self.p = p
+        self.kept: Tensor | None = None
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.kept is None:
+            return x
+        scale_B = self.kept.to(x.dtype) / (1 - self.p)
+        return x * scale_B.view(-1, *[1] * (x.dim() - 1))
+
+
+class LevelNorm(nn.LayerNorm):
+    """Layer norm over the channels of a map (N, C, H, W), or of (N, H, W, C), which becomes (N, C, H, W)."""
+
+    def __init__(self, channels: int, channels_last: bool) -> None:
+        super().__init__(channels)
+        self.channels_last = channels_last
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x if self.channels_last else x.permute(0, 2, 3, 1)
+        return super().forward(x).permute(0, 3, 1, 2)
+
+
+class Backbone(nn.Module):
+    """`body`, a trunk that gives four maps, and `fpn`, the pyramid on them."""
+
+    def __init__(
+        self,
+        trunk: Trunk,
+        body: nn.Module,
+        width: int,
+        norm: Callable[..., nn.Module] | None,
+    ) -> None:
+        """width: channels of the pyramid; norm: of its convolutions."""
+        super().__init__()
+        self.body, self.layers = body, trunk.layers
+        self.fpn = FeaturePyramidNetwork(list(trunk.channels), width, LastLevelMaxPool(), norm)
+        of_levels = [LevelNorm(c, trunk.channels_last) for c in trunk.channels] if trunk.norm == "layer" else []
+        self.level_norms = nn.ModuleList(of_levels)
+        # Stochastic depth whose random numbers are keyed by image, as all others are.
+        for parent in list(body.modules()):
+            for name, child in parent.named_children():
+                if isinstance(child, StochasticDepth):
+                    setattr(parent, name, DroppedBranch(child.p))
+
+    def forward(self, x: Tensor, seeds: Sequence[int | None] = ()) -> dict[str, Tensor]:
+        """P2..P6 of normalised images (B, 3, H, W). seeds: of the images' random numbers; needed in training."""
+        self._drop_branches(seeds, x.device)
+        maps = self.body(x)
+        maps = list(maps.values()) if isinstance(maps, Mapping) else list(maps)
+        if len(self.level_norms):
+            maps = [norm(level) for norm, level in zip(self.level_norms, maps, strict=True)]
+        pyramid: dict[str, Tensor] = self.fpn(OrderedDict((str(level), each) for level, each in enumerate(maps)))
+        return pyramid
+
+    def _drop_branches(self, seeds: Sequence[int | None], device: torch.device) -> None:
+        """Draw which images have which branch; in evaluation, and in stages that do not train, all have all."""
+        branches = [
+            (module, self.training and any(p.requires_grad for p in stage.parameters()))
+            for stage in self.body.children()
+            for module in stage.modules()
+            if isinstance(module, DroppedBranch)
+        ]
+        for branch, _ in branches:
+            branch.kept = None
+        if any(trains for _, trains in branches):
+            rows = [
+                torch.rand(len(branches), generator=generator_for(s, BRANCHES, device), device=device) for s in seeds
+            ]
+            for (branch, trains), draws_B in zip(branches, torch.stack(rows, dim=1), strict=True):
+                branch.kept = draws_B >= branch.p if trains else None
+
+
+def build_backbone(config: ModelConfig) -> Backbone:
+    """Trunk and pyramid, named as torchvision names them; the pyramid starts Xavier-uniform.
+
+    UserError where the weights cannot be had; ValueError where a trunk of one's own lacks its `layers`.
+    """
+    trunk = TRUNKS[config.backbone]
+    body = _body(trunk, config)
     # Trained from scratch, the pyramid is normalised too (arXiv 1803.08494, Sec. 4.2.1).
-    norm = _group_norm if config.norm == "group" else None
-    backbone = BackboneWithFPN(body, dict(LAYERS), channels, config.fpn_channels, LastLevelMaxPool(), norm)
+    backbone = Backbone(trunk, body, config.fpn_channels, _group_norm if config.norm == "group" else None)
     for layer in backbone.fpn.modules():
         if isinstance(layer, nn.Conv2d):
             nn.init.xavier_uniform_(layer.weight)
             if layer.bias is not None:
                 nn.init.zeros_(layer.bias)
-    for name in ("stem", "conv1", "bn1", *LAYERS)[: 3 + config.frozen_stages if config.frozen_stages else 0]:
-        for parameter in getattr(backbone.body, name, nn.Identity()).parameters():
-            parameter.requires_grad_(False)
+    # Frozen stages: all children up to the one that ends the last of them.
+    names = [name for name, _ in body.named_children()]
+    if missing := [name for name in trunk.layers if name not in names]:
+        raise ValueError(f"trunk {config.backbone}: has no children {', '.join(missing)}; it has {', '.join(names)}")
+    last = names.index(trunk.layers[config.frozen_stages - 1]) if config.frozen_stages else -1
+    for name in names[: last + 1]:
+        body.get_submodule(name).requires_grad_(False)
     return backbone

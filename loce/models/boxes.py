@@ -87,7 +87,7 @@ NEGATIVE, BETWEEN = -1, -2  # matched index of background boxes, and of boxes th
 PAIRS = 1 << 24  # of boxes and ground truths, whose IoU is held at once: about 0.6 GB with all that is made of them
 COVERED = 0.5  # of its area; a background box of which an ignored region covers more is left out
 
-ANCHORS, REGIONS, JITTER, INSTANCES, DRAWS, HEAD = range(6)  # what an image's random numbers are for
+ANCHORS, REGIONS, JITTER, INSTANCES, DRAWS, HEAD, BRANCHES = range(7)  # what an image's random numbers are for
 
 
 def match_boxes(

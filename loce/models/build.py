@@ -76,8 +76,8 @@ def lr_scales(model: nn.Module, decay: float) -> dict[Tensor, float]:
     if decay == 1:
         return {}
     scales: dict[Tensor, float] = {}
-    body: Any = model.get_submodule("backbone.body")
-    ends, done = body.return_layers, 0  # the children that give the pyramid its maps
+    backbone: Any = model.get_submodule("backbone")
+    body, ends, done = backbone.body, backbone.layers, 0  # the children that give the pyramid its maps
     for name, child in body.named_children():
         done += name in ends
         stage = done if name in ends else done + bool(done)  # what comes before the first map is the stem

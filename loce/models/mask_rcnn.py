@@ -147,9 +147,9 @@ class MaskRCNN(nn.Module):
         return batch, sizes, padded
 
     @record_function("backbone and pyramid")
-    def features(self, batch: Tensor) -> list[Tensor]:
-        """P2..P6 of normalised images (B, 3, H, W)."""
-        return list(self.backbone(batch).values())
+    def features(self, batch: Tensor, seeds: Sequence[int | None] = ()) -> list[Tensor]:
+        """P2..P6 of normalised images (B, 3, H, W); in training, seeds of their random numbers."""
+        return list(self.backbone(batch, seeds).values())
 
     def targets_of(self, sample: dict[str, Any], batch_index: int = 0) -> Targets:
         """Ground truth on the model's device."""
@@ -180,7 +180,7 @@ class MaskRCNN(nn.Module):
         """Trunk and RPN: its losses, none where it does not learn, and what the RoI heads work on."""
         batch, sizes, padded = self.batch_images([s["image"] for s in samples])
         targets = [self.targets_of(s, i) for i, s in enumerate(samples)]
-        features = self.features(batch)
+        features = self.features(batch, [t.seed for t in targets])
         with torch.no_grad():  # proposals have no gradient, and the RPN's losses need few anchors
             logits, deltas = self.rpn(features)
         anchors = self.rpn.anchors(features)

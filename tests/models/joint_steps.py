@@ -13,12 +13,14 @@ import torch
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
-from loce.config import EvalConfig, HeadConfig, IndicatorConfig, MemoryConfig
+from loce.config import EvalConfig, HeadConfig, IndicatorConfig, MemoryConfig, ModelConfig
 from loce.data.masks import CroppedMasks
+from loce.models.backbone import TRUNKS
 from loce.models.mask_rcnn import MaskRCNN, build_roi_heads
 from loce.utils import distributed
 from tests.conftest import stats_of
 from tests.models.conftest import CLASSES, SMALL
+from tests.models.small_trunks import SMALL_TRUNKS, small
 
 BATCH, SIZE = 4, (64, 96)
 SHARED = MemoryConfig(enabled=True, shared=True, capacity=30, instances_per_class=1)
@@ -35,8 +37,10 @@ class Case:
     memory: MemoryConfig
     freeze: str
     objects: tuple[tuple[int, ...], ...]
+    model: ModelConfig = SMALL
 
 
+TRUNKS.update(SMALL_TRUNKS)
 CASES = {
     "stage 1": Case("softmax", MemoryConfig(), "none", ((3, 1, 2, 4),) * 4),
     "LOCE": Case("equilibrium", SHARED, "trunk", ((3, 1, 2, 4),) * 4),
@@ -45,6 +49,7 @@ CASES = {
     # Ranks without objects, and so without positives and rows to store: some, all but one, and at first all, so that
     # the memory is empty. With one draw for two images every other image draws none.
     "empty ranks": Case("equilibrium", ONE_DRAW, "trunk", ((0, 0, 0, 0), (2, 3, 0, 0), (0, 0, 0, 1), (0, 1, 2, 0))),
+    "stochastic depth": Case("softmax", MemoryConfig(), "none", ((3, 1, 2, 4),) * 2, small("swin_t", frozen_stages=1)),
     "never an object": Case("softmax", SHARED, "none", ((0, 0, 0, 0),) * 2),
 }
 
@@ -73,7 +78,9 @@ def follow(case: Case) -> list[dict[str, Tensor]]:
     """After each step: losses (means over ranks), gradients, mean scores and the memory, by name."""
     torch.manual_seed(1)
     options = (HeadConfig(name=case.head), IndicatorConfig(), case.memory)
-    model = MaskRCNN(SMALL, build_roi_heads(SMALL, *options, stats_of(CLASSES)), EvalConfig(), (64, 96)).train()
+    model = MaskRCNN(
+        case.model, build_roi_heads(case.model, *options, stats_of(CLASSES)), EvalConfig(), (64, 96)
+    ).train()
     model.freeze(case.freeze)
     torch.manual_seed(distributed.rank())  # what is not keyed by image would differ between ranks
     several = distributed.world_size() > 1

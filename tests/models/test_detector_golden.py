@@ -14,12 +14,17 @@ import pytest
 import torch
 
 from loce.config import Config, EvalConfig, HeadConfig, MemoryConfig, ModelConfig, TrainConfig
+from loce.models.backbone import TRUNKS
 from loce.models.build import build_model, build_optimizer
 from tests.conftest import stats_of
 from tests.models.conftest import CLASSES, SMALL
+from tests.models.small_trunks import SMALL_TRUNKS, small
 
 FOLDER = Path(__file__).resolve().parent.parent / "golden" / "detector"
-CASES: dict[str, ModelConfig] = {"boxes_only": replace(SMALL, masks=False)}
+CASES: dict[str, ModelConfig] = {
+    "boxes_only": replace(SMALL, masks=False),
+    **{name: small(name, masks=False) for name in SMALL_TRUNKS},
+}
 STEPS = 3
 
 
@@ -45,8 +50,15 @@ def samples(step: int) -> list[dict[str, Any]]:
 def losses(case: str) -> dict[str, list[float]]:
     """Each loss at each step, of stage 1 and then of LOCE."""
     torch.manual_seed(0)
+    with pytest.MonkeyPatch.context() as patch:
+        for name, trunk in SMALL_TRUNKS.items():
+            patch.setitem(TRUNKS, name, trunk)
+        return _losses(CASES[case])
+
+
+def _losses(model_config: ModelConfig) -> dict[str, list[float]]:
     train = TrainConfig(lr=0.01)
-    first = Config(model=CASES[case], eval=EvalConfig(), train=train)
+    first = Config(model=model_config, eval=EvalConfig(), train=train)
     second = replace(
         first,
         head=HeadConfig(name="equilibrium"),

@@ -124,7 +124,7 @@ def to_mmdetection(source: Path) -> tuple[dict[str, Any], list[str]]:
     """(what MMDetection's `load_checkpoint` reads, lines of a report) from a checkpoint of ours: file or run folder."""
     checkpoint = Checkpoint.open(source)
     path, options = checkpoint.path, checkpoint.options["model"]
-    if options["backbone"] == "tiny" or options["norm"] == "group":
+    if not options["backbone"].startswith("resnet") or options["norm"] == "group":
         raise UserError(
             f"{path}: model.backbone={options['backbone']} with model.norm={options['norm']} has no counterpart in "
             "MMDetection; only ResNet-50 and -101 with batch norm have"

@@ -206,6 +206,9 @@ def architecture(found: Source, mask_predictor: str) -> ModelConfig:
     blocks = {key.split(".")[3] for key in found.weights if key.startswith("backbone.body.layer3.")}
     convs = 3 if "backbone.body.layer3.0.conv3.weight" in found.weights else 2
     backbone = {(2, 2): "resnet18", (6, 3): "resnet50", (23, 3): "resnet101"}.get((len(blocks), convs))
+    grouped = found.weights.get("backbone.body.layer1.0.conv2.weight", torch.empty(0, 64)).shape[1] == 4
+    if backbone == "resnet101" and grouped:
+        backbone = "resnext101_64x4d"
     if backbone is None:
         raise UserError(
             f"{found.path}: its backbone has {len(blocks)} blocks of {convs} convolutions in layer3; loce has "
