@@ -117,7 +117,7 @@ def tau_norm(logits_NL: Tensor, norm_C: Tensor, bias_C: Tensor, tau: float = 1.0
 
 def temperature(logits: Tensor, t: float) -> Tensor:
     """Logits of any shape over a temperature (ICML 2017, Eq. 9): background, too."""
-    return at_least_fp32(logits) / t
+    return _at_least_fp32(logits) / t
 
 
 def fracal(logits_NL: Tensor, weight_C: Tensor, dimension_C: Tensor, exponent: float = 2.0) -> Tensor:
@@ -131,7 +131,7 @@ def fracal(logits_NL: Tensor, weight_C: Tensor, dimension_C: Tensor, exponent: f
 
 def fracal_sigmoid(logits_NC: Tensor, weight_C: Tensor, dimension_C: Tensor, exponent: float = 2.0) -> Tensor:
     """(N, C) FRACAL's scores of C sigmoid logits: sigma(z) sigma(z + w + r), r = -log10(C Phi^e / sum_k Phi_k^e)."""
-    z_NC = at_least_fp32(logits_NC)
+    z_NC = _at_least_fp32(logits_NC)
     share_C = dimension_C**exponent
     spread_C = -(share_C / share_C.mean()).log10()
     return z_NC.sigmoid() * (z_NC + weight_C + spread_C).sigmoid()
@@ -180,14 +180,14 @@ def iif(logits_NL: Tensor, weight_C: Tensor) -> Tensor:
     return _of_foreground(logits_NL, lambda z_NC: z_NC * weight_C)
 
 
-def at_least_fp32(x: Tensor) -> Tensor:
+def _at_least_fp32(x: Tensor) -> Tensor:
     """`x` in fp32, also under autocast; float64 stays float64."""
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
 def _of_foreground(logits_NL: Tensor, change: Callable[[Tensor], Tensor]) -> Tensor:
     """(N, L) logits of which `change` is applied to all columns but the last, in at least fp32."""
-    z_NL = at_least_fp32(logits_NL)
+    z_NL = _at_least_fp32(logits_NL)
     return torch.cat([change(z_NL[:, :-1]), z_NL[:, -1:]], dim=1)
 
 
@@ -232,7 +232,7 @@ def calibration(
         assert values is not None, f"eval.posthoc={options.posthoc} needs facts that were not given"
         return torch.tensor(values, dtype=torch.float32, device=device)
 
-    change: Callable[[Tensor], Tensor] = at_least_fp32
+    change: Callable[[Tensor], Tensor] = _at_least_fp32
     if options.posthoc == "fracal":
         section, smoothing = options.fracal, 300 if options.fracal.counts == "images" else 1000
         weight_C = tensor(fracal_weights(*facts.counts(section.counts), section.variant, smoothing))

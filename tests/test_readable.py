@@ -17,6 +17,7 @@ from loce.config import EvalConfig, HeadConfig, IndicatorConfig, MemoryConfig, M
 from loce.data.masks import CroppedMasks
 from loce.engine.loop import train_step
 from loce.engine.trainer import Trainer
+from loce.models.build import build_optimizer
 from loce.models.mask_rcnn import MaskRCNN, build_roi_heads
 from tests.conftest import stats_of
 from tests.tiny_runs import LOCE, ROOT, command, environment
@@ -45,7 +46,7 @@ def step_files() -> set[str]:
     )
     model = MaskRCNN(MODEL, roi_heads, EvalConfig(), (64, 64)).train()
     model.freeze("trunk")
-    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.001)
+    optimizer = build_optimizer(model, TrainConfig())
     arm = SimpleNamespace(model=model, optimizer=optimizer, scaler=torch.amp.GradScaler("cpu", enabled=False))
     files: set[str] = set()
 

@@ -16,7 +16,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from loce.config import HeadConfig
-from loce.posthoc import at_least_fp32
 from loce.utils.classes import IGNORED, META, ClassStats
 
 __all__ = ["META", "Head", "NormalisedLinear", "RoIs", "at_least_fp32", "cross_entropy", "linear", "one_hot"]
@@ -181,6 +180,11 @@ def _length(rows: Tensor) -> Tensor:
     """(N, 1) length of each row, in at least fp32."""
     dtype = torch.promote_types(rows.dtype, torch.float32)
     return torch.linalg.vector_norm(rows, dim=1, keepdim=True, dtype=dtype)
+
+
+def at_least_fp32(x: Tensor) -> Tensor:
+    """`x` in fp32, also under autocast; float64 stays float64."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
 def one_hot(labels_N: Tensor, columns: int) -> Tensor:
