@@ -5,7 +5,9 @@ python benchmarks/evaluation.py 'tools=[ours,ours_json,hotcoco_json,vernier_json
 Each number is one process on one thread: CPU seconds from the moment the detections are in memory (ground truth is read
 from its file), and the most memory the process ever held. Tools take turns. A tool called *_json reads the detections
 from a JSON file, which is part of its time. The tool "resamples" is the bootstrap alone (1000 resamples of the images),
-without the evaluation before it. Results go to benchmarks/results/evaluation.json.
+without the evaluation before it, "resamples_pool" that of AP-pool, "calibration" the calibration errors with theirs;
+"pool" is AP-pool alone, "several" the protocols lvis, fixed and pool from one matching, "boundary" boundary AP (segm).
+Results go to benchmarks/results/evaluation.json.
 """
 
 import contextlib
@@ -18,7 +20,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -26,14 +28,20 @@ import numpy as np
 from pycocotools import mask as mask_utils
 
 from loce.config import Count, UserError, read_options, run_script
-from loce.evaluation import Detections, Masks, evaluate_lvis
-from loce.evaluation.bootstrap import intervals, tally
+from loce.evaluation import Detections, Masks, evaluate_lvis, load_annotations
+from loce.evaluation.bootstrap import draw_weights, intervals, tally
+from loce.evaluation.calibration import errors, reliability, weighted
+from loce.evaluation.detections import check_detections
+from loce.evaluation.lvis_ap import evaluate_loaded
+from loce.evaluation.matching import PROTOCOLS
 from loce.utils.files import write_text
 
 HEIGHT, WIDTH, CATEGORIES = 480, 640, 1203
 FULL = 19_809  # images of LVIS v1 val
 TOOLS = ("official", "faster", "ours", "ours_json", "hotcoco_json", "vernier_json")
-AT_FULL_SIZE = ("ours", "resamples")
+OF_MATCHES = ("resamples", "resamples_pool", "calibration")
+MEASURES = ("pool", "several", "boundary", *OF_MATCHES)
+AT_FULL_SIZE = ("ours", *MEASURES)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -181,18 +189,27 @@ def measure(tool: str, iou_type: str, folder: Path) -> dict[str, float]:
     if tool in ("official", "faster"):
         detections = list(detections._dicts(np.arange(len(detections))))
     annotations = str(folder / "annotations.json")
-    if tool == "resamples":
-        tallies = tally(evaluate_lvis(annotations, detections, iou_type))
+    if tool in OF_MATCHES:
+        evaluation = evaluate_lvis(annotations, detections, iou_type, protocol="pool" if "pool" in tool else "lvis")
+        tallies = tally(evaluation)
     start, wall = time.process_time(), time.perf_counter()
     with contextlib.redirect_stdout(io.StringIO()):
-        if tool == "resamples":
-            ap = sum(intervals(tallies, 1000)["AP"]) / 2
+        if tool.startswith("resamples"):
+            ap = sum(intervals(replace(tallies, reliability=None), 1000)["AP"]) / 2
+        elif tool == "calibration":
+            sums = reliability(evaluation.matches)
+            assert sums is not None
+            errors(weighted(sums, draw_weights(len(sums), 1000, seed=0)))
+            ap = evaluation.calibration["ECE"]
         else:
             run = {
                 "official": _official,
                 "faster": _faster,
                 "ours": _ours,
                 "ours_json": _ours,
+                "pool": _pool,
+                "several": _several,
+                "boundary": _boundary,
                 "hotcoco_json": _hotcoco,
                 "vernier_json": _vernier,
             }[tool]
@@ -249,6 +266,21 @@ def _ours(annotations: str, detections: Detections | str, iou_type: str) -> floa
     return evaluate_lvis(annotations, detections, iou_type).metrics["AP"]
 
 
+def _pool(annotations: str, detections: Detections, iou_type: str) -> float:
+    return evaluate_lvis(annotations, detections, iou_type, protocol="pool").metrics["AP"]
+
+
+def _several(annotations: str, detections: Detections, iou_type: str) -> float:
+    truth = load_annotations(annotations, iou_type == "segm")
+    check_detections(detections, truth, "generated")
+    rules = [PROTOCOLS[name] for name in ("lvis", "fixed", "pool")]
+    return evaluate_loaded(truth, detections, iou_type, rules)[0].metrics["AP"]
+
+
+def _boundary(annotations: str, detections: Detections, iou_type: str) -> float:
+    return evaluate_lvis(annotations, detections, "boundary").metrics["AP"]
+
+
 def in_process(tool: str, iou_type: str, folder: Path) -> dict[str, Any]:
     """`measure` in a process of its own."""
     words = [sys.executable, __file__, "measure", tool, iou_type, str(folder)]
@@ -292,8 +324,8 @@ def report(rows: list[dict[str, Any]]) -> str:
 
 def main() -> None:
     options = read_options(Options, sys.argv[1:])
-    if unknown := set(options.tools) - set(TOOLS):
-        raise UserError(f"tools: {', '.join(sorted(unknown))} not known; choose from {', '.join(TOOLS)}")
+    if unknown := set(options.tools) - {*TOOLS, *MEASURES}:
+        raise UserError(f"tools: {', '.join(sorted(unknown))} not known; choose from {', '.join((*TOOLS, *MEASURES))}")
     rows: list[dict[str, Any]] = []
     machine = hardware()
     for images in (*options.sizes, *((FULL,) if options.full else ())):
@@ -303,6 +335,7 @@ def main() -> None:
                 for turn in range(options.rounds):
                     chosen = options.tools if images < FULL else AT_FULL_SIZE
                     tools = [t for t in chosen if t != "faster" or images <= options.faster_up_to]
+                    tools = [t for t in tools if t != "boundary" or iou_type == "segm"]
                     for tool in tools if turn % 2 == 0 else tools[::-1]:
                         rows.append(
                             {"images": images, "type": iou_type, "tool": tool, **in_process(tool, iou_type, Path(name))}

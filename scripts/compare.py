@@ -5,6 +5,7 @@ python scripts/compare.py EVAL_A EVAL_B [resamples=1000] [top=10]
 
 import sys
 from dataclasses import dataclass
+from pathlib import Path
 
 from loce.config import Count, UserError, read_options, run_script
 from loce.evaluation.bootstrap import compare_folders
@@ -20,7 +21,7 @@ class Options:
 
 def main() -> None:
     words = sys.argv[1:]
-    folders = [word for word in words if "=" not in word and not word.startswith("-")]
+    folders = [word for word in words if Path(word).is_dir() or ("=" not in word and not word.startswith("-"))]
     options = read_options(Options, [word for word in words if word not in folders])
     if len(folders) != 2:
         raise UserError(f"two folders are needed, {len(folders)} were given: {__doc__.splitlines()[2]}")

@@ -207,9 +207,9 @@ def test_compare_script(tmp_path: Path) -> None:
     truth, results = random_case(10, crowded=True)
     rng = np.random.default_rng(0)
     worse = [{**d, "score": float(rng.random())} for d in results]
-    for name, found in (("a", results), ("b", worse)):
+    for name, found in (("a", results), ("eval_eval.nms=0.4", worse)):  # as evaluate.py names folders
         evaluate_and_report(truth, found, tmp_path / name, resamples=0)
-    done = script("compare.py", str(tmp_path / "a"), str(tmp_path / "b"), "resamples=50", "top=2")
+    done = script("compare.py", str(tmp_path / "a"), str(tmp_path / "eval_eval.nms=0.4"), "resamples=50", "top=2")
     assert done.returncode == 0, done.stderr
     line = next(line for line in done.stdout.splitlines() if line.startswith("AP "))
     first, second, difference = (float(word) for word in line.split()[1:4])

@@ -12,9 +12,13 @@ from typing import Any
 import numpy as np
 import pytest
 
+from loce.evaluation.report import evaluate_and_report
+from loce.report.tables.records import measured, resamples
 from loce.report.tables.results import between_marks, page, read_tables, short_table
-from loce.report.tables.rows import COLUMNS, RowRun, RunOptions
+from loce.report.tables.rows import COLUMNS, MEASURES, RowRun, RunOptions
 from loce.report.tables.statistics import difference, estimate, metric, rank_correlation, score_tracks_accuracy
+from tests.evaluation.cases import random_case
+from tests.evaluation.test_bootstrap import repeated
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -90,6 +94,18 @@ def test_differences_pair_seeds_and_images() -> None:
     assert alone is not None and alone.low < 19.9 and alone.high > 20.3
     del first[0]["resamples"]["APf"]
     assert metric(first, "APf") is None and difference(first, first, "APf") is None
+
+
+def test_measures_of_a_record(tmp_path) -> None:
+    """AP-fixed, AP-pool and calibration errors, where a run has them; groups without objects or detections are out."""
+    case = random_case(10)
+    truth, results = repeated(case, {image["id"]: 8 for image in case[0]["images"]})
+    evaluate_and_report(truth, results, tmp_path, protocol=["lvis", "pool"], resamples=0, errors=False)
+    values, drawn = measured(tmp_path), resamples(tmp_path)
+    metrics = json.loads((tmp_path / "metrics.json").read_text())
+    assert values["AP-pool"] == 100 * metrics["segm_pool"]["AP"] and values["ECE"] == 100 * metrics["segm"]["ECE"]
+    assert "AP-fixed" not in values and {"AP-pool", "ECE"} <= {*drawn} <= {*COLUMNS, *values} <= {*COLUMNS, *MEASURES}
+    assert abs(np.mean(drawn["AP-pool"]) - values["AP-pool"]) < 15
 
 
 def test_rank_correlation() -> None:

@@ -158,7 +158,7 @@ def test_a_finished_row_leaves_a_record_that_stands_for_its_run(workplace: Path,
     metrics = json.loads((workplace / "runs/tiny/loce/eval/metrics.json").read_text())
     assert record["values"]["AP"] == 100 * metrics["segm"]["AP"]
     assert record["values"]["box AP"] == 100 * metrics["bbox"]["AP"]
-    assert set(record["resamples"]) == {"box AP", "AP", "APr"}  # the tiny set has rare classes only
+    assert set(record["resamples"]) == {"box AP", "AP", "APr", "ECE", "ECEr"}  # the tiny set has rare classes only
     assert all(len(values) == 400 and min(values) >= 0 for values in record["resamples"].values())
     assert record["classes"]["group"] == ["r"] * 4 and len(record["classes"]["AP"]) == 4
     assert record["seed"] == 0 and record["minutes"] > 0 and record["command"].startswith("finetune.py tiny/loce.yaml")

@@ -9,7 +9,7 @@ import statistics
 from pathlib import Path
 from typing import Any
 
-from loce.report.tables.rows import COLUMNS, RowRun
+from loce.report.tables.rows import COLUMNS, MEASURES, UNKNOWN, RowRun
 from loce.report.tables.steps import average_precisions
 from loce.utils.files import read_csv, write_text
 
@@ -36,7 +36,7 @@ def write_record(run: RowRun) -> None:
         "data": "{annotations}, {images:,} images, {categories:,} categories".format_map(evaluation)
         + (f", SUBSET, {evaluation['subset']}" if evaluation.get("subset") else ""),
         "protocol": evaluation["rules"],
-        "values": dict(zip(COLUMNS, average_precisions(run.evaluation), strict=True)),
+        "values": dict(zip(COLUMNS, average_precisions(run.evaluation), strict=True)) | measured(run.evaluation),
         "resamples": resamples(run.evaluation),
         "classes": classes(run.evaluation),
     }
@@ -60,20 +60,36 @@ def speed(run: RowRun) -> dict[str, float]:
     }
 
 
+def measured(evaluation: Path) -> dict[str, float]:
+    """Of MEASURES, in percent, those that the evaluation has."""
+    metrics = json.loads((evaluation / "metrics.json").read_text(encoding="utf-8"))
+    found = {
+        column: metrics.get("_".join(["segm", *([protocol] if protocol else [])]), {}).get(name, UNKNOWN)
+        for column, (protocol, name) in MEASURES.items()
+    }
+    return {column: 100 * value for column, value in found.items() if value >= 0}
+
+
 def resamples(evaluation: Path) -> dict[str, list[float]]:
-    """COLUMNS in percent of RESAMPLES resampled validation sets; none of a group without objects."""
+    """COLUMNS, and what there is of MEASURES, in percent of RESAMPLES resampled validation sets; none of a group
+    without objects."""
     from loce.evaluation.bootstrap import draw_weights, load_tallies, means_under  # imports NumPy and more
 
     files = [evaluation / f"tallies_{kind}.npz" for kind in ("bbox", "segm")]
     box, *masks = (load_tallies(file) for file in files if file.is_file())
     weights = draw_weights(len(box.image_ids), RESAMPLES, RESAMPLE_SEED)
     boxes = means_under(box, weights)
-    drawn = {"box AP": boxes["AP"], **(means_under(masks[0], weights) if masks else boxes)}
+    first = means_under(masks[0], weights) if masks else boxes
+    drawn = {"box AP": boxes["AP"], **{name: first[name] for name in COLUMNS if name in first}}
     if not masks:  # the groups of a detector of boxes are of boxes, and it has no mask AP
         del drawn["AP"]
+    for protocol in dict.fromkeys(protocol for protocol, _ in MEASURES.values()) if masks else ():
+        file = evaluation / f"tallies_segm_{protocol}.npz"
+        means = first if not protocol else means_under(load_tallies(file), weights) if file.is_file() else {}
+        drawn |= {c: means[name] for c, (of, name) in MEASURES.items() if of == protocol and name in means}
     return {
         name: [round(100 * v, DIGITS - 2) for v in drawn[name].tolist()]
-        for name in COLUMNS
+        for name in (*COLUMNS, *MEASURES)
         if name in drawn and (drawn[name] == drawn[name]).all()
     }
 

@@ -7,7 +7,7 @@ from pathlib import Path
 from loce.report.figures import score_figure
 from loce.report.tables.cells import estimated, in_short, markdown_table, published, schedule, speed
 from loce.report.tables.claims import answers, claims
-from loce.report.tables.rows import COLUMNS, PEERS, UNKNOWN, Records, Row, RunOptions, Table, read_table
+from loce.report.tables.rows import COLUMNS, MEASURES, PEERS, UNKNOWN, Records, Row, RunOptions, Table, read_table
 from loce.report.tables.statistics import difference, metric, score_tracks_accuracy
 
 TABLES = {"glyphs": (1, 2, 3, 4, 5, 6, 7, 8, 9), "glyph1203": (1, 2, 3, 4, 5, 6, 8), "lvis": (1, 2, 3, 4, 5, 6, 8)}
@@ -68,7 +68,18 @@ def closed(table: Table) -> list[str]:
 
 def whole_table(table: Table, softmax: Records, loce: Records) -> list[str]:
     """A table in Markdown; speed and memory stand in it where a record has them."""
-    head = ["", "seeds", *COLUMNS, "AP, 95%", "AP - softmax", "AP - LOCE", f"paper: {', '.join(COLUMNS)}", "training"]
+    more = [n for n in MEASURES if any(n in record["resamples"] for row in table.rows for record in row.records)]
+    head = [
+        "",
+        "seeds",
+        *COLUMNS,
+        *more,
+        "AP, 95%",
+        "AP - softmax",
+        "AP - LOCE",
+        f"paper: {', '.join(COLUMNS)}",
+        "training",
+    ]
     rows, costs = [], [speed(row.records) for row in table.rows]
     for row, cost in zip(table.rows, costs, strict=True):
         records, whole = row.records, metric(row.records, "AP")
@@ -76,7 +87,7 @@ def whole_table(table: Table, softmax: Records, loce: Records) -> list[str]:
             [
                 row.text.name,
                 str(len(records)),
-                *(estimated(metric(records, name)) if records else "not run" for name in COLUMNS),
+                *(estimated(metric(records, name)) if records else "not run" for name in (*COLUMNS, *more)),
                 f"{whole.low:.1f} to {whole.high:.1f}" if whole else "-",
                 *(str((o != records and difference(records, o, "AP")) or "-") for o in (softmax, loce)),
                 " / ".join(published(row.text.paper)),

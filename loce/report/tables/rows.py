@@ -23,6 +23,11 @@ from loce.utils.options import Conflict, Count, Natural, build, flatten
 from loce.utils.yaml_text import differing, dotted, load_yaml
 
 COLUMNS = ("box AP", "AP", "APr", "APc", "APf")
+MEASURES = {  # further columns, of masks, where runs have them: protocol ("": the first), name in metrics.json
+    "AP-fixed": ("fixed", "AP"),
+    "AP-pool": ("pool", "AP"),
+    **{f"ECE{group}": ("", f"ECE{group}") for group in ("", "r", "c", "f")},
+}
 UNKNOWN = -1.0  # among the published numbers
 PEERS = (5, 8)  # the tables of methods, for which a data set may lack recipes
 Records = list[dict[str, Any]]  # of a row, one of each seed
