@@ -35,6 +35,7 @@ ADAMW = {
     "train.decay_norms": False,
 }
 LAYER_NORM = {"model.norm": "layer", "model.frozen_stages": 0}
+CONVNEXT_S = {"model.backbone": "convnext_small", **LAYER_NORM}
 MODERN = {
     "data.resize": "lsj",
     "sampler.name": "repeat_factor",
@@ -57,10 +58,10 @@ DIFFERENCES: dict[str, dict[str, Any]] = {
     "loce_r101": {**R101, **LOCE, "train.init": "runs/stage1_r101"},
     "loce_v05": {**V05, **LOCE, "train.init": "runs/stage1_v05"},
     "stage1_swin_t": {"model.backbone": "swin_t", **LAYER_NORM, **ADAMW},
-    "stage1_convnext_s": {"model.backbone": "convnext_small", **LAYER_NORM, **ADAMW},
+    "stage1_convnext_s": {**CONVNEXT_S, **ADAMW},
     "faster_rcnn": {"model.masks": False},
-    "modern": {**MODERN, "data.copy_paste": 0.5, "data.paste_from": "rare"},
-    "modern_loce": {**LOCE, "data.resize": "lsj", "head.reset": True, "train.init": "runs/modern"},
+    "modern": {**CONVNEXT_S, **MODERN, "data.copy_paste": 0.5, "data.paste_from": "rare"},
+    "modern_loce": {**CONVNEXT_S, **LOCE, "data.resize": "lsj", "head.reset": True, "train.init": "runs/modern"},
     "baseline": {"train.epochs": 30, "train.drops": [22, 28]},
     "coco": {
         "data.train_annotations": "data/coco/annotations/instances_train2017.json",
