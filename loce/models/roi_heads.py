@@ -156,13 +156,17 @@ class RoIHeads(nn.Module):
         counts = torch.stack([counted_N.sum(), positive_N.sum(), (counted_N & ~drawn_N).sum(), drawn_N.sum()])
         rois.count, positives, own_count, drawn_count = mean_count(counts)
         regions = sum(len(r.labels) for r in sampled)
-        own, drawn = rois.part(slice(regions), own_count), rois.part(slice(regions, None), drawn_count)
         apart = self.memory is not None and self.memory.config.loss_weight > 0
+        boxed = self.memory is None or self.memory.has_boxes
+        own = rois if boxed and not apart else rois.part(slice(regions), own_count)
         with record_function("classification loss"):
-            losses = self._losses_apart(logits_NL, own, drawn) if apart else self.classifier.losses(logits_NL, rois)
+            if apart:
+                losses = self._losses_apart(logits_NL, own, rois.part(slice(regions, None), drawn_count))
+            else:
+                losses = self.classifier.losses(logits_NL, rois)
         if self.only_classifier:
             return losses
-        boxes = own if self.memory is not None and not self.memory.has_boxes else rois
+        boxes = rois if boxed else own
         most = self._most(sampled, boxes)
         losses["loss_box"] = once(self.fc_reg, lambda: self._box_loss(x_ND, boxes, box_targets_N4, most))
         if self.mask_head is not None:
