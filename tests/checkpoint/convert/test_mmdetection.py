@@ -164,7 +164,7 @@ def test_training_state_is_dropped_and_told(written, tmp_path):
     back, report = to_mmdetection(write_ours(tmp_path / "ours.pt", written, add))
     assert not any("tracker" in key or "memory" in key for key in back["state_dict"])
     assert "dropped on purpose: roi_heads.tracker (mean score, 1 tensors)" in report
-    assert "dropped on purpose: roi_heads.memory (feature memory, 1 tensors)" in report
+    assert "dropped on purpose: roi_heads.memory.bank (feature memory, 1 tensors)" in report
     assert back["meta"]["CLASSES"] == tuple(f"class {label}" for label in range(CLASSES))
 
 
