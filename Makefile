@@ -34,7 +34,7 @@ $(PYTHON) -m venv $(VENV) || \
 	{ echo "$(VENV) could not be created; on Debian and Ubuntu: apt-get install python3-venv"; exit 2; }
 endef
 
-demo: setup  ## stage 1, then LOCE and a control, on data drawn here: table and figures in runs/ (7 min, 2 cores)
+demo: setup  ## stage 1, then LOCE and a control, on data drawn here: table and figures in runs/ (6 min, 2 cores)
 	$(PY) scripts/demo.py $(ARGS)
 
 test: setup  ## the test suite, in JOBS=2 processes of one thread each

@@ -1,6 +1,6 @@
 """The main job on data drawn here: stage 1, then LOCE and an equally long softmax control; a table and two figures.
 
-python scripts/demo.py: about seven minutes on two CPU cores. What is finished is not done again.
+python scripts/demo.py: about six minutes on two CPU cores. What is finished is not done again.
 """
 
 import time

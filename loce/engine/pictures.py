@@ -4,6 +4,7 @@ OpenCV scales images and finds outlines, Pillow draws; figures with axes are mat
 """
 
 import colorsys
+import textwrap
 import unicodedata
 from collections.abc import Iterator, Mapping, Sequence
 from functools import cache
@@ -30,7 +31,7 @@ from loce.models.mask_rcnn import MaskRCNN
 from loce.utils.classes import GROUP_NAMES, GROUP_RGB, GROUPS, ClassStats
 from loce.utils.files import atomic_write
 
-CELL, GAP, CAPTION, TITLE = 448, 8, 26, 44  # pixels: the side of a picture, between two, of the lines of text
+CELL, GAP, CAPTION, TITLE, LINE = 448, 8, 26, 44, 20  # pixels: side of a picture, between two, lines of text
 WHITE, INK, GREY = (255, 255, 255), (40, 40, 40), (128, 128, 128)
 LUMA, BRIGHT = (0.299, 0.587, 0.114), 140  # of a colour; on brighter ones letters are dark
 SHADES = ((0.0, 0.0), (0.035, 0.08), (-0.035, -0.1), (0.035, -0.1), (-0.035, 0.08))  # of hue and lightness
@@ -210,11 +211,15 @@ def sheet(
     columns = min(columns, max(1, len(pictures)))
     fitted = [_fitted(picture, CELL / max(picture.shape[:2])) for picture in pictures]
     rows = [fitted[first : first + columns] for first in range(0, len(fitted), columns)]
-    tops = TITLE + np.cumsum([0, *(max(len(picture) for picture in row) + CAPTION + GAP for row in rows)])
-    page = Image.new("RGB", (max(columns, 2) * (CELL + GAP) + GAP, int(tops[-1])), WHITE)
+    # The title, in as many lines as it needs, and on the right the colours of the groups.
+    width = max(columns, 2) * (CELL + GAP) + GAP
+    lines = textwrap.wrap(title, (width - 325) // 9)  # 9 pixels: a letter at most, on average
+    top = TITLE + LINE * (len(lines) - 1) if lines else TITLE
+    tops = top + np.cumsum([0, *(max(len(picture) for picture in row) + CAPTION + GAP for row in rows)])
+    page = Image.new("RGB", (width, int(tops[-1])), WHITE)
     pen = ImageDraw.Draw(page)
-    # The title, and on the right the colours of the groups.
-    write(pen, title, (GAP, 29), INK, 16)
+    for number, line in enumerate(lines):
+        write(pen, line, (GAP, 29 + LINE * number), INK, 16)
     for number, group in enumerate(GROUPS):
         left = page.width - 325 + 108 * number
         pen.rectangle((left, 16, left + 15, 31), fill=GROUP_RGB[group])
