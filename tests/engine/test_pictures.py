@@ -21,6 +21,7 @@ from loce.engine.pictures import (
     CAPTION,
     CELL,
     GAP,
+    LINE,
     RULE,
     TITLE,
     class_text,
@@ -130,7 +131,8 @@ def test_comparisons_show_the_rare_class_first_and_one_label_for_each_place(
     annotations, folder = validation
     picture = comparison_sheet(annotations, str(folder), {"run": folder}, count=6)
     assert written == [["seldom"], [], ["often"], ["seldom 0.90", "often 0.30"]]
-    assert picture.shape == (TITLE + 2 * (CELL + GAP + CAPTION), 2 * (CELL + GAP) + GAP, 3)
+    more = picture.shape[0] - (TITLE + 2 * (CELL + GAP + CAPTION))  # the title is longer than this sheet is wide
+    assert more == 3 * LINE and picture.shape[1:] == (2 * (CELL + GAP) + GAP, 3)
     assert "one label for each place" in RULE and "0.1 where an evaluation has none" in RULE
     (folder / "per_category.csv").write_text("id,threshold\n7,0.35\n3,0.95\n")  # its own, of best F1
     comparison_sheet(annotations, str(folder), {"run": folder}, count=6)
