@@ -262,6 +262,7 @@ def test_no_state_outside_of_the_checkpoint(tiny: Config) -> None:
             assert type(vars(twin)[key]) is type(value)
 
 
+@pytest.mark.slow
 def test_a_finished_run_is_lengthened(config: Path, tmp_path: Path) -> None:
     """On purpose alone: it goes on as the longer run would, further drops come later, and what changes is said."""
     words = (config, f"output={tmp_path}/run", "train.evaluate=false", "train.warmup_iterations=9")

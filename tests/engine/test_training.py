@@ -112,6 +112,7 @@ def test_stage_2_in_bf16(config: Path, stage1: Path, stage2: Path, words: tuple[
     assert memory(folder)["features"].dtype == wanted
 
 
+@pytest.mark.slow
 def test_one_and_three_ranks_evaluate_to_the_same_numbers(config: Path, stage1: Path) -> None:
     alone = json.loads((stage1 / "eval/metrics.json").read_text())
     output = stage1.with_name("evaluated")

@@ -194,6 +194,7 @@ def test_mistakes_in_rows_are_all_found_before_anything_starts(workplace: Path) 
     assert commands(text) == [] and "Traceback" not in text
 
 
+@pytest.mark.slow
 def test_seeds_train_stage_1_and_the_row_anew(workplace: Path, first: str) -> None:
     text = run(workplace, "table=2", "rows=[one]", "seeds=2")
     folder = "runs/tables/glyphs/seed1"
@@ -217,6 +218,7 @@ def test_a_row_may_evaluate_another_rows_run_anew(workplace: Path, first: str) -
     assert run(workplace, "table=4").count("finished before") == 1
 
 
+@pytest.mark.slow
 def test_a_row_may_have_processes_of_its_own(workplace: Path, first: str) -> None:
     text = run(workplace, "table=6")
     folder = "runs/tables/glyphs/loce+processes=2"

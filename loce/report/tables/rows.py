@@ -2,7 +2,7 @@
 
 import json
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cache, cached_property
 from pathlib import Path
 from typing import Any, Literal
 
@@ -214,11 +214,12 @@ def make_run(
     words = [recipe, *text.words, *options.words]
     if any(word.startswith("output=") for word in words):
         raise UserError("output: every row has its own run folder; runs=... chooses where")
-    plain = load_config([recipe])
+    here = str(Path.cwd())
+    plain = alone(recipe, here)
     # A further seed, and the stage of the same seed to start from.
     if seed:
         words += [f"seed={seed}"]
-        stages = {load_config([stage]).output: stage for stage in recipes.stages}
+        stages = {alone(stage, here).output: stage for stage in recipes.stages}
         if plain.train.init in stages and not start:
             words.append(f"train.init={stage_run(options, stages[plain.train.init], seed).config.output}")
     words += [f"train.init={start.folder}"] if start else []
@@ -238,6 +239,12 @@ def make_run(
     record = "+".join([Path(recipe).stem, *changes, *text.post_hoc]) + ".json"
     record_file = inside(Path(options.records, options.data, f"seed{seed}"), record)
     return RowRun(words, replace(config, output=folder), processes, evaluation, record_file, not text.last)
+
+
+@cache
+def alone(recipe: str, folder: str) -> Config:
+    """The options of a recipe without further words, read once for all rows; folder: where this process works."""
+    return load_config([recipe])
 
 
 def seed_folder(options: RunOptions, seed: int) -> Path:
