@@ -342,11 +342,14 @@ class FCBLOptions:
     reweight: bool = True  # false: all classes are negatives
 
 
+RarityFormula = Literal["raw", "smooth", "prob", "base2", "base10", "normit", "gombit"]
+
+
 @dataclass(frozen=True, kw_only=True)
 class IIFOptions:
     """Inverse image frequency."""
 
-    variant: Literal["raw", "smooth", "prob", "base2", "base10", "normit", "gombit"] = "base10"  # formula of the weight
+    variant: RarityFormula = "base10"  # formula of the weight
     counts: Literal["images", "instances"] = "images"  # that a class is rare by
     normalised: bool = False  # the classifier compares directions, as the mask predictor does
     temperature: Positive = 8.0  # of a normalised classifier
@@ -471,7 +474,7 @@ class FRACALOptions:
     """Fractal calibration."""
 
     exponent: NotNegative = 2.0  # lambda, of the box-counting dimension
-    variant: Literal["raw", "smooth", "prob", "base2", "base10", "normit", "gombit"] = "base10"  # of the class weight
+    variant: RarityFormula = "base10"  # of the class weight
     counts: Literal["images", "instances"] = "images"  # that a class is rare by
 
 
@@ -488,7 +491,7 @@ class LogNOptions:
 class PosthocIIFOptions:
     """Inverse image frequency of a trained softmax head."""
 
-    variant: Literal["raw", "smooth", "prob", "base2", "base10", "normit", "gombit"] = "base10"  # formula of the weight
+    variant: RarityFormula = "base10"  # formula of the weight
     counts: Literal["images", "instances"] = "images"  # that a class is rare by
 
 

@@ -5,10 +5,15 @@ import os
 import shutil
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
 import torch
+
+from loce.config import Config
+from loce.engine.preflight import preflight
+from loce.engine.trainer import Trainer
 
 ROOT = Path(__file__).resolve().parent.parent
 CONFIG = """
@@ -42,6 +47,17 @@ def run(script: str, *words: str | Path, processes: int = 1, code: int = 0) -> s
     done = subprocess.run(line, capture_output=True, text=True, env=environment(), cwd=ROOT, timeout=300)
     assert done.returncode == code, done.stdout + done.stderr
     return done.stdout + done.stderr
+
+
+def train_here(configs: Sequence[Config], last: int | None = None) -> Trainer:
+    """What `loce.engine.train` does, in this process: to the end, or until `last` iterations are done."""
+    with preflight(*configs) as found:
+        trainer = Trainer(configs, torch.device("cpu"), found.annotations, found.checkpoints)
+    trainer.open_log()
+    trainer.fill_memory()
+    trainer.fit(last)
+    trainer.close_log()
+    return trainer
 
 
 def in_namespace(script: str) -> subprocess.CompletedProcess[str]:

@@ -12,10 +12,9 @@ from loce.engine.averaging import averaged_tensors
 from loce.engine.inference import evaluate_checkpoint, weights_hash
 from loce.engine.preflight import preflight
 from loce.engine.train import train
-from loce.engine.trainer import Trainer
 from loce.models.build import build_model
 from tests.conftest import stats_of
-from tests.tiny_runs import main_file, same_run
+from tests.tiny_runs import main_file, same_run, train_here
 from tests.tiny_runs import run as script
 
 CPU = torch.device("cpu")
@@ -28,17 +27,6 @@ TODAY = (
 SECOND = ("train.freeze=trunk", "train.clip_norm=0", "memory.enabled=true", "memory.capacity=20")
 
 
-def run(configs: list[Config], last: int | None = None) -> Trainer:
-    """Train in this process: to the end, or until `last` iterations are done."""
-    with preflight(*configs) as found:
-        trainer = Trainer(configs, CPU, found.annotations, found.checkpoints)
-    trainer.open_log()
-    trainer.fill_memory()
-    trainer.fit(last)
-    trainer.close_log()
-    return trainer
-
-
 @pytest.fixture(scope="module")
 def averaged(config: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, torch.Tensor]]:
     """A run that keeps all of its checkpoints, and the weights that it began with."""
@@ -47,7 +35,7 @@ def averaged(config: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Pa
     with preflight(load_config(words)) as found:
         arm = Arm(load_config(words), CPU, found.annotations)
     start = {name: weight.double() for name, weight in arm.model.state_dict().items()}
-    run([load_config(words)])
+    train_here([load_config(words)])
     return folder, start
 
 
@@ -66,8 +54,8 @@ def test_the_average_equals_a_float64_twin(averaged: tuple[Path, dict[str, torch
 def test_stopped_and_gone_on_is_the_same_run(config: Path, averaged: tuple[Path, object], tmp_path: Path) -> None:
     """AdamW's moments, the cosine and the average, and in the middle of an epoch the pasted images, from a worker."""
     words = [str(config), *KEEP, *TODAY, "train.layer_decay=0.7", "data.workers=1", f"output={tmp_path / 'run'}"]
-    run([load_config(words)], 2)
-    run([load_config(words)])
+    train_here([load_config(words)], 2)
+    train_here([load_config(words)])
     same_run(tmp_path / "run", averaged[0])
     state = Checkpoint.open(averaged[0]).state["optimizer"]["state"]
     assert all(float(moments["step"]) == 6 and moments["exp_avg_sq"].abs().sum() for moments in state.values())
@@ -129,14 +117,14 @@ def test_arms_of_a_pass_have_the_average_of_their_own_runs(config: Path, stage1:
         return load_config([str(config), *KEEP, *TODAY, *SECOND, f"train.init={stage1}", f"output={folder}", *words])
 
     heads = {"ebl": "head.name=equilibrium", "softmax": "head.name=softmax"}
-    trainer = run([recipe(name, head) for name, head in heads.items()])
+    trainer = train_here([recipe(name, head) for name, head in heads.items()])
     models = [arm.model for arm in trainer.arms]
     before = [weights_hash(model) for model in models]
     with trainer.arms[0].averaged(), trainer.arms[1].averaged():
         assert models[0].rpn is models[1].rpn and all(weights_hash(m) != b for m, b in zip(models, before, strict=True))
     assert [weights_hash(model) for model in models] == before
     for name, head in heads.items():
-        run([recipe(f"{name} alone", head)])
+        train_here([recipe(f"{name} alone", head)])
         same_run(tmp_path / name, tmp_path / f"{name} alone")
 
 

@@ -20,7 +20,7 @@ from loce.engine.ranks import process_group
 from loce.engine.trainer import Trainer
 from loce.utils import distributed
 from loce.utils.errors import DivergedError
-from tests.tiny_runs import ROOT, environment, main_file, metrics, run, same_run
+from tests.tiny_runs import ROOT, environment, main_file, metrics, run, same_run, train_here
 
 CPU = torch.device("cpu")
 FC = ("memory.enabled=true", "memory.capacity=20")
@@ -58,17 +58,6 @@ def recipe(config: Path, stage1: Path, output: Path, words: Sequence[str]) -> Co
     return load_config([str(config), f"output={output}", *given.values()])
 
 
-def train(configs: Sequence[Config], last: int | None = None) -> Trainer:
-    """What `loce.engine.train` does, in this process: to the end, or until `last` iterations are done."""
-    with preflight(*configs) as found:
-        trainer = Trainer(configs, CPU, found.annotations, found.checkpoints)
-    trainer.open_log()
-    trainer.fill_memory()
-    trainer.fit(last)
-    trainer.close_log()
-    return trainer
-
-
 @pytest.fixture(scope="module")
 def alone(config: Path, stage1: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
     """The run folder of an arm that was trained by itself."""
@@ -76,7 +65,7 @@ def alone(config: Path, stage1: Path, tmp_path_factory: pytest.TempPathFactory) 
 
     def trained(name: str) -> Path:
         if not (folder / name).exists():
-            train([recipe(config, stage1, folder / name, ARMS[name])])
+            train_here([recipe(config, stage1, folder / name, ARMS[name])])
         return folder / name
 
     return trained
@@ -89,7 +78,7 @@ FEW = ("softmax", "ebl", "mfs", "loce", "fill 1", "roi", "seesaw", "FCs train", 
 def test_each_arm_is_as_its_own_run(
     config: Path, stage1: Path, alone: Callable[[str], Path], tmp_path: Path, names: tuple[str, ...]
 ) -> None:
-    trainer = train([recipe(config, stage1, tmp_path / name, ARMS[name]) for name in names])
+    trainer = train_here([recipe(config, stage1, tmp_path / name, ARMS[name]) for name in names])
     for name in names:
         same_run(tmp_path / name, alone(name))
     models = {name: arm.model for name, arm in zip(names, trainer.arms, strict=True)}
@@ -118,9 +107,9 @@ def test_heads_and_options(
     config: Path, stage1: Path, tmp_path: Path, words: list[str], names: tuple[str, ...]
 ) -> None:
     arms = {name: [f"head.name={name}", f"head.reset={str(name != 'disalign').lower()}", *words] for name in names}
-    train([recipe(config, stage1, tmp_path / name, own) for name, own in arms.items()])
+    train_here([recipe(config, stage1, tmp_path / name, own) for name, own in arms.items()])
     for name, own in arms.items():
-        train([recipe(config, stage1, tmp_path / "alone" / name, own)])
+        train_here([recipe(config, stage1, tmp_path / "alone" / name, own)])
         same_run(tmp_path / name, tmp_path / "alone" / name)
         best = tmp_path / name / "best.json"
         assert not best.exists() or best.read_text() == (tmp_path / "alone" / name / "best.json").read_text()
@@ -134,15 +123,15 @@ def test_a_pass_that_was_stopped_goes_on_exactly(
 ) -> None:
     """Killed between the saves of two arms, too: the newest checkpoint that all have; one is finished by itself."""
     configs = [recipe(config, stage1, tmp_path / name, [*ARMS[name], "train.checkpoint_every=1"]) for name in STOPPED]
-    train(configs, 3)
+    train_here(configs, 3)
     newest = tmp_path / "fill 1/checkpoints/000000003"
     (newest / "main.pt").rename(newest / "main.pt.new")  # as before it was written
-    trainer = train(configs, 4)
+    trainer = train_here(configs, 4)
     assert (
         trainer.arms[0].notes[0] == f"going on from {tmp_path}/fill 1/checkpoints/000000002, 2 of 6 iterations are done"
     )
-    train(configs[2:])
-    trainer = train(configs)
+    train_here(configs[2:])
+    trainer = train_here(configs)
     assert [arm.folder.name for arm in trainer.finished] == ["ebl"]
     for name in STOPPED:
         same_run(tmp_path / name, alone(name))
@@ -154,7 +143,7 @@ def test_what_runs_hold_in_common_is_written_once(
     """Weights that do not train are one file of all checkpoints but the last; equal memories are one of each save."""
     folders = [tmp_path / name for name in ("loce", "mfs", "ebl")]
     configs = [recipe(config, stage1, folder, ARMS[folder.name]) for folder in folders]
-    trainer = train(configs, 3)
+    trainer = train_here(configs, 3)
     middle = [main_file(folder).parent for folder in folders]
     assert len({file.stat().st_ino for folder in folders for file in folder.glob("checkpoints/*/frozen.pt")}) == 1
     loce, mfs = ((folder / "memory0.pt").stat().st_ino for folder in middle[:2])
@@ -179,7 +168,7 @@ def test_what_runs_hold_in_common_is_written_once(
         raise OSError("no links here")
 
     monkeypatch.setattr("os.link", refuse)
-    train(configs)
+    train_here(configs)
     for folder in folders:
         assert {file.name for file in main_file(folder).parent.glob("*.pt")} >= {"main.pt", "rank0.pt"}
         assert not main_file(folder).with_name("frozen.pt").exists()
@@ -215,7 +204,7 @@ def test_the_others_go_on_without_one_that_diverges(
 def test_when_all_diverge_the_training_ends(config: Path, stage1: Path, tmp_path: Path) -> None:
     configs = [recipe(config, stage1, tmp_path / name, [*ARMS[name], "train.lr=1e30"]) for name in ("mfs", "ebl")]
     with pytest.raises(DivergedError, match="iteration"):
-        train(configs)
+        train_here(configs)
     assert all((tmp_path / name / "nan_report").is_dir() for name in ("mfs", "ebl"))
 
 
@@ -288,7 +277,7 @@ def test_evaluation_together_finds_what_each_finds_alone(
         shutil.rmtree(tmp_path / "alone")
     with pytest.raises(UserError, match=r"has another data\.test_short_edge than the first; evaluate it by itself"):
         words = [f"output={tmp_path}/other", "data.test_short_edge=48", "train.evaluate=false"]
-        train([load_config([str(config), *words])])
+        train_here([load_config([str(config), *words])])
         evaluate_checkpoints([stage1, tmp_path / "other"], None, [], "cpu")
 
 
