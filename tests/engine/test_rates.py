@@ -11,8 +11,8 @@ from loce.checkpoint.load import load_model
 from loce.config import UserError, load_config
 from loce.engine.passes import require_one_pass
 from loce.engine.summary import run_summary
-from tests.engine.test_together import SECOND_STAGE, recipe, train
-from tests.tiny_runs import same_run
+from tests.engine.test_together import SECOND_STAGE, recipe
+from tests.tiny_runs import same_run, train_here
 
 FASA = (
     *("memory.enabled=true", "memory.kind=gaussian", "memory.source=regions", "memory.draw=adaptive"),
@@ -25,7 +25,7 @@ def test_a_training_in_one_stage_goes_on_exactly_from_the_end_of_an_epoch(config
     """And from within one; the images that adapt the rates are trained on in none."""
     words = [*FASA, *ONE_STAGE, "train.evaluate=false"]
     once, stopped = (load_config([str(config), f"output={tmp_path / name}", *words]) for name in ("once", "stopped"))
-    trainer = train([once])
+    trainer = train_here([once])
     held = set(trainer.held_out.train_images.tolist())
     shown = {int(i) for epoch in range(3) for batch in trainer.plan.epoch(epoch) for i in batch[..., 0].flatten()}
     assert held and not held & shown and held | shown == set(trainer.annotations.train_images.tolist())
@@ -37,7 +37,7 @@ def test_a_training_in_one_stage_goes_on_exactly_from_the_end_of_an_epoch(config
 
     end = trainer.ends[0]
     for last in (end, end + 1, None):
-        train([stopped], last)
+        train_here([stopped], last)
     same_run(tmp_path / "stopped", tmp_path / "once")
     load_model(tmp_path / "once")  # needs no rates
     load_model(tmp_path / "once", config=load_config([str(config), f"output={tmp_path / 'x'}"]))
@@ -45,10 +45,10 @@ def test_a_training_in_one_stage_goes_on_exactly_from_the_end_of_an_epoch(config
 
 def test_arms_with_the_same_images_held_out(config: Path, stage1: Path, tmp_path: Path) -> None:
     arms = {"softmax": FASA, "ebl": ("head.name=equilibrium", *FASA, "memory.adaptive.power=0.5")}
-    trainer = train([recipe(config, stage1, tmp_path / name, words) for name, words in arms.items()])
+    trainer = train_here([recipe(config, stage1, tmp_path / name, words) for name, words in arms.items()])
     memories = [arm.model.roi_heads.memory for arm in trainer.arms]
     assert memories[0].bank is memories[1].bank and memories[0].rates is not memories[1].rates
-    train([recipe(config, stage1, tmp_path / "alone", arms["ebl"])])
+    train_here([recipe(config, stage1, tmp_path / "alone", arms["ebl"])])
     same_run(tmp_path / "ebl", tmp_path / "alone")
 
 
