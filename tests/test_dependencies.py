@@ -37,8 +37,6 @@ def test_every_dependency_has_its_reason() -> None:
 
 
 def test_declared_is_what_is_imported() -> None:
-    """In both directions; `wandb` is on wish. torch imports `tensorboard`, the tests compare with `lvis`."""
-    assert {IMPORT_NAMES.get(name, name) for name in imported()} - {"wandb"} == declared("dependencies") - {
-        "tensorboard",
-        "lvis",
-    }
+    """In both directions; some is on wish. torch imports `tensorboard`, the tests compare with `lvis`."""
+    found = {IMPORT_NAMES.get(name, name) for name in imported()} - {"wandb", "safetensors"}
+    assert found == declared("dependencies") - {"tensorboard", "lvis"}

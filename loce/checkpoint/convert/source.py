@@ -83,12 +83,17 @@ def read_foreign(path: Path) -> dict[str, Any]:
         )
         raise UserError(f"{path}: {folder}")
     try:
-        with torch.serialization.safe_globals([*PLAIN, *_plain_numpy()]):
-            content = torch.load(path, map_location="cpu", weights_only=True)
+        if path.suffix == ".safetensors":  # not every torch reads them
+            from safetensors.torch import load_file
+
+            content = load_file(path)
+        else:
+            with torch.serialization.safe_globals([*PLAIN, *_plain_numpy()]):
+                content = torch.load(path, map_location="cpu", weights_only=True)
+    except ImportError as error:
+        raise UserError(f"{path}: cannot be read here ({error}): pip install safetensors") from None
     except Exception as error:  # torch raises a dozen kinds for damaged files
         code = code_in(error)
-        if isinstance(error.__cause__, ImportError):  # torch reads files of safetensors with their library
-            raise UserError(f"{path}: cannot be read here: {error}") from None
         if not code:
             raise UserError(f"{path}: damaged, or not written by torch.save ({why_unreadable(path, error)})") from None
         if code.startswith("__main__."):
