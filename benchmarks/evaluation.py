@@ -4,9 +4,10 @@ python benchmarks/evaluation.py [sizes=[500,2000,5000]] [full=true] [rounds=1] [
 python benchmarks/evaluation.py 'tools=[ours,ours_json,hotcoco_json,vernier_json]' sizes=[2000] full=false
 Each number is one process on one thread: CPU seconds from the moment the detections are in memory (ground truth is read
 from its file), and the most memory the process ever held. Tools take turns. A tool called *_json reads the detections
-from a JSON file, which is part of its time. The tool "resamples" is the bootstrap alone (1000 resamples of the images),
-without the evaluation before it, "resamples_pool" that of AP-pool, "calibration" the calibration errors with theirs;
-"pool" is AP-pool alone, "several" the protocols lvis, fixed and pool from one matching, "boundary" boundary AP (segm).
+from a JSON file, which is part of its time. "fixed" and "pool" are AP-fixed and AP-pool alone, "several" the protocols
+lvis, fixed and pool from one matching, "boundary" boundary AP (segm). "resamples" is the bootstrap alone (1000 resamples
+of the images), without the evaluation before it, "resamples_pool" that of AP-pool, "calibration" the calibration errors
+with theirs.
 Results go to benchmarks/results/evaluation.json.
 """
 
@@ -21,6 +22,7 @@ import sys
 import tempfile
 import time
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -40,7 +42,7 @@ HEIGHT, WIDTH, CATEGORIES = 480, 640, 1203
 FULL = 19_809  # images of LVIS v1 val
 TOOLS = ("official", "faster", "ours", "ours_json", "hotcoco_json", "vernier_json")
 OF_MATCHES = ("resamples", "resamples_pool", "calibration")
-MEASURES = ("pool", "several", "boundary", *OF_MATCHES)
+MEASURES = ("fixed", "pool", "several", "boundary", *OF_MATCHES)
 AT_FULL_SIZE = ("ours", *MEASURES)
 
 
@@ -207,7 +209,8 @@ def measure(tool: str, iou_type: str, folder: Path) -> dict[str, float]:
                 "faster": _faster,
                 "ours": _ours,
                 "ours_json": _ours,
-                "pool": _pool,
+                "fixed": partial(_ours, protocol="fixed"),
+                "pool": partial(_ours, protocol="pool"),
                 "several": _several,
                 "boundary": _boundary,
                 "hotcoco_json": _hotcoco,
@@ -262,12 +265,8 @@ def _vernier(annotations: str, detections: str, iou_type: str) -> float:
     return float(summary.stats[0])
 
 
-def _ours(annotations: str, detections: Detections | str, iou_type: str) -> float:
-    return evaluate_lvis(annotations, detections, iou_type).metrics["AP"]
-
-
-def _pool(annotations: str, detections: Detections, iou_type: str) -> float:
-    return evaluate_lvis(annotations, detections, iou_type, protocol="pool").metrics["AP"]
+def _ours(annotations: str, detections: Detections | str, iou_type: str, protocol: str = "lvis") -> float:
+    return evaluate_lvis(annotations, detections, iou_type, protocol=protocol).metrics["AP"]
 
 
 def _several(annotations: str, detections: Detections, iou_type: str) -> float:
