@@ -5,9 +5,9 @@ python benchmarks/evaluation.py 'tools=[ours,ours_json,hotcoco_json,vernier_json
 Each number is one process on one thread: CPU seconds from the moment the detections are in memory (ground truth is read
 from its file), and the most memory the process ever held. Tools take turns. A tool called *_json reads the detections
 from a JSON file, which is part of its time. "fixed" and "pool" are AP-fixed and AP-pool alone, "several" the protocols
-lvis, fixed and pool from one matching, "boundary" boundary AP (segm). "resamples" is the bootstrap alone (1000 resamples
-of the images), without the evaluation before it, "resamples_pool" that of AP-pool, "calibration" the calibration errors
-with theirs.
+lvis, fixed and pool from one matching, "boundary" boundary AP (segm). "resamples" is the bootstrap alone (1000
+resamples of the images), without the evaluation before it, "resamples_pool" that of AP-pool, "calibration" the
+calibration errors with theirs.
 Results go to benchmarks/results/evaluation.json.
 """
 

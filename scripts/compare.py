@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from loce.config import Count, UserError, read_options, run_script
-from loce.evaluation.bootstrap import compare_folders
+from loce.evaluation.comparison import compare_folders
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -24,8 +24,9 @@ from loce.engine.inference import check_evaluation, with_training_groups
 from loce.engine.ranks import process_group
 from loce.engine.region_store import read_regions, store_regions
 from loce.evaluation.annotations import FederatedFilter, GroundTruth, load_annotations, only_images
-from loce.evaluation.bootstrap import METRICS, Tallies, compare, tally
+from loce.evaluation.bootstrap import METRICS, Tallies, tally
 from loce.evaluation.calibration import NAMES as CALIBRATION
+from loce.evaluation.comparison import compare
 from loce.evaluation.detections import concatenate
 from loce.evaluation.lvis_ap import Evaluation, choose_protocol, evaluate_loaded
 from loce.evaluation.report import choose_protocols

@@ -1,4 +1,4 @@
-"""Bootstrap over images (Efron & Tibshirani 1993): intervals of AP and calibration errors, and of their differences.
+"""Bootstrap over images (Efron & Tibshirani 1993): intervals of AP and calibration errors.
 
 The images are drawn with replacement; an image drawn w times counts w times. Nothing is matched again: an evaluation
 keeps, per category, its detections in order of score with their images and what they found. Of protocol pool the four
@@ -6,27 +6,27 @@ pools stand in the place of the categories (pooling.py).
 
 A resample repeats some images and lacks others, which moves the AP of categories with few objects, mostly up: on LVIS
 the resampled values lie beside the number itself, by more than their spread. The spread is what is wanted, so the
-percentiles are shifted until their mean is the number. Two evaluations are resampled with the same images, so that what
-is hard for both cancels out.
+percentiles are shifted until their mean is the number.
 
 Legend: I images, K categories, B resamples, n true positives of a category at one IoU threshold, T = 10 thresholds.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 
 import numpy as np
 
-from loce.evaluation.calibration import NAMES, errors, weighted
+from loce.evaluation.calibration import errors, weighted
 from loce.evaluation.lvis_ap import RECALLS, Evaluation
 from loce.evaluation.pooling import POOLS, members
 from loce.utils.errors import UserError
-from loce.utils.files import atomic_write, read_csv
+from loce.utils.files import atomic_write
 from loce.utils.progress import watched
 
 METRICS = ("AP", "APr", "APc", "APf")
 LEVEL = 0.95  # of the intervals
-NOTHING = "no category with objects"
 _LATE = np.arange(101) / 100 < RECALLS  # .35, .41, ...: the official grid lies a rounding error above these fractions
 _ELEMENTS = 1 << 19  # numbers of one intermediate array: they fit into a cache
 _LOOKS = 2000  # true positives of a pool at which the precision of a resample is read, evenly over the ranking
@@ -43,7 +43,8 @@ class Tallies:
     positive, and what it adds to that count of candidates (1 for a true positive that is none, -1 for a candidate that
     found an ignored object). object_image, object_category: of every object. reliability: see calibration.py; None in
     files of before, and where scores are no probabilities. groups: of the categories, where pools take their place;
-    part: text, which images of the file these are.
+    part: text, which images of the file these are; slices (S, 2), in_slice (S, I): attribute and value, and whether an
+    image has it.
     """
 
     image_ids: np.ndarray
@@ -63,6 +64,8 @@ class Tallies:
     reliability: np.ndarray | None = None
     groups: np.ndarray | None = None
     part: np.ndarray | None = None
+    slices: np.ndarray | None = None
+    in_slice: np.ndarray | None = None
 
     @property
     def pooled(self) -> bool:
@@ -75,8 +78,8 @@ class Tallies:
             np.savez_compressed(temporary, **{k: column for k, column in vars(self).items() if column is not None})
 
 
-def tally(evaluation: Evaluation) -> Tallies:
-    """The tallies of an evaluation."""
+def tally(evaluation: Evaluation, slices: Mapping[tuple[str, str], np.ndarray] = MappingProxyType({})) -> Tallies:
+    """The tallies of an evaluation; slices: (attribute, value) -> indices of images."""
     matches, truth = evaluation.ranked, evaluation.ranked.truth
     categories = len(truth.category_ids)
     over_bounds = np.searchsorted(matches.overlapping, matches.bounds)
@@ -93,6 +96,9 @@ def tally(evaluation: Evaluation) -> Tallies:
     true = matches.matched[:, 0] & ~matches.ignored[:, 0]
     wrongly = matches.matched[:, 0] & matches.false_positive[matches.overlapping, 0][:, None]
     objects = ~matches.object_ignored[:, 0]
+    in_slice = np.zeros((len(slices), len(truth.image_ids)), dtype=bool)
+    for row, chosen in zip(in_slice, slices.values(), strict=True):
+        row[chosen] = True
     return Tallies(
         image_ids=truth.image_ids,
         category_ids=truth.category_ids,
@@ -111,6 +117,8 @@ def tally(evaluation: Evaluation) -> Tallies:
         reliability=evaluation.reliability,
         groups=evaluation.truth.frequency,
         part=np.array(evaluation.truth.part),
+        slices=np.array(list(slices)) if slices else None,
+        in_slice=in_slice if slices else None,
     )
 
 
@@ -123,13 +131,19 @@ def load_tallies(path: str | Path) -> Tallies:
         raise UserError(f"{path}: cannot be read ({error}); run scripts/evaluate.py again") from None
 
 
-def draw_weights(images: int, resamples: int, seed: int) -> np.ndarray:
-    """(I, B) int32: how often each image is drawn in each resample."""
+def draw_weights(images: int, resamples: int, seed: int, inside: np.ndarray | None = None) -> np.ndarray:
+    """(I, B) int32: how often each image is drawn in each resample; inside (I,) bool: the images that can be."""
     rng = np.random.default_rng(seed)
     weights = np.zeros((images, resamples), dtype=np.int32)
+    chosen = np.arange(images) if inside is None else np.flatnonzero(inside)
     for b in range(resamples):
-        weights[:, b] = np.bincount(rng.integers(0, images, images), minlength=images)
+        weights[chosen, b] = np.bincount(rng.integers(0, len(chosen), len(chosen)), minlength=len(chosen))
     return weights
+
+
+def as_they_are(images: int, inside: np.ndarray | None = None) -> np.ndarray:
+    """(I, 1) int32: the weights of the data set as it is, every image, or those `inside`, once."""
+    return (np.ones(images, dtype=bool) if inside is None else inside).astype(np.int32)[:, None]
 
 
 def resampled_ap(tallies: Tallies, weights: np.ndarray) -> np.ndarray:
@@ -231,121 +245,7 @@ def interval(values: np.ndarray, centre: float) -> tuple[float, float]:
 
 def intervals(tallies: Tallies, resamples: int = 1000) -> dict[str, tuple[float, float]]:
     """95% intervals over images of what `means_under` gives, as fractions."""
-    whole = means_under(tallies, np.ones((len(tallies.image_ids), 1), dtype=np.int32))
+    whole = means_under(tallies, as_they_are(len(tallies.image_ids)))
     drawn = means_under(tallies, draw_weights(len(tallies.image_ids), resamples, seed=0))
     bounds = {name: interval(values, float(whole[name][0])) for name, values in drawn.items()}
     return {name: (max(low, 0.0), min(high, 1.0)) for name, (low, high) in bounds.items()}
-
-
-def compare(first: Tallies, second: Tallies, resamples: int = 1000) -> dict[str, dict[str, float]]:
-    """For AP, APr, APc, APf and calibration errors: first, second, difference (second - first), its 95% interval low,
-    high, and better, the share of resamples in which the second is better (a lower error); nan where undefined.
-
-    Without the numbers of groups where the two put categories into different ones: these are of different categories.
-    UserError when the two are not of the same images, objects, IoU type and protocol.
-    """
-    for name in ("image_ids", "category_ids", "object_image", "object_category", "protocol", "iou_type"):
-        a, b = getattr(first, name), getattr(second, name)
-        if first.pooled and name.startswith("object_"):  # the pool of all; groups may differ, see `regrouped`
-            a, b = a[first.object_category == 0], b[second.object_category == 0]
-        if not np.array_equal(a, b):
-            raise UserError(
-                f"the two evaluations differ in {name.replace('_', ' ')}; only evaluations of the same annotation "
-                "file, type and protocol can be compared"
-            )
-    ones = np.ones((len(first.image_ids), 1), dtype=np.int32)
-    # AP of the data set as it is (every image once), then of resampled images.
-    weights = draw_weights(len(first.image_ids), resamples, seed=0)
-    whole = [means_under(tallies, ones) for tallies in (first, second)]
-    drawn = [means_under(tallies, weights) for tallies in (first, second)]
-    rows = {}
-    names = [name for name in whole[0] if name in whole[1]]
-    if regrouped(first, second):
-        names = [name for name in names if name in ("AP", "ECE", "MCE")]
-    for name in names:
-        values = float(whole[0][name][0]), float(whole[1][name][0])
-        differences = drawn[1][name] - drawn[0][name]
-        low, high = interval(differences, values[1] - values[0])
-        finite = differences[np.isfinite(differences)]
-        # Centred on the difference that was measured, as the interval is.
-        shifted = finite - finite.mean() + values[1] - values[0] if len(finite) else finite
-        wins = shifted < 0 if name in NAMES else shifted > 0
-        better = float(wins.mean()) if len(finite) else float("nan")
-        rows[name] = {
-            "first": values[0],
-            "second": values[1],
-            "difference": values[1] - values[0],
-            "low": low,
-            "high": high,
-            "better": better,
-        }
-    return rows
-
-
-def regrouped(first: Tallies, second: Tallies) -> str:
-    """What is said where the two put categories into different groups; "" where they do not."""
-    ours, theirs = (one.frequency if one.groups is None else one.groups for one in (first, second))
-    if np.array_equal(ours, theirs):
-        return ""
-    return (
-        f"{(ours != theirs).sum()} of {len(ours)} categories are rare, common or frequent otherwise in B "
-        "(its training set or annotation file says so): numbers of groups would be of different categories, and are "
-        "left out"
-    )
-
-
-def compare_folders(first: str | Path, second: str | Path, resamples: int = 1000, top: int = 10) -> str:
-    """Text that compares two output folders of scripts/evaluate.py for every IoU type that both have."""
-    folders = Path(first), Path(second)
-    found = []
-    for folder in folders:
-        files = sorted(folder.glob("tallies_*.npz"))
-        if not files:
-            raise UserError(f"{folder}: holds no tallies_<type>.npz; give two output folders of scripts/evaluate.py")
-        loaded = [load_tallies(file) for file in files]
-        found.append({(str(one.iou_type), str(one.protocol)): one for one in loaded})
-    if not {kind for kind, _ in found[0]} & {kind for kind, _ in found[1]}:
-        raise UserError(f"{folders[0]} and {folders[1]} have no IoU type in common")
-    both = [key for key in found[0] if key in found[1]]
-    if not both:
-        named = [", ".join(sorted({protocol for _, protocol in one})) for one in found]
-        raise UserError(
-            f"the two evaluations differ in protocol: {folders[0]} is {named[0]}, {folders[1]} is {named[1]}"
-        )
-    lines = [f"A: {folders[0]}", f"B: {folders[1]}"]
-    for kind, protocol in both:
-        one, other = found[0][kind, protocol], found[1][kind, protocol]
-        part = "" if one.part is None else str(one.part)
-        lines += ["", f"{kind}, protocol {protocol}, {f'SUBSET, {part}' if part else f'{len(one.image_ids):,} images'}"]
-        lines += [f"{'':6}{'A':>8}{'B':>8}{'B - A':>9}  {'95% interval':18}B is better in"]
-        for name, row in compare(one, other, resamples).items():
-            between = f"{row['low']:+.3f} to {row['high']:+.3f}"
-            numbers = f"{row['first']:8.3f}{row['second']:8.3f}{row['difference']:+9.3f}"
-            known = f"{numbers}  {between:18}{row['better']:.1%} of resamples"
-            nothing = "no detections" if name in NAMES else NOTHING
-            lines.append(f"{name:6}{known if np.isfinite(row['difference']) else f'{nothing:>34}'}")
-        lines += [note] if (note := regrouped(one, other)) else []
-    return "\n".join(lines + moved(folders, top)) + "\n"
-
-
-def moved(folders: tuple[Path, Path], top: int) -> list[str]:
-    """The `top` categories that gained and that lost most AP, from per_category.csv."""
-    paths = [folder / "per_category.csv" for folder in folders]
-    for path in paths:
-        if not path.is_file():
-            raise UserError(f"{path}: no such file; give two output folders of scripts/evaluate.py")
-    tables = [read_csv(path) for path in paths]
-    if {row["iou_type"] for row in tables[0]} != {row["iou_type"] for row in tables[1]}:
-        return []  # masks in one, boxes in the other
-    pairs = [(a, b, float(b["AP"]) - float(a["AP"])) for a, b in zip(*tables, strict=True) if float(a["AP"]) >= 0]
-    pairs.sort(key=lambda pair: pair[2])
-    lines = []
-    for what, chosen in (("gained", pairs[::-1][:top]), ("lost", pairs[:top])):
-        chosen = [pair for pair in chosen if (pair[2] > 0) == (what == "gained") and pair[2] != 0]
-        lines += ["", f"categories that {what} most AP ({tables[0][0]['iou_type']}; group, objects here)"]
-        for a, b, difference in chosen:
-            group = "/".join(dict.fromkeys((a["frequency"], b["frequency"])))
-            name = f"{a['name'][:28]} ({group}, {a['instances']})"
-            lines.append(f"  {name:40}{float(a['AP']):7.3f}{float(b['AP']):7.3f}{difference:+8.3f}")
-        lines += [] if chosen else ["  none"]
-    return lines

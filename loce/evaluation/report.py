@@ -115,8 +115,8 @@ def evaluate_and_report(
     write_folder(Path(output), evaluations, facts)
     of_slices = {}
     for key, evaluation in evaluations.items():
-        tallies = tally(evaluation)
-        of_slices[key] = slice_numbers(tallies, parts, resamples)
+        tallies = tally(evaluation, parts)
+        of_slices[key] = slice_numbers(tallies, resamples)
         spread = intervals(tallies, resamples) if resamples else {}
         facts["intervals"][key] = spread
         tallies.save(Path(output) / f"tallies_{key}.npz")

@@ -11,25 +11,25 @@ from typing import Any
 
 import numpy as np
 
-from loce.evaluation.bootstrap import Tallies, draw_weights, interval, means_under
+from loce.evaluation.bootstrap import Tallies, as_they_are, draw_weights, interval, means_under
 
 SHOWN = ("AP", "APr", "APc", "APf", "ECE")
 Rows = list[dict[str, Any]]
 
 
-def slice_numbers(tallies: Tallies, images: Mapping[tuple[str, str], np.ndarray], resamples: int) -> Rows:
+def slice_numbers(tallies: Tallies, resamples: int) -> Rows:
     """A row a slice: attribute, value, images, objects, and what `means_under` gives, -1 where undefined, each with the
-    ends of its 95% interval as NAME_low and NAME_high (nan: none). images: (attribute, value) -> indices of images."""
+    ends of its 95% interval as NAME_low and NAME_high (nan: none)."""
+    if tallies.slices is None or tallies.in_slice is None:
+        return []
     rows = []
-    for (attribute, value), chosen in images.items():
-        weights = np.zeros((len(tallies.image_ids), 1 + resamples), dtype=np.int32)
-        weights[chosen, 0] = 1
-        weights[chosen, 1:] = draw_weights(len(chosen), resamples, seed=0)
-        inside = weights[tallies.object_image, 0] > 0
+    for (attribute, value), inside in zip(tallies.slices.tolist(), tallies.in_slice, strict=True):
+        objects = inside[tallies.object_image]
         if tallies.pooled:
-            inside &= tallies.object_category == 0
-        row: dict[str, Any] = {"attribute": attribute, "value": value, "images": len(chosen), "objects": inside.sum()}
-        whole, drawn = means_under(tallies, weights[:, :1]), means_under(tallies, weights[:, 1:])
+            objects &= tallies.object_category == 0
+        row: dict[str, Any] = {"attribute": attribute, "value": value, "images": inside.sum(), "objects": objects.sum()}
+        whole = means_under(tallies, as_they_are(len(inside), inside))
+        drawn = means_under(tallies, draw_weights(len(inside), resamples, 0, inside))
         for name, number in whole.items():
             known = float(number[0]) if np.isfinite(number[0]) else -1.0
             low, high = interval(drawn[name], float(number[0]))

@@ -7,17 +7,16 @@ import pytest
 
 from loce.evaluation import evaluate_lvis
 from loce.evaluation.bootstrap import (
-    compare,
     draw_weights,
     group_means,
     interval,
     intervals,
     load_tallies,
     means_under,
-    regrouped,
     resampled_ap,
     tally,
 )
+from loce.evaluation.comparison import compare, regrouped
 from loce.utils.errors import UserError
 from tests.evaluation.cases import Case, random_case
 

@@ -9,8 +9,9 @@ import numpy as np
 import pytest
 
 from loce.evaluation import Evaluation, evaluate_lvis
-from loce.evaluation.bootstrap import compare, intervals, load_tallies, means_under, tally
+from loce.evaluation.bootstrap import intervals, load_tallies, means_under, tally
 from loce.evaluation.calibration import BINS, NAMES
+from loce.evaluation.comparison import compare
 from loce.evaluation.report import READING, evaluate_and_report
 from tests.evaluation.cases import official_lvis, random_case
 

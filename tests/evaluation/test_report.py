@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 
 from loce.evaluation import evaluate_lvis
-from loce.evaluation.bootstrap import compare_folders
 from loce.evaluation.calibration import NAMES
+from loce.evaluation.comparison import compare_folders
 from loce.evaluation.report import COLUMNS, describe, evaluate_and_report
 from loce.utils.errors import UserError
 from tests.evaluation.cases import METRICS, random_case, without

@@ -10,7 +10,8 @@ import pytest
 
 from loce.evaluation import evaluate_lvis, load_annotations, read_results
 from loce.evaluation.annotations import only_images
-from loce.evaluation.bootstrap import compare_folders, tally
+from loce.evaluation.bootstrap import tally
+from loce.evaluation.comparison import compare, compare_folders, slice_differences
 from loce.evaluation.lvis_ap import evaluate_loaded
 from loce.evaluation.matching import PROTOCOLS
 from loce.evaluation.report import evaluate_and_report
@@ -37,12 +38,40 @@ def test_a_slice_is_an_evaluation_of_its_images(protocol: str) -> None:
         evaluation = evaluate_lvis(truth, results, protocol=protocol)
         ids = evaluation.truth.image_ids
         chosen = np.arange(0, len(ids), 2)
-        row = slice_numbers(tally(evaluation), {("half", "yes"): chosen}, resamples=5)[0]
+        row = slice_numbers(tally(evaluation, {("half", "yes"): chosen}), resamples=5)[0]
         alone = evaluate_lvis(*without(truth, results, ids[chosen].tolist()), protocol=protocol)
         for name in ("AP", "APr", "APc", "APf"):
             assert row[name] == pytest.approx(alone.metrics[name], abs=1e-6)
         assert row["ECE"] == pytest.approx(alone.calibration["ECE"], abs=1e-5)
         assert (row["images"], row["objects"]) == (len(chosen), alone.matches.objects[0].sum())
+
+
+@pytest.mark.parametrize("protocol", ["lvis", "pool"])
+def test_slices_are_compared_as_their_images_alone_are(protocol: str) -> None:
+    truth, results = random_case(10, crowded=True)
+    ids = np.array(sorted(image["id"] for image in truth["images"]))
+    half = np.arange(0, len(ids), 2)
+    parts = {("half", "yes"): half, ("half", "no"): np.setdiff1d(np.arange(len(ids)), half)}
+    worse = [{**d, "score": 1 - d["score"]} for d in results]
+    pair = [tally(evaluate_lvis(truth, found, protocol=protocol), parts) for found in (results, worse)]
+    kept, some = without(truth, results, ids[half].tolist())
+    _, some_worse = without(truth, worse, ids[half].tolist())
+    alone = compare(*(tally(evaluate_lvis(kept, found, protocol=protocol)) for found in (some, some_worse)), 20)
+    inside = np.isin(np.arange(len(ids)), half)
+    for name, row in compare(*pair, 20, inside).items():
+        assert row == pytest.approx(alone[name], abs=1e-5, nan_ok=True), name
+    lines = slice_differences(*pair, 20)
+    assert lines[0] == f"  half=yes, {len(half)} images" and any(line.startswith("  half=no") for line in lines)
+    assert lines[1].split()[:4] == [
+        "AP",
+        *(f"{alone['AP'][key]:.3f}" for key in ("first", "second")),
+        lines[1].split()[3],
+    ]
+    other = tally(evaluate_lvis(truth, results, protocol=protocol), {("half", "yes"): half[1:], ("light", "day"): half})
+    assert slice_differences(pair[0], other, 5) == [
+        "  slices of one alone, or of other images, are left out: half=yes, half=no, light=day"
+    ]
+    assert slice_differences(tally(evaluate_lvis(truth, results)), tally(evaluate_lvis(truth, results)), 5) == []
 
 
 @pytest.mark.parametrize("iou_type", ["bbox", "segm"])
@@ -81,9 +110,8 @@ def test_every_number_of_a_subset_says_so(tmp_path: Path, capsys: pytest.Capture
         }
     assert [(r["of"], r["value"]) for r in rows(tmp_path / "a/slices.csv")][:2] == [("bbox", "day"), ("bbox", "night")]
     assert "light=night" in text
-    assert f"bbox, protocol lvis, SUBSET, {what}" in compare_folders(
-        tmp_path / "a", tmp_path / "b", resamples=2
-    ).replace(PROTOCOL, "lvis")
+    compared = compare_folders(tmp_path / "a", tmp_path / "b", resamples=2).replace(PROTOCOL, "lvis")
+    assert f"bbox, protocol lvis, SUBSET, {what}" in compared and "  light=night, 1 images" in compared
 
 
 PROTOCOL = str(PROTOCOLS["lvis"])
