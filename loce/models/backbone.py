@@ -155,7 +155,7 @@ def _cached(weights: WeightsEnum) -> Path:
 class DroppedBranch(nn.Module):
     """Stochastic depth (arXiv 1603.09382) of a residual branch: of an image it is there, 1 / (1 - p) times, or not.
 
-    kept: (B,) bool, which images have it; None: all, as it is. `Backbone` draws it.
+    kept: (B,) bool, which images have it; None: all, as it is. `Backbone.draw_branches` sets it.
     """
 
     def __init__(self, p: float) -> None:
@@ -182,8 +182,24 @@ class LevelNorm(nn.LayerNorm):
         return super().forward(x).permute(0, 3, 1, 2)
 
 
-class Backbone(nn.Module):
-    """`body`, a trunk that gives four maps, and `fpn`, the pyramid on them."""
+class Levels(nn.ModuleList):
+    """A trunk's maps, a list or a dictionary, by level: "0" to "3"; each through its norm, where there are norms."""
+
+    def forward(self, maps: Mapping[str, Tensor] | Sequence[Tensor]) -> dict[str, Tensor]:
+        maps = list(maps.values()) if isinstance(maps, Mapping) else list(maps)
+        if len(self):
+            maps = [norm(level) for norm, level in zip(self, maps, strict=True)]
+        return {str(level): each for level, each in enumerate(maps)}
+
+
+class Backbone(nn.Sequential):
+    """`body`, a trunk that gives four maps, and `fpn`, the pyramid on them: images (B, 3, H, W) -> P2..P6 by name.
+
+    stochastic_depth: whether there are branches to draw before each pass, see `draw_branches`.
+    """
+
+    body: nn.Module
+    fpn: FeaturePyramidNetwork
 
     def __init__(
         self,
@@ -193,29 +209,25 @@ class Backbone(nn.Module):
         norm: Callable[..., nn.Module] | None,
     ) -> None:
         """width: channels of the pyramid; norm: of its convolutions."""
-        super().__init__()
-        self.body, self.layers = body, trunk.layers
-        self.fpn = FeaturePyramidNetwork(list(trunk.channels), width, LastLevelMaxPool(), norm)
-        of_levels = [LevelNorm(c, trunk.channels_last) for c in trunk.channels] if trunk.norm == "layer" else []
-        self.level_norms = nn.ModuleList(of_levels)
+        parts = OrderedDict(body=body)
+        if trunk.norm != "batch":
+            of_levels = [LevelNorm(c, trunk.channels_last) for c in trunk.channels] if trunk.norm == "layer" else []
+            parts["level_norms"] = Levels(of_levels)
+        parts["fpn"] = FeaturePyramidNetwork(list(trunk.channels), width, LastLevelMaxPool(), norm)
+        super().__init__(parts)
         # Stochastic depth whose random numbers are keyed by image, as all others are.
+        self.stochastic_depth = False
         for parent in list(body.modules()):
             for name, child in parent.named_children():
                 if isinstance(child, StochasticDepth):
                     setattr(parent, name, DroppedBranch(child.p))
+                    self.stochastic_depth = True
 
-    def forward(self, x: Tensor, seeds: Sequence[int | None] = ()) -> dict[str, Tensor]:
-        """P2..P6 of normalised images (B, 3, H, W). seeds: of the images' random numbers; needed in training."""
-        self._drop_branches(seeds, x.device)
-        maps = self.body(x)
-        maps = list(maps.values()) if isinstance(maps, Mapping) else list(maps)
-        if len(self.level_norms):
-            maps = [norm(level) for norm, level in zip(self.level_norms, maps, strict=True)]
-        pyramid: dict[str, Tensor] = self.fpn(OrderedDict((str(level), each) for level, each in enumerate(maps)))
-        return pyramid
+    def draw_branches(self, seeds: Sequence[int | None], device: torch.device) -> None:
+        """Draw which images have which branch; in evaluation, and in stages that do not train, all have all.
 
-    def _drop_branches(self, seeds: Sequence[int | None], device: torch.device) -> None:
-        """Draw which images have which branch; in evaluation, and in stages that do not train, all have all."""
+        seeds: of the images' random numbers; needed in training.
+        """
         branches = [
             (module, self.training and any(p.requires_grad for p in stage.parameters()))
             for stage in self.body.children()

@@ -149,7 +149,9 @@ class MaskRCNN(nn.Module):
     @record_function("backbone and pyramid")
     def features(self, batch: Tensor, seeds: Sequence[int | None] = ()) -> list[Tensor]:
         """P2..P6 of normalised images (B, 3, H, W); in training, seeds of their random numbers."""
-        return list(self.backbone(batch, seeds).values())
+        if self.backbone.stochastic_depth:
+            self.backbone.draw_branches(seeds, batch.device)
+        return list(self.backbone(batch).values())
 
     def targets_of(self, sample: dict[str, Any], batch_index: int = 0) -> Targets:
         """Ground truth on the model's device."""
