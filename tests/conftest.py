@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -9,6 +10,7 @@ import torch
 
 from loce.data.glyphs.make import GlyphOptions, make_glyphs
 from loce.utils.classes import ClassStats, frequency_groups
+from tests.deviations import TABLES, Row
 from tests.tiny_runs import CONFIG, run
 
 NO_CUDA = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
@@ -62,3 +64,32 @@ def stage1(config: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("runs") / "stage1"
     run("train.py", config, f"output={folder}")
     return folder
+
+
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    """A process of `-n` gives its deviations to the one that prints them."""
+    if hasattr(session.config, "workeroutput"):
+        session.config.workeroutput["deviations"] = {name: table.plain() for name, table in TABLES.items()}
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Deviations of the processes of `-n` are printed together."""
+    if config.pluginmanager.hasplugin("xdist"):
+        config.pluginmanager.register(Processes())
+
+
+class Processes:
+    """What pytest-xdist calls when a test process ends."""
+
+    def pytest_testnodedown(self, node: Any) -> None:
+        for name, rows in getattr(node, "workeroutput", {}).get("deviations", {}).items():
+            for stage, row in rows.items():
+                TABLES[name].keep(stage, Row(**row))
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """The tables of deviations after the tests' own summary."""
+    for name, table in TABLES.items():
+        if table.rows:
+            terminalreporter.section(f"largest deviations from numbers of the {name}")
+            terminalreporter.write_line(table.table())

@@ -2,7 +2,6 @@
 
 import math
 from collections import Counter, defaultdict
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -23,7 +22,7 @@ from loce.data.samplers import (
 )
 from loce.utils.classes import META
 from tests.data.made_annotations import content
-from tests.fixtures.newer import rule
+from tests.fixtures.newer import Authors, rule
 
 NAMES = ("uniform", "repeat_factor", "class_balanced", "bilevel")
 
@@ -108,10 +107,11 @@ def test_repeat_factors_of_their_authors():
     pairs = np.unique(data["image"] * rule.PUBLIC["C"] + data["category"])
     first = np.searchsorted(pairs // rule.PUBLIC["C"], np.arange(count + 1))
     labels = ImageLabels(np.arange(count), pairs % rule.PUBLIC["C"], first, rule.instance_counts(rule.PUBLIC))
-    wanted = dict(np.load(Path(rule.__file__).parent / "repeat.npz"))
+    wanted = Authors("repeat")
 
     def close(found, name):
-        np.testing.assert_allclose(found, wanted[f"{name}/values"][wanted[f"{name}/index"]], rtol=2e-5)
+        wanted[f"{name}/factors"] = wanted[f"{name}/values"][wanted[f"{name}/index"]]
+        wanted.close(f"{name}/factors", found)
 
     for t in (0.001, 0.01, 0.1):
         close(repeat_factors(labels, t), f"rfs/t{t}")
