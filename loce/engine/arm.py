@@ -16,7 +16,7 @@ from loce.checkpoint.save import Written, restore, save
 from loce.config import Config, UserError, diff
 from loce.data.annotations.lvis import LVISAnnotations
 from loce.engine import divergence, validation
-from loce.engine.averaging import WeightAverage
+from loce.engine.averaging import WeightAverage, average_over_ranks, batch_statistics
 from loce.engine.boards import Shown
 from loce.engine.inference import Evaluated
 from loce.engine.log import RunLog
@@ -95,8 +95,17 @@ class Arm:
             self.average.update(self.step)
 
     def averaged(self) -> AbstractContextManager[None]:
-        """In the block the model is what is evaluated: with the average of its weights, where there is one."""
+        """In the block the model is what is evaluated: with the average of its weights, where there is one.
+
+        Every rank must call.
+        """
+        self._average_over_ranks()
         return self.average.in_place() if self.average else nullcontext()
+
+    def _average_over_ranks(self) -> None:
+        """The same statistics of batch norms on all ranks."""
+        own = batch_statistics(self.model)
+        average_over_ranks([*own.values(), *(self.average.values[name] for name in own if self.average)])
 
     def write(self, lr: float) -> None:
         """A line of the log."""
@@ -131,6 +140,7 @@ class Arm:
         then UserError; written: files of the pass so far, which may be linked. DivergedError where a value is not
         finite.
         """
+        self._average_over_ranks()
         numbers = [x for x in self.model.state_dict().values() if x.is_floating_point()]
         bad = ~torch.stack([x.isfinite().all() for x in numbers]).all()
         if distributed.all_reduce_sum(bad.float()).item():  # sync: a save

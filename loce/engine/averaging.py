@@ -1,4 +1,4 @@
-"""Exponential moving average (EMA) of the weights, which is evaluated in their place.
+"""Averages over time and over ranks: EMA of the weights, which is evaluated in their place; statistics of batch norms.
 
     a <- d a + (1 - d) w,    d = min(train.ema, (1 + n) / (10 + n)) after the n-th step
 
@@ -7,7 +7,7 @@ Averaged are the parameters that train and, where they change (`model.norm=batch
 All other buffers (mean score, counts, feature memory) are states of the method and stay what they are.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from loce.models.mask_rcnn import MaskRCNN
+from loce.utils import distributed
 
 
 class WeightAverage:
@@ -53,10 +54,24 @@ class WeightAverage:
 
 def averaged_tensors(model: MaskRCNN) -> dict[str, Tensor]:
     """What is averaged, by its name in the state dict."""
-    found: dict[str, Tensor] = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    if model.config.norm == "batch":
-        for name, module in model.named_modules():
-            if isinstance(module, nn.BatchNorm2d):
-                statistics = ("running_mean", "running_var")
-                found |= {f"{name}.{statistic}": module.get_buffer(statistic) for statistic in statistics}
-    return found
+    return {name: p for name, p in model.named_parameters() if p.requires_grad} | batch_statistics(model)
+
+
+def batch_statistics(model: MaskRCNN) -> dict[str, Tensor]:
+    """Running means and variances that change (`model.norm=batch`), by name."""
+    norms = [(name, module) for name, module in model.named_modules() if isinstance(module, nn.BatchNorm2d)]
+    kinds = ("running_mean", "running_var") if model.config.norm == "batch" else ()
+    return {f"{name}.{kind}": norm.get_buffer(kind) for name, norm in norms for kind in kinds}
+
+
+@torch.no_grad()
+def average_over_ranks(tensors: Sequence[Tensor]) -> None:
+    """Put their mean over ranks in place of float tensors of the same shapes; every rank must call.
+
+    Batch norms learn from the images of their own rank. Their statistics, and averages of them, are linear in those of
+    the batches, so that it makes no difference how often this is done before they are saved or evaluated.
+    """
+    if distributed.world_size() > 1 and tensors:
+        total = distributed.all_reduce_sum(torch.cat([x.flatten() for x in tensors])) / distributed.world_size()
+        for x, mean in zip(tensors, total.split([x.numel() for x in tensors]), strict=True):
+            x.copy_(mean.view_as(x))

@@ -216,7 +216,7 @@ class Backbone(nn.Sequential):
         parts["fpn"] = FeaturePyramidNetwork(list(trunk.channels), width, LastLevelMaxPool(), norm)
         super().__init__(parts)
         # Stochastic depth whose random numbers are keyed by image, as all others are.
-        self.stochastic_depth = False
+        self.layers, self.stochastic_depth = trunk.layers, False
         for parent in list(body.modules()):
             for name, child in parent.named_children():
                 if isinstance(child, StochasticDepth):

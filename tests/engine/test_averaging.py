@@ -1,6 +1,7 @@
 """Moving average of the weights: its float64 twin, exact resume, passes, and what takes it from a checkpoint."""
 
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ from loce.engine.inference import evaluate_checkpoint, weights_hash
 from loce.engine.preflight import preflight
 from loce.engine.train import train
 from loce.models.build import build_model
+from loce.utils import distributed
 from tests.conftest import stats_of
 from tests.tiny_runs import main_file, same_run, train_here
 from tests.tiny_runs import run as script
@@ -151,3 +153,23 @@ def test_what_is_averaged() -> None:
     frozen = from_dict({"model": words, "train": {"freeze": "trunk", "init": "x"}})
     names = set(averaged_tensors(build_model(frozen, stats_of(3), pretrained=False)))
     assert names and not any(name.startswith(("backbone", "roi_heads.tracker")) for name in names)
+
+
+def test_statistics_of_batch_norms_are_those_of_all_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Their means over ranks, also of the averages, before they are evaluated or saved; frozen ones stay."""
+    model = torch.nn.Sequential(torch.nn.BatchNorm2d(3))
+    model.config = SimpleNamespace(norm="batch")
+    norm = model[0].state_dict()
+    norm["running_mean"].copy_(torch.tensor([1.0, 2.0, 3.0]))
+    norm["running_var"].fill_(2.0)
+    values = {name: 10 + x.detach() for name, x in averaged_tensors(model).items()}
+    monkeypatch.setattr(distributed, "world_size", lambda: 2)
+    monkeypatch.setattr(distributed, "all_reduce_sum", lambda own: own + 3 * own)  # the other rank has thrice as much
+    arm = object.__new__(Arm)
+    arm.model, arm.average = model, SimpleNamespace(values=values, in_place=lambda: None)
+    arm.averaged()
+    assert norm["running_mean"].tolist() == [2.0, 4.0, 6.0] and norm["running_var"].tolist() == [4.0] * 3
+    assert values["0.running_mean"].tolist() == [22.0, 24.0, 26.0] and values["0.weight"].tolist() == [11.0] * 3
+    model.config.norm = "frozen"
+    arm.averaged()
+    assert norm["running_var"].tolist() == [4.0] * 3

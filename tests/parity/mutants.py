@@ -103,22 +103,22 @@ MUTANTS = (
     Mutant(
         "box loss divided by positives",
         "models/roi_heads.py",
-        "errors_N4.abs().sum() / rois.count",
-        "errors_N4.abs().sum() / positive_N.sum().clamp(min=1)",
+        "errors_M4.abs().sum() / rois.count",
+        "errors_M4.abs().sum() / (rois.labels_N < self.num_classes).sum().clamp(min=1)",
     ),
     Mutant(
         "box loss counts unused slots",
         "models/roi_heads.py",
-        "errors_N4.abs().sum() / rois.count",
-        "errors_N4.abs().sum() / max(len(rois.labels_N), 1)",
+        "errors_M4.abs().sum() / rois.count",
+        "errors_M4.abs().sum() / max(len(rois.labels_N), 1)",
     ),
     Mutant(
         "loss with the mean score of before",
         "models/roi_heads.py",
-        "        self._update_mean_score(logits_NL, rois, sum(len(t.labels) for t in targets), positives + drawn)\n"
+        "        self._update_mean_score(logits_NL, rois, instances, self._most(sampled, rois))\n"
         "        rois.indicator = self.indicator.clone()\n",
         "        rois.indicator = self.indicator.clone()\n"
-        "        self._update_mean_score(logits_NL, rois, sum(len(t.labels) for t in targets), positives + drawn)\n",
+        "        self._update_mean_score(logits_NL, rois, instances, self._most(sampled, rois))\n",
     ),
     Mutant("one decay per class", "mean_score.py", "self.momentum**count_L", "self.momentum ** count_L.clamp(max=1)"),
     Mutant(

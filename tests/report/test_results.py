@@ -243,3 +243,9 @@ def test_the_committed_pages_are_what_the_committed_records_give(monkeypatch: py
     assert between_marks(readme, short_table(tables[0], options.data)) == readme
     with pytest.raises(ValueError, match="Table 1: begin"):
         between_marks("# no marks\n", "")
+
+
+@pytest.mark.parametrize("data", ["glyph1203", "lvis"])
+def test_the_tables_of_large_data_sets_have_rows_that_can_be_trained(data: str) -> None:
+    tables = read_tables(RunOptions(data=data))  # type: ignore[arg-type]
+    assert all(row.runs[0].config.train.epochs for table in tables for row in table.rows)

@@ -195,7 +195,7 @@ def read_table(options: RunOptions, number: int) -> Table:
             ]
             table.rows.append(Row(text, runs))
         except UserError as error:
-            problems.append(f"{source}: {error}")
+            problems.append(f"{source}: {str(error).replace(f'{source}: ', '')}")
     raise_problems(problems)
     if other:
         table.rows.sort(key=lambda row: row.text.year)
