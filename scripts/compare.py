@@ -1,6 +1,7 @@
 """Is B better than A, and where? Paired bootstrap over images of two output folders of scripts/evaluate.py.
 
-python scripts/compare.py EVAL_A EVAL_B [resamples=1000] [top=10]
+python scripts/compare.py EVAL_A EVAL_B [resamples=1000] [top=10] [output=CLASSES.csv]
+AP, calibration errors, accuracy on the true boxes (class-balanced), and both for every category, with 95% intervals.
 """
 
 import sys
@@ -9,6 +10,7 @@ from pathlib import Path
 
 from loce.config import Count, UserError, read_options, run_script
 from loce.evaluation.comparison import compare_folders
+from loce.utils.files import require_writable
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -17,6 +19,7 @@ class Options:
 
     resamples: Count = 1000  # of the bootstrap
     top: Count = 10  # categories shown that gained and that lost most
+    output: str = ""  # CSV file for the differences of all categories; empty: none
 
 
 def main() -> None:
@@ -25,7 +28,11 @@ def main() -> None:
     options = read_options(Options, [word for word in words if word not in folders])
     if len(folders) != 2:
         raise UserError(f"two folders are needed, {len(folders)} were given: {__doc__.splitlines()[2]}")
-    print(compare_folders(folders[0], folders[1], options.resamples, options.top), end="")
+    if options.output:
+        require_writable(Path(options.output).parent)
+    print(compare_folders(folders[0], folders[1], options.resamples, options.top, options.output), end="")
+    if options.output:
+        print(f"\nwrote {options.output}: every category")
 
 
 if __name__ == "__main__":

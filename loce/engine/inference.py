@@ -25,9 +25,12 @@ from loce.data.loader import Batches, eval_batches
 from loce.engine.class_facts import calibrate, posthoc_text
 from loce.engine.ranks import process_group
 from loce.evaluation.annotations import FederatedFilter, load_annotations, only_images, with_training_groups
+from loce.evaluation.lvis_ap import IOU_TYPES
 from loce.evaluation.report import RESULTS, evaluate_and_report
 from loce.evaluation.stream import DetectionWriter, read_detections
 from loce.evaluation.thresholds import read_thresholds
+from loce.evaluation.true_boxes import FILE as TRUE_BOXES
+from loce.evaluation.true_boxes import TrueBoxes
 from loce.models.detection import UNCAPPED_LIMIT
 from loce.models.mask_rcnn import MaskRCNN
 from loce.models.roi_heads import Once
@@ -39,6 +42,7 @@ from loce.utils.progress import progress
 from loce.utils.yaml_text import show
 
 ORIGIN = "origin.txt"  # beside the detections: the weights, data and options that they are of
+OF_TRUE_BOXES = ("mean_scores.csv", TRUE_BOXES)
 CHANGES_NOTHING = ("eval.batch_size", "eval.errors", "eval.slices", "eval.boundary")  # of the detections
 
 
@@ -154,7 +158,7 @@ def evaluation_folder(run: Path, old: Config, new: Config, report: Mapping[str, 
 def _fewer(folder: Path, config: Config, report: Mapping[str, Any]) -> list[str]:
     """What an evaluation with these options would not write again of that in `folder`."""
     there = json.loads(_text(folder / "evaluation.json") or "{}").get("intervals", {})
-    had = {key.partition("_")[0] for key in there}  # "segm_fixed": of a further protocol
+    had = {kind for key in there if (kind := key.partition("_")[0]) in IOU_TYPES}  # "segm_fixed": a further protocol
     kinds = report.get("iou_types") or list(had)
     return [
         *([f"iou_types={','.join(kinds)}"] if had - {*kinds} else []),
@@ -209,7 +213,7 @@ def evaluate_models(found: Sequence[Evaluated], annotations: LVISAnnotations, **
     for one, origin in zip(found, origins, strict=True):
         if distributed.is_main() and _text(one.output / ORIGIN) != origin:
             shutil.rmtree(one.output / "detections", ignore_errors=True)
-            for name in ("mean_scores.csv", "metrics.json"):
+            for name in (*OF_TRUE_BOXES, "metrics.json"):
                 (one.output / name).unlink(missing_ok=True)
             _take_over(one.output, origin)
             write_text(one.output / ORIGIN, origin)
@@ -225,12 +229,13 @@ def evaluate_models(found: Sequence[Evaluated], annotations: LVISAnnotations, **
         return
 
     # Mean scores on ground-truth boxes, once; all ranks have looked before rank 0 writes them.
-    missing = [one for one in found if not (one.output / "mean_scores.csv").exists()]
+    missing = [one for one in found if not all((one.output / name).exists() for name in OF_TRUE_BOXES)]
     distributed.barrier()
-    tables = ground_truth_scores([one.model for one in missing], config, annotations) if missing else []
+    scored = ground_truth_scores([one.model for one in missing], config, annotations) if missing else []
     distributed.barrier()
     if distributed.is_main():
-        for one, table in zip(missing, tables, strict=True):
+        for one, (boxes, table) in zip(missing, scored, strict=True):
+            boxes.save(one.output / TRUE_BOXES)
             write_text(one.output / "mean_scores.csv", table)
         truth = with_training_groups(truth, found[0].model.stats)
         for one, origin in zip(found, origins, strict=True):
@@ -249,7 +254,10 @@ def _take_over(output: Path, origin: str) -> None:
     for file in sorted(output.parent.glob(f"eval*/{ORIGIN}")):
         if _text(file) == origin:
             (output / "detections").mkdir(parents=True, exist_ok=True)
-            for done in [*file.parent.glob("detections/*.npz"), *file.parent.glob("mean_scores.csv")]:
+            for done in [
+                *file.parent.glob("detections/*.npz"),
+                *filter(Path.is_file, map(file.parent.joinpath, OF_TRUE_BOXES)),
+            ]:
                 place = output / done.relative_to(file.parent)
                 try:
                     os.link(done, place)
@@ -380,9 +388,13 @@ def _write(
 
 
 @torch.no_grad()
-def ground_truth_scores(models: Sequence[MaskRCNN], config: Config, annotations: LVISAnnotations) -> list[str]:
-    """The paper's Figures 1 and 4 as CSV, of each model: per class the mean score and the accuracy on its ground-truth
-    boxes.
+def ground_truth_scores(
+    models: Sequence[MaskRCNN],
+    config: Config,
+    annotations: LVISAnnotations,
+) -> list[tuple[TrueBoxes, str]]:
+    """What each model's classifier makes of the ground-truth boxes, and the paper's Figures 1 and 4 as CSV: per class
+    the mean score and the accuracy on them.
 
     Columns: id, name, group, training_instances (0 where unknown), boxes, mean_score, accuracy (empty without
     boxes). Ranks share the images.
@@ -391,26 +403,46 @@ def ground_truth_scores(models: Sequence[MaskRCNN], config: Config, annotations:
     dataset = TrainDataset(annotations, Path(config.data.val_images), still, 0)
     mine = annotations.train_images[distributed.rank() :: distributed.world_size()]
     batches = Batches(dataset, [[(int(i), 0)] for i in mine], len(mine), config.data.workers)
-    sums = np.zeros((len(models), 3, len(models[0].stats)))  # boxes, scores, correct
-    for samples in progress(batches, len(batches), "scores of ground-truth boxes"):
+    # Of every annotation whether it was seen, own score, best label and its score: the ranks' parts add up.
+    parts = np.zeros((len(models), 4, len(annotations.annotation_ids)), dtype=np.float32)
+    for samples in progress(batches, len(batches), "scores of ground-truth boxes", "images"):
         whole = [sample for sample in samples if "replaced" not in sample]
         if not whole:
             continue
-        once = Once()
-        for model, own in zip(models, sums, strict=True):
-            labels, scores, correct = (x.numpy() for x in model.eval().class_scores(whole, once))
-            for row, values in zip(own, (np.ones(len(labels)), scores, correct), strict=True):
-                np.add.at(row, labels, values)
-    totals = distributed.all_reduce_sum(torch.from_numpy(sums).to(models[0].pixel_mean.device)).cpu().numpy()
-    return [_score_table(model.stats, *total) for model, total in zip(models, totals, strict=True)]
+        once, rows = Once(), torch.cat([sample["rows"] for sample in whole]).numpy()
+        for model, own in zip(models, parts, strict=True):
+            _, scores, best, best_scores = (x.numpy() for x in model.eval().class_scores(whole, once))
+            own[:, rows] = np.ones(len(rows)), scores, best, best_scores
+    totals = distributed.all_reduce_sum(torch.from_numpy(parts).to(models[0].pixel_mean.device)).cpu().numpy()
+    return [_true_boxes(model.stats, annotations, *own) for model, own in zip(models, totals, strict=True)]
 
 
-def _score_table(stats: ClassStats, count: np.ndarray, score: np.ndarray, correct: np.ndarray) -> str:
+def _true_boxes(
+    stats: ClassStats,
+    annotations: LVISAnnotations,
+    seen: np.ndarray,
+    scores: np.ndarray,
+    best: np.ndarray,
+    best_scores: np.ndarray,
+) -> tuple[TrueBoxes, str]:
+    rows = np.flatnonzero(seen)
+    labels, best = annotations.labels[rows], best[rows].astype(np.int64)
+    boxes = TrueBoxes(
+        image_ids=annotations.image_ids[annotations.image_of[rows]],
+        annotation_ids=annotations.annotation_ids[rows],
+        category_ids=stats.category_ids[labels],
+        best_ids=stats.category_ids[best],
+        scores=scores[rows],
+        best_scores=best_scores[rows],
+    )
+    counts, score, correct = (
+        np.bincount(labels, values, minlength=len(stats)) for values in (None, boxes.scores, boxes.right)
+    )
     table = io.StringIO()
     writer = csv.writer(table, lineterminator="\n")
     writer.writerow(["id", "name", "group", "training_instances", "boxes", "mean_score", "accuracy"])
     for c, name in enumerate(stats.names):
-        boxes = int(count[c])
-        facts = (int(stats.category_ids[c]), name, str(stats.groups[c]), int(stats.instance_counts[c]), boxes)
-        writer.writerow([*facts, *(f"{total[c] / boxes:.6f}" if boxes else "" for total in (score, correct))])
-    return table.getvalue()
+        count = int(counts[c])
+        facts = (int(stats.category_ids[c]), name, str(stats.groups[c]), int(stats.instance_counts[c]), count)
+        writer.writerow([*facts, *(f"{total[c] / count:.6f}" if count else "" for total in (score, correct))])
+    return boxes, table.getvalue()

@@ -11,7 +11,7 @@ percentiles are shifted until their mean is the number.
 Legend: I images, K categories, B resamples, n true positives of a category at one IoU threshold, T = 10 thresholds.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
@@ -228,9 +228,12 @@ def group_means(ap: np.ndarray, frequency: np.ndarray) -> dict[str, np.ndarray]:
     return means
 
 
-def means_under(tallies: Tallies, weights: np.ndarray) -> dict[str, np.ndarray]:
-    """AP, APr, APc, APf and, where known, calibration errors (B,) when image i counts weights[i, b] times (I, B)."""
-    means = group_means(resampled_ap(tallies, weights), tallies.frequency)
+def means_under(tallies: Tallies, weights: np.ndarray, ap: np.ndarray | None = None) -> dict[str, np.ndarray]:
+    """AP, APr, APc, APf and, where known, calibration errors (B,) when image i counts weights[i, b] times (I, B).
+
+    ap: `resampled_ap` of these weights, where it is known already.
+    """
+    means = group_means(resampled_ap(tallies, weights) if ap is None else ap, tallies.frequency)
     return means if tallies.reliability is None else means | errors(weighted(tallies.reliability, weights))
 
 
@@ -241,6 +244,26 @@ def interval(values: np.ndarray, centre: float) -> tuple[float, float]:
         return float("nan"), float("nan")
     low, high = np.quantile(values, [(1 - LEVEL) / 2, (1 + LEVEL) / 2]) - values.mean() + centre
     return round(float(low), 6), round(float(high), 6)
+
+
+def difference(whole: Sequence[float], drawn: Sequence[np.ndarray], lower: bool = False) -> dict[str, float]:
+    """first, second, difference (second - first), its 95% interval low, high, and better, the share of resamples in
+    which the second is better; nan where undefined. drawn: of both, (B,); lower: the lower is the better."""
+    first, second = (float(value) for value in whole)
+    differences = drawn[1] - drawn[0]
+    low, high = interval(differences, second - first)
+    finite = differences[np.isfinite(differences)]
+    # Centred on the difference that was measured, as the interval is.
+    shifted = finite - finite.mean() + second - first if len(finite) else finite
+    wins = shifted < 0 if lower else shifted > 0
+    return {
+        "first": first,
+        "second": second,
+        "difference": second - first,
+        "low": low,
+        "high": high,
+        "better": float(wins.mean()) if len(finite) else float("nan"),
+    }
 
 
 def intervals(tallies: Tallies, resamples: int = 1000) -> dict[str, tuple[float, float]]:

@@ -1,33 +1,57 @@
-"""Comparison of two evaluations: paired bootstrap over their images, of the whole set and of slices of it.
+"""Comparison of two evaluations: paired bootstrap over their images, of the whole set, slices of it and categories.
 
 Both are resampled with the same images, so that what is hard for both cancels out. Legend: I images.
 """
 
 from collections.abc import Mapping
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
-from loce.evaluation.bootstrap import Tallies, as_they_are, draw_weights, interval, load_tallies, means_under
+from loce.evaluation.bootstrap import (
+    Tallies,
+    as_they_are,
+    difference,
+    draw_weights,
+    load_tallies,
+    means_under,
+    resampled_ap,
+)
 from loce.evaluation.calibration import NAMES as CALIBRATION
+from loce.evaluation.category_differences import (
+    Differences,
+    category_differences,
+    category_rows,
+    category_table,
+    moved,
+)
 from loce.evaluation.slices import SHOWN
+from loce.evaluation.true_boxes import KEY, NAMES, TrueBoxes, group_accuracies, read_true_boxes, resampled_accuracy
 from loce.utils.errors import UserError
-from loce.utils.files import read_csv
+from loce.utils.files import write_text
 
 HEAD = f"{'A':>8}{'B':>8}{'B - A':>9}  {'95% interval':18}B is better in"
 
 
-def compare(
+class Resampled(NamedTuple):
+    """Weights (I, 1) of the data set as it is and (I, B) of its resamples, and AP of each category under both, (K, 1)
+    and (K, B), of the first evaluation and of the second."""
+
+    once: np.ndarray
+    weights: np.ndarray
+    whole: list[np.ndarray]
+    drawn: list[np.ndarray]
+
+
+def resample_both(
     first: Tallies,
     second: Tallies,
-    resamples: int = 1000,
+    resamples: int,
     inside: np.ndarray | None = None,
-) -> dict[str, dict[str, float]]:
-    """For AP, APr, APc, APf and calibration errors: first, second, difference (second - first), its 95% interval low,
-    high, and better, the share of resamples in which the second is better (a lower error); nan where undefined.
-    inside: (I,) bool, the images of a slice that alone count.
+) -> Resampled:
+    """Both with the same images; inside: (I,) bool, the images of a slice that alone count.
 
-    Without the numbers of groups where the two put categories into different ones: these are of different categories.
     UserError when the two are not of the same images, objects, IoU type and protocol.
     """
     for name in ("image_ids", "category_ids", "object_image", "object_category", "protocol", "iou_type"):
@@ -39,32 +63,28 @@ def compare(
                 f"the two evaluations differ in {name.replace('_', ' ')}; only evaluations of the same annotation "
                 "file, type and protocol can be compared"
             )
-    # AP of the data set as it is, then of resampled images.
-    weights = draw_weights(len(first.image_ids), resamples, 0, inside)
-    whole = [means_under(tallies, as_they_are(len(weights), inside)) for tallies in (first, second)]
-    drawn = [means_under(tallies, weights) for tallies in (first, second)]
-    rows = {}
+    images = len(first.image_ids)
+    once, weights = as_they_are(images, inside), draw_weights(images, resamples, 0, inside)
+    return Resampled(once, weights, *([resampled_ap(t, w) for t in (first, second)] for w in (once, weights)))
+
+
+def compare(
+    first: Tallies,
+    second: Tallies,
+    resamples: int = 1000,
+    aps: Resampled | None = None,
+) -> dict[str, dict[str, float]]:
+    """`difference` of AP, APr, APc, APf and calibration errors; aps: of `resample_both`, where it was called already.
+
+    Without the numbers of groups where the two put categories into different ones: these are of different categories.
+    """
+    aps = resample_both(first, second, resamples) if aps is None else aps
+    whole = [means_under(one, aps.once, ap) for one, ap in zip((first, second), aps.whole, strict=True)]
+    drawn = [means_under(one, aps.weights, ap) for one, ap in zip((first, second), aps.drawn, strict=True)]
     names = [name for name in whole[0] if name in whole[1]]
     if regrouped(first, second):
         names = [name for name in names if name in ("AP", "ECE", "MCE")]
-    for name in names:
-        values = float(whole[0][name][0]), float(whole[1][name][0])
-        differences = drawn[1][name] - drawn[0][name]
-        low, high = interval(differences, values[1] - values[0])
-        finite = differences[np.isfinite(differences)]
-        # Centred on the difference that was measured, as the interval is.
-        shifted = finite - finite.mean() + values[1] - values[0] if len(finite) else finite
-        wins = shifted < 0 if name in CALIBRATION else shifted > 0
-        better = float(wins.mean()) if len(finite) else float("nan")
-        rows[name] = {
-            "first": values[0],
-            "second": values[1],
-            "difference": values[1] - values[0],
-            "low": low,
-            "high": high,
-            "better": better,
-        }
-    return rows
+    return {n: difference([w[n][0] for w in whole], [d[n] for d in drawn], n in CALIBRATION) for n in names}
 
 
 def regrouped(first: Tallies, second: Tallies) -> str:
@@ -79,8 +99,17 @@ def regrouped(first: Tallies, second: Tallies) -> str:
     )
 
 
-def compare_folders(first: str | Path, second: str | Path, resamples: int = 1000, top: int = 10) -> str:
-    """Text that compares two output folders of scripts/evaluate.py for every IoU type that both have."""
+def compare_folders(
+    first: str | Path,
+    second: str | Path,
+    resamples: int = 1000,
+    top: int = 10,
+    table: str | Path = "",
+) -> str:
+    """Text that compares two output folders of scripts/evaluate.py for every IoU type that both have.
+
+    top: categories shown that gained most and that lost most; table: a CSV file of all categories, written too.
+    """
     folders = Path(first), Path(second)
     found = []
     for folder in folders:
@@ -98,17 +127,32 @@ def compare_folders(first: str | Path, second: str | Path, resamples: int = 1000
             f"the two evaluations differ in protocol: {folders[0]} is {named[0]}, {folders[1]} is {named[1]}"
         )
     lines = [f"A: {folders[0]}", f"B: {folders[1]}"]
+    of_categories: dict[str, Differences] = {}
+    plain = None
     for kind, protocol in both:
         one, other = found[0][kind, protocol], found[1][kind, protocol]
         part = "" if one.part is None else str(one.part)
-        lines += ["", f"{kind}, protocol {protocol}, {f'SUBSET, {part}' if part else f'{len(one.image_ids):,} images'}"]
-        lines += [f"{'':6}{HEAD}", *difference_lines(compare(one, other, resamples))]
+        of = f"SUBSET, {part}" if part else f"{len(one.image_ids):,} images"
+        aps = resample_both(one, other, resamples)
+        lines += ["", f"{kind}, protocol {protocol}, {of}"]
+        lines += [f"{'':6}{HEAD}", *difference_lines(compare(one, other, resamples, aps))]
         lines += [note] if (note := regrouped(one, other)) else []
         lines += slice_differences(one, other, resamples)
-    return "\n".join(lines + moved(folders, top)) + "\n"
+        if not one.pooled:
+            plain = one, other
+            of_categories.setdefault(kind, category_differences(one, aps.whole, aps.drawn))
+    # Accuracy on the true boxes, over the same images.
+    boxes = [read_true_boxes(folder) for folder in folders]
+    if boxes[0] is not None and boxes[1] is not None and plain is not None:
+        told, of_categories[KEY] = _compare_boxes((boxes[0], boxes[1]), plain, resamples)
+        lines += ["", f"classification of the {len(boxes[0]):,} true boxes, {of}", *told]
+    kind, rows = category_rows(folders, of_categories)
+    if table:
+        write_text(table, category_table(rows))
+    return "\n".join(lines + moved(kind, rows, top)) + "\n"
 
 
-def difference_lines(rows: Mapping[str, Mapping[str, float]], indent: str = "") -> list[str]:
+def difference_lines(rows: Mapping[str, Mapping[str, float]], indent: str = "", width: int = 6) -> list[str]:
     """A line for each row of `compare`."""
     lines = []
     for name, row in rows.items():
@@ -116,8 +160,24 @@ def difference_lines(rows: Mapping[str, Mapping[str, float]], indent: str = "") 
         numbers = f"{row['first']:8.3f}{row['second']:8.3f}{row['difference']:+9.3f}"
         known = f"{numbers}  {between:18}{row['better']:.1%} of resamples"
         nothing = "no detections" if name in CALIBRATION else "no category with objects"
-        lines.append(f"{indent}{name:6}{known if np.isfinite(row['difference']) else f'{nothing:>34}'}")
+        lines.append(f"{indent}{name:{width}}{known if np.isfinite(row['difference']) else f'{nothing:>34}'}")
     return lines
+
+
+def _compare_boxes(
+    boxes: tuple[TrueBoxes, TrueBoxes], tallies: tuple[Tallies, Tallies], resamples: int
+) -> tuple[list[str], Differences]:
+    """Lines on class-balanced accuracy, and `difference` of each category by its id. tallies: of both evaluations."""
+    first = tallies[0]
+    if not np.array_equal(boxes[0].annotation_ids, boxes[1].annotation_ids):
+        return ["not compared: they are of other annotations"], {}
+    once, weights = as_they_are(len(first.image_ids)), draw_weights(len(first.image_ids), resamples, 0)
+    places = (first.image_ids, first.category_ids)
+    whole, drawn = ([resampled_accuracy(own, *places, w) for own in boxes] for w in (once, weights))
+    means = [[group_accuracies(values, first.frequency) for values in both] for both in (whole, drawn)]
+    names = list(NAMES.values())[: 1 if regrouped(*tallies) else None]  # others would be of different categories
+    rows = {n: difference([one[n][0] for one in means[0]], [one[n] for one in means[1]]) for n in names}
+    return [f"{'':12}{HEAD}", *difference_lines(rows, width=12)], category_differences(first, whole, drawn)
 
 
 def slice_differences(first: Tallies, second: Tallies, resamples: int) -> list[str]:
@@ -126,7 +186,7 @@ def slice_differences(first: Tallies, second: Tallies, resamples: int) -> list[s
     same = [key for key, inside in ours.items() if key in theirs and np.array_equal(inside, theirs[key])]
     lines = []
     for key in same:
-        rows = compare(first, second, resamples, ours[key])
+        rows = compare(first, second, resamples, resample_both(first, second, resamples, ours[key]))
         shown = {name: rows[name] for name in SHOWN if name in rows and np.isfinite(rows[name]["difference"])}
         lines += [f"  {key}, {ours[key].sum():,} images", *difference_lines(shown, "  ")]
     left_out = [key for key in dict.fromkeys([*ours, *theirs]) if key not in same]
@@ -139,26 +199,3 @@ def _slices(tallies: Tallies) -> dict[str, np.ndarray]:
     if tallies.slices is None or tallies.in_slice is None:
         return {}
     return {"=".join(key): inside for key, inside in zip(tallies.slices.tolist(), tallies.in_slice, strict=True)}
-
-
-def moved(folders: tuple[Path, Path], top: int) -> list[str]:
-    """The `top` categories that gained and that lost most AP, from per_category.csv."""
-    paths = [folder / "per_category.csv" for folder in folders]
-    for path in paths:
-        if not path.is_file():
-            raise UserError(f"{path}: no such file; give two output folders of scripts/evaluate.py")
-    tables = [read_csv(path) for path in paths]
-    if {row["iou_type"] for row in tables[0]} != {row["iou_type"] for row in tables[1]}:
-        return []  # masks in one, boxes in the other
-    pairs = [(a, b, float(b["AP"]) - float(a["AP"])) for a, b in zip(*tables, strict=True) if float(a["AP"]) >= 0]
-    pairs.sort(key=lambda pair: pair[2])
-    lines = []
-    for what, chosen in (("gained", pairs[::-1][:top]), ("lost", pairs[:top])):
-        chosen = [pair for pair in chosen if (pair[2] > 0) == (what == "gained") and pair[2] != 0]
-        lines += ["", f"categories that {what} most AP ({tables[0][0]['iou_type']}; group, objects here)"]
-        for a, b, difference in chosen:
-            group = "/".join(dict.fromkeys((a["frequency"], b["frequency"])))
-            name = f"{a['name'][:28]} ({group}, {a['instances']})"
-            lines.append(f"  {name:40}{float(a['AP']):7.3f}{float(b['AP']):7.3f}{difference:+8.3f}")
-        lines += [] if chosen else ["  none"]
-    return lines

@@ -20,10 +20,15 @@ from loce.evaluation.lost_objects import explain
 from loce.evaluation.lost_objects_report import write_errors
 from loce.evaluation.lvis_ap import IOU_TYPES, Evaluation, choose_protocol, evaluate_loaded, load_results
 from loce.evaluation.matching import Protocol
+from loce.evaluation.misses import FILE as MISSES
+from loce.evaluation.misses import write_misses
 from loce.evaluation.slices import slice_lines, slice_numbers, slice_table
 from loce.evaluation.stream import read_near_misses
 from loce.evaluation.thresholds import COLUMN as THRESHOLD
 from loce.evaluation.thresholds import best_thresholds
+from loce.evaluation.true_boxes import KEY as TRUE_BOXES
+from loce.evaluation.true_boxes import read_true_boxes
+from loce.evaluation.true_boxes_report import accuracies, accuracy_intervals, write_true_boxes
 from loce.utils.classes import GROUP_NAMES, GROUPS, ClassStats
 from loce.utils.errors import UserError
 from loce.utils.files import json_text, write_text
@@ -74,14 +79,16 @@ def evaluate_and_report(
     that of masks ("boundary").
     Writes metrics.json ({"bbox": 13 numbers, "segm": ..., "bbox_fixed": ...}), evaluation.json (what they are of),
     per_category.csv, calibration.csv and calibration.png (of the first protocol), tallies_<key>.npz (for
-    scripts/compare.py), errors.csv and errors.png. UserError for bad input, before anything is written.
+    scripts/compare.py), errors.csv and errors.png, misses.csv; of inference that classified the true boxes, too,
+    "true_boxes" in metrics.json, confusions.csv and .png. UserError for bad input, before anything is written.
     """
     # A JSON file, a folder that inference wrote (its near misses explain more) or results in memory.
-    near_misses, source = None, "results"
+    near_misses, boxes, source = None, None, "results"
     if isinstance(results, (str, Path)):
         source = str(results)
         origin = origin or source
         near_misses = read_near_misses(results) if errors and Path(results).is_dir() else None
+        boxes = read_true_boxes(Path(results).parent) if Path(results).is_dir() else None
         if not Path(results).is_dir():
             names = None
             if Path(results).is_file() and has_names_for_ids(results) and isinstance(annotations, (str, Path)):
@@ -111,8 +118,10 @@ def evaluate_and_report(
     facts = _facts(truth, detections, rules, evaluations, origin)
     facts |= {"posthoc": posthoc} if posthoc else {}
     facts["notes"] += suspicions(detections, truth, source)
+    boxes = None if boxes is None else boxes.of(truth)
+    numbers = {} if boxes is None else accuracies(boxes, truth)
     print("\n".join(header(facts)))
-    write_folder(Path(output), evaluations, facts)
+    write_folder(Path(output), evaluations, facts, numbers)
     of_slices = {}
     for key, evaluation in evaluations.items():
         tallies = tally(evaluation, parts)
@@ -127,9 +136,14 @@ def evaluate_and_report(
         write_text(Path(output) / "slices.csv", slice_table(of_slices))
     main = first["segm" if "segm" in first else "bbox"]
     print("\n".join(["", f"note: {READING}", *write_calibration(Path(output), main)]))
+    if boxes is not None:
+        spread = accuracy_intervals(boxes, truth, resamples) if resamples else {}
+        facts["intervals"][TRUE_BOXES] = spread
+        print("\n" + "\n".join(write_true_boxes(Path(output), boxes, truth, numbers, spread)))
     if errors and len(truth):
         outcomes = explain(main, detections, near_misses)
         print("\n" + "\n".join(write_errors(output, main, outcomes, detections, origin)))
+        write_misses(Path(output), main, outcomes, boxes)
     print("\n" + "\n".join(markdown(evaluations)))
     write_facts(Path(output), facts)
     if save_json:
@@ -243,14 +257,21 @@ def markdown(evaluations: Mapping[str, Evaluation]) -> list[str]:
     return lines
 
 
-def write_folder(output: Path, evaluations: Mapping[str, Evaluation], facts: Mapping[str, Any]) -> None:
+def write_folder(
+    output: Path,
+    evaluations: Mapping[str, Evaluation],
+    facts: Mapping[str, Any],
+    accuracy: Mapping[str, float],
+) -> None:
     """metrics.json, evaluation.json and per_category.csv; what an earlier evaluation left there is removed."""
-    (output / "slices.csv").unlink(missing_ok=True)
-    plain = [output / f"{name}.{kind}" for name in ("errors", "calibration") for kind in ("csv", "png")]
+    for name in ("slices.csv", MISSES):
+        (output / name).unlink(missing_ok=True)
+    plain = [output / f"{name}.{kind}" for name in ("errors", "calibration", "confusions") for kind in ("csv", "png")]
     for path in (*output.glob("tallies_*.npz"), *plain):
         path.unlink(missing_ok=True)
     metrics = {key: {**evaluation.metrics, **evaluation.calibration} for key, evaluation in evaluations.items()}
-    told: dict[str, Any] = {"posthoc": facts["posthoc"]} if "posthoc" in facts else {}
+    told: dict[str, Any] = {TRUE_BOXES: accuracy} if accuracy else {}
+    told |= {"posthoc": facts["posthoc"]} if "posthoc" in facts else {}
     told |= {"subset": facts["subset"]} if facts["subset"] else {}
     write_text(output / "metrics.json", json.dumps({**metrics, **told}, indent=2) + "\n")
     write_facts(output, facts)

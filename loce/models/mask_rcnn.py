@@ -330,8 +330,9 @@ class MaskRCNN(nn.Module):
         return {**arrays, "rles": paste_and_encode(masks_MSS, boxes_M4, original)}
 
     @torch.no_grad()
-    def class_scores(self, samples: list[dict[str, Any]], once: Once | None = None) -> tuple[Tensor, Tensor, Tensor]:
-        """Of ground-truth boxes, for the paper's Figures 1 and 4: (labels (G,), own score (G,), correct (G,))."""
+    def class_scores(self, samples: list[dict[str, Any]], once: Once | None = None) -> tuple[Tensor, ...]:
+        """Of ground-truth boxes, for the paper's Figures 1 and 4: labels, own scores; the best labels (background is
+        left out) and their scores; (G,) each."""
         once = once or Once()
         batch, _, _ = once("images", lambda: self.batch_images([s["image"] for s in samples]))
         targets = [self.targets_of(s) for s in samples]
@@ -341,7 +342,8 @@ class MaskRCNN(nn.Module):
         x_GD = once((self.backbone, roi.box_head, roi.classifier.depth), lambda: roi.features_of(pooled))
         scores_GC = roi.scores(roi.classifier(x_GD))
         own_G = scores_GC.gather(1, labels_G[:, None])[:, 0]
-        return labels_G.cpu(), own_G.cpu(), (scores_GC.argmax(dim=1) == labels_G).cpu()
+        best_scores_G, best_G = scores_GC.max(dim=1)
+        return labels_G.cpu(), own_G.cpu(), best_G.cpu(), best_scores_G.cpu()
 
     @torch.no_grad()
     def training_logits(self, samples: list[dict[str, Any]]) -> Tensor:

@@ -326,9 +326,10 @@ class TestPrediction:
         assert found["boxes"][:, 2].max() <= 120 + 1e-3 and found["boxes"][:, 3].max() <= 90 + 1e-3
 
     def test_scores_of_ground_truth_boxes(self, model, batch, empty):
-        labels, scores, correct = model.class_scores([*batch, empty])
+        labels, scores, best, best_scores = model.class_scores([*batch, empty])
         assert labels.tolist() == [0, 3, 5, 3, 4]
-        assert ((scores >= 0) & (scores <= 1)).all() and correct.dtype == torch.bool
+        assert ((scores >= 0) & (scores <= best_scores) & (best_scores <= 1)).all()
+        assert ((best == labels) == (scores == best_scores)).all() and best.max() < len(model.stats)
 
     def test_nothing_is_learned(self, model):
         before = {name: value.clone() for name, value in model.state_dict().items()}
