@@ -72,13 +72,14 @@ def compare(
     first: Tallies,
     second: Tallies,
     resamples: int = 1000,
+    inside: np.ndarray | None = None,
     aps: Resampled | None = None,
 ) -> dict[str, dict[str, float]]:
     """`difference` of AP, APr, APc, APf and calibration errors; aps: of `resample_both`, where it was called already.
 
     Without the numbers of groups where the two put categories into different ones: these are of different categories.
     """
-    aps = resample_both(first, second, resamples) if aps is None else aps
+    aps = resample_both(first, second, resamples, inside) if aps is None else aps
     whole = [means_under(one, aps.once, ap) for one, ap in zip((first, second), aps.whole, strict=True)]
     drawn = [means_under(one, aps.weights, ap) for one, ap in zip((first, second), aps.drawn, strict=True)]
     names = [name for name in whole[0] if name in whole[1]]
@@ -135,7 +136,7 @@ def compare_folders(
         of = f"SUBSET, {part}" if part else f"{len(one.image_ids):,} images"
         aps = resample_both(one, other, resamples)
         lines += ["", f"{kind}, protocol {protocol}, {of}"]
-        lines += [f"{'':6}{HEAD}", *difference_lines(compare(one, other, resamples, aps))]
+        lines += [f"{'':6}{HEAD}", *difference_lines(compare(one, other, resamples, aps=aps))]
         lines += [note] if (note := regrouped(one, other)) else []
         lines += slice_differences(one, other, resamples)
         if not one.pooled:
@@ -186,7 +187,7 @@ def slice_differences(first: Tallies, second: Tallies, resamples: int) -> list[s
     same = [key for key, inside in ours.items() if key in theirs and np.array_equal(inside, theirs[key])]
     lines = []
     for key in same:
-        rows = compare(first, second, resamples, resample_both(first, second, resamples, ours[key]))
+        rows = compare(first, second, resamples, ours[key])
         shown = {name: rows[name] for name in SHOWN if name in rows and np.isfinite(rows[name]["difference"])}
         lines += [f"  {key}, {ours[key].sum():,} images", *difference_lines(shown, "  ")]
     left_out = [key for key in dict.fromkeys([*ours, *theirs]) if key not in same]

@@ -67,7 +67,7 @@ def test_nothing_of_masks_is_built_stored_trained_or_evaluated(runs: Path) -> No
     for name in ("stage1", "loce", "softmax"):
         assert not [key for key in weights(runs / name) if "mask" in key]
         assert all("loss_box" in line and "loss_mask" not in line for line in metrics(runs / name))
-        assert list(json.loads((runs / name / "eval/metrics.json").read_text())) == ["bbox"]
+        assert list(json.loads((runs / name / "eval/metrics.json").read_text())) == ["bbox", "true_boxes"]
         assert {row["iou_type"] for row in read_csv(runs / name / "eval/per_category.csv")} == {"bbox"}
         log = (runs / name / "log.txt").read_text()
         assert "model: tiny, boxes only, " in log and "left out" not in log

@@ -66,7 +66,7 @@ def test_an_evaluation_says_that_it_was_calibrated(copied: Path) -> None:
     facts = json.loads((folder / "evaluation.json").read_text())
     assert facts["posthoc"] == told and told in facts["results"] and told in (folder / "origin.txt").read_text()
     plain = evaluate_checkpoint(copied, None, ["eval.nms=0.4"], "cpu", resamples=0)
-    assert set(json.loads((plain / "metrics.json").read_text())) == {"bbox", "segm"}
+    assert set(json.loads((plain / "metrics.json").read_text())) == {"bbox", "segm", "true_boxes"}
 
 
 def facts_of(folder: Path, *words: str):

@@ -329,7 +329,7 @@ class TestPrediction:
         labels, scores, best, best_scores = model.class_scores([*batch, empty])
         assert labels.tolist() == [0, 3, 5, 3, 4]
         assert ((scores >= 0) & (scores <= best_scores) & (best_scores <= 1)).all()
-        assert ((best == labels) == (scores == best_scores)).all() and best.max() < len(model.stats)
+        assert ((best == labels) == (scores == best_scores)).all() and best.max() < model.roi_heads.num_classes
 
     def test_nothing_is_learned(self, model):
         before = {name: value.clone() for name, value in model.state_dict().items()}
