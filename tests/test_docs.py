@@ -178,6 +178,7 @@ RUN_BY = {
     r"usage.md: python scripts/(train|finetune).py (stage1|loce|methods/\w+).yaml.*": "needs LVIS",
     r"usage.md: python scripts/evaluate.py .* save_json=true": "tests/checkpoint/test_load.py",
     r"usage.md: make predict .*": "tests/engine/test_predict.py",
+    r"(usage|export).md: python scripts/export.py .*": "tests/engine/test_export.py",
     r"(?!own_data).*: (make (report|figures)|python scripts/(report|figures).py).*": "tests/report/test_report.py",
     r"together.md: python .*": "tests/engine/test_together.py",
     r"posthoc.md: python scripts/(evaluate|predict).py .*": "tests/engine/test_calibration.py",
