@@ -20,11 +20,12 @@ from functools import partial
 from itertools import chain, pairwise
 from multiprocessing import get_context
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import numpy as np
 
 from loce.data.glyphs.characters import CHARACTERS, category_name
+from loce.data.glyphs.exports import write_export
 from loce.data.glyphs.page import draw_samples
 from loce.data.glyphs.plan import (
     VALIDATION_INSTANCES,
@@ -47,7 +48,7 @@ VERSION = 1  # of what is drawn: another number means other images
 STAMP = "glyphs.json"
 PARTIAL = ".glyphs.partial"
 PLANNING, DRAWING, VERIFYING = 0, 1, 2  # purposes of random numbers, part of their seeds
-FREE = ("out", "workers")  # options that do not change what is drawn
+FREE = ("out", "workers", "export")  # options that do not change what is drawn
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,6 +67,7 @@ class GlyphOptions:
     largest: Share = 0.36
     negatives: Fraction = 0.25  # share of the absent classes that is listed as verified absent
     workers: Count = 2  # processes
+    export: Literal["none", "voc", "yolo", "labelme"] = "none"  # OUT/voc, ...: the set in a tool's format
 
 
 CONFLICTS: tuple[Conflict, ...] = (
@@ -93,8 +95,14 @@ def make_glyphs(options: GlyphOptions) -> None:
     identity = {"version": VERSION, **{key: value for key, value in to_dict(options).items() if key not in FREE}}
     if _is_finished(folder, identity):
         print_line(f"{folder}: finished before, used as it is")
-        return
-    # Drawn in a folder of its own, which becomes the set when all is there; the stamp comes last.
+    else:
+        _write_set(options, folder, identity)
+    if options.export != "none":
+        write_export(folder, options.export)
+
+
+def _write_set(options: GlyphOptions, folder: Path, identity: Record) -> None:
+    """Draw the set into a folder of its own, which becomes `folder` when all is there; the stamp comes last."""
     partial_folder = folder / PARTIAL
     shutil.rmtree(partial_folder, ignore_errors=True)
     _draw_set(options, partial_folder)
