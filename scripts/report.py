@@ -1,8 +1,9 @@
 """The equilibrium report of one run, or of several beside each other: one HTML file that opens by double click.
 
 python scripts/report.py [RUN ...] [output=FILE.html] [pictures=6]
-Mean score, sampling probability, EBL margin and AP of every class, over time; losses; causes of lost objects;
-predictions; what produced it. Without RUN: the newest below runs/. Predictions need the data where the run found them.
+Mean score, sampling probability, EBL margin and AP of every class, over time; losses; causes of lost objects, largest
+confusions, worst misses; predictions; what produced it. Without RUN: the newest below runs/. Pictures need the data
+where the run found them.
 """
 
 import sys
@@ -21,7 +22,7 @@ class Options:
     """Report on run folders."""
 
     output: str = ""  # the HTML file; empty: report.html in the run folder, or of several in the folder of the first
-    pictures: Natural = 6  # validation images that predictions are drawn on
+    pictures: Natural = 6  # validation images that predictions are drawn on; 0: no pictures at all
 
 
 def main() -> None:
@@ -42,8 +43,7 @@ def main() -> None:
     where = runs[0].folder if len(runs) == 1 else runs[0].folder.parent
     output = Path(options.output) if options.output else where / "report.html"
     require_writable(output.parent)
-    drawn, notes = predictions(runs, options.pictures)
-    write_text(output, page(runs, drawn, notes))
+    write_text(output, page(runs, *predictions(runs, options.pictures)))
     print(f"wrote {output} ({output.stat().st_size / 2**20:.1f} MiB)")
 
 

@@ -32,6 +32,7 @@ from loce.utils.classes import GROUP_NAMES, GROUP_RGB, GROUPS, ClassStats
 from loce.utils.files import atomic_write
 
 CELL, GAP, CAPTION, TITLE, LINE = 448, 8, 26, 44, 20  # pixels: side of a picture, between two, lines of text
+CROP = 160  # pixels: side of the picture of one object
 WHITE, INK, GREY = (255, 255, 255), (40, 40, 40), (128, 128, 128)
 LUMA, BRIGHT = (0.299, 0.587, 0.114), 140  # of a colour; on brighter ones letters are dark
 SHADES = ((0.0, 0.0), (0.035, 0.08), (-0.035, -0.1), (0.035, -0.1), (-0.035, 0.08))  # of hue and lightness
@@ -292,6 +293,34 @@ def draw_detections(
     counts = [found["rles"][row] for row in rows] if "rles" in found else []
     codes = [{"size": list(image.shape[:2]), "counts": count} for count in counts]
     return draw_objects(image, boxes[rows], codes, texts, groups, labels[rows].tolist(), longest), rows
+
+
+def crop_object(
+    image: np.ndarray,
+    box: np.ndarray,
+    code: Mapping[str, Any] | None,
+    group: str,
+) -> np.ndarray:
+    """(CROP, CROP, 3) uint8 RGB: an object with what is around it, its outline in the colour of its group.
+
+    image: (H, W, 3) uint8 RGB; box: (4,) xyxy; code: run-length code of the mask, of the image's size; None: the box
+    is drawn.
+    """
+    # A square, half as large again as the object; beyond the image it is grey.
+    side = max(16, round(1.5 * float(max(box[2] - box[0], box[3] - box[1]))))
+    corner = np.round((box[:2] + box[2:]) / 2 - side / 2).astype(int)
+    shift = np.array([[1, 0, -corner[0]], [0, 1, -corner[1]]], np.float32)
+    square = cv2.warpAffine(image, shift, (side, side), flags=cv2.INTER_NEAREST, borderValue=GREY)
+    large = cv2.resize(square, (CROP, CROP), interpolation=cv2.INTER_AREA if side > CROP else cv2.INTER_LINEAR)
+    if code is None:
+        ends = ((box - np.tile(corner, 2)) * CROP / side).round().astype(int).tolist()
+        cv2.rectangle(large, tuple(ends[:2]), tuple(ends[2:]), GROUP_RGB[group], 1)
+        return large
+    mask = cv2.warpAffine(coco_mask.decode(code), shift, (side, side), flags=cv2.INTER_NEAREST)
+    mask = cv2.resize(mask, (CROP, CROP), interpolation=cv2.INTER_NEAREST)
+    contours, _ = cv2.findContours(mask, cv2.RETR_EXTERNAL, cv2.CHAIN_APPROX_SIMPLE)
+    cv2.drawContours(large, contours, -1, GROUP_RGB[group], 1)
+    return large
 
 
 def worth_drawing(boxes_N4: np.ndarray, scores_N: np.ndarray, labels_N: np.ndarray, limits: Limits) -> np.ndarray:

@@ -8,6 +8,8 @@ import io
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
+from typing import Any, NamedTuple
 
 import jinja2
 import numpy as np
@@ -17,6 +19,7 @@ from loce.data.annotations.lvis import LVISAnnotations
 from loce.engine.pictures import RULE, comparisons
 from loce.evaluation.report import READING
 from loce.report import panels
+from loce.report.crops import Crops, confusion_examples, miss_examples
 from loce.report.reading import Run
 from loce.report.states import GROUPS, KINDS, States, over_time
 from loce.utils.classes import GROUP_RGB
@@ -27,8 +30,21 @@ QUALITY = 85  # of JPEG
 Pictures = dict[str, dict[str, str]]  # image -> caption -> data URI
 
 
-def page(runs: Sequence[Run], pictures: Mapping[str, Mapping[str, str]], notes: Sequence[str]) -> str:
-    """The report as HTML. pictures: image -> caption -> data URI; notes: on what could not be drawn."""
+class Examples(NamedTuple):
+    """What crops.py gives of a run, with data URIs in place of pictures."""
+
+    confusions: Sequence[dict[str, Any]] = ()
+    misses: Sequence[dict[str, Any]] = ()
+
+
+def page(
+    runs: Sequence[Run],
+    pictures: Mapping[str, Mapping[str, str]],
+    notes: Sequence[str],
+    examples: Mapping[str, Examples] = MappingProxyType({}),
+) -> str:
+    """The report as HTML. pictures: image -> caption -> data URI; notes: on what could not be drawn; examples: of the
+    runs by their titles."""
     states = [over_time(run) for run in runs]
     # Whatever is put into the template is escaped, but for what it calls safe: style, script and script_data.
     environment = jinja2.Environment(
@@ -54,6 +70,13 @@ def page(runs: Sequence[Run], pictures: Mapping[str, Mapping[str, str]], notes: 
         over_time=any(len(found) > 1 for kinds in states for found in kinds.values()),
         kinds={name: kind for name, kind in KINDS.items() if any(name in kinds for kinds in states)},
         curves=panels.shown_curves(runs),
+        accuracy={
+            run.title + panels.subset(run): cells
+            for run in runs
+            if (cells := panels.accuracy(run, not panels.regrouped(runs)))
+        },
+        confusions=[panels.confusion_matrix(run) for run in runs],
+        examples=[examples.get(run.title, Examples()) for run in runs],
         causes=[panels.causes(run) for run in runs],
         calibration=[panels.calibration(run) for run in runs],
         reading=READING,
@@ -90,18 +113,18 @@ def script_data(runs: Sequence[Run], states: Sequence[States]) -> str:
     return json.dumps(data, separators=(",", ":"), allow_nan=False).replace("<", "\\u003c")
 
 
-def predictions(runs: Sequence[Run], count: int) -> tuple[Pictures, list[str]]:
+def predictions(runs: Sequence[Run], count: int) -> tuple[Pictures, list[str], dict[str, Examples]]:
     """At most `count` validation images with what they hold and what each run found, those with rare classes first.
 
-    And notes on what is not drawn and why.
+    And notes on what is not drawn and why; and crops of single objects, by the titles of the runs.
     """
     if not count:
-        return {}, []
+        return {}, [], {}
     # Runs with stored detections, on the same data as the first of them.
     able = [run for run in runs if any((run.folder / "eval/detections").glob("*.npz"))]
     notes = [f"{run.title}: no stored detections (eval/detections)" for run in runs if run not in able]
     if not able:
-        return {}, notes
+        return {}, notes, {}
     first = able[0]
     path, images = str(first.facts.get("annotations")), str(first.option("data", "val_images"))
     same = [run for run in able if run.facts.get("annotations") == path]
@@ -112,10 +135,20 @@ def predictions(runs: Sequence[Run], count: int) -> tuple[Pictures, list[str]]:
         found = {run.title: run.folder / "eval" for run in same}
         classes = dict(zip(first.classes.ids, zip(first.classes.names, first.classes.groups, strict=True), strict=True))
         drawn = comparisons(annotations, images, found, classes, count)
-        return {name: {k: _data_uri(picture) for k, picture in row.items()} for name, row in drawn}, [*notes, RULE]
+        pictures = {name: {k: _data_uri(picture) for k, picture in row.items()} for name, row in drawn}
+        crops = Crops(annotations, images)
+        return pictures, [*notes, RULE], {run.title: _examples(run, crops) for run in same}
     except UserError as error:
         here = "paths are relative to where the runs were started: start the report there, too"
-        return {}, [*notes, f"Not drawn: {error} ({here})"]
+        return {}, [*notes, f"Not drawn: {error} ({here})"], {}
+
+
+def _examples(run: Run, crops: Crops) -> Examples:
+    confused = [] if run.boxes is None else confusion_examples(run, run.boxes, crops)
+    for one in confused:
+        one["drawn"] = [(_data_uri(picture), caption) for picture, caption in one["drawn"]]
+    missed = [{**one, "drawn": _data_uri(one["drawn"])} for one in miss_examples(run, crops)]
+    return Examples(confused, missed)
 
 
 def _data_uri(picture: np.ndarray) -> str:

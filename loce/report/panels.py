@@ -3,7 +3,10 @@
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+import numpy as np
+
 from loce.evaluation.lost_objects import CAUSES
+from loce.evaluation.true_boxes import KEY, NAMES, confusions, largest, matrix
 from loce.report.reading import Run, Values, number
 from loce.report.states import GROUPS, KINDS, States
 from loce.utils.yaml_text import differing, dotted, show
@@ -89,6 +92,34 @@ def results(run: Run, groups: bool = True) -> list[dict[str, Any]]:
         for kind, name in ((key, key.replace(shape, what, 1).replace("_", ", ")) for key in aps)
         if kind.partition("_")[0] == shape
     ]
+
+
+def accuracy(run: Run, groups: bool = True) -> list[tuple[float | None, float | None, float | None]]:
+    """Class-balanced accuracy on the true boxes of all classes and of rare, common and frequent ones, each with the
+    ends of its interval (None: not known); groups: with those of the groups; empty where there is none."""
+    spans = (run.facts.get("intervals") or {}).get(KEY) or {}
+    found = run.aps.get(KEY) or {}
+    shown = [name for name in NAMES.values() if name in found]
+    return [
+        (found[name], *(spans.get(name) or (None, None))) if groups or name == shown[0] else (None, None, None)
+        for name in shown
+    ]
+
+
+def confusion_matrix(run: Run) -> dict[str, Any]:
+    """Of the classes of the largest confusions: heads, and rows of name, group, boxes and (boxes, share) in each
+    column, the last of which is all other classes; empty where nothing is confused, or not known."""
+    if run.boxes is None:
+        return {}
+    ids = np.sort(run.classes.ids)
+    chosen = largest(confusions(run.boxes, ids))
+    facts = dict(zip(run.classes.ids, zip(run.classes.names, run.classes.groups, strict=True), strict=True))
+    named = [facts[int(ids[k])] for k in chosen]
+    rows = []
+    for (name, group), counts in zip(named, matrix(run.boxes, ids, chosen).tolist(), strict=True):
+        cells = [(count, count / max(sum(counts), 1)) for count in counts]
+        rows.append({"name": name, "group": group, "boxes": sum(counts), "cells": cells})
+    return {"heads": [*(name for name, _ in named), "any other"], "rows": rows} if rows else {}
 
 
 def calibration(run: Run) -> list[dict[str, Any]]:

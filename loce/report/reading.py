@@ -8,6 +8,7 @@ from typing import Any
 
 from loce.checkpoint.files import finished
 from loce.checkpoint.load import Checkpoint, memory_of
+from loce.evaluation.true_boxes import KEY, TrueBoxes, read_true_boxes
 from loce.utils.errors import UserError
 from loce.utils.files import read_csv
 from loce.utils.yaml_text import load_yaml
@@ -52,8 +53,8 @@ class Run:
     snapshots, and evaluations (iteration, AP of each class): oldest first; tested, accuracy: mean score and accuracy of
     the classifier on the boxes of the validation data; metrics: lines of metrics.jsonl; aps, facts: metrics.json and
     evaluation.json of the last evaluation; others: the same of those that scripts/evaluate.py wrote beside it, by the
-    names of their folders; errors, reliability: rows of errors.csv and calibration.csv; texts: config.yaml, env.txt and
-    log.txt.
+    names of their folders; errors, reliability, misses: rows of errors.csv, calibration.csv, misses.csv; boxes: what
+    the classifier makes of the true boxes; texts: config.yaml, env.txt and log.txt.
     """
 
     folder: Path
@@ -70,6 +71,8 @@ class Run:
     others: dict[str, tuple[dict[str, Any], dict[str, Any]]] = field(default_factory=dict)
     errors: list[dict[str, str]] = field(default_factory=list)
     reliability: list[dict[str, str]] = field(default_factory=list)
+    misses: list[dict[str, str]] = field(default_factory=list)
+    boxes: TrueBoxes | None = None
     texts: dict[str, str] = field(default_factory=dict)
     missing: list[str] = field(default_factory=list)
 
@@ -111,7 +114,9 @@ def read_run(folder: Path) -> Run:
     run.aps, run.facts = _numbers(folder / "eval")
     beside = [path.parent for path in sorted(folder.glob("eval_*/metrics.json"))]
     run.others = {path.name: _numbers(path) for path in beside if not path.match(EPOCHS)}
-    run.errors, run.reliability = (_table(folder / f"eval/{name}.csv") for name in ("errors", "calibration"))
+    names = ("errors", "calibration", "misses")
+    run.errors, run.reliability, run.misses = (_table(folder / f"eval/{name}.csv") for name in names)
+    run.boxes = read_true_boxes(folder / "eval") if KEY in run.aps else None
     run.texts = {name: _text(folder / name) for name in ("config.yaml", "env.txt", "log.txt")}
     run.evaluations = _evaluations(run)
     # What is not there, so that nobody looks for it on the page.

@@ -126,7 +126,7 @@ def test_the_report_reads_boxes(runs: Path) -> None:
     run_folder = read_run(runs / "loce")
     ap = json.loads((runs / "loce/eval/metrics.json").read_text())["bbox"]["AP"]
     assert curve(run_folder, "aps")["series"]["all"] == [pytest.approx(ap, rel=1e-3)]
-    drawn, _ = predictions([run_folder], 2)
+    drawn, _, _ = predictions([run_folder], 2)
     assert [list(row) for row in drawn.values()] == [["ground truth", "loce"]] * 2
 
 

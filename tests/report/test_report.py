@@ -12,15 +12,21 @@ from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+from pycocotools import mask as coco_mask
 
 from loce.config import Config, UserError, dump
+from loce.engine.pictures import CROP, crop_object
 from loce.evaluation.lost_objects import CAUSES
 from loce.evaluation.report import READING
-from loce.report.page import page
-from loce.report.panels import POINTS, curve, most_lost
+from loce.evaluation.true_boxes import TrueBoxes
+from loce.report.crops import Crops, confusion_examples, miss_examples
+from loce.report.page import Examples, page
+from loce.report.panels import POINTS, accuracy, confusion_matrix, curve, most_lost
 from loce.report.reading import ClassFacts, Run, Snapshot, read_run
 from loce.report.states import draws, margins, over_time
+from loce.utils.classes import GROUP_RGB
 
 NAMES = ["</script><b>evil</b>", 'cup & "saucer" <x>', "it's"]
 COUNTS, GROUPS, IDS = [3, 900, 40], ["r", "f", "c"], [7, 3, 20]
@@ -293,3 +299,64 @@ def test_figures_of_a_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
     assert written == {f"figure{n}.{s}": head for n in (1, 4) for s, head in (("png", b"\x89PNG"), ("pdf", b"%PDF"))}
     with pytest.raises(UserError, match="not evaluated"):
         call(monkeypatch, "figures", tmp_path / "nothing")
+
+
+def test_accuracy_confusions_and_misses(tmp_path: Path) -> None:
+    """Of true boxes: two of class 7, one taken for 3; nine of class 3, all right."""
+    folder = write_run(tmp_path / "run")
+    assert "eval/true_boxes.npz is not there" in page([read_run(folder)], {}, [])
+    own = np.array([7, 7, *[3] * 9])
+    best, scores = np.where(np.arange(11) == 1, 3, own), np.linspace(0.5, 0.9, 11, dtype=np.float32)
+    ids = {"image_ids": np.full(11, 1), "annotation_ids": np.arange(11), "category_ids": own, "best_ids": best}
+    boxes = TrueBoxes(**ids, scores=np.where(best == own, scores, 0.25).astype(np.float32), best_scores=scores)
+    boxes.save(folder / "eval/true_boxes.npz")
+    numbers = {"segm": {"AP": 0.5}, "true_boxes": {"accuracy": 0.75, "accuracy_r": 0.5, "accuracy_c": -1}}
+    (folder / "eval/metrics.json").write_text(json.dumps(numbers))
+    spans = {"intervals": {"true_boxes": {"accuracy": [0.5, 1.0]}}}
+    (folder / "eval/evaluation.json").write_text(json.dumps(spans))
+    (folder / "eval/misses.csv").write_text(
+        "image_id,annotation_id,id,name,frequency,area_share,cause,taken_for,own_score,best,best_score\n"
+        "1,5,3,b,f,0.5,no_proposal,,0.2,b,0.2\n1,0,7,a,r,0.1,classified_as,<x>,0.2,<y>,0.4\n"
+    )
+    run = read_run(folder)
+    assert accuracy(run)[:2] == [(0.75, 0.5, 1.0), (0.5, None, None)] and accuracy(run, groups=False)[1][0] is None
+    assert confusion_matrix(run) == {
+        "heads": [NAMES[0], NAMES[1], "any other"],
+        "rows": [
+            {"name": NAMES[0], "group": "r", "boxes": 2, "cells": [(1, 0.5), (1, 0.5), (0, 0)]},
+            {"name": NAMES[1], "group": "f", "boxes": 9, "cells": [(0, 0), (9, 1), (0, 0)]},
+        ],
+    }
+
+    class Drawn(Crops):
+        def __init__(self) -> None: ...
+
+        def of(self, annotation_id: int, group: str) -> Any:
+            return annotation_id, group
+
+    (one,) = confusion_examples(run, boxes, Drawn())
+    assert one["title"] == f"{NAMES[0]} taken for {NAMES[1]}" and one["share"] == "1 of 2 boxes"
+    assert one["drawn"] == [((1, "r"), "0.54, own 0.25"), ((10, "f"), "0.90, right")]
+    first, second = miss_examples(run, Drawn())  # fewest training instances first
+    assert first["drawn"] == (0, "r") and second["drawn"] == (5, "f")
+    assert first["what"] == ("localised, but as another category: <x>; classifier at the true box: own 0.2, <y> 0.4")
+    uri = "data:,"
+    missed = [{**first, "drawn": uri}]
+    text = page([run], {}, [], {"run": Examples([{**one, "drawn": [(uri, "0.54, own 0.25")]}], missed)})
+    assert ["run", "all", "rare", "common", "frequent"] in Page(text).rows
+    assert [row for row in Page(text).rows if row[:2] == ["run", "75.0 [50.0, 100.0]"]] == [
+        ["run", "75.0 [50.0, 100.0]", "50.0", "-"]
+    ]
+    assert 'style="--share:50%"' in text and "&lt;y&gt; 0.4" in text and "<y>" not in text
+
+
+def test_a_crop_of_an_object_at_the_border() -> None:
+    image = np.full((40, 60, 3), 200, np.uint8)
+    mask = np.zeros((40, 60), np.uint8, order="F")
+    mask[0:20, 0:10] = 1
+    box = np.array([0.0, 0.0, 10.0, 20.0])
+    for code in (coco_mask.encode(mask), None):
+        drawn = crop_object(image, box, code, "r")
+        assert drawn.shape == (CROP, CROP, 3)
+        assert (drawn[0, 0] == 128).all() and (drawn[-1, -1] == 200).all()  # grey beyond the image
+        assert (drawn == GROUP_RGB["r"]).all(axis=2).sum() > 100
