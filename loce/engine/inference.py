@@ -357,7 +357,8 @@ def infer(
         distributed.barrier()  # all ranks see the same finished images before any adds one
         skip = [*set.intersection(*finished), *annotations.image_ids[list(annotations.absent)].tolist()]
         batches = eval_batches(dataset, config.eval.batch_size, config.data.workers, skip=skip)
-        for samples in progress(batches, len(batches), "inference"):
+        left = sum(map(len, batches.loader.batch_sampler or ()))
+        for samples in progress(batches, left, "inference", "images", len):
             images, scales, sizes = ([s[key] for s in samples] for key in ("image", "scale", "size"))
             image_ids = [s["image_id"] for s in samples]
             allowed, objects = None, None

@@ -87,14 +87,15 @@ def _caption(sample: Sample) -> str:
     return f"image {sample['image_id']}, {width} x {height} px, {len(sample['labels'])} objects{pasted}"
 
 
-def predictions(model: MaskRCNN, dataset: TrainDataset, evaluation: Path) -> np.ndarray:
+def predictions(model: MaskRCNN, dataset: TrainDataset, evaluation: Path | None) -> np.ndarray:
     """(H, W, 3) uint8 RGB: some validation images twice, with their annotations and with the model's detections.
 
     The same images whatever the model: in turn one with a rare, a common and a frequent class. evaluation: the folder
-    with the thresholds of its classes. One rank suffices.
+    with the thresholds of its classes; None: in training, where no score is known to mean anything, so that as many
+    detections as objects are drawn, the best. One rank suffices.
     """
     stats = model.stats
-    own = read_thresholds(evaluation, stats.category_ids, SURE)
+    own = None if evaluation is None else read_thresholds(evaluation, stats.category_ids, SURE)
     limits = Limits(SURE if own is None else own)
     least = f"a score of {SURE:g} or more" if own is None else "their class's threshold (best F1) or more"
     pictures, captions = [], []
@@ -103,6 +104,9 @@ def predictions(model: MaskRCNN, dataset: TrainDataset, evaluation: Path) -> np.
         sample = dataset[index, 0]
         height, width = sample["image"].shape[1:]
         found = model.detect([sample["image"]], [(1.0, 1.0)], [(height, width)])[0]
+        if evaluation is None:
+            limits = Limits(0.0, len(sample["labels"]))
+            least = "the best scores, as many as are annotated"
         drawn, rows = draw_detections(_pixels(sample), found, stats, limits, CELL)
         # Below the picture: how many are drawn, or the best of all where none is.
         caption = f"found: {len(rows)} with {least}"

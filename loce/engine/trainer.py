@@ -1,6 +1,7 @@
 """Trainer: data and arms of a training, and its only epoch loop."""
 
 import gc
+import time
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -141,6 +142,7 @@ class Trainer:
         train, last = self.config.train, self.total if last is None else last
         with signals.deferred():
             for epoch, end in enumerate(self.ends):
+                began = time.monotonic()
                 if self.step < min(end, last):
                     self._adapt_rates(epoch)
                 self.module.train()
@@ -168,6 +170,8 @@ class Trainer:
                         raise signals.stopped()
                 if self.step == end and validation.due(train, epoch + 1):
                     self._evaluate(epoch + 1)
+                elif self.step == end < self.total and self.saves and train.evaluate:
+                    self._draw_predictions(epoch + 1, time.monotonic() - began)
         self._end_loader()
 
     @property
@@ -226,6 +230,18 @@ class Trainer:
             runs = [arm.evaluated(f"eval_epoch_{epoch:02d}") for arm in self.arms]
             for arm, values in zip(self.arms, validation.evaluate_epoch(runs, epoch, self.step), strict=True):
                 arm.log.scalars(self.step, values)
+
+    def _draw_predictions(self, epoch: int, seconds: float) -> None:
+        """After a long epoch: a picture of what is found by now, which is long before the first evaluation."""
+        if not distributed.broadcast_text("long" if seconds >= validation.LONG else ""):
+            return
+        with signals.at_once(), self._paused():
+            for arm in self.arms:
+                with arm.averaged():
+                    if distributed.is_main():
+                        drawn = validation.draw_predictions(arm.model, arm.config, arm.folder)
+                        arm.log.show(self.step, drawn)
+                        arm.log.line(f"predictions after epoch {epoch}: {arm.folder / validation.PREDICTIONS}")
 
     def _go_on_without(self, error: NotFiniteError, lr: float) -> tuple[list[list[Losses]], bool]:
         """Report on the arms whose step is bad and drop them; the step of the others, which are as if alone."""

@@ -1,9 +1,11 @@
-"""Evaluation between epochs (`train.evaluate_every`), and the best checkpoint, which is kept beside the newest.
+"""Evaluation between epochs (`train.evaluate_every`), and the best checkpoint, which is kept beside the newest; after
+long epochs without one a picture of predictions.
 
 Best is by mask AP (box AP where masks are not evaluated) on the validation data, so its own number is too good to be
 reported: RUN/eval, and every table, is of the last checkpoint.
 """
 
+import contextlib
 import json
 import shutil
 from collections.abc import Sequence
@@ -20,6 +22,8 @@ from loce.models.mask_rcnn import MaskRCNN
 from loce.utils import distributed
 from loce.utils.files import write_text
 
+LONG = 60.0  # seconds of an epoch, from which on a picture of predictions is drawn after it
+PREDICTIONS = "predictions.jpg"  # in the run folder, after the newest long epoch
 BEST = "best.json"  # in the run folder: {"checkpoint": "checkpoints/000012300", "epoch": 3, "mask AP": 0.2} or "box AP"
 
 
@@ -44,6 +48,21 @@ def evaluate_epoch(found: Sequence[Evaluated], epoch: int, iteration: int) -> li
         shutil.rmtree(one.output / "detections", ignore_errors=True)
         note_best(one.output.parent, one.output, epoch, iteration)
     return [results(one.model, one.config, one.output, annotations) for one in found]
+
+
+def draw_predictions(model: MaskRCNN, config: Config, run: Path) -> dict[str, Shown]:
+    """RUN/predictions.jpg, what a model in training finds in some validation images, and the same for the boards.
+
+    Rank 0 only. A disk that does not take it ends no run.
+    """
+    from loce.engine.pictures import predictions, write_picture  # drawing: where a picture is due only
+
+    data = unaugmented(config.data)
+    dataset = TrainDataset(val_annotations(config), Path(data.val_images), data, config.seed)
+    picture = predictions(model, dataset, None)
+    with contextlib.suppress(OSError):
+        write_picture(run / PREDICTIONS, picture)
+    return {"predictions/validation": picture}
 
 
 def results(

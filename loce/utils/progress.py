@@ -1,4 +1,4 @@
-"""Progress display: a bar on a terminal; elsewhere plain lines with count, time left and memory.
+"""Progress display: a bar on a terminal; elsewhere plain lines with count, speed, time left and memory.
 
 Imports no torch: results of any model are evaluated without it.
 """
@@ -8,7 +8,7 @@ import resource
 import sys
 import threading
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any, TextIO, TypeVar
 
@@ -39,14 +39,20 @@ class Progress:
         if self.lines and time.monotonic() - self.printed >= SILENCE:
             self.printed = time.monotonic()
             left = eta(self.started, self.done - self.first, self.total - self.done)
-            print_line(f"{self.label}: {self.done}/{self.total} {self.unit}, eta {left}, {peak_memory():.1f} GiB")
+            print_line(f"{self._count()}, eta {left}, {peak_memory():.1f} GiB")
 
     def close(self) -> None:
         """The last line: how much in how long."""
         self.bar.close()
         if self.lines:
             took = clock(time.monotonic() - self.started)
-            print_line(f"{self.label}: {self.done}/{self.total} {self.unit} in {took}, {peak_memory():.1f} GiB")
+            print_line(f"{self._count()} in {took}, {peak_memory():.1f} GiB")
+
+    def _count(self) -> str:
+        """What is done and, once that is known, how fast."""
+        done, seconds = self.done - self.first, time.monotonic() - self.started
+        speed = f" ({done / seconds:.3g}/s)" if done and seconds > 0 else ""
+        return f"{self.label}: {self.done}/{self.total} {self.unit}{speed}"
 
 
 def bar(label: str, total: int, done: int, unit: str, shown: bool = True) -> "tqdm[Any]":
@@ -59,13 +65,22 @@ def bar(label: str, total: int, done: int, unit: str, shown: bool = True) -> "tq
     return tqdm(desc=label, total=total, initial=done, unit=f" {unit}", **size)
 
 
-def progress(items: Iterable[T], total: int, label: str, unit: str = "batches") -> Iterator[T]:
-    """The items, shown as they go by: a bar, or a line at the start, at the end and at most every 10 s between."""
+def progress(
+    items: Iterable[T],
+    total: int,
+    label: str,
+    unit: str = "batches",
+    size: Callable[[T], int] = lambda _: 1,
+) -> Iterator[T]:
+    """The items, shown as they go by: a bar, or a line at the start, at the end and at most every 10 s between.
+
+    size: units of an item, of which there are `total`.
+    """
     display = Progress(label, total, unit=unit)
     try:
         for item in items:
             yield item
-            display.advance()
+            display.advance(size(item))
     finally:
         display.close()
 

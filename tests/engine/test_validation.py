@@ -3,12 +3,15 @@
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
+from PIL import Image
 
-from loce.config import TrainConfig
+from loce.config import TrainConfig, load_config
+from loce.engine import validation
 from loce.engine.validation import best_checkpoint, due, note_best
 from tests.engine.test_resume import run_killed
-from tests.tiny_runs import TIMING, main_file, metrics, run, same_run
+from tests.tiny_runs import TIMING, main_file, metrics, run, same_run, train_here
 
 
 def test_when() -> None:
@@ -28,6 +31,19 @@ def test_the_best_so_far(tmp_path: Path) -> None:
         found.append(best_checkpoint(tmp_path))
     names = ["000000100", "000000200", "000000200", "000000200", "000000200"]
     assert found == [tmp_path / "checkpoints" / name for name in names]
+
+
+def test_a_picture_after_a_long_epoch_changes_nothing(
+    config: Path, stage1: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(validation, "LONG", 0.0)
+    train_here([load_config([str(config), f"output={tmp_path / 'run'}"])])
+    same_run(tmp_path / "run", stage1)
+    height, width = np.array(Image.open(tmp_path / "run/predictions.jpg")).shape[:2]
+    assert height > width / 2 > 400
+    told = [line for line in (tmp_path / "run/log.txt").read_text().splitlines() if "predictions" in line]
+    assert told == [f"predictions after epoch 1: {tmp_path}/run/predictions.jpg"]  # the last epoch has an evaluation
+    assert not (stage1 / "predictions.jpg").exists()
 
 
 @pytest.mark.slow
