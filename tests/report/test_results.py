@@ -188,6 +188,8 @@ def test_the_page_judges_the_claims(tmp_path: Path) -> None:
     )
     assert "| s, EBL | +2.0 / +3.6 | +2.0 / +3.6 | +2.0 / +5.4 | +2.0 / +5.5 | +2.0 / +0.6 |" in text
     assert "The sign agrees in 18 of 20. By mask AP: here P(y), EBL + MFS > s, EBL + MFS > s, MFS > s, EBL" in text
+    assert "| LOCE - softmax | 3 | +4.0 [+4.0, +4.0] | - |" in text  # Table 10; these records have no measures
+    assert re.search(r"\| LOCE \| 3 \| 24.1 \[2\d.\d, 2\d.\d\] \| - \|", text)
     assert "different checkpoints" not in text
     loce = read_tables(options)[0].rows[3].runs[1]
     leave(loce, {**json.loads(loce.record.read_text()), "start": "elsewhere"})

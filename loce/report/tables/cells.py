@@ -29,6 +29,11 @@ def estimated(found: Estimate | None) -> str:
     return f"{found.mean:.1f} ± {found.deviation:.1f}" if found.seeds > 1 else f"{found.mean:.1f}"
 
 
+def with_interval(found: Estimate | None) -> str:
+    """ "28.1 [27.2, 29.0]"; "-" of no classes."""
+    return f"{found.mean:.1f} [{found.low:.1f}, {found.high:.1f}]" if found else "-"
+
+
 def published(values: Sequence[float]) -> list[str]:
     """Numbers of a publication; "-" where there is none."""
     return ["-" if value == UNKNOWN else f"{value:.1f}" for value in values]

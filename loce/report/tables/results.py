@@ -5,12 +5,21 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from loce.report.figures import score_figure
-from loce.report.tables.cells import estimated, in_short, markdown_table, published, schedule, speed
+from loce.report.tables.cells import (
+    estimated,
+    in_short,
+    markdown_table,
+    published,
+    schedule,
+    speed,
+    with_interval,
+)
 from loce.report.tables.claims import answers, claims
 from loce.report.tables.rows import COLUMNS, MEASURES, PEERS, UNKNOWN, Records, Row, RunOptions, Table, read_table
 from loce.report.tables.statistics import difference, metric, score_tracks_accuracy
 
-TABLES = {"glyphs": (1, 2, 3, 4, 5, 6, 7, 8, 9), "glyph1203": (1, 2, 3, 4, 5, 6, 8), "lvis": (1, 2, 3, 4, 5, 6, 8)}
+TABLES = {"glyphs": (1, 2, 3, 4, 5, 6, 7, 8, 9, 10), "glyph1203": (1, 2, 3, 4, 5, 6, 8), "lvis": (1, 2, 3, 4, 5, 6, 8)}
+MEASURED = 10  # the table of MEASURES
 MARKS = ("<!-- Table 1: begin -->\n", "<!-- Table 1: end -->\n")
 DATA = {"glyphs": "Glyph-50", "glyph1203": "Glyph-1203", "lvis": "LVIS v1"}  # as readers know them
 SOFTMAX = ("baseline", "softmax", "softmax, one stage")  # rows
@@ -52,6 +61,9 @@ def page(tables: list[Table], options: RunOptions) -> str:
         lines += ["", *answers(table, table.title)] if any(row.text.question for row in table.rows) else []
     for table in tables:
         lines += ["", f"## Table {table.number}: {table.title}", ""]
+        if table.number == MEASURED:
+            lines += measures_table(table)
+            continue
         lines += whole_table(table, tables[0].records("baseline"), tables[0].records("s, EBL + MFS"))
         lines += closed(table)
         lines += beside_the_paper(table) if table.number in (1, *PEERS) else []
@@ -96,6 +108,21 @@ def whole_table(table: Table, softmax: Records, loce: Records) -> list[str]:
             ]
         )
     return markdown_table([*head, "speed, memory"] if set(costs) != {"-"} else head, rows)
+
+
+def measures_table(table: Table) -> list[str]:
+    """AP and MEASURES of masks with their intervals, then what LOCE's differ from each row's."""
+    names, rows, loce = ("AP", *MEASURES), [], table.records("LOCE")
+    for row in table.rows:
+        found = [metric(row.records, name) for name in names]
+        rows.append([row.text.name, str(len(row.records)), *(with_interval(value) for value in found)])
+    for row in table.rows:
+        found = [difference(loce, row.records, name) for name in names]
+        if row.text.name != "LOCE" and any(found):
+            rows.append(
+                [f"LOCE - {row.text.name}", str(found[0].seeds if found[0] else 0), *(str(v or "-") for v in found)]
+            )
+    return markdown_table(["", "seeds", *names], rows)
 
 
 def beside_the_paper(table: Table) -> list[str]:
