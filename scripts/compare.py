@@ -1,6 +1,6 @@
-"""Is B better than A, and where? Paired bootstrap over images of two output folders of scripts/evaluate.py.
+"""Is B better than A, and where? Paired bootstrap over images of two runs, or output folders of scripts/evaluate.py.
 
-python scripts/compare.py EVAL_A EVAL_B [resamples=1000] [top=10] [output=CLASSES.csv]
+python scripts/compare.py A B [resamples=1000] [top=10] [output=CLASSES.csv]
 AP, calibration errors, accuracy on the true boxes (class-balanced), and both for every category, with 95% intervals.
 """
 

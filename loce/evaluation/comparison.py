@@ -107,11 +107,11 @@ def compare_folders(
     top: int = 10,
     table: str | Path = "",
 ) -> str:
-    """Text that compares two output folders of scripts/evaluate.py for every IoU type that both have.
+    """Text that compares two output folders of scripts/evaluate.py, or runs with one, for every IoU type of both.
 
     top: categories shown that gained most and that lost most; table: a CSV file of all categories, written too.
     """
-    folders = Path(first), Path(second)
+    folders = _evaluation(Path(first)), _evaluation(Path(second))
     found = []
     for folder in folders:
         files = sorted(folder.glob("tallies_*.npz"))
@@ -151,6 +151,11 @@ def compare_folders(
     if table:
         write_text(table, category_table(rows))
     return "\n".join(lines + moved(kind, rows, top)) + "\n"
+
+
+def _evaluation(folder: Path) -> Path:
+    """The folder, or its eval/ where it is that of a run."""
+    return folder / "eval" if (folder / "config.yaml").is_file() and (folder / "eval").is_dir() else folder
 
 
 def difference_lines(rows: Mapping[str, Mapping[str, float]], indent: str = "", width: int = 6) -> list[str]:

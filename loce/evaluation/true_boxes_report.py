@@ -1,5 +1,6 @@
 """Report of the true boxes' classification: accuracy by group, confusions.csv, confusions.png (the largest ones)."""
 
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -96,5 +97,6 @@ def draw(boxes: TrueBoxes, truth: GroundTruth, found: list[Confusion], path: Pat
     axes.set_xlabel("highest score, percent of the boxes of a row")
     part = f"\nSUBSET, {truth.part}" if truth.part else ""
     axes.set_title(f"Largest confusions of the true boxes{part}", fontsize=10)
-    with atomic_write(path) as temporary:
+    with atomic_write(path) as temporary, warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Glyph")  # letters that matplotlib's font lacks are empty boxes
         figure.savefig(temporary, dpi=110)

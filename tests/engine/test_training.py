@@ -49,7 +49,7 @@ def test_a_run_leaves_everything_that_is_promised(stage1: Path) -> None:
     log = (stage1 / "log.txt").read_text()
     assert "expected end: the run is over before" in log and re.search(r"disk: up to [\d.]+ MB .* are free", log)
     found = json.loads((stage1 / "eval/metrics.json").read_text())
-    assert set(found) == {"bbox", "segm"} and all(-1 <= value <= 1 for value in found["segm"].values())
+    assert set(found) == {"bbox", "segm", "true_boxes"} and all(-1 <= value <= 1 for value in found["segm"].values())
 
 
 def test_stage_2_trains_the_four_parts_and_nothing_else(stage1: Path, stage2: Path) -> None:

@@ -180,6 +180,10 @@ def test_paired_differences_of_accuracy_and_categories(tmp_path: Path) -> None:
         # Three images say nothing of how much a category's number would move.
         assert bool(row["accuracy_low"]) == bool(row["AP_low"]) == (k < 2)
     assert FEWEST > 3 and rows[3]["AP_A"] == rows[3]["accuracy_A"] == ""
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run/config.yaml").write_text("")
+    (tmp_path / "run/eval").symlink_to(tmp_path / "a")
+    assert compare_folders(tmp_path / "run", tmp_path / "b", 5).startswith(f"A: {tmp_path}/run/eval\n")
     other = replace(better, annotation_ids=better.annotation_ids + 1)
     other.save(tmp_path / "b" / FILE)
     assert "not compared: they are of other annotations" in compare_folders(tmp_path / "a", tmp_path / "b", 5)
