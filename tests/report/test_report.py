@@ -17,6 +17,7 @@ import pytest
 from pycocotools import mask as coco_mask
 
 from loce.config import Config, UserError, dump
+from loce.data.annotations.lvis import LVISAnnotations
 from loce.engine.pictures import CROP, crop_object
 from loce.evaluation.lost_objects import CAUSES
 from loce.evaluation.report import READING
@@ -360,3 +361,12 @@ def test_a_crop_of_an_object_at_the_border() -> None:
         assert drawn.shape == (CROP, CROP, 3)
         assert (drawn[0, 0] == 128).all() and (drawn[-1, -1] == 200).all()  # grey beyond the image
         assert (drawn == GROUP_RGB["r"]).all(axis=2).sum() > 100
+
+
+@pytest.mark.parametrize("masks", [True, False])
+def test_crops_of_a_data_set(glyphs: Path, masks: bool) -> None:
+    annotations = LVISAnnotations.open(glyphs / "annotations/val.json", masks=masks)
+    crops = Crops(annotations, str(glyphs))
+    for number in annotations.annotation_ids[:3].tolist():
+        drawn = crops.of(number, "c")
+        assert drawn.shape == (CROP, CROP, 3) and (drawn == GROUP_RGB["c"]).all(axis=2).sum() > 50
