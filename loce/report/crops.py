@@ -15,7 +15,7 @@ from loce.evaluation.true_boxes import TrueBoxes, confusions
 from loce.report.reading import Run
 
 PAIRS, EACH, RIGHT = 8, 4, 1  # confusions, crops of each, and of the class that it is taken for
-MISSES, OF_CLASS = 12, 2  # misses in all, and of a class
+MISSES, OF_CLASS = 10, 2  # misses in all, and of a class
 
 
 class Crops:
@@ -75,7 +75,8 @@ def miss_examples(run: Run, crops: Crops) -> list[dict[str, Any]]:
         if seen[number] == OF_CLASS or len(found) == MISSES:
             continue
         seen[number] += 1
-        what = CAUSES[row["cause"]] + (f": {row['taken_for']}" if row["taken_for"] else "")
+        other = f": {row['taken_for']}" if row["cause"] == "classified_as" else f" (best there: {row['taken_for']})"
+        what = CAUSES[row["cause"]] + other * bool(row["taken_for"])
         own = float(row["own_score"] or "nan")
         best = "" if row["best"] == row["name"] else f", {row['best']} {float(row['best_score'] or 'nan'):.2g}"
         scores = f"; classifier at the true box: own {own:.2g}{best}" if row["best"] else ""
