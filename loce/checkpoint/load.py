@@ -283,15 +283,8 @@ def memory_state(model: MaskRCNN) -> dict[str, Tensor]:
 
 def stats_to_dict(stats: ClassStats) -> dict[str, Any]:
     """Plain lists and numbers, for a checkpoint."""
-    return {
-        "names": list(stats.names),
-        "category_ids": stats.category_ids.tolist(),
-        "image_counts": stats.image_counts.tolist(),
-        "instance_counts": stats.instance_counts.tolist(),
-        "groups": stats.groups.tolist(),
-        "image_total": stats.image_total,
-        "file_images": stats.file_images,
-    }
+    plain = {name: value.tolist() if isinstance(value, np.ndarray) else value for name, value in vars(stats).items()}
+    return {**plain, "names": list(stats.names)}
 
 
 def stats_from_dict(values: dict[str, Any]) -> ClassStats:

@@ -126,7 +126,10 @@ def save(
         every = _write_all(folder, parts, main, written)
     problems = [file["problem"] for file in every if "problem" in file]
     if distributed.is_main() and not problems:
-        _tidy(run, folder, config.train.keep_checkpoints, best)
+        try:
+            files.tidy(run, folder, config.train.keep_checkpoints, best)
+        except OSError as error:
+            print_line(f"WARNING: an old checkpoint could not be deleted: {error}")
     size = sum(file.get("bytes", 0) for file in every if "linked" not in file)
     return Saved(folder, problems, size, time.monotonic() - started)
 
@@ -172,18 +175,6 @@ def _make_room(run: Path, folder: Path, best: Path | None) -> bool:
         with contextlib.suppress(OSError):
             freed = files.tidy(run, there[0], 1, best)
     return bool(distributed.broadcast_text("freed" if freed else ""))
-
-
-def _tidy(
-    run: Path,
-    folder: Path,
-    keep: int,
-    best: Path | None,
-) -> None:
-    try:
-        files.tidy(run, folder, keep, best)
-    except OSError as error:
-        print_line(f"WARNING: an old checkpoint could not be deleted: {error}")
 
 
 def checkpoint_bytes(runs: Sequence[tuple[Config, MaskRCNN]], count: int = 1) -> int:
@@ -244,7 +235,9 @@ def newest_of_all(runs: Sequence[Path]) -> list[Path | None]:
     if len({path and path.name for path in found}) == 1:
         return found
     going = [n for n, path in enumerate(found) if path is None or Checkpoint.open(path, checked=True).unfinished]
-    there = json.loads(distributed.broadcast_text(json.dumps([_undamaged(runs[n]) for n in going])))
+    held = [files.finished(runs[n]) if distributed.is_main() else [] for n in going]
+    undamaged = [[folder.name for folder in folders if not files.damage(folder)] for folders in held]  # newest first
+    there = json.loads(distributed.broadcast_text(json.dumps(undamaged)))
     common = next((name for name in there[0] if all(name in names for names in there)), "") if there else ""
     for run, names in zip((runs[n] for n in going), there, strict=True):
         ahead = [name for name in names if name > (common or f"{0:09d}")]
@@ -259,12 +252,6 @@ def newest_of_all(runs: Sequence[Path]) -> list[Path | None]:
         name = common or (f"{0:09d}" if f"{0:09d}" in names else "")
         found[n] = runs[n] / "checkpoints" / name if name else None
     return found
-
-
-def _undamaged(run: Path) -> list[str]:
-    """The names of a run's checkpoints, newest first. Rank 0 only; elsewhere none."""
-    there = files.finished(run) if distributed.is_main() else []
-    return [folder.name for folder in there if not files.damage(folder)]
 
 
 def newest(run: Path) -> Path | None:
@@ -314,7 +301,8 @@ def restore(
         set_rng_state(own[0]["rng"], device)
         model.roi_heads.classifier.load_state_dict(own[0]["head"], strict=False)
     else:
-        torch.manual_seed(_fresh_seed(config.seed, main.state["iteration"], distributed.rank()))
+        fresh = np.random.SeedSequence([config.seed, main.state["iteration"], distributed.rank()])
+        torch.manual_seed(int(fresh.generate_state(1, np.uint64)[0]))
         lines.append(f"{before} processes before, {now} now: the batches stay the same, random numbers begin anew")
         lines += [f"head: the {name} of process 0 are on every process" for name in model.roi_heads.classifier.of_rank]
 
@@ -344,15 +332,8 @@ def restore(
             left_out = f"; {lost} rows were left out, the oldest where a class had too many" if ring else ""
             lines.append(f"feature memory: {how}{left_out}")
         unpack(packed, bank)
-    return {**main.state, "window": _mean_window([part["window"] for part in own])}, lines
-
-
-def _fresh_seed(seed: int, iteration: int, rank: int) -> int:
-    return int(np.random.SeedSequence([seed, iteration, rank]).generate_state(1, np.uint64)[0])
-
-
-def _mean_window(windows: list[dict[str, Tensor]]) -> dict[str, Tensor]:
-    """Losses that wait for the log: this rank's own, or the mean over the ranks there were."""
-    if len(windows) == 1:
-        return windows[0]
-    return {name: torch.stack([window[name].float() for window in windows]).mean(0) for name in windows[0]}
+    # Losses that wait for the log: this rank's own, or the mean over the ranks there were.
+    window = own[0]["window"]
+    if len(own) > 1:
+        window = {name: torch.stack([part["window"][name].float() for part in own]).mean(0) for name in window}
+    return {**main.state, "window": window}, lines

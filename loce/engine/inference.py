@@ -371,21 +371,11 @@ def infer(
                 detections = one.model.detect(images, scales, sizes, allowed, objects, once)
                 for image_id, size, detected in zip(image_ids, sizes, detections, strict=True):
                     if image_id not in there:
-                        _write(writer, image_id, size, detected, category_ids)
-
-
-def _write(
-    writer: DetectionWriter,
-    image_id: int,
-    size: tuple[int, int],
-    found: dict[str, Any],
-    category_ids: torch.Tensor,
-) -> None:
-    near_misses = found.get("near_misses")
-    if near_misses is not None:
-        near_misses = {kind: (b, s, category_ids[labels]) for kind, (b, s, labels) in near_misses.items()}
-    ids = category_ids[found["labels"]]
-    writer.add(image_id, found["boxes"], found["scores"], ids, found.get("rles"), size, near_misses, found.get("ranks"))
+                        misses = detected.get("near_misses")
+                        if misses is not None:
+                            misses = {kind: (b, s, category_ids[own]) for kind, (b, s, own) in misses.items()}
+                        ids, more = category_ids[detected["labels"]], (detected.get("rles"), size, misses)
+                        writer.add(image_id, detected["boxes"], detected["scores"], ids, *more, detected.get("ranks"))
 
 
 @torch.no_grad()

@@ -42,7 +42,7 @@ LARGEST = 4096  # pixels of the long side, beyond which nothing is enlarged
 LONGEST_NAME = 60  # letters
 FIRST, PREDICTED = 16, 8  # training samples, and validation images, on a sheet
 Colour = tuple[int, int, int]
-
+_truetype = cache(ImageFont.truetype)
 
 SURE, COMPARED_FROM = 0.3, 0.1  # scores drawn where no evaluation chose thresholds; of runs that are compared
 
@@ -358,7 +358,11 @@ def draw_objects(
     line = max(1, round(pixels / 15))
     corners = (boxes * scale).round().astype(int).tolist()
     colours = [shade(group, label) for group, label in zip(groups, labels, strict=True)]
-    points = [_label_points(*box) for box in corners]  # of each object, where its label may be
+    # Where the label of each object may be: over its box's top left corner, within it, below, beside.
+    points: list[Points] = [
+        [(x1, y1, 0, 1), (x1, y1, 0, 0), (x1, y2, 0, 0), (x2, y1, 0, 0), (x1, y1, 1, 0), (x2, y2, 0, 1)]
+        for x1, y1, x2, y2 in corners
+    ]
     for place in reversed(range(len(boxes))):  # the best on top
         colour = colours[place]
         if len(codes) and codes[place] is not None:
@@ -393,14 +397,8 @@ def shade(group: str, label: int) -> Colour:
     return round(255 * red), round(255 * green), round(255 * blue)
 
 
-Points = list[
-    tuple[float, float, float, float]
-]  # x, y of an object, and which share of a plate lies left of and above it
-
-
-def _label_points(x1: int, y1: int, x2: int, y2: int) -> Points:
-    """Where the label of a box may be: over its top left corner, within it, below, beside."""
-    return [(x1, y1, 0, 1), (x1, y1, 0, 0), (x1, y2, 0, 0), (x2, y1, 0, 0), (x1, y1, 1, 0), (x2, y2, 0, 1)]
+# x, y of an object, and which share of a plate lies left of and above it
+Points = list[tuple[float, float, float, float]]
 
 
 def _mask_points(outline: np.ndarray) -> Points:
@@ -469,7 +467,7 @@ def _letters(text: str, pixels: int) -> tuple[str, ImageFont.FreeTypeFont]:
     text = " ".join(unicodedata.normalize("NFC", text).split())
     if not _font_file(text):
         text = text.encode("ascii", "replace").decode()
-    return text, _font(_font_file(text), pixels)
+    return text, _truetype(_font_file(text), pixels)
 
 
 @cache
@@ -496,8 +494,3 @@ def _characters(file: str) -> frozenset[int]:
         return frozenset(FT2Font(file).get_charmap())
     except (OSError, RuntimeError):
         return frozenset()
-
-
-@cache
-def _font(file: str, pixels: int) -> ImageFont.FreeTypeFont:
-    return ImageFont.truetype(file, pixels)

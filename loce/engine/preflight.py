@@ -18,8 +18,6 @@ from loce.config import (
     LENGTHENED,
     MAY_CHANGE,
     Config,
-    DataConfig,
-    TrainConfig,
     UserError,
     diff,
     from_dict,
@@ -59,11 +57,11 @@ def preflight(*configs: Config) -> Iterator[Ready]:
     """
     problems: list[str] = []
 
-    def attempt(check: Callable[[], T]) -> T | None:
+    def attempt(check: Callable[[], T], message: str = "{}") -> T | None:
         try:
             return check()
         except UserError as error:
-            problems.append(str(error))
+            problems.append(message.format(error))
             return None
 
     # The run folders: whose they are, and that nobody else writes into them.
@@ -83,7 +81,7 @@ def preflight(*configs: Config) -> Iterator[Ready]:
         attempt(lambda: check_resume(train.resume, folder, checkpoint))  # noqa: B023
     begins = None in found
     if begins and init:
-        attempt(lambda: _check_init(init))
+        attempt(lambda: main_file(Path(init)), "train.init = {}; stage 1 comes first: scripts/train.py stage1.yaml")
     if begins and not init and main:
         attempt(lambda: require_cache(config.model))
     if train.wandb and main:
@@ -95,7 +93,10 @@ def preflight(*configs: Config) -> Iterator[Ready]:
             attempt(lambda: head_files(each, data))  # noqa: B023
     if train.evaluate and (val := attempt(lambda: val_annotations(config))) is not None and data is not None:
         attempt(lambda: check_evaluation(config, val, data.stats, "the training data"))
-        annotations = _with_overlap(config.data, data, val)
+        if both := images_in_both(data, val, config.data.train_images, config.data.val_images):
+            seen = f"(the first: {both[0]}): no result of unseen images"
+            note = f"WARNING: {len(both)} images are in {val.path}, too {seen}"
+            annotations = replace(data, notes=[*data.notes, note])
 
     # All ranks together: one list of everything.
     try:
@@ -125,7 +126,11 @@ def check_run_folder(folder: Path, config: Config) -> None:
         return
     there = from_dict(load_yaml(file.read_text(encoding="utf-8"), str(file)), str(file))
     old, new = diff(config, there), diff(there, config)
-    allowed = MAY_CHANGE | ({*LENGTHENED} if _is_longer(there.train, config.train) else set())
+    # A longer run is the same training that goes on for more epochs: it keeps its drops.
+    epochs, drops, now = there.train.epochs, there.train.drops, config.train
+    further = now.drops[len(drops) :]
+    same = now.drops[: len(drops)] == drops and all(drop >= epochs for drop in further)
+    allowed = MAY_CHANGE | ({*LENGTHENED} if now.epochs > epochs and same else set())
     lines = [f"  {key}: {show(old[key])} there, {show(new[key])} now" for key in new if key not in allowed]
     if {*new} - allowed <= {*LENGTHENED} and lines:
         lines.append(f"  (a longer run keeps its drops; further ones are after epoch {there.train.epochs} or later)")
@@ -134,13 +139,6 @@ def check_run_folder(folder: Path, config: Config) -> None:
             f"output = {folder}: holds another run, which is not overwritten. What differs:\n" + "\n".join(lines) + "\n"
             f"Go on with that run by giving its values, choose another folder with output=..., or delete {folder}."
         )
-
-
-def _is_longer(there: TrainConfig, now: TrainConfig) -> bool:
-    """Whether a training is the same, but goes on for more epochs."""
-    further = now.drops[len(there.drops) :]
-    same = now.drops[: len(there.drops)] == there.drops and all(drop >= there.epochs for drop in further)
-    return now.epochs > there.epochs and same
 
 
 def check_resume(resume: str, folder: Path, found: Path | None) -> None:
@@ -152,23 +150,6 @@ def check_resume(resume: str, folder: Path, found: Path | None) -> None:
         )
     if resume == "must" and found is None:
         raise UserError(f"train.resume = must: {folder} has no finished checkpoint to go on from; check output=...")
-
-
-def _check_init(init: str) -> None:
-    """UserError where there is no checkpoint to start from."""
-    try:
-        main_file(Path(init))
-    except UserError as error:
-        raise UserError(f"train.init = {error}; stage 1 comes first: scripts/train.py stage1.yaml") from None
-
-
-def _with_overlap(data: DataConfig, train: LVISAnnotations, val: LVISAnnotations) -> LVISAnnotations:
-    """The training annotations, with a note where evaluation will use images that training has seen."""
-    both = images_in_both(train, val, data.train_images, data.val_images)
-    if not both:
-        return train
-    note = f"WARNING: {len(both)} images are in {val.path}, too (the first: {both[0]}): no result of unseen images"
-    return replace(train, notes=[*train.notes, note])
 
 
 class RunLock:

@@ -7,7 +7,6 @@ import stat
 import sys
 import time
 from collections.abc import Callable, Iterable, Sequence
-from typing import TextIO
 
 FEW = 5  # examples of anything that a message names
 
@@ -67,7 +66,8 @@ def run_script(main: Callable[[], None]) -> None:
         finally:
             sys.stdout.flush()
     except BrokenPipeError:
-        if not _nobody_reads(sys.stdout):
+        # A pipe whose other end is closed is "readable".
+        if not (stat.S_ISFIFO(os.fstat(sys.stdout.fileno()).st_mode) and select.select([sys.stdout], [], [], 0)[0]):
             raise
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for what Python writes when it ends
         if {"-h", "--help"} & {*sys.argv}:
@@ -78,11 +78,6 @@ def run_script(main: Callable[[], None]) -> None:
 def expand_home(text: str) -> str:
     """`~`, `~/x` and `~anna/x` as paths in somebody's home directory; as they are where there is none."""
     return os.path.expanduser(text) if os.environ.get("HOME") != "" else text
-
-
-def _nobody_reads(stream: TextIO) -> bool:
-    """Whether a stream is a pipe whose other end is closed, which makes it "readable"."""
-    return stat.S_ISFIFO(os.fstat(stream.fileno()).st_mode) and bool(select.select([stream], [], [], 0)[0])
 
 
 def _run(main: Callable[[], None]) -> None:

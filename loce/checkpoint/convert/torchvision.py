@@ -16,7 +16,6 @@ from loce.checkpoint.convert.source import (
     Format,
     MaskPredictor,
     Source,
-    Weights,
     architecture,
     bare_stats,
     check,
@@ -28,27 +27,14 @@ from loce.models.torchvision_classes import coco_rows
 from loce.utils.classes import ClassStats
 from loce.utils.yaml_text import show
 
+PYRAMID = tuple((part, level) for part in ("inner_blocks", "layer_blocks") for level in range(4))
 FORMAT = Format(
     name="torchvision",
     mark="roi_heads.box_predictor.",
     table={  # where a part has two names, the second is that of files written before torchvision 0.13
         "backbone.body": "backbone.body",
-        "backbone.fpn.inner_blocks.0.0": "backbone.fpn.inner_blocks.0.0",
-        "backbone.fpn.inner_blocks.1.0": "backbone.fpn.inner_blocks.1.0",
-        "backbone.fpn.inner_blocks.2.0": "backbone.fpn.inner_blocks.2.0",
-        "backbone.fpn.inner_blocks.3.0": "backbone.fpn.inner_blocks.3.0",
-        "backbone.fpn.inner_blocks.0": "backbone.fpn.inner_blocks.0.0",
-        "backbone.fpn.inner_blocks.1": "backbone.fpn.inner_blocks.1.0",
-        "backbone.fpn.inner_blocks.2": "backbone.fpn.inner_blocks.2.0",
-        "backbone.fpn.inner_blocks.3": "backbone.fpn.inner_blocks.3.0",
-        "backbone.fpn.layer_blocks.0.0": "backbone.fpn.layer_blocks.0.0",
-        "backbone.fpn.layer_blocks.1.0": "backbone.fpn.layer_blocks.1.0",
-        "backbone.fpn.layer_blocks.2.0": "backbone.fpn.layer_blocks.2.0",
-        "backbone.fpn.layer_blocks.3.0": "backbone.fpn.layer_blocks.3.0",
-        "backbone.fpn.layer_blocks.0": "backbone.fpn.layer_blocks.0.0",
-        "backbone.fpn.layer_blocks.1": "backbone.fpn.layer_blocks.1.0",
-        "backbone.fpn.layer_blocks.2": "backbone.fpn.layer_blocks.2.0",
-        "backbone.fpn.layer_blocks.3": "backbone.fpn.layer_blocks.3.0",
+        **{f"backbone.fpn.{part}.{level}.0": f"backbone.fpn.{part}.{level}.0" for part, level in PYRAMID},
+        **{f"backbone.fpn.{part}.{level}": f"backbone.fpn.{part}.{level}.0" for part, level in PYRAMID},
         "rpn.head.conv.0.0": "rpn.head.conv.0.0",
         "rpn.head.conv": "rpn.head.conv.0.0",
         "rpn.head.cls_logits": "rpn.head.cls_logits",
@@ -57,14 +43,8 @@ FORMAT = Format(
         "roi_heads.box_head.fc7": "roi_heads.box_head.fc2",
         "roi_heads.box_predictor.cls_score": "roi_heads.classifier.fc_cls",
         "roi_heads.box_predictor.bbox_pred": "roi_heads.fc_reg",
-        "roi_heads.mask_head.0.0": "roi_heads.mask_head.convs.0",
-        "roi_heads.mask_head.1.0": "roi_heads.mask_head.convs.1",
-        "roi_heads.mask_head.2.0": "roi_heads.mask_head.convs.2",
-        "roi_heads.mask_head.3.0": "roi_heads.mask_head.convs.3",
-        "roi_heads.mask_head.mask_fcn1": "roi_heads.mask_head.convs.0",
-        "roi_heads.mask_head.mask_fcn2": "roi_heads.mask_head.convs.1",
-        "roi_heads.mask_head.mask_fcn3": "roi_heads.mask_head.convs.2",
-        "roi_heads.mask_head.mask_fcn4": "roi_heads.mask_head.convs.3",
+        **{f"roi_heads.mask_head.{n}.0": f"roi_heads.mask_head.convs.{n}" for n in range(4)},
+        **{f"roi_heads.mask_head.mask_fcn{n + 1}": f"roi_heads.mask_head.convs.{n}" for n in range(4)},
         "roi_heads.mask_predictor.conv5_mask": "roi_heads.mask_head.upsample",
         "roi_heads.mask_predictor.mask_fcn_logits": "roi_heads.mask_head.predictor",
     },
@@ -94,9 +74,14 @@ def convert(
     data, model_options = head["config"]["data"], head["config"]["model"]
     changes = diff(Config(), from_dict(head["config"]))
     options_to_train = [f"{key}={show(value)}" for key, value in changes.items() if key.startswith(("model.", "data."))]
-    check(found, _with_outputs(model, outputs), optional=COUNTER)
+    # The shapes that the source has: one more row for the background everywhere, and its own number of classes.
+    keys = [(f"{part}.{kind}", height) for part, height in CLASS_PARTS.items() for kind in ("weight", "bias")]
+    of_classes = {key: height for key, height in keys if key in model}
+    shapes = {key: (height * outputs, *model[key].shape[1:]) for key, height in of_classes.items()}
+    expected = {**model, **{key: torch.empty(shape, device="meta") for key, shape in shapes.items()}}
+    check(found, expected, optional=COUNTER)
     weights = dict(found.weights)
-    for key, height in _class_keys(model):
+    for key, height in of_classes.items():
         weights[key] = _move_rows(found.weights[key], model[key], rows, height)
     taken = [name for name, row in zip(stats.names, rows, strict=True) if row is not None]
     fresh = [name for name, row in zip(stats.names, rows, strict=True) if row is None]
@@ -115,17 +100,6 @@ def convert(
         f"max_size), model.rpn.anchor_scale={model_options['rpn']['anchor_scale']:g} (side of the finest anchors / 4)",
         f"to train from it: {' '.join(options_to_train)}",
     ]
-
-
-def _class_keys(model: Weights) -> list[tuple[str, int]]:
-    keys = [(f"{part}.{kind}", height) for part, height in CLASS_PARTS.items() for kind in ("weight", "bias")]
-    return [(key, height) for key, height in keys if key in model]
-
-
-def _with_outputs(model: Weights, outputs: int) -> Weights:
-    """The shapes that the source has: one more row for the background everywhere, and its own number of classes."""
-    shapes = ((key, (height * outputs, *model[key].shape[1:])) for key, height in _class_keys(model))
-    return {**model, **{key: torch.empty(shape, device="meta") for key, shape in shapes}}
 
 
 def _move_rows(

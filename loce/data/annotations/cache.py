@@ -64,7 +64,11 @@ def open_annotations(
     if folder is None:
         print_line(f"{path}: not kept for the next time: there is no home directory; XDG_CACHE_HOME may name a folder")
         return LVISAnnotations.open(path, *options, **named)
-    place = folder / _key(path, (*options, *named.values()))
+    # A folder for each content, options and code.
+    sources = sorted(Path(__file__).parent.glob("*.py"))
+    code = hashlib.sha256(b"".join(source.read_bytes() for source in sources)).hexdigest()[:12]
+    chosen = "-".join(str(int(option)) for option in (*options, *named.values()))
+    place = folder / f"{file_hash(path)}-{chosen}-{code}"
     try:
         return _load(place, str(path))
     except FileNotFoundError:
@@ -77,13 +81,6 @@ def open_annotations(
     except OSError as error:
         print_line(f"{path}: not kept for the next time, since {place} cannot be written ({error.strerror})")
     return annotations
-
-
-def _key(path: Path, options: tuple[Any, ...]) -> str:
-    """Of content, options and code."""
-    sources = sorted(Path(__file__).parent.glob("*.py"))
-    code = hashlib.sha256(b"".join(source.read_bytes() for source in sources)).hexdigest()[:12]
-    return f"{file_hash(path)}-{'-'.join(str(int(option)) for option in options)}-{code}"
 
 
 def _store(annotations: LVISAnnotations, place: Path) -> None:
@@ -107,15 +104,10 @@ def _load(place: Path, path: str) -> LVISAnnotations:
     values = json.loads((place / "meta.json").read_text(encoding="utf-8"))
     for file in place.glob("*.npy"):
         part, field = file.stem.split(".")
-        values[part][field] = _mapped(file)
+        try:
+            values[part][field] = np.load(file, mmap_mode="r", allow_pickle=False).view(np.ndarray)
+        except ValueError:  # "cannot mmap an empty file"; of a damaged one this raises again
+            values[part][field] = np.load(file, allow_pickle=False)
     values["stats"]["names"] = tuple(values["stats"]["names"])
     parts: dict[str, Any] = {name: cls(**values[name]) if name in values else None for name, cls in PARTS.items()}
     return LVISAnnotations(path=path, **parts, **values["file"])
-
-
-def _mapped(file: Path) -> np.ndarray:
-    """The array, read-only; an empty one cannot be mapped."""
-    try:
-        return np.load(file, mmap_mode="r", allow_pickle=False).view(np.ndarray)
-    except ValueError:  # "cannot mmap an empty file"; of a damaged one this raises again
-        return np.load(file, allow_pickle=False)

@@ -196,7 +196,10 @@ def there_instead(
         which = f"{' or '.join(same[:2])}" if len(same) > 1 else f"{same[0]} or another image called so"
         return f"{folder} has {file}, which may be {which}; put each of them under its whole name."
     # Files of nearly these names.
-    twins = [(name, twin) for name in names if (twin := _twin(name, shared, folder, listings, taken))]
+    twins = []
+    for name in names:
+        paths = (name, *(end for end, bare in _ends(name) if bare not in shared))  # with its folders or without them
+        twins += [(name, twin) for path in paths if (twin := listings.twin(folder, path, taken))][:1]
     if twins:
         wanted, there = twins[0]
         return (
@@ -229,9 +232,3 @@ def _no_folder(folder: str) -> str:
         return f"{folder} is no folder: give the one that has the images{packed}."
     twin = Listings().twin("/", path.lstrip("/"))
     return f"Did you mean {f'/{twin}'!r}?" if twin and os.path.isdir(f"/{twin}") else ""
-
-
-def _twin(name: str, shared: frozenset[str], folder: str, listings: Listings, taken: Container[str]) -> str | None:
-    """The path below `folder` of nearly a missing image's name, with its folders or without them."""
-    ends = (end for end, bare in _ends(name) if bare not in shared)
-    return next((twin for end in (name, *ends) if (twin := listings.twin(folder, end, taken))), None)

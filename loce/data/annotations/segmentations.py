@@ -66,7 +66,12 @@ class Segmentations:
         codes = coco_mask.frPyObjects(polygons, height, width) if len(parts) else []
         cuts = np.append(0, np.cumsum(last - first)).tolist()
         owned = zip(rows.tolist(), pairwise(cuts), strict=True)
-        return [self._whole(row, codes[begin:end], height, width) for row, (begin, end) in owned]
+        merged = []
+        for row, (begin, end) in owned:
+            counts = self.rle_bytes[self.first_byte[row] : self.first_byte[row + 1]]
+            own = codes[begin:end] or [{"size": [height, width], "counts": counts.tobytes()}]
+            merged.append(own[0] if len(own) == 1 else coco_mask.merge(own))
+        return merged
 
     def runs(self, rows: np.ndarray, height: int, width: int) -> list[np.ndarray]:
         """Run lengths (int64: zeros first, column by column) of annotations `rows` on a canvas of the image's size."""
@@ -74,12 +79,6 @@ class Segmentations:
         bounds = np.cumsum([0, *map(len, codes)])
         runs, first, _ = decode_codes(np.frombuffer(b"".join(codes), np.uint8), bounds)
         return [runs[begin:end].astype(np.int64) for begin, end in pairwise(first)]
-
-    def _whole(self, row: int, codes: list[dict[str, Any]], height: int, width: int) -> dict[str, Any]:
-        if codes:
-            return codes[0] if len(codes) == 1 else coco_mask.merge(codes)
-        counts = self.rle_bytes[self.first_byte[row] : self.first_byte[row + 1]].tobytes()
-        return {"size": [height, width], "counts": counts}
 
 
 def ranges(first: np.ndarray, last: np.ndarray) -> np.ndarray:
