@@ -134,8 +134,10 @@ def test_recipes_load_and_state_differences_only(path: Path):
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
 def test_recipes_say_where_they_come_from(path: Path):
-    for word in ("# Paper: ", "# Command: ", "# Hardware: ", "# Expected: "):
+    """What its header does not say of hardware and data is as its base says."""
+    for word in ("# Paper: ", "# Command: ", "# Expected: "):
         assert word in path.read_text()
+    assert any("# Hardware: " in file.read_text() for file in (path, *bases(path)))
 
 
 def test_the_papers_recipes():

@@ -91,7 +91,7 @@ def test_headers_say_what_the_recipe_is(name: str, folder: str):
     text, config = header(path), load_config([path])
     script = "finetune.py" if config.train.init else "train.py"
     assert f"scripts/{script} {path}.yaml" in text["Command"]
-    assert {"Paper", "Hardware", "Published", "Schedule", "Expected"} <= set(text)
+    assert {"Paper", "Published", "Schedule", "Expected"} <= set(text)
     assert f"{config.train.epochs} epochs" in text["Schedule"]
     if config.train.init:
         assert f"(after {Path(config.train.init).relative_to('runs')}.yaml)" in text["Command"]

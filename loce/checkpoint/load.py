@@ -22,6 +22,7 @@ from loce.config import Config, UserError, from_dict
 from loce.models.build import build_model
 from loce.models.mask_rcnn import MaskRCNN
 from loce.utils.classes import ClassStats
+from loce.utils.errors import first_few
 from loce.utils.files import kind_of
 
 FORMAT = 3
@@ -133,7 +134,7 @@ class Checkpoint:
         ]
         if wrong:
             raise UserError(
-                f"checkpoint {self.path}: {len(wrong)} weights do not fit the options: {', '.join(wrong[:5])}; "
+                f"checkpoint {self.path}: {len(wrong)} weights do not fit the options: {first_few(wrong)}; "
                 "a head can be exchanged at evaluation only for one with the same weights"
             )
         model.load_state_dict(weights)
@@ -204,10 +205,9 @@ def require_finite(weights: Mapping[str, Tensor], owner: str) -> None:
     """UserError that begins with `owner` where a weight is nan or infinite."""
     bad = [name for name, weight in weights.items() if weight.is_floating_point() and not weight.isfinite().all()]
     if bad:
-        more = f" and {len(bad) - 5} more" if len(bad) > 5 else ""
         raise UserError(
             f"{owner}: {len(bad)} of {len(weights)} tensors have values that are not finite (nan, inf): "
-            f"{', '.join(bad[:5])}{more}; its training diverged, so use a checkpoint from before that"
+            f"{first_few(bad)}; its training diverged, so use a checkpoint from before that"
         )
 
 
@@ -241,7 +241,7 @@ def load_weights(
     target = model.state_dict()
     wrong = [k for k, v in source.items() if k in target and target[k].shape != v.shape]
     if wrong:
-        shapes = ", ".join(f"{k} {tuple(source[k].shape)} against {tuple(target[k].shape)}" for k in wrong[:5])
+        shapes = first_few(f"{k} {tuple(source[k].shape)} against {tuple(target[k].shape)}" for k in wrong)
         hint = (
             "\n  head.reset=true starts the classifier anew." if all(k.startswith(HEAD_PREFIX) for k in wrong) else ""
         )

@@ -26,7 +26,7 @@ from loce.models.mask_rcnn import MaskRCNN
 from loce.models.together import share, unshare_memory
 from loce.utils import distributed
 from loce.utils.classes import GROUPS, ClassStats
-from loce.utils.errors import DivergedError
+from loce.utils.errors import DivergedError, first_few
 from loce.utils.yaml_text import show
 
 # Options that give weights their meaning, and that no shape shows.
@@ -182,7 +182,7 @@ def load_initial_weights(config: Config, model: MaskRCNN, stats: ClassStats) -> 
     if lacking:
         hint = "; a detector of boxes goes on with model.masks=false" * lacking[0].startswith(MASKS)
         raise UserError(
-            f"train.init = {init}: has no {', '.join(lacking[:5])}, which would stay random: they are frozen{hint}"
+            f"train.init = {init}: has no {first_few(lacking)}, which would stay random: they are frozen{hint}"
         )
     counts = ", ".join(f"{len(names)} {what}" for what, names in found.items())
     averaged = f", averages over its training (train.ema={start.config.train.ema:g})" if start.averages else ""

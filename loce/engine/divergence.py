@@ -17,10 +17,10 @@ from torch import Tensor, nn
 from loce.engine.loop import PRECISION, Losses, Samples
 from loce.models.mask_rcnn import MaskRCNN
 from loce.utils import distributed
+from loce.utils.errors import first_few
 from loce.utils.files import json_text, write_text
 
 FOLDER = "nan_report"
-MOST_NAMED = 5  # parameters with bad values
 
 
 def report(
@@ -154,24 +154,19 @@ def _details(found: dict[str, Any]) -> Iterator[str]:
         yield f"gradient norm of {part}: {norm:.6g}"
     for what in ("bad_parameters", "bad_buffers"):
         if found[what]:
-            yield f"not finite before the step ({what}): {_few(found[what])}"
+            yield f"not finite before the step ({what}): {first_few(found[what]) or 'none'}"
     for rank, own in enumerate(found["ranks"]):
         for title in ("losses", "losses_again"):
             for each in own[title]:
                 values = " ".join(f"{name} {value:.6g}" for name, value in each.items())
                 yield f"rank {rank}: {title.replace('_', ' ')}: {values}"
         yield f"rank {rank}: first bad layer: {own['first_bad_layer'] or 'none'}"
-        yield f"rank {rank}: parameters with a bad gradient, run again: {_few(own['bad_gradients'])}"
+        yield f"rank {rank}: parameters with a bad gradient, run again: {first_few(own['bad_gradients']) or 'none'}"
         for image in (image for batch in own["images"] for image in batch):
             height, width = image["size"]
             yield f"rank {rank}: image {image['image_id']} ({image['file']}), {width} x {height} px"
             yield from (f"  {c}: {box}" for c, box in zip(image["classes"], image["boxes"], strict=True))
             yield from (f"  in place of: {message}" for message in image.get("replaced", ()))
-
-
-def _few(names: list[str]) -> str:
-    more = f" and {len(names) - MOST_NAMED} more" if len(names) > MOST_NAMED else ""
-    return ", ".join(names[:MOST_NAMED]) + more or "none"
 
 
 def _tensors(value: Any) -> Iterator[Tensor]:

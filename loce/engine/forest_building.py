@@ -24,6 +24,7 @@ from loce.data.samplers import memory_fill_images
 from loce.heads.forest_trees import k_means, squared_distances, write_trees
 from loce.models.mask_rcnn import MaskRCNN
 from loce.models.roi_heads import BOX_SIDE
+from loce.utils.errors import first_few
 from loce.utils.progress import progress
 
 GRID = 8
@@ -168,7 +169,7 @@ def lexical_tree(path: Path, names: tuple[str, ...], parents: int) -> np.ndarray
     problems = []
     for what, wrong in (("without a parent", set(names) - set(parent_of)), ("unknown", set(parent_of) - set(names))):
         if wrong:
-            problems.append(f"lexical = {path}: classes: {len(wrong)} {what}: {', '.join(sorted(wrong)[:5])}")
+            problems.append(f"lexical = {path}: classes: {len(wrong)} {what}: {first_few(sorted(wrong))}")
     used = list(dict.fromkeys(parent_of[name] for name in names if name in parent_of))
     if len(used) != parents:
         problems.append(f"lexical = {path}: has {len(used)} parents, head.forest.lexical says {parents}")

@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
+from torch.profiler import record_function
 
 from loce.adaptive_rates import groups
 from loce.config import TrainConfig
@@ -84,6 +85,7 @@ def train_step(
     return each, stop
 
 
+@record_function("optimiser")
 def optimizer_step(arms: Sequence[Learner], lr: float) -> None:
     """Move the weights of all arms. What some share is moved by the first of them, and has one state."""
     moved: dict[Tensor, dict[str, Any]] = {}  # weight -> its momentum, or AdamW's moments

@@ -8,15 +8,16 @@ from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import torch
-from torch.profiler import ProfilerActivity, profile, record_function
+from torch.profiler import ProfilerActivity, profile
 
 from loce.config import Config
 from loce.data.masks import CroppedMasks
-from loce.engine.loop import PRECISION, gradient_norm
+from loce.engine.loop import Samples, train_step
 from loce.models.build import build_model, build_optimizer
 from loce.models.mask_rcnn import MaskRCNN
 from loce.utils.classes import ClassStats, frequency_groups
@@ -52,7 +53,7 @@ def random_samples(
     size: tuple[int, int],
     instances: int,
     classes: int,
-) -> list[dict[str, Any]]:
+) -> Samples:
     """Training samples of noise, with rectangles as objects: `instances` an image, sides of 4 to 40 % of its own."""
     generator = torch.Generator().manual_seed(0)
     samples = []
@@ -93,29 +94,21 @@ def made_up_model(config: Config, classes: int, device: torch.device) -> MaskRCN
     return model.train()
 
 
-def make_step(model: MaskRCNN, config: Config) -> Callable[[list[dict[str, Any]]], None]:
-    """One step of the optimiser, as the training loop takes it, at a learning rate that changes nothing."""
-    optimizer = build_optimizer(model, config.train)
-    for group in optimizer.param_groups:
-        group["lr"] = 0.0
-    device, precision = model.pixel_mean.device, config.train.precision
+def make_step(model: MaskRCNN, config: Config) -> Callable[[Samples], None]:
+    """One step of the optimiser, that of the training loop, at a learning rate that changes nothing."""
+    scaler = torch.amp.GradScaler(model.pixel_mean.device.type, enabled=False)
+    arm = SimpleNamespace(model=model, optimizer=build_optimizer(model, config.train), scaler=scaler)
 
-    def step(samples: list[dict[str, Any]]) -> None:
-        optimizer.zero_grad(set_to_none=True)
-        with torch.autocast(device.type, PRECISION.get(precision), precision != "fp32"):
-            losses = model(samples)
-        sum(losses.values()).backward()
-        with record_function("optimiser"):
-            gradient_norm(optimizer).isfinite()
-            optimizer.step()
+    def step(samples: Samples) -> None:
+        train_step(model, [arm], [samples], config.train, lr=0.0)
 
     return step
 
 
 def profile_steps(
     model: MaskRCNN,
-    step: Callable[[list[dict[str, Any]]], None],
-    samples: list[dict[str, Any]],
+    step: Callable[[Samples], None],
+    samples: Samples,
     steps: int,
     trace: Path,
 ) -> dict[str, Part]:

@@ -26,6 +26,7 @@ from loce.models.paste import paste_and_encode, paste_full
 from loce.models.roi_heads import BOX_SIDE, MASK_SIDE, BoxHead, Once, RoIHeads, Targets, pyramid_level
 from loce.models.rpn import RPN
 from loce.utils.classes import IGNORED, ClassStats
+from loce.utils.errors import first_few
 
 PIXEL_MEAN = (123.675, 116.28, 103.53)  # RGB, ImageNet
 PIXEL_STD = (58.395, 57.12, 57.375)
@@ -58,7 +59,7 @@ def build_roi_heads(
             absent = [n for n, count in zip(stats.names, stats.instance_counts, strict=True) if count == 0]
             raise UserError(
                 f"indicator.kind: prior: {len(absent)} classes have no training instance (first: "
-                f"{', '.join(absent[:5])}), so the margin log(n'/n) is undefined.\n"
+                f"{first_few(absent)}), so the margin log(n'/n) is undefined.\n"
                 "  Use indicator.kind=score, or remove these categories."
             )
         prior = torch.tensor([*stats.instance_counts, indicator.background_count], dtype=torch.float32)

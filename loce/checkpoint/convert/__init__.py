@@ -7,9 +7,10 @@ from typing import Any
 
 from loce.checkpoint.convert import mmdetection, torchvision
 from loce.checkpoint.convert.mmdetection import to_mmdetection
-from loce.checkpoint.convert.source import MaskPredictor, find_weights, open_weights, read_foreign, some
+from loce.checkpoint.convert.source import MaskPredictor, find_weights, open_weights, read_foreign
 from loce.config import UserError
 from loce.data.annotations.lvis import LVISAnnotations
+from loce.utils.errors import first_few
 
 __all__ = ["convert", "to_mmdetection"]
 READERS = (mmdetection, torchvision)
@@ -36,7 +37,7 @@ def convert(
             found = open_weights(source, reader.FORMAT, weights, content.get("meta"))
             stats = LVISAnnotations.open(annotations).stats if annotations else None
             checkpoint, report = reader.convert(found, stats, source_classes, mask_predictor, overrides)
-            return checkpoint, report + ([f"dropped on purpose: {some(left_out)}"] if left_out else [])
+            return checkpoint, report + ([f"dropped on purpose: {first_few(left_out)}"] if left_out else [])
     parts = ", ".join(f"{part} ({n})" for part, n in Counter(key.split(".")[0] for key in weights).most_common(8))
     raise UserError(
         f"{source}: no Mask or Faster R-CNN of MMDetection (it would have {mmdetection.FORMAT.mark}*) or of "

@@ -15,11 +15,11 @@ from loce.checkpoint.convert.source import (
     check,
     new_model,
     rename,
-    some,
 )
 from loce.checkpoint.load import METHOD_STATE, Checkpoint
 from loce.config import UserError
 from loce.utils.classes import ClassStats
+from loce.utils.errors import first_few
 
 FORMAT = Format(
     name="MMDetection",
@@ -98,7 +98,7 @@ def _compare_names(path: Path, names: Sequence[str], target: Sequence[str]) -> l
             f"checkpoint and class {target.index(names[moved])} in the annotations"
         )
     pairs = [f"{names[label]} -> {target[label]}" for label in differ]
-    return [f"{len(pairs)} class names are written differently in the annotations: {some(pairs)}"] if pairs else []
+    return [f"{len(pairs)} class names are written differently in the annotations: {first_few(pairs)}"] if pairs else []
 
 
 def _guess_predictor(meta: Mapping[str, Any]) -> tuple[MaskPredictor, str]:
@@ -123,7 +123,7 @@ def to_mmdetection(source: Path) -> tuple[dict[str, Any], list[str]]:
     weights, _, unknown = rename(checkpoint.weights, {ours: theirs for theirs, ours in FORMAT.table.items()})
     left = [key for key in unknown if not key.startswith(tuple(METHOD_STATE))]
     if left:
-        raise UserError(f"{path}: MMDetection's Mask R-CNN has no place for {some(left)}")
+        raise UserError(f"{path}: MMDetection's Mask R-CNN has no place for {first_few(left)}")
     report = [f"{path}: {len(weights)} tensors written"]
     for prefix, what in METHOD_STATE.items():
         count = sum(key.startswith(prefix) for key in unknown)

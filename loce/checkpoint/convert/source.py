@@ -16,12 +16,12 @@ from loce.checkpoint.load import FORMAT, METHOD_STATE, code_in, require_finite, 
 from loce.config import Config, ModelConfig, UserError, from_dict, raise_problems, to_dict
 from loce.models.build import build_model
 from loce.utils.classes import ClassStats, frequency_groups
+from loce.utils.errors import first_few
 
 Weights = dict[str, Tensor]
 MaskPredictor = Literal["auto", "normalised", "linear"]
 CLASSIFIER = "roi_heads.classifier.fc_cls"
 NO_MASKS = "no mask head in it: a detector of boxes (model.masks=false)"
-_SHOWN = 5  # keys named of a long list
 MEMBERS = ("state_dict", "model", "model_state_dict")  # MMDetection's and Lightning's, torchvision's, the tutorials'
 WRAPPERS = {"module", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"}  # in keys, added by torch
 COUNTER = "num_batches_tracked"  # the one whole number of a batch norm
@@ -122,7 +122,7 @@ def find_weights(content: Mapping[str, Any], marks: Sequence[str], path: Path) -
     models = [name for name, value in members.items() if any(_prefixes(value, mark) for mark in marks)]
     key = next((name for name in MEMBERS if name in (models or members)), models[0] if models else None)
     if len(models) > 1 and key not in MEMBERS:
-        raise UserError(f"{path}: there are {len(models)} models in it, {some(models)}: save one of them alone")
+        raise UserError(f"{path}: there are {len(models)} models in it, {first_few(models)}: save one of them alone")
     wrapped = content if key is None else members[key]
     left_out = [] if key is None else [name for name in content if name != key.partition(".")[0]]
 
@@ -130,14 +130,14 @@ def find_weights(content: Mapping[str, Any], marks: Sequence[str], path: Path) -
     strange = [str(k) for k, value in wrapped.items() if not (isinstance(k, str) and isinstance(value, Tensor))]
     if strange:
         verb = "is" if len(strange) == 1 else "are"
-        raise UserError(f"{path}: no dictionary of weights; {some(strange)} {verb} none")
+        raise UserError(f"{path}: no dictionary of weights; {first_few(strange)} {verb} none")
 
     weights: Weights = {}
     for name, value in wrapped.items():
         weights[".".join(part for part in name.split(".") if part not in WRAPPERS)] = value
     prefixes = sorted({prefix for mark in marks for prefix in _prefixes(weights, mark)})
     if len(prefixes) > 1 or len(weights) < len(wrapped):
-        begin = some([prefix or "nothing" for prefix in prefixes])
+        begin = first_few([prefix or "nothing" for prefix in prefixes])
         raise UserError(
             f"{path}: there are several models in it, whose keys begin with {begin}: save the weights of one alone"
         )
@@ -171,7 +171,7 @@ def open_weights(
     """Give weights our names; UserError where the table does not know a key."""
     renamed, names, unknown = rename(weights, form.table)
     if unknown:
-        raise UserError(f"{path}: not of the architecture that loce has: {some(unknown)}")
+        raise UserError(f"{path}: not of the architecture that loce has: {first_few(unknown)}")
     whole = [
         f"{key} ({value.dtype})" for key, value in weights.items() if not (value.is_floating_point() or COUNTER in key)
     ]
@@ -179,7 +179,7 @@ def open_weights(
     if whole or odd:
         raise UserError(
             f"{path}: {len(whole) + len(odd)} tensors hold no floating-point numbers, or are sparse or without "
-            f"content: {some(whole + odd)}; save the weights as they are for training: dense, in float32"
+            f"content: {first_few(whole + odd)}; save the weights as they are for training: dense, in float32"
         )
     require_finite(weights, str(path))
     return Source(path, form, renamed, names, meta if isinstance(meta, Mapping) else {})
@@ -267,7 +267,7 @@ def check(found: Source, expected: Weights, optional: str = " ") -> None:
         "not of the architecture that loce has": [found.names[key] for key in found.weights if key not in expected],
         "wrong shape": shapes,
     }
-    raise_problems([f"{found.path}: {what}: {some(keys)}" for what, keys in findings.items() if keys])
+    raise_problems([f"{found.path}: {what}: {first_few(keys)}" for what, keys in findings.items() if keys])
 
 
 def bare_stats(names: Sequence[str], category_ids: Sequence[int]) -> ClassStats:
@@ -281,9 +281,3 @@ def bare_stats(names: Sequence[str], category_ids: Sequence[int]) -> ClassStats:
         groups=frequency_groups(zeros),
         image_total=0,
     )
-
-
-def some(keys: Sequence[str]) -> str:
-    """The first few of a list, and how many it has."""
-    more = len(keys) - _SHOWN
-    return ", ".join(keys[:_SHOWN]) + (f" and {more} more" if more > 0 else "")
