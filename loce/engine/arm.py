@@ -17,7 +17,6 @@ from loce.config import Config, UserError, diff
 from loce.data.annotations.lvis import LVISAnnotations
 from loce.engine import divergence, validation
 from loce.engine.averaging import WeightAverage, average_over_ranks, batch_statistics
-from loce.engine.boards import Shown
 from loce.engine.inference import Evaluated
 from loce.engine.log import RunLog
 from loce.engine.loop import Losses, Samples
@@ -108,12 +107,23 @@ class Arm:
         average_over_ranks([*own.values(), *(self.average.values[name] for name in own if self.average)])
 
     def write(self, lr: float) -> None:
-        """A line of the log."""
-        self.log.write(lr, equilibrium_scalars(self.model, self.stats))
+        """A line of the log: also mean score and memory fill by group of the classes that training has, and of all."""
+        roi, stats = self.model.roi_heads, self.stats
+        values = {"mean_score": roi.tracker.scores[:-1].cpu()}  # sync: log line
+        if roi.memory is not None:
+            values["memory_fill"] = roi.memory.bank.fill.cpu()  # sync: log line
+        masks = {group: torch.from_numpy(stats.group_mask(group) & (stats.instance_counts > 0)) for group in GROUPS}
+        means = {f"{k}/{g}": float(v[m].mean()) for k, v in values.items() for g, m in masks.items() if m.any()}
+        self.log.write(lr, {**means, **{f"{name}/classes": value for name, value in values.items()}})
 
     def snapshot(self) -> None:
-        """A line of equilibrium.jsonl."""
-        self.log.snapshot(self.step, equilibrium_of_classes(self.model))
+        """A line of equilibrium.jsonl: mean score (four digits) and rows in this rank's memory of every class."""
+        roi = self.model.roi_heads
+        scores = roi.tracker.scores[:-1].tolist()  # sync: a snapshot
+        values: dict[str, list[float]] = {"mean_score": [float(f"{score:.4g}") for score in scores]}
+        if roi.memory is not None:
+            values["memory"] = roi.memory.bank.counts.tolist()  # sync: a snapshot
+        self.log.snapshot(self.step, values)
 
     def evaluated(self, name: str) -> Evaluated:
         """What an evaluation into the folder `name` of the run works on; in a block of `averaged`."""
@@ -209,27 +219,6 @@ def load_initial_weights(config: Config, model: MaskRCNN, stats: ClassStats) -> 
             told = f"WARNING: {moved} of {len(stats)} classes are in other groups than in {init}"
             lines.append(f"{told}: APr, APc and APf are of others; give both the same data.rare_max, data.common_max")
     return lines
-
-
-def equilibrium_scalars(model: MaskRCNN, stats: ClassStats) -> dict[str, Shown]:
-    """Mean score and memory fill by rare, common and frequent classes that training has, and of all (C,), for a log."""
-    roi = model.roi_heads
-    values = {"mean_score": roi.tracker.scores[:-1].cpu()}  # sync: log line
-    if roi.memory is not None:
-        values["memory_fill"] = roi.memory.bank.fill.cpu()  # sync: log line
-    masks = {group: torch.from_numpy(stats.group_mask(group) & (stats.instance_counts > 0)) for group in GROUPS}
-    means = {f"{k}/{g}": float(v[m].mean()) for k, v in values.items() for g, m in masks.items() if m.any()}
-    return {**means, **{f"{name}/classes": value for name, value in values.items()}}
-
-
-def equilibrium_of_classes(model: MaskRCNN) -> dict[str, list[float]]:
-    """Mean score (four digits) and rows in the memory (this rank's) of every class, for equilibrium.jsonl."""
-    roi = model.roi_heads
-    scores = roi.tracker.scores[:-1].tolist()  # sync: a snapshot
-    values: dict[str, list[float]] = {"mean_score": [float(f"{score:.4g}") for score in scores]}
-    if roi.memory is not None:
-        values["memory"] = roi.memory.bank.counts.tolist()  # sync: a snapshot
-    return values
 
 
 def memory_contents(model: MaskRCNN) -> str:

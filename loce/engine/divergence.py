@@ -43,10 +43,16 @@ def report(
         "images": [[_image(sample, model, name_of) for sample in batch] for batch in batches],
         **_again(model, batches, precision),
     }
+    # Gradients, averaged over the ranks, of each part of the model.
+    parts: dict[str, list[Tensor]] = {}
+    for name, parameter in model.named_parameters():
+        if parameter.grad is not None:
+            path = name.split(".")
+            parts.setdefault(".".join(path[: 2 if path[0] == "roi_heads" else 1]), []).append(parameter.grad)
     found = {
         "iteration": iteration,
         "learning_rate": lr,
-        "gradient_norms": _gradient_norms(model),
+        "gradient_norms": {part: float(nn.utils.get_total_norm(gradients)) for part, gradients in parts.items()},
         "bad_parameters": [name for name, p in model.named_parameters() if not p.isfinite().all()],
         "bad_buffers": [name for name, b in model.state_dict().items() if not b.isfinite().all()],
         "ranks": [json.loads(text) for text in distributed.gather_texts(json.dumps(own))],
@@ -104,16 +110,6 @@ def _again(model: MaskRCNN, batches: list[Samples], precision: str) -> dict[str,
 
 def _numbers(losses: list[Losses]) -> list[dict[str, float]]:
     return [{name: float(loss.detach()) for name, loss in each.items()} for each in losses]
-
-
-def _gradient_norms(model: nn.Module) -> dict[str, float]:
-    """The norm of the gradients, averaged over the ranks, of each part of the model."""
-    parts: dict[str, list[Tensor]] = {}
-    for name, parameter in model.named_parameters():
-        if parameter.grad is not None:
-            path = name.split(".")
-            parts.setdefault(".".join(path[: 2 if path[0] == "roi_heads" else 1]), []).append(parameter.grad)
-    return {part: float(nn.utils.get_total_norm(gradients)) for part, gradients in parts.items()}
 
 
 def _image(sample: dict[str, Any], model: MaskRCNN, name_of: Callable[[int], str]) -> dict[str, Any]:

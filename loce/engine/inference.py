@@ -206,7 +206,12 @@ def evaluate_models(found: Sequence[Evaluated], annotations: LVISAnnotations, **
     truth = load_annotations(annotations, masks, config.data.allow_misplaced)
     if len(annotations.absent):
         present = np.delete(annotations.image_ids, annotations.absent)
-        truth = only_images(truth, present, _why_absent(config))
+        fate = f"are missing in {config.data.val_images}" if config.data.allow_missing else "are left out"
+        why = f"the others {fate}"
+        if config.eval.images:
+            of_these = f" that are in {config.data.val_images}" * config.data.allow_missing
+            why = f"those of {config.eval.images}{of_these}"
+        truth = only_images(truth, present, why)
 
     # Detections on disk are of these weights, data and options, or are deleted.
     origins = [_origin(one.model, one.config, annotations) for one in found]
@@ -264,13 +269,6 @@ def _take_over(output: Path, origin: str) -> None:
                 except OSError:  # a file system without links
                     shutil.copyfile(done, place)
             return
-
-
-def _why_absent(config: Config) -> str:
-    missing = f"the others are missing in {config.data.val_images}"
-    if config.eval.images:
-        return f"those of {config.eval.images}" + (f" that are in {config.data.val_images}" * config.data.allow_missing)
-    return missing if config.data.allow_missing else "the others are left out"
 
 
 def is_evaluated(
