@@ -73,7 +73,10 @@ def main() -> None:
         lines.append(
             f"wrote {output / name}.json: {len(pictures)} images, {sum(len(p.instances) for p in pictures)} objects"
         )
-    lines.append(f"next: python scripts/check_data.py {output / next(iter(parts))}.json images={root}")
+    files = " ".join(f"{output / name}.json" for name in parts)
+    recipe = f" recipe={output.name}.yaml" if options.split else ""
+    exif = " data.exif=apply" if options.exif == "apply" else ""
+    lines.append(f"next: python scripts/check_data.py {files} images={root}{recipe}{exif}")
     write_text(output / "import.txt", "\n".join(lines) + "\n")
     print("\n".join(lines))
 

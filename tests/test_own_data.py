@@ -2,7 +2,9 @@
 
 import csv
 import json
+import shlex
 import shutil
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -10,8 +12,10 @@ import pytest
 
 from loce.config import load_config
 from loce.data.build import train_annotations, val_annotations
+from loce.data.glyphs.exports import write_export
 from loce.utils.yaml_text import dump_yaml, load_yaml, parse_value
-from tests.doc_pages import ROOT, blocks, clone, fenced_commands, run_command
+from scripts import check_data, import_data
+from tests.doc_pages import ROOT, clone, fenced_commands, run_command
 
 PAGE = ROOT / "docs/own_data.md"
 # What makes the page's runs short, appended to them: a tiny model on images of 64 pixels, two epochs.
@@ -74,33 +78,67 @@ def test_classes_and_groups_are_read_from_the_file(glyphs: Path, tmp_path: Path)
     assert np.unique(stats.groups).size == 3
 
 
+def run_in_process(command: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A command of the page in this process, in the folder of now."""
+    _, script, *words = shlex.split(command)
+    monkeypatch.setattr(sys, "argv", [script, *words])
+    {"import_data": import_data, "check_data": check_data}[Path(script).stem].main()
+
+
+def export_of(glyphs: Path, kind: str, folder: Path) -> None:
+    """`folder`/export, as an annotation tool writes it, of the glyphs."""
+    (folder / "set").mkdir()
+    for path in glyphs.iterdir():
+        (folder / "set" / path.name).symlink_to(path)
+    write_export(folder / "set", kind)
+    (folder / f"set/{kind}").rename(folder / "export")
+
+
+@pytest.mark.parametrize("kind", ["voc", "labelme"])
+def test_from_an_export_to_recipes(
+    kind: str,
+    glyphs: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """The page's first two commands; what they print next is the page's next command."""
+    export_of(glyphs, kind, tmp_path)
+    monkeypatch.chdir(tmp_path)
+    first, second, _, train, finetune, _, report, _ = fenced_commands(PAGE)
+    run_in_process(first, monkeypatch)
+    assert capsys.readouterr().out.endswith(f"next: {second}\n")
+    run_in_process(second, monkeypatch)
+    assert capsys.readouterr().out.endswith("\n".join(["nothing to mend", "next:", train, finetune, report, ""]))
+    for recipe in ("mine.yaml", "mine_loce.yaml"):
+        config = load_config([recipe])
+        assert config.model.masks == (kind == "labelme") and config.data.train_annotations == "mine/train.json"
+
+
 @pytest.mark.slow
 def test_the_commands_of_the_page(glyphs: Path, tmp_path: Path) -> None:
-    """From an export to LOCE and its control, compared, with report and pictures; `SHORT` goes into the recipe."""
+    """From an export to LOCE and its control, compared, with report and pictures; `SHORT` goes into the recipes."""
     folder = clone(tmp_path)
-    export = coco_style(glyphs, folder, "export")
-    before = {file: file.read_bytes() for file in export.rglob("*") if file.is_file()}
-    words = (word.split("=") for word in f"{SHORT} data.rare_max=2 data.common_max=4".split())
-    recipe, loce = (load_yaml(body, "page") for body in blocks(PAGE, "yaml"))
-    for key, value in words:
-        *above, last = key.split(".")
-        section = recipe
-        for name in above:
-            section = section.setdefault(name, {})
-        section[last] = parse_value(value)
-    (folder / "mine.yaml").write_text(dump_yaml(recipe))
-    (folder / "mine_loce.yaml").write_text(
-        dump_yaml(loce | {"train": {**loce["train"], "epochs": 2, "drops": [1], "clip_norm": 0}})
-    )
+    export_of(glyphs, "labelme", folder)
+    before = {file: file.read_bytes() for file in (folder / "export").iterdir()}
     commands = fenced_commands(PAGE)
-    scripts = [
-        next((Path(word).stem for word in command.split() if word.endswith(".py")), "make") for command in commands
-    ]
-    expected = "import_data make make train train finetune compare report predict"
-    assert scripts == expected.split()
-    for command in commands:
+    scripts = [next(Path(word).stem for word in command.split() if word.endswith(".py")) for command in commands]
+    assert scripts == ["import_data", "check_data", "train", "train", "finetune", "compare", "report", "predict"]
+    for command in commands[:2]:
         run_command(command, folder)
-    names = [category["name"] for category in json.loads((export / "train.json").read_text())["categories"]]
+    for recipe, words in (("mine", SHORT), ("mine_loce", "train.epochs=2 train.drops=[1] train.clip_norm=0")):
+        file = folder / f"{recipe}.yaml"
+        values = load_yaml(file.read_text(), "recipe")
+        for key, value in (word.split("=") for word in words.split()):
+            *above, last = key.split(".")
+            section = values
+            for name in above:
+                section = section.setdefault(name, {})
+            section[last] = parse_value(value)
+        file.write_text(dump_yaml(values))
+    for command in commands[2:]:
+        run_command(command, folder)
+    names = [category["name"] for category in json.loads((folder / "mine/train.json").read_text())["categories"]]
     for run in ("mine", "mine_softmax", "mine_loce"):
         metrics = json.loads((folder / f"runs/{run}/eval/metrics.json").read_text())
         assert -1 <= metrics["segm"]["AP"] <= 1
@@ -110,5 +148,6 @@ def test_the_commands_of_the_page(glyphs: Path, tmp_path: Path) -> None:
     assert (folder / "mine.html").stat().st_size > 10_000
     found = json.loads((folder / "predictions/predictions.json").read_text())
     assert {record["name"] for record in found} <= set(names)
-    assert len(list((folder / "predictions").glob("*.png"))) == len(list((export / "images").iterdir()))
+    photos = [file for file in before if file.suffix == ".jpg"]
+    assert len(list((folder / "predictions").glob("*.png"))) == len(photos)
     assert {file: file.read_bytes() for file in before} == before

@@ -169,15 +169,18 @@ def _check_counts(annotations: LVISAnnotations, report: Report, use: str) -> Non
 
 
 def suggested_bounds(image_counts: np.ndarray) -> tuple[int, int] | None:
-    """`data.rare_max` and `data.common_max` that cut the classes with images into thirds; None where none do.
+    """`data.rare_max` and `data.common_max` that cut the classes with images into thirds, about; None where none do.
 
     LVIS's bounds, 10 and 100 images, make every class of a small set with few classes frequent.
     """
     counts = np.sort(image_counts[image_counts > 0])
-    if len(counts) < len(GROUPS):
+    values = np.unique(counts)
+    if len(values) < len(GROUPS):
         return None
+    # Where many classes have as many images, a bound is the next lower number that leaves the group above a class.
     rare, common = (int(counts[-(-share * len(counts) // 3) - 1]) for share in (1, 2))
-    return (rare, common) if rare < common < counts[-1] else None
+    common = max(min(common, int(values[-2])), int(values[1]))
+    return min(rare, int(values[values < common][-1])), common
 
 
 def _check_left_out(annotations: LVISAnnotations, report: Report) -> None:

@@ -83,6 +83,7 @@ def test_groups_and_small_classes_are_counted_as_plain_python_counts_them(write)
 def test_bounds_are_suggested_where_a_group_would_be_empty(write):
     made = made_set("coco")
     assert suggested_bounds(np.array([70, 300, 90, 1432, 0, 800, 500])) == (90, 500)
+    assert suggested_bounds(np.array([7, 8, 9, 60, 60, 60, 60])) == (8, 9)  # no third is above the most frequent
     assert suggested_bounds(np.array([5, 5, 5, 9])) is None and suggested_bounds(np.array([5, 9])) is None
     counts = sorted(LVISAnnotations.open(write(made)).stats.image_counts)
     bounds = suggested_bounds(np.array(counts))
@@ -311,6 +312,8 @@ def test_a_file_alone_is_checked_with_options_of_a_run(write):
     [
         (["stage1.yaml", "annotations=a.json"], "stage1.yaml: does not go with annotations=a.json"),
         (["images=x"], "needs annotations="),
+        (["a.json", "b.json", "c.json"], "one file, or one for training and one for validation"),
+        (["a.json", "images=x", "recipe=mine.yaml"], "recipe=: needs TRAIN.json VAL.json images=DIR"),
         (["decode=some"], "decode = some"),
     ],
 )

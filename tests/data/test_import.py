@@ -144,6 +144,16 @@ def test_yolo(tmp_path: Path) -> None:
     }
 
 
+def test_yolo_of_keypoints(tmp_path: Path) -> None:
+    """Numbers after the box are points of a pose, and no polygon."""
+    image(tmp_path / "a.jpg")
+    (tmp_path / "data.yaml").write_text("names: [dog]\nkpt_shape: [2, 3]\n")
+    (tmp_path / "a.txt").write_text("0 0.5 0.5 1 1 0.1 0.1 2 0.2 0.2 2\n")
+    found = read_source(tmp_path, "auto", Rules())
+    assert [(i.box, i.mask) for i in found.pictures[0].instances] == [([0, 0, 40, 30], None)]
+    assert "lines have keypoints (kpt_shape): their boxes alone are kept" in found.notes.counts
+
+
 def test_labelme(tmp_path: Path) -> None:
     """Shapes that are masks, two parts of one object, corners in any order, and shapes that have no area."""
     image(tmp_path / "photos/a.png")

@@ -4,6 +4,7 @@ All are shares of the image. Class names stand in a data.yaml or a classes.txt.
 """
 
 from pathlib import Path
+from typing import Any
 
 from loce.data.importers.source import AnnotatedImage, Found, Instance, Source, box_around, number_in
 from loce.utils.errors import UserError, first_few
@@ -27,6 +28,7 @@ def read(source: Source) -> Found:
             f"{source.path}: class names must stand in one data.yaml or classes.txt, found: {first_few(lists)}"
         )
     found.classes = next(iter(lists.values()))
+    keypoints = any("kpt_shape" in _settings(file) for file in lists)
     texts, used = {file for file in source.files if file.suffix == ".txt" and file not in lists}, set()
     for image in source.images:
         if (picture := source.opened(image, (), found)) is None:
@@ -37,8 +39,12 @@ def read(source: Source) -> Found:
             continue
         used.add(label)
         for number, line in enumerate(_text(label).splitlines(), 1):
-            if line.strip():
-                _add_object(line, f"{label}:{number}", picture, found)
+            words = line.split()
+            if keypoints and len(words) > 5:
+                found.notes.add("lines have keypoints (kpt_shape): their boxes alone are kept", f"{label}:{number}")
+                words = words[:5]
+            if words:
+                _add_object(words, f"{label}:{number}", picture, found)
     for file in sorted(texts - used):
         found.notes.add("text files left out, with all in them: no image has their name", str(file))
     return found
@@ -53,15 +59,20 @@ def _names(file: Path) -> list[str]:
     if file.suffix == ".txt":
         lines = _text(file).splitlines() if file.name == "classes.txt" else []
         return [line.strip() for line in lines if line.strip()]
-    try:
-        names = load_yaml(_text(file), str(file)).get("names")
-    except (UserError, OSError):
-        return []
+    names = _settings(file).get("names")
     if isinstance(names, dict) and all(str(key).isdecimal() for key in names):
         known = {int(key): str(name) for key, name in names.items()}
         count = max(known, default=-1) + 1
         return [known.get(n, f"class {n}") for n in range(count)] if count < MOST_CLASSES else []
     return [str(name) for name in names] if isinstance(names, list) else []
+
+
+def _settings(file: Path) -> dict[str, Any]:
+    """What a data.yaml says; nothing where it is none."""
+    try:
+        return {} if file.suffix == ".txt" else load_yaml(_text(file), str(file))
+    except (UserError, OSError):
+        return {}
 
 
 def _label_files(image: Path) -> list[Path]:
@@ -71,9 +82,9 @@ def _label_files(image: Path) -> list[Path]:
     return [beside] if last is None else [Path(*beside.parts[:last], "labels", *beside.parts[last + 1 :]), beside]
 
 
-def _add_object(line: str, where: str, picture: AnnotatedImage, found: Found) -> None:
+def _add_object(words: list[str], where: str, picture: AnnotatedImage, found: Found) -> None:
     """The object of a line, or a note on what is wrong with it."""
-    numbers = [number_in(word) for word in line.split()]
+    numbers = [number_in(word) for word in words]
     if None in numbers or not (len(numbers) in (5, 6) or (len(numbers) >= 7 and len(numbers) % 2)):
         found.notes.add("lines left out: not a class with a box or a polygon", where)
         return
