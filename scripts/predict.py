@@ -234,8 +234,8 @@ def main() -> None:
     write_text(output / RECORDS, json.dumps(all_records))
     # What was written, and what to change where nothing was drawn or not all could be read.
     shown = sum(record["drawn"] for record in all_records)
-    count = f"{len(files) - len(bad)} pictures with {shown} objects (threshold {options.threshold})"
-    print(f"wrote {count} to {options.output}/")
+    which = "" if threshold is None else f" (threshold {threshold:g})"
+    print(f"wrote {len(files) - len(bad)} pictures with {shown} objects{which} to {options.output}/")
     print(f"wrote {output / RECORDS}: all {len(all_records)} detections")
     if not shown and all_records:
         best = max(record["score"] for record in all_records)

@@ -83,7 +83,7 @@ def results(
     metrics: dict[str, Any] = json.loads((output / "metrics.json").read_text(encoding="utf-8"))
     numbers = {
         f"eval/{kind}_{name}": float("nan") if value is None or value < 0 else value  # -1: undefined
-        for kind in ("bbox", "segm")
+        for kind in ("bbox", "segm", "true_boxes")
         for name, value in metrics.get(kind, {}).items()
     }
     return {**numbers, "predictions/validation": picture}

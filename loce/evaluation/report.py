@@ -26,6 +26,7 @@ from loce.evaluation.slices import slice_lines, slice_numbers, slice_table
 from loce.evaluation.stream import read_near_misses
 from loce.evaluation.thresholds import COLUMN as THRESHOLD
 from loce.evaluation.thresholds import best_thresholds
+from loce.evaluation.true_boxes import FILE as BOXES_FILE
 from loce.evaluation.true_boxes import KEY as TRUE_BOXES
 from loce.evaluation.true_boxes import read_true_boxes
 from loce.evaluation.true_boxes_report import accuracies, accuracy_intervals, write_true_boxes
@@ -137,6 +138,8 @@ def evaluate_and_report(
     main = first["segm" if "segm" in first else "bbox"]
     print("\n".join(["", f"note: {READING}", *write_calibration(Path(output), main)]))
     if boxes is not None:
+        if Path(str(results)).parent.resolve() != Path(output).resolve():
+            boxes.save(Path(output) / BOXES_FILE)  # for scripts/compare.py
         spread = accuracy_intervals(boxes, truth, resamples) if resamples else {}
         facts["intervals"][TRUE_BOXES] = spread
         print("\n" + "\n".join(write_true_boxes(Path(output), boxes, truth, numbers, spread)))
@@ -264,7 +267,7 @@ def write_folder(
     accuracy: Mapping[str, float],
 ) -> None:
     """metrics.json, evaluation.json and per_category.csv; what an earlier evaluation left there is removed."""
-    for name in ("slices.csv", MISSES):
+    for name in ("slices.csv", MISSES, *([] if accuracy else [BOXES_FILE])):
         (output / name).unlink(missing_ok=True)
     plain = [output / f"{name}.{kind}" for name in ("errors", "calibration", "confusions") for kind in ("csv", "png")]
     for path in (*output.glob("tallies_*.npz"), *plain):

@@ -148,6 +148,12 @@ def test_what_is_written_beside_ap(tmp_path: Path, capsys: Any) -> None:
     assert misses[0]["best"] == f"class {boxes.best_ids[at]}" and float(misses[0]["area_share"]) == pytest.approx(
         1600 / 90**2, rel=1e-3
     )
+    # Evaluated into another folder, which can be compared, too.
+    evaluate_and_report(case, tmp_path / "detections", tmp_path / "x", iou_types=["bbox"], resamples=0, errors=False)
+    again = read_true_boxes(tmp_path / "x")
+    assert again is not None and again.scores.tolist() == boxes.scores.tolist()
+    evaluate_and_report(case, [], tmp_path / "x", iou_types=["bbox"], resamples=0, errors=False)
+    assert read_true_boxes(tmp_path / "x") is None
     # Without the classification: no such numbers, and nothing of them is left.
     (tmp_path / FILE).unlink()
     evaluate_and_report(case, tmp_path / "detections", tmp_path, iou_types=["bbox"], resamples=0, errors=False)
