@@ -152,6 +152,7 @@ class ModelConfig:
     weights: Literal["imagenet", "none"] = "imagenet"  # what the backbone starts from
     norm: Literal["frozen", "batch", "group", "layer"] = "frozen"  # frozen: BN statistics fixed, affine trained
     frozen_stages: Annotated[int, Range(0, 4)] = 1  # 1 = stem and first stage never train
+    stochastic_depth: Annotated[float, Range(0, 2, below=True)] = 1.0  # times ConvNeXt's and Swin's rates for ImageNet
     fpn_channels: Count = 256  # of every level
     fc_features: Count = 1024  # of the two shared FCs
     mask_channels: Count = 256  # of the mask head's convolutions
@@ -691,6 +692,11 @@ CONFLICTS: tuple[Conflict, ...] = (
         ("model.backbone", "model.norm"),
         lambda c: c.model.backbone.startswith("res") and c.model.norm == "layer",
         "layer norms are ConvNeXt's and Swin's; set model.norm=frozen, batch or group",
+    ),
+    (
+        ("model.backbone", "model.stochastic_depth"),
+        lambda c: c.model.norm != "layer" and c.model.stochastic_depth != 1,
+        "ConvNeXt and Swin alone have stochastic depth",
     ),
     (
         ("model.norm", "model.weights", "train.init"),

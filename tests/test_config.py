@@ -362,6 +362,7 @@ IMPOSSIBLE = [
     ("model.backbone=tiny", "model.weights=none", "model.norm=batch", "model.frozen_stages=0"),
     ("model.backbone=swin_t",),
     ("model.norm=layer",),
+    ("model.stochastic_depth=0.5",),
     ("model.weights=none", "model.frozen_stages=0"),
     ("model.weights=none", "model.norm=batch"),
     ("memory.enabled=true",),

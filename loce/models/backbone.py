@@ -207,8 +207,9 @@ class Backbone(nn.Sequential):
         body: nn.Module,
         width: int,
         norm: Callable[..., nn.Module] | None,
+        stochastic_depth: float = 1.0,
     ) -> None:
-        """width: channels of the pyramid; norm: of its convolutions."""
+        """width: channels of the pyramid; norm: of its convolutions; stochastic_depth: times the trunk's rates."""
         parts = OrderedDict(body=body)
         if trunk.norm != "batch":
             of_levels = [LevelNorm(c, trunk.channels_last) for c in trunk.channels] if trunk.norm == "layer" else []
@@ -220,8 +221,8 @@ class Backbone(nn.Sequential):
         for parent in list(body.modules()):
             for name, child in parent.named_children():
                 if isinstance(child, StochasticDepth):
-                    setattr(parent, name, DroppedBranch(child.p))
-                    self.stochastic_depth = True
+                    setattr(parent, name, DroppedBranch(child.p * stochastic_depth))
+                    self.stochastic_depth = stochastic_depth > 0
 
     def draw_branches(self, seeds: Sequence[int | None], device: torch.device) -> None:
         """Draw which images have which branch; in evaluation, and in stages that do not train, all have all.
@@ -252,7 +253,8 @@ def build_backbone(config: ModelConfig) -> Backbone:
     trunk = TRUNKS[config.backbone]
     body = _body(trunk, config)
     # Trained from scratch, the pyramid is normalised too (arXiv 1803.08494, Sec. 4.2.1).
-    backbone = Backbone(trunk, body, config.fpn_channels, _group_norm if config.norm == "group" else None)
+    norm = _group_norm if config.norm == "group" else None
+    backbone = Backbone(trunk, body, config.fpn_channels, norm, config.stochastic_depth)
     for layer in backbone.fpn.modules():
         if isinstance(layer, nn.Conv2d):
             nn.init.xavier_uniform_(layer.weight)

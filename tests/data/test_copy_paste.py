@@ -1,5 +1,6 @@
 """Large-scale jitter and copy-paste against full-size masks in plain loops; what is pasted, and from where."""
 
+import json
 from pathlib import Path
 
 import cv2
@@ -148,6 +149,34 @@ def test_rare_classes_first(annotations: LVISAnnotations, glyphs: Path) -> None:
         own = annotations.rows(int(annotations.image_of[source.rows[0]]))
         others = counts[annotations.labels[np.setdiff1d(own, source.rows)]]
         assert not len(others) or counts[annotations.labels[source.rows]].max() <= others.min()
+
+
+@pytest.mark.parametrize("resize", ["short_edge", "lsj"])
+def test_crowds_stay_and_are_never_pasted_and_lists_of_images_change_nothing(
+    glyphs: Path, tmp_path: Path, resize: str
+) -> None:
+    """Crowds are regions to ignore where they are; LVIS's negative and not exhaustive classes are not read."""
+    made = json.loads((glyphs / "annotations/train.json").read_text())
+    for row in made["annotations"][::2]:
+        row["iscrowd"] = 1
+    files = []
+    for name, negative, unsure in (("one", [], []), ("two", made["images"][0]["neg_category_ids"], [1, 2])):
+        known = [category["id"] for category in made["categories"]]
+        lists = {"neg_category_ids": negative, "not_exhaustive_category_ids": [i for i in known if i in unsure]}
+        made["images"] = [image | lists for image in made["images"]]
+        (tmp_path / f"{name}.json").write_text(json.dumps(made))
+        files.append(LVISAnnotations.open(tmp_path / f"{name}.json"))
+    options = {"resize": resize, "canvas": CANVAS, "lsj_scale": (0.5, 2.0)}
+    plain = dataset_of(files[0], glyphs, **options)
+    one, two = (dataset_of(file, glyphs, copy_paste=1.0, **options) for file in files)
+    crowds, pasted = 0, 0
+    for index in files[0].train_images.tolist():
+        below, sample, again = plain[index, 0], one[index, 0], two[index, 0]
+        assert not files[0].crowd[sample["rows"].numpy()].any()
+        assert torch.equal(sample["ignored"][: len(below["ignored"])], below["ignored"])
+        crowds, pasted = crowds + len(below["ignored"]), pasted + sample["pasted"]
+        assert all(torch.equal(sample[key], again[key]) for key in ("image", "boxes", "labels", "rows", "ignored"))
+    assert crowds and pasted
 
 
 def test_an_unreadable_source_is_told_and_another_one_taken(annotations: LVISAnnotations, glyphs: Path) -> None:

@@ -1,5 +1,7 @@
 """Moving average of the weights: its float64 twin, exact resume, passes, and what takes it from a checkpoint."""
 
+import os
+import signal
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -16,6 +18,7 @@ from loce.engine.train import train
 from loce.models.build import build_model
 from loce.utils import distributed
 from tests.conftest import stats_of
+from tests.engine.test_stopping import Running
 from tests.tiny_runs import main_file, same_run, train_here
 from tests.tiny_runs import run as script
 
@@ -141,6 +144,22 @@ def test_two_ranks_have_the_average_of_one(config: Path, tmp_path: Path) -> None
     for name, value in one.averages.items():
         torch.testing.assert_close(two.averages[name], value, rtol=1e-3, atol=1e-4)
     assert weights_hash(two.detector()) in (tmp_path / "2/eval/origin.txt").read_text()
+
+
+@pytest.mark.slow
+def test_a_killed_run_of_two_ranks_has_the_average_of_one_in_peace(config: Path, tmp_path: Path) -> None:
+    words = (config, *KEEP, *TODAY)
+    script("train.py", *words, f"output={tmp_path / 'peace'}", processes=2)
+    killed = Running("train.py", (*words, f"output={tmp_path / 'killed'}"), processes=2)
+    try:
+        killed.until("iter 3/3")
+        os.kill(killed.ranks()[1], signal.SIGKILL)
+        killed.process.communicate(timeout=280)
+    finally:
+        killed.kill()
+    assert 2 <= Checkpoint.open(tmp_path / "killed").state["iteration"] < 6
+    assert "of 6 iterations are done" in script("train.py", *words, f"output={tmp_path / 'killed'}", processes=2)
+    same_run(tmp_path / "killed", tmp_path / "peace")
 
 
 def test_what_is_averaged() -> None:

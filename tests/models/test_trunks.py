@@ -122,6 +122,19 @@ def test_stochastic_depth_is_torchvisions_and_keyed_by_image(few_weights: None, 
     assert not torch.allclose(still[3], whole[3], atol=1e-3)
 
 
+def test_rates_of_stochastic_depth_are_an_option(few_weights: None) -> None:
+    def rates(**options: float) -> list[float]:
+        modules = build_backbone(small("convnext_tiny", **options)).modules()
+        return [module.p for module in modules if isinstance(module, backbones.DroppedBranch)]
+
+    assert rates() == pytest.approx([0, 0.15, 0.3, 0.45, 0.6]) and rates(stochastic_depth=1.5)[-1] == pytest.approx(0.9)
+    off = build_backbone(small("convnext_tiny", stochastic_depth=0)).train()
+    image = torch.randn(1, 3, 64, 64)
+    assert not off.stochastic_depth and torch.equal(off(image)["3"], off.eval()(image)["3"])
+    with pytest.raises(UserError, match="ConvNeXt and Swin alone have stochastic depth"):
+        load_config(["stage1.yaml", "model.stochastic_depth=0.5"])
+
+
 def test_a_dropped_branch_against_its_formula() -> None:
     branch = backbones.DroppedBranch(0.25)
     x = torch.randn(4, 3, 2, 2)

@@ -20,6 +20,7 @@ from loce.engine.preflight import preflight
 from loce.engine.trainer import Trainer
 from loce.models.roi_heads import pool
 from tests.doc_pages import ROOT, blocks, clone, fenced_commands, run_command
+from tests.tiny_runs import metrics, train_here
 
 PAGE = ROOT / "docs/rebalance.md"
 SIZES = ["data.short_edges=[64]", "data.test_short_edge=64", "data.long_edge=128", "model.rpn.anchor_scale=4"]
@@ -107,6 +108,26 @@ def test_loce_starts_from_it(converted: Path, glyphs: Path, tmp_path: Path) -> N
     assert made.arms[0].model.roi_heads.memory is not None and not made.arms[0].model.config.roi.aligned
 
 
+def test_loce_starts_from_a_faster_r_cnn(theirs: MaskRCNN, glyphs: Path, tmp_path: Path) -> None:
+    """The same page without a mask head: a step of LOCE on boxes."""
+    torch.save({k: v for k, v in theirs.state_dict().items() if "mask" not in k}, tmp_path / "model.pth")
+    file = str(glyphs / "annotations/train.json")
+    content, report = convert(tmp_path / "model.pth", file, file, overrides=SIZES)
+    torch.save(content, tmp_path / "converted.pt")
+    told = next(line for line in report if line.startswith("to train from it: ")).split()
+    assert "model.masks=false" in told and not any(word.startswith("model.mask_") for word in told)
+    words = recipe(
+        tmp_path / "converted.pt", glyphs, tmp_path, "model.masks=false", "device=cpu", "train.evaluate=false"
+    )
+    page = tmp_path / "rebalance.yaml"
+    lines = [line for line in page.read_text().splitlines() if "mask_" not in line]
+    page.write_text("\n".join(lines))
+    trainer = train_here([load_config(words)], 1)
+    assert not any("WARNING" in line for line in trainer.arms[0].notes)
+    (line,) = metrics(tmp_path / "run")
+    assert line["loss_cls"] > 0 and line["loss_box"] > 0 and "loss_mask" not in line
+
+
 def test_options_against_the_weights_are_warned_of(converted: Path, glyphs: Path, tmp_path: Path) -> None:
     words = recipe(converted, glyphs, tmp_path, "model.roi.aligned=true", "model.mask_predictor=normalised")
     config = load_config(words)
@@ -134,5 +155,5 @@ def test_the_page_from_its_first_to_its_last_command(tmp_path: Path) -> None:
     for command in commands:
         run_command(command.replace("train_images=1200 val_images=150", "train_images=60 val_images=20"), folder)
     for run in ("theirs/before", "rebalanced/eval", "control/eval"):
-        metrics = json.loads((folder / f"runs/{run}/metrics.json").read_text())
-        assert 0 <= metrics["segm"]["AP"] <= 1
+        numbers = json.loads((folder / f"runs/{run}/metrics.json").read_text())
+        assert 0 <= numbers["segm"]["AP"] <= 1
