@@ -14,7 +14,6 @@ from loce.data.glyphs.plan import (
     RARE_SHARE,
     Plan,
     long_tail,
-    mean_instances,
     plan_split,
     ranked_characters,
     validation_counts,
@@ -71,10 +70,9 @@ def demo() -> dict[str, Plan]:
     rng = np.random.default_rng(0)
     train = long_tail(50, 2000, 2.5)
     val = validation_counts(train, 400, 2.5)
-    herds = mean_instances(train)
     return {
-        "train": plan_split(train, 2000, herds, 12, 0, rng),
-        "val": plan_split(val, 400, herds, 12, 20, rng),
+        "train": plan_split(train, train, 2000, 12, 0, rng),
+        "val": plan_split(val, train, 400, 12, 20, rng),
     }
 
 

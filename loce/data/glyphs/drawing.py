@@ -53,17 +53,19 @@ class Shape:
 
 Window = tuple[slice, slice]  # rows and columns of the image
 Placed = tuple[Shape, Window]
+Sides = tuple[float, float] | tuple[tuple[float, float], ...]  # of all objects, or of each, back to front
 
 
 def draw_image(
     characters: str,
     size: int,
-    sides: tuple[float, float],
+    sides: Sides,
     rng: np.random.Generator,
 ) -> tuple[np.ndarray, np.ndarray]:
     """An image that shows all of `characters` (repeats allowed), later ones in front.
 
-    size: pixels a side; sides: smallest and largest object, the mean of width and height as a share of `size`.
+    size: pixels a side; sides: smallest and largest object, or these of each object, the mean of width and height
+    as a share of `size`.
     Returns the image (size, size, 3) uint8 RGB and the owners (size, size) int64: the index in `characters` of the
     object that each pixel shows, -1 for the background. UserError when the objects fit at no size.
     """
@@ -158,12 +160,13 @@ def _shrink_and_trim(fine: np.ndarray, outline: float) -> Shape:
 def _arrange(
     characters: str,
     size: int,
-    sides: tuple[float, float],
+    sides: Sides,
     rng: np.random.Generator,
 ) -> list[Placed]:
     """Places for all; when one finds none, everything starts again with objects a tenth smaller."""
+    log_sides = np.broadcast_to(np.log(size * np.array(sides)).reshape(-1, 2), (len(characters), 2))
     for shrinks in range(MOST_SHRINKS + 1):
-        placed = _try_to_arrange(characters, size, np.log(size * np.array(sides)) + shrinks * np.log(SHRINK), rng)
+        placed = _try_to_arrange(characters, size, log_sides + shrinks * np.log(SHRINK), rng)
         if len(placed) == len(characters):
             return placed
     raise UserError(
@@ -181,7 +184,7 @@ def _try_to_arrange(
     owners = np.full((size, size), -1)
     least = np.zeros(len(characters))  # pixels of each object that must stay visible
     for index, character in enumerate(characters):
-        shape = _make_shape(character, float(np.exp(rng.uniform(*log_sides))), size, rng)
+        shape = _make_shape(character, float(np.exp(rng.uniform(*log_sides[index]))), size, rng)
         # It must be seen itself, and no object below it may lose more than it has to spare.
         needed = max(FEWEST_PIXELS, VISIBLE * shape.mask.sum())
         spare = np.bincount(owners[owners >= 0], minlength=len(characters)) - least

@@ -29,14 +29,15 @@ from loce.data.glyphs.exports import write_export
 from loce.data.glyphs.page import draw_samples
 from loce.data.glyphs.plan import (
     VALIDATION_INSTANCES,
+    VERSION_1,
     Plan,
     long_tail,
-    mean_instances,
     plan_split,
     ranked_characters,
     validation_counts,
 )
 from loce.data.glyphs.records import INFO, LICENSE, Record, Settings, Task, category_records, draw_task, image_record
+from loce.data.glyphs.scenes import VERSION_2, absent_shares, label_sides
 from loce.utils.classes import GROUPS
 from loce.utils.errors import UserError
 from loce.utils.files import write_text
@@ -44,10 +45,10 @@ from loce.utils.options import Conflict, Count, Fraction, Natural, Range, Share,
 from loce.utils.progress import print_line, progress
 from loce.utils.yaml_text import differing
 
-VERSION = 1  # of what is drawn: another number means other images
+VERSIONS = {1: VERSION_1, 2: VERSION_2}  # of what is drawn: another number means other images
 STAMP = "glyphs.json"
 PARTIAL = ".glyphs.partial"
-PLANNING, DRAWING, VERIFYING = 0, 1, 2  # purposes of random numbers, part of their seeds
+PLANNING, DRAWING, VERIFYING, SIZING = 0, 1, 2, 3  # purposes of random numbers, part of their seeds
 FREE = ("out", "workers", "export")  # options that do not change what is drawn
 
 
@@ -56,6 +57,9 @@ class GlyphOptions:
     """Options of a Glyph-LVIS set."""
 
     out: str  # folder to write
+    version: Annotated[int, Range(1, 2)] = (
+        1  # 2: shaped like LVIS, with scenes (docs/benchmark.md)
+    )
     classes: Annotated[int, Range(1, len(CHARACTERS))] = 50
     train_images: Count = 2000
     val_images: Count = 400
@@ -65,7 +69,7 @@ class GlyphOptions:
     most_objects: Count = 12  # in an image
     smallest: Share = 0.14  # mean of an object's width and height, as a share of the image's side
     largest: Share = 0.36
-    negatives: Fraction = 0.25  # share of the absent classes that is listed as verified absent
+    negatives: Fraction = 0.25  # share of the absent classes that is listed as verified absent; version 2: by class
     workers: Count = 2  # processes
     export: Literal["none", "voc", "yolo", "labelme"] = "none"  # OUT/voc, ...: the set in a tool's format
 
@@ -73,6 +77,11 @@ class GlyphOptions:
 CONFLICTS: tuple[Conflict, ...] = (
     (("smallest", "largest"), lambda o: o.smallest > o.largest, "smallest must not be above largest"),
     (("smallest", "size"), lambda o: o.smallest * o.size < 16, "objects under 16 pixels cannot be told apart"),
+    (
+        ("negatives", "version"),
+        lambda o: o.version == 2 and o.negatives != GlyphOptions.negatives,
+        "is of version 1; version 2 lists each class as often as LVIS does",
+    ),
     (
         ("classes", "train_images", "classes_per_image"),
         lambda o: o.train_images * o.classes_per_image < o.classes,
@@ -92,7 +101,7 @@ def make_glyphs(options: GlyphOptions) -> None:
     Starts `options.workers` processes: the calling script needs `if __name__ == "__main__"`.
     """
     folder = Path(options.out)
-    identity = {"version": VERSION, **{key: value for key, value in to_dict(options).items() if key not in FREE}}
+    identity = {key: value for key, value in to_dict(options).items() if key not in FREE}
     if _is_finished(folder, identity):
         print_line(f"{folder}: finished before, used as it is")
     else:
@@ -141,30 +150,32 @@ def _draw_set(options: GlyphOptions, folder: Path) -> None:
     settings = Settings(
         folder=folder,
         size=options.size,
-        sides=(options.smallest, options.largest),
         characters=characters,
         category_ids=tuple(ids[rank].tolist()),
     )
     # Which class stands in which image, and how often.
-    train = long_tail(options.classes, options.train_images, options.classes_per_image)
-    val = validation_counts(train, options.val_images, options.classes_per_image)
-    herds, most = mean_instances(train), options.most_objects
+    statistics, most, per_image = VERSIONS[options.version], options.most_objects, options.classes_per_image
+    numbers = {"train": options.train_images, "val": options.val_images}
+    train = long_tail(options.classes, options.train_images, per_image, statistics)
+    counts = {"train": train, "val": validation_counts(train, options.val_images, per_image, statistics)}
+    scenes, fewest = statistics.scenes(train, rng), {"train": 0, "val": VALIDATION_INSTANCES}
     plans = {
-        "train": plan_split(train, options.train_images, herds, most, 0, rng),
-        "val": plan_split(val, options.val_images, herds, most, VALIDATION_INSTANCES, rng),
+        split: plan_split(counts[split], train, images, most, fewest[split], rng, statistics, scenes)
+        for split, images in numbers.items()
     }
     # Draw the images; annotations are numbered in their order.
     annotations: dict[str, list[Record]] = {}
     images: dict[str, list[Record]] = {}
     for split, first_id in (("train", 1), ("val", options.train_images + 1)):
         (folder / f"{split}2017").mkdir(parents=True)
+        negatives: float | np.ndarray = options.negatives
+        if options.version == 2:
+            negatives = absent_shares(counts[split], train, numbers[split])
         tasks = _tasks(plans[split], split, first_id, options)
         drawn = chain.from_iterable(_draw(settings, tasks, options.workers, split))
         annotations[split] = [{"id": number, **annotation} for number, annotation in enumerate(drawn, 1)]
         images[split] = [
-            image_record(
-                task, settings, options.negatives, np.random.default_rng([options.seed, VERIFYING, task.image_id])
-            )
+            image_record(task, settings, negatives, np.random.default_rng([options.seed, VERIFYING, task.image_id]))
             for task in tasks
         ]
     # The files of both splits have the same categories, counted in training.
@@ -197,10 +208,15 @@ def _tasks(
     """What to draw in each image of a split; which object lies in front is random."""
     tasks = []
     images = options.train_images if split == "train" else options.val_images
+    bounds = (options.smallest, options.largest)
+    sides = np.tile(bounds, (len(plan.labels), 1))
+    if options.version == 2:
+        sides = label_sides(plan, bounds, np.random.default_rng([options.seed, SIZING, first_id]))
     borders = np.searchsorted(plan.images, np.arange(images + 1)).tolist()
     for image_id, (first, end) in enumerate(pairwise(borders), first_id):
         instances, left_out = plan.instances[first:end], plan.left_out[first:end]
         labels = np.repeat(plan.labels[first:end], instances + left_out)
+        label_bounds = np.repeat(sides[first:end], instances + left_out, axis=0)
         annotated = [place < n for n, m in zip(instances, left_out, strict=True) for place in range(n + m)]
         order = np.random.default_rng([options.seed, PLANNING, image_id]).permutation(len(labels))
         tasks.append(
@@ -209,6 +225,7 @@ def _tasks(
                 path=f"{split}2017/{image_id:012}.jpg",
                 seed=(options.seed, DRAWING, image_id),
                 labels=tuple(labels[order].tolist()),
+                sides=tuple(map(tuple, label_bounds[order].tolist())),
                 annotated=tuple(annotated[i] for i in order),
             )
         )

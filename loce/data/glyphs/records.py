@@ -16,7 +16,7 @@ from PIL import Image
 from pycocotools import mask as coco_mask
 
 from loce.data.glyphs.characters import category_name
-from loce.data.glyphs.drawing import draw_image
+from loce.data.glyphs.drawing import Sides, draw_image
 from loce.utils.classes import frequency_groups
 
 Record = dict[str, Any]
@@ -31,26 +31,26 @@ class Settings:
 
     folder: Path
     size: int
-    sides: tuple[float, float]
     characters: str
     category_ids: tuple[int, ...]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Task:
-    """One image to draw. labels: of its objects, back to front; annotated: for each, whether it is written down."""
+    """One image to draw. labels, sides: of its objects, back to front; annotated: whether each is written down."""
 
     image_id: int
     path: str  # under the folder
     seed: tuple[int, ...]
     labels: tuple[int, ...]
+    sides: Sides
     annotated: tuple[bool, ...]
 
 
 def draw_task(settings: Settings, task: Task) -> list[Record]:
     """Draw one image into its file; its annotations, without `id`."""
     characters = "".join(settings.characters[label] for label in task.labels)
-    image, owners = draw_image(characters, settings.size, settings.sides, np.random.default_rng(task.seed))
+    image, owners = draw_image(characters, settings.size, task.sides, np.random.default_rng(task.seed))
     Image.fromarray(image).save(settings.folder / task.path, quality=JPEG_QUALITY, subsampling=FULL_COLOUR)
     return [
         {"image_id": task.image_id, "category_id": settings.category_ids[label], **describe_mask(owners == index)}
@@ -94,16 +94,19 @@ def outline(mask: np.ndarray, left: int = 0, top: int = 0) -> list[list[int]] | 
 def image_record(
     task: Task,
     settings: Settings,
-    negatives: float,
+    negatives: float | np.ndarray,
     rng: np.random.Generator,
 ) -> Record:
     """LVIS v1's record of an image: there is no `file_name`, the end of `coco_url` is the path.
 
-    negatives: the share of the absent classes that is listed as verified absent.
+    negatives: the share of the absent classes that is listed as verified absent, or (C,) the probability of each.
     """
     id_of = np.array(settings.category_ids)
     absent = np.setdiff1d(np.arange(len(id_of)), task.labels)
-    verified = rng.choice(absent, round(negatives * len(absent)), replace=False)
+    if isinstance(negatives, np.ndarray):
+        verified = absent[rng.random(len(absent)) < negatives[absent]]
+    else:
+        verified = rng.choice(absent, round(negatives * len(absent)), replace=False)
     left_out = {label for label, annotated in zip(task.labels, task.annotated, strict=True) if not annotated}
     return {
         "id": task.image_id,
