@@ -885,19 +885,21 @@ LIST = "--help lists the recipes"
 def load_config(argv: Sequence[str]) -> Config:
     """The run that `[CONFIG.yaml, "key.sub=value", ...]` describes, its `output` filled in; `-h` prints every option.
 
+    CONFIG may be several recipes with commas between: methods/seesaw.yaml,glyph100/one_stage.yaml. A later one wins.
     UserError with everything that is wrong at once: unknown keys, wrong types, values out of range, conflicts.
     """
     if "-h" in argv or "--help" in argv:
         there = ", ".join(_config_names())
-        what = f"CONFIG: a YAML file, which may stand on others (base: loce.yaml); configs there are: {there}"
+        what = "CONFIG: a YAML file, which may stand on others (base: loce.yaml), or several with commas between, of "
+        what += f"which a later one wins; configs there are: {there}"
         recipes = textwrap.fill(what, 110, break_on_hyphens=False)
         print_help(recipes, help_text(Config))
     if not argv or ("=" in argv[0] and not Path(argv[0]).is_file()):
         raise UserError(f"command line: no CONFIG given; usage: {sys.argv[0]} CONFIG [key=value ...]; {LIST}")
-    path = find_config(argv[0])
+    paths = [find_config(name) for name in ([argv[0]] if Path(argv[0]).is_file() else argv[0].split(","))]
     words, problems = split_words(Config, argv[1:])
-    config = _build([*chain.from_iterable(_read_recipe(path).values()), *words], problems)
-    return config if config.output else dataclasses.replace(config, output=str(run_folder(path)))
+    config = _build([*chain.from_iterable(_read_recipes(paths).values()), *words], problems)
+    return config if config.output else dataclasses.replace(config, output=str(run_folder(*paths)))
 
 
 def find_config(name: str) -> Path:
@@ -932,25 +934,38 @@ def _read_recipe(file: Path, above: tuple[Path, ...] = ()) -> dict[Path, list[Gi
     names = [base] if isinstance(base, str) else base
     if not isinstance(names, list) or not all(isinstance(name, str) and name for name in names):
         raise UserError(f"{file}: base = {show(base)}: must be a recipe, or a list of recipes, such as [loce.yaml]")
-    found: dict[Path, list[Given]] = {}
+    bases = []
     for name in names:
         places = [file.parent] if name.startswith(("./", "../")) else [*_config_folders(), file.parent]
-        missing = f"{file}: base = {name}: not found in configs/ or beside this file"
-        for path, stated in _read_recipe(_find(name, places, missing, own), (*above, own)).items():
-            found.pop(path, None)  # of two bases with a common base: it counts where it stands last
+        bases.append(_find(name, places, f"{file}: base = {name}: not found in configs/ or beside this file", own))
+    return {**_read_recipes(bases, (*above, own)), own: flatten(Config, values, str(file))}
+
+
+def _read_recipes(files: Sequence[Path], above: tuple[Path, ...] = ()) -> dict[Path, list[Given]]:
+    """What `files` and their bases state; a common base of two counts where it stands last."""
+    found: dict[Path, list[Given]] = {}
+    for file in files:
+        for path, stated in _read_recipe(file, above).items():
+            found.pop(path, None)
             found[path] = stated
-    return {**found, own: flatten(Config, values, str(file))}
+    return found
 
 
-def run_folder(config_path: Path) -> Path:
+def run_folder(config_path: Path, *others: Path) -> Path:
     """Where a run goes that does not say: configs/glyphs/loce.yaml -> runs/glyphs/loce; elsewhere/x.yaml -> runs/x.
 
-    UserError where the file's name would lead out of runs/, as that of a file ...yaml would.
+    Of several recipes, the first one's folder in that of the last: methods/seesaw.yaml,glyph100/one_stage.yaml ->
+    runs/glyph100/methods/seesaw. UserError where the file's name would lead out of runs/, as that of ...yaml would.
     """
-    path = config_path.resolve()
-    parts = (*path.parts[:-1], path.name.removesuffix(path.suffix))
+    *folder, _ = _below_configs(others[-1]) if others else [""]
+    return inside("runs", "/".join([*folder, *_below_configs(config_path)]))
+
+
+def _below_configs(file: Path) -> list[str]:
+    path = file.resolve()
+    parts = [*path.parts[:-1], path.name.removesuffix(path.suffix)]
     below = max((i + 1 for i, part in enumerate(parts[:-1]) if part == "configs"), default=len(parts) - 1)
-    return inside("runs", "/".join(parts[below:]))
+    return parts[below:]
 
 
 def _config_folders() -> list[Path]:

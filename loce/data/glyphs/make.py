@@ -57,9 +57,7 @@ class GlyphOptions:
     """Options of a Glyph-LVIS set."""
 
     out: str  # folder to write
-    version: Annotated[int, Range(1, 2)] = (
-        1  # 2: shaped like LVIS, with scenes (docs/benchmark.md)
-    )
+    version: Annotated[int, Range(1, 2)] = 1  # 2: shaped like LVIS, with scenes (docs/benchmark.md)
     classes: Annotated[int, Range(1, len(CHARACTERS))] = 50
     train_images: Count = 2000
     val_images: Count = 400

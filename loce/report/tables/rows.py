@@ -1,7 +1,7 @@
 """Tables of the paper and their rows (configs/tables.yaml): one run for every seed, and where each run goes."""
 
 import json
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cache, cached_property
 from pathlib import Path
 from typing import Any, Literal
@@ -29,7 +29,7 @@ MEASURES = {  # further columns, of masks, where runs have them: protocol ("": t
     **{f"ECE{group}": ("", f"ECE{group}") for group in ("", "r", "c", "f")},
 }
 UNKNOWN = -1.0  # among the published numbers
-PEERS = (5, 8)  # the tables of methods, for which a data set may lack recipes
+PEERS = (5, 8)  # the tables of methods
 Records = list[dict[str, Any]]  # of a row, one of each seed
 
 
@@ -37,7 +37,9 @@ Records = list[dict[str, Any]]  # of a row, one of each seed
 class RunOptions:
     """Options of all tables: what to train, on which data, and where it goes."""
 
-    data: Literal["glyphs", "glyph1203", "lvis"] = "glyphs"  # glyphs: for CPU cores; glyph1203: for a GPU; both drawn
+    data: Literal["glyphs", "glyph100", "glyph1203", "lvis"] = (
+        "glyphs"  # the first two: for CPU cores; all but lvis: drawn
+    )
     seeds: Count = 1  # trainings of every row, stage 1 included: seeds 0, 1, ...
     first_seed: Natural = 0  # instead of 0
     gpus: Natural = 0  # processes of a training; 0 or 1: one
@@ -86,11 +88,16 @@ class Recipes:
     methods: str
     note: str
     glyphs: tuple[str, ...] = ()
-    only: tuple[str, ...] = ()
+    one_stage: str = ""
+    two_stages: str = ""
+    words: dict[str, list[str]] = field(default_factory=dict)
 
-    def file(self, recipe: str) -> str:
-        """The path, below configs/, of a row's recipe."""
-        return self.named.get(recipe, f"{self.methods}/{recipe}.yaml")
+    def command(self, recipe: str) -> list[str]:
+        """The first words of the command of a recipe's command: its file, and what the data set changes."""
+        file = recipe if recipe.endswith(".yaml") else self.named.get(recipe, f"{self.methods}/{recipe}.yaml")
+        if self.two_stages and recipe != file and recipe not in self.named:
+            file += "," + (self.two_stages if alone((file,), str(Path.cwd())).train.init else self.one_stage)
+        return [file, *self.words.get(recipe, [])]
 
 
 @dataclass(frozen=True)
@@ -183,8 +190,6 @@ def read_table(options: RunOptions, number: int) -> Table:
     for source, values in lines:
         try:
             text = build(RowText, flatten(RowText, values, source), ROW_CONFLICTS)
-            if number in PEERS and table.recipes.only and text.name not in table.recipes.only:
-                continue
             # A row may start from the run, of the same seed, of a row above.
             starts = next((row.runs for row in table.rows if row.text.name == text.start), [])
             if text.start and not starts:
@@ -210,18 +215,20 @@ def make_run(
     start: Run | None = None,
 ) -> RowRun:
     """The run of a row: in the recipe's own folder where nothing is changed, else below `options.runs`."""
-    recipe = recipes.file(text.recipe)
-    words = [recipe, *text.words, *options.words]
+    recipe = recipes.command(text.recipe)
+    words = [*recipe, *text.words, *options.words]
     if any(word.startswith("output=") for word in words):
         raise UserError("output: every row has its own run folder; runs=... chooses where")
     here = str(Path.cwd())
-    plain = alone(recipe, here)
+    plain, name = alone(tuple(recipe), here), stem(recipe[0])
     # A further seed, and the stage of the same seed to start from.
     if seed:
         words += [f"seed={seed}"]
-        stages = {alone(stage, here).output: stage for stage in recipes.stages}
+        stages = {alone(tuple(recipes.command(stage)), here).output: stage for stage in recipes.stages}
         if plain.train.init in stages and not start:
-            words.append(f"train.init={stage_run(options, stages[plain.train.init], seed).config.output}")
+            stage = stage_run(options, recipes, stages[plain.train.init], seed)
+            words = [word for word in words if not word.startswith("train.init=")]
+            words.append(f"train.init={stage.config.output}")
     words += [f"train.init={start.folder}"] if start else []
     # Where a closed row started and what it trained; without the memory, whose options may not be allowed any more.
     still = [word for word in words if word.partition("=")[0] not in GONE]
@@ -233,18 +240,23 @@ def make_run(
     changes += [f"init={start.folder.name}"] if start else []
     folder = plain.output
     if text.processes or replace(config, output=folder) != plain:
-        folder = str(inside(seed_folder(options, seed), "+".join([Path(recipe).stem, *changes])))
+        folder = str(inside(seed_folder(options, seed), "+".join([name, *changes])))
         words.append(f"output={folder}")
     evaluation = inside(folder, "+".join(["eval", *text.post_hoc]))
-    record = "+".join([Path(recipe).stem, *changes, *text.post_hoc]) + ".json"
+    record = "+".join([name, *changes, *text.post_hoc]) + ".json"
     record_file = inside(Path(options.records, options.data, f"seed{seed}"), record)
     return RowRun(words, replace(config, output=folder), processes, evaluation, record_file, not text.last)
 
 
 @cache
-def alone(recipe: str, folder: str) -> Config:
-    """The options of a recipe without further words, read once for all rows; folder: where this process works."""
-    return load_config([recipe])
+def alone(command: tuple[str, ...], folder: str) -> Config:
+    """The options of a recipe without a row's words, read once for all rows; folder: where this process works."""
+    return load_config(command)
+
+
+def stem(recipes: str) -> str:
+    """The name of a recipe, of several with commas between that of the first."""
+    return Path(recipes.partition(",")[0]).stem
 
 
 def seed_folder(options: RunOptions, seed: int) -> Path:
@@ -252,9 +264,14 @@ def seed_folder(options: RunOptions, seed: int) -> Path:
     return Path(options.runs, options.data, *([f"seed{seed}"] if seed else []))
 
 
-def stage_run(options: RunOptions, stage: str, seed: int) -> Run:
+def stage_run(
+    options: RunOptions,
+    recipes: Recipes,
+    stage: str,
+    seed: int,
+) -> Run:
     """A stage that rows start from: seed 0 in the recipe's own folder, as `make demo` and users train it."""
-    words = [stage, *options.words]
+    words = [*recipes.command(stage), *options.words]
     if seed:
-        words += [f"seed={seed}", f"output={seed_folder(options, seed) / Path(stage).stem}"]
+        words += [f"seed={seed}", f"output={seed_folder(options, seed) / stem(words[0])}"]
     return Run(words, load_config(words))

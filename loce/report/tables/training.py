@@ -20,11 +20,11 @@ def prepare(options: RunOptions, table: Table, runs: list[RowRun]) -> None:
     if recipes.glyphs and not Path(data.train_annotations).exists():
         run("make_glyphs.py", f"out={data.train_images}", *recipes.glyphs)
     # Stages that runs start from; a forest is built from the features of the first.
-    first = stage_run(options, recipes.stages[0], 0)
+    first = stage_run(options, recipes, recipes.stages[0], 0)
     forests = {r.config.head.forest.trees: r for r in waiting if r.config.head.name == "forest"}
     starts = {r.config.train.init for r in waiting} | ({first.config.output} if forests else set())
     for seed in options.all_seeds:
-        for stage in (stage_run(options, name, seed) for name in recipes.stages):
+        for stage in (stage_run(options, recipes, name, seed) for name in recipes.stages):
             if stage.config.output in starts and not is_evaluated(stage.folder):
                 step(stage.folder, "train.py", *stage.words, processes=options.gpus)
     for trees, row_run in forests.items():
