@@ -115,6 +115,18 @@ def test_bare_names_are_found_here_then_in_configs_then_in_the_repository(tmp_pa
 def test_run_folder_follows_the_place_below_configs():
     assert load_config(["glyphs/loce"]).output == "runs/glyphs/loce"
     assert load_config([str(ROOT / "configs" / "stage1.yaml")]).output == "runs/stage1"
+    assert load_config(["methods/seesaw,glyphs/softmax.yaml"]).output == "runs/glyphs/methods/seesaw"
+
+
+def test_of_recipes_with_commas_between_a_later_one_wins(write):
+    write(one="base: loce.yaml\ntrain: {epochs: 9, drops: [8], lr: 0.5}\n", two="train: {epochs: 12}\n")
+    both = load_config(["one,two", "train.lr=0.25"])
+    assert (both.train.epochs, both.train.drops, both.train.lr, both.head.name) == (12, (8,), 0.25, "equilibrium")
+    assert both.output == "runs/one"
+    write(three="base: [one.yaml, two.yaml]\noutput: runs/one\n")
+    assert load_config(["three", "train.lr=0.25"]) == both
+    with pytest.raises(UserError, match="CONFIG four not found"):
+        load_config(["one,four"])
 
 
 # The recipes

@@ -286,6 +286,7 @@ def test_a_method_on_another_glyph_set_is_the_one_of_glyph_50(data: str):
         "train.init",
         "train.lr",
         "train.clip",
+        "train.warmup",
         "train.weight_decay",
     )
     thresholds = {"sampler.repeat_threshold", "head.eql.threshold", "head.gol.threshold"}

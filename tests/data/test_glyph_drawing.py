@@ -135,8 +135,9 @@ def test_too_many_objects_is_a_user_error() -> None:
 
 
 def test_task_writes_image_and_annotations(tmp_path: Path) -> None:
-    settings = Settings(folder=tmp_path, size=96, sides=SIDES, characters="OB8k", category_ids=(9, 3, 4, 12))
-    task = Task(image_id=5, path="a.jpg", seed=(7, 8), labels=(0, 1, 3, 0), annotated=(True, True, False, True))
+    settings = Settings(folder=tmp_path, size=96, characters="OB8k", category_ids=(9, 3, 4, 12))
+    shown = (True, True, False, True)
+    task = Task(image_id=5, path="a.jpg", seed=(7, 8), labels=(0, 1, 3, 0), sides=(SIDES,) * 4, annotated=shown)
     annotations = draw_task(settings, task)
     image, owners = draw_image("OBkO", 96, SIDES, np.random.default_rng((7, 8)))
     stored = np.asarray(Image.open(tmp_path / "a.jpg"))

@@ -18,6 +18,7 @@ from loce.data.glyphs.plan import (
     ranked_characters,
     validation_counts,
 )
+from loce.data.glyphs.scenes import VERSION_2, absent_shares, label_sides
 from loce.utils.classes import frequency_groups
 
 
@@ -178,3 +179,37 @@ def test_no_two_classes_look_the_same(face: str) -> None:
 def test_every_class_has_at_least_four_faces() -> None:
     assert min(len(faces_with(character)) for character in CHARACTERS) >= 4
     assert all(len(faces_with(character)) == 12 for character in CHARACTERS[:50] if character != "★")
+
+
+def test_version_2_has_scenes_and_the_spread_of_lvis() -> None:
+    """Image counts exact; rare classes in one or two scenes and among frequent ones; heavy tails of objects."""
+    rng = np.random.default_rng(0)
+    train = long_tail(100, 3000, 3.5, VERSION_2)
+    assert group_sizes(train) == (28, 38, 34) and train.sum() == pytest.approx(10500, rel=0.005)
+    scenes = VERSION_2.scenes(train, rng)
+    assert scenes.shape == (100, 12)
+    members = scenes.sum(axis=1)
+    assert set(members[:34]) == {6} and set(members[34:72]) == {3} and set(members[72:]) == {1, 2}
+    plan = plan_split(train, train, 3000, 20, 0, rng, VERSION_2, scenes)
+    assert (plan.image_counts(100) == train).all()
+    labels = np.bincount(plan.images, minlength=3000)
+    objects = np.bincount(plan.images, plan.instances + plan.left_out, minlength=3000)
+    assert objects.max() == 20 and 7 < objects.mean() < 9 and (plan.instances == 1).mean() > 0.5
+    assert np.quantile(labels, [0.5, 0.9]).tolist() == [3, 7] and labels.max() >= 12
+    shown = [set(plan.labels[plan.images == image].tolist()) for image in plan.images[plan.labels >= 72]]
+    assert np.mean([min(classes) < 34 for classes in shown]) > 0.85
+    # Frequent classes of no common scene are met with a rare one where an image had no room in its scene only.
+    met = [bool((scenes[72:] & scenes[other])[rare - 72].any()) for classes in shown for rare in classes
+           for other in classes if rare >= 72 > 34 > other]  # fmt: skip
+    assert np.mean(met) > 0.9
+    sides = label_sides(plan, (0.125, 0.6), rng)
+    assert sides.min() == 0.125 and sides.max() <= 0.6 and (sides[:, 0] <= sides[:, 1]).all()
+    crowded = objects[plan.images] > 12
+    assert sides[crowded].mean() < 0.8 * sides[~crowded].mean()
+
+
+def test_version_2_lists_absent_classes_as_often_as_lvis() -> None:
+    train, val = np.array([500, 50, 5]), np.array([40, 20, 8])
+    found = absent_shares(val, train, 500)
+    expected = [1.3 * 40 / 460, 14 * 20 / 480, 1.0]
+    assert found.tolist() == pytest.approx(expected)

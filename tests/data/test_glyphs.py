@@ -70,6 +70,18 @@ def test_version_1_is_drawn_byte_for_byte(made: Path) -> None:
     assert digest.startswith("7c008d297a22f177"), "another version of a library, or of the set"
 
 
+def test_version_2_with_any_number_of_processes(tmp_path: Path) -> None:
+    """Drawn alike; labels as planned; a class is verified absent by its group."""
+    changes = {"version": 2, "train_images": 40, "val_images": 25, "largest": 0.6, "most_objects": 8}
+    for workers in (1, 2):
+        make_glyphs(tiny(tmp_path / str(workers), workers=workers, **changes))
+    assert contents(tmp_path / "1") == contents(tmp_path / "2")
+    val = json.loads((tmp_path / "1/annotations/val.json").read_text())
+    shown = {(a["image_id"], a["category_id"]) for a in val["annotations"]}
+    assert all((image["id"], c) not in shown for image in val["images"] for c in image["neg_category_ids"])
+    assert json.loads((tmp_path / "1" / STAMP).read_text())["version"] == 2
+
+
 def test_files(made: Path) -> None:
     assert sorted(path.name for path in made.iterdir()) == sorted(
         ["annotations", "train2017", "val2017", "samples.png", STAMP]
@@ -216,6 +228,7 @@ def test_script_says_all_that_is_wrong() -> None:
     [
         (["smallest=0.5", "largest=0.2"], "smallest must not be above largest"),
         (["size=64"], "objects under 16 pixels"),
+        (["version=2", "negatives=0.5"], "is of version 1"),
         (["train_images=10"], "no training image"),
         (["val_images=19"], "no validation image"),
     ],
