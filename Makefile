@@ -86,7 +86,7 @@ figures: setup  ## the paper's Figures 1 and 4, PNG and PDF, of RUN="runs/a runs
 glyphs: setup  ## draw Glyph-LVIS, the demo's data (OUT=runs/glyphs50 CLASSES=50)
 	$(PY) scripts/make_glyphs.py out=$(or $(OUT),runs/glyphs50) classes=$(or $(CLASSES),50) $(ARGS)
 
-table1:  ## the paper's Table 1 (2 to 5: the others; 6 to 10: ours): trains what is missing (DATA=glyphs|lvis, SEEDS=1, GPUS=8)
+table1:  ## the paper's Table 1 (2 to 5: the others; 6 to 10: ours): trains what is missing (DATA=glyphs|glyph100|lvis, SEEDS=1, GPUS=8)
 table1 table2 table3 table4 table5 table6 table7 table8 table9 table10: setup
 	$(PY) scripts/tables.py table=$(@:table%=%) $(TABLES) gpus=$(GPUS) $(ARGS)
 

@@ -1,8 +1,8 @@
 """Statistics of version 2 of Glyph-LVIS: shaped like LVIS where version 1 is not, and scenes.
 
 Each number is one of LVIS's, fixed before any method was trained on the set: "100" marks what was measured on 100
-validation images of LVIS v0.5 (docs/images/glyph_statistics.json), "v1" published image counts of LVIS v1.
-benchmarks/glyph_statistics.py draws both sides; docs/benchmark.md says where they differ, and why.
+validation images of LVIS v0.5, "v1" published image counts of LVIS v1. docs/benchmark.md has both sides and says where
+they differ, and why.
 
 - Scenes: an image draws a scene and shows classes of it. A frequent class belongs to half of the scenes, a common one
   to a quarter, a rare one to one or two: its objects always stand among the same frequent ones.
