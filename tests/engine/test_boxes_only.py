@@ -126,8 +126,11 @@ def test_the_report_reads_boxes(runs: Path) -> None:
     run_folder = read_run(runs / "loce")
     ap = json.loads((runs / "loce/eval/metrics.json").read_text())["bbox"]["AP"]
     assert curve(run_folder, "aps")["series"]["all"] == [pytest.approx(ap, rel=1e-3)]
-    drawn, _, _ = predictions([run_folder], 2)
+    drawn, _, examples = predictions([run_folder], 2)
     assert [list(row) for row in drawn.values()] == [["ground truth", "loce"]] * 2
+    crops = [one["drawn"] for one in examples["loce"].misses]
+    crops += [uri for one in examples["loce"].confusions for uri, _ in one["drawn"]]
+    assert crops and all(uri.startswith("data:image/jpeg;base64,") for uri in crops)
 
 
 def test_overfit_names_the_ap_of_boxes(boxes: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
