@@ -183,6 +183,7 @@ RUN_BY = {
     r"together.md: python .*": "tests/engine/test_together.py",
     r"posthoc.md: python scripts/(evaluate|predict).py .*": "tests/engine/test_calibration.py",
     r"recipe.md: python scripts/train.py glyphs/.*": TIME,
+    r"recipe.md: python scripts/train.py stage1_swin_t.yaml .*": "needs LVIS",
     r"posthoc.md: python scripts/posthoc.py .*": "tests/engine/test_posthoc_bench.py",
     r"lvis.md: python scripts/convert.py .*": "tests/checkpoint/convert/test_files.py",
     r"trunks.md: .*": "needs LVIS",
