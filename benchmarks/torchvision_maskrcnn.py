@@ -1,10 +1,10 @@
 """Mask R-CNN as torchvision's users write it, without loce: trained on a COCO-style set, and what it then detects.
 
-    python benchmarks/torchvision_maskrcnn.py DATA OUT [EPOCHS=3]   # OUT/model.pth and OUT/results.json
+    python benchmarks/torchvision_maskrcnn.py DATA OUT [EPOCHS=3 [boxes]]   # OUT/model.pth and OUT/results.json
 
-DATA holds annotations/train.json, annotations/val.json and the images (train2017/, val2017/), as Glyph-LVIS does. The
-parts are torchvision's, small enough for two CPU cores: ResNet-18 with FPN, trained from scratch. It is the start of
-docs/rebalance.md.
+boxes: a Faster R-CNN. DATA holds annotations/train.json, annotations/val.json and the images (train2017/, val2017/), as
+Glyph-LVIS does. The parts are torchvision's, small enough for two CPU cores: ResNet-18 with FPN, trained from scratch.
+It is the start of docs/rebalance.md.
 """
 
 import json
@@ -22,7 +22,7 @@ from torch.utils.data import DataLoader, Dataset
 from torchvision.models import resnet18
 from torchvision.models.detection.anchor_utils import AnchorGenerator
 from torchvision.models.detection.backbone_utils import BackboneWithFPN
-from torchvision.models.detection.faster_rcnn import FastRCNNPredictor, TwoMLPHead
+from torchvision.models.detection.faster_rcnn import FasterRCNN, FastRCNNPredictor, TwoMLPHead
 from torchvision.models.detection.mask_rcnn import MaskRCNN, MaskRCNNHeads, MaskRCNNPredictor
 from torchvision.ops import box_convert
 from torchvision.transforms.functional import to_tensor
@@ -58,17 +58,20 @@ class Images(Dataset[tuple[Tensor, Target, int]]):
         return image, {"boxes": boxes, "labels": labels, "masks": torch.from_numpy(masks)}, image_id
 
 
-def build(classes: int, size: int = SIZE) -> MaskRCNN:
-    """torchvision's Mask R-CNN of small parts; `classes` without the background, size: pixels of the short side."""
+def build(classes: int, size: int = SIZE, masks: bool = True) -> FasterRCNN:
+    """torchvision's Mask R-CNN of small parts, or its Faster R-CNN; `classes` without the background, size: pixels of
+    the short side."""
     widths = [64, 128, 256, 512]
     body, levels = resnet18(weights=None), {f"layer{i + 1}": str(i) for i in range(4)}
-    return MaskRCNN(
+    of_masks = {
+        "mask_head": MaskRCNNHeads(CHANNELS, (CHANNELS,) * 4, dilation=1),
+        "mask_predictor": MaskRCNNPredictor(CHANNELS, CHANNELS, classes + 1),
+    }
+    return (MaskRCNN if masks else FasterRCNN)(
         BackboneWithFPN(body, levels, widths, CHANNELS),
         rpn_anchor_generator=AnchorGenerator(tuple((4 * s,) for s in STRIDES), ((0.5, 1.0, 2.0),) * len(STRIDES)),
         box_head=TwoMLPHead(CHANNELS * 7**2, FEATURES),
         box_predictor=FastRCNNPredictor(FEATURES, classes + 1),
-        mask_head=MaskRCNNHeads(CHANNELS, (CHANNELS,) * 4, dilation=1),
-        mask_predictor=MaskRCNNPredictor(CHANNELS, CHANNELS, classes + 1),
         min_size=size,
         max_size=2 * size,
         rpn_pre_nms_top_n_train=200,
@@ -77,10 +80,11 @@ def build(classes: int, size: int = SIZE) -> MaskRCNN:
         box_batch_size_per_image=64,
         box_score_thresh=1e-4,  # as evaluations of long tails want it; torchvision's own is 0.05
         box_detections_per_img=300,
+        **(of_masks if masks else {}),
     )
 
 
-def train(model: MaskRCNN, images: Images, epochs: int) -> None:
+def train(model: FasterRCNN, images: Images, epochs: int) -> None:
     """SGD with warm-up and two drops of the rate."""
     loader = DataLoader(
         images, BATCH, shuffle=True, drop_last=True, collate_fn=lambda rows: list(zip(*rows, strict=True))
@@ -107,7 +111,7 @@ def train(model: MaskRCNN, images: Images, epochs: int) -> None:
 
 
 @torch.no_grad()
-def detect(model: MaskRCNN, images: Images) -> list[dict]:
+def detect(model: FasterRCNN, images: Images) -> list[dict]:
     """COCO-style results of all images."""
     model.eval()
     category_of = {label: category for category, label in images.label_of.items()}
@@ -115,13 +119,15 @@ def detect(model: MaskRCNN, images: Images) -> list[dict]:
     for image, _, image_id in images:
         found = model([image])[0]
         boxes = box_convert(found["boxes"], "xyxy", "xywh").tolist()
-        masks = np.asfortranarray((found["masks"][:, 0] > 0.5).permute(1, 2, 0).numpy().astype(np.uint8))
-        for box, label, score, code in zip(
-            boxes, found["labels"], found["scores"], coco_mask.encode(masks), strict=True
-        ):
-            code = {"size": code["size"], "counts": code["counts"].decode()}
-            row = {"category_id": category_of[int(label)], "bbox": box, "score": float(score), "segmentation": code}
-            results.append({"image_id": image_id, **row})
+        rows = [
+            {"image_id": image_id, "category_id": category_of[int(label)], "bbox": box, "score": float(score)}
+            for box, label, score in zip(boxes, found["labels"], found["scores"], strict=True)
+        ]
+        if "masks" in found:
+            masks = np.asfortranarray((found["masks"][:, 0] > 0.5).permute(1, 2, 0).numpy().astype(np.uint8))
+            for row, code in zip(rows, coco_mask.encode(masks), strict=True):
+                row["segmentation"] = {"size": code["size"], "counts": code["counts"].decode()}
+        results += rows
     return results
 
 
@@ -130,7 +136,7 @@ def main() -> None:
     out.mkdir(parents=True, exist_ok=True)
     torch.manual_seed(0)
     images, started = Images(data, "train"), time.monotonic()
-    model = build(len(images.label_of))
+    model = build(len(images.label_of), masks="boxes" not in sys.argv[4:])
     train(model, images, epochs)
     minutes = (time.monotonic() - started) / 60
     torch.save(model.state_dict(), out / "model.pth")

@@ -23,7 +23,11 @@ PAGES = [
 MAKEFILE = (ROOT / "Makefile").read_text(encoding="utf-8")
 EACH_PAGE = pytest.mark.parametrize("page", PAGES, ids=[page.name for page in PAGES])
 # Scripts whose options are not in their own `Options`.
-OPTIONS = {"make_glyphs": ("loce.data.glyphs.make", "GlyphOptions"), "convert": ("scripts.convert", "ConvertOptions")}
+OPTIONS = {
+    "make_glyphs": ("loce.data.glyphs.make", "GlyphOptions"),
+    "convert": ("scripts.convert", "ConvertOptions"),
+    "rebalance_rows": ("loce.engine.row_training", "RowOptions"),
+}
 WRITTEN_BY_READERS = {"head.name=focal", "loce/heads/focal.py"}  # docs/plugin.md; tests/test_plugin.py does all of it
 WRITTEN = {  # recipes that readers write: the page, and which of its blocks
     "rebalance.yaml": ("rebalance.md", 0),
@@ -188,6 +192,7 @@ RUN_BY = {
     r"lvis.md: python scripts/convert.py .*": "tests/checkpoint/convert/test_files.py",
     r"trunks.md: .*": "needs LVIS",
     r"own_data.md: .*": "tests/test_own_data.py",
+    r"rows.md: .*": "tests/engine/test_row_training.py",
     r"rebalance.md: .*": "tests/checkpoint/convert/test_torchvision_agrees.py",
 }
 FENCED = [f"{page.name}: {command}" for page in PAGES for command in fenced_commands(page)]

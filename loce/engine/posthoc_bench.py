@@ -235,7 +235,7 @@ def _evaluate(
     for file in progress(data.files, len(data.files), "calibration", "files"):
         regions = read_regions(file, len(annotations.stats))
         for own, scores, (config, _) in zip(parts, chosen, settings, strict=True):
-            own.append(regions.detections(scores, config.eval, annotations.stats.category_ids, allowed))
+            own.append(regions.detections(regions.scores(scores), config.eval, annotations.stats.category_ids, allowed))
     works = progress(parts, len(parts), "evaluation", "settings")
     return [evaluate_loaded(data.truth, concatenate(own), "bbox", rules) for own in works]
 

@@ -1,6 +1,7 @@
-"""Stored regions: boxes and logits of a detector on a set of images, from which calibrations are evaluated in seconds.
+"""Stored regions of a detector on a set of images: their logits, from which calibrations are evaluated in seconds, or
+their features, on which classification heads are trained (row_training.py).
 
-A folder of files regions_NNNNNN.npz with some images each, in columns that any detector can write (docs/posthoc.md):
+A folder of files regions_NNNNNN.npz with some images each, in columns that any detector can write (docs/rows.md):
 
     source ()                    text: what the regions come from
     image_ids (I,)               int64, ids of the annotation file
@@ -10,10 +11,14 @@ A folder of files regions_NNNNNN.npz with some images each, in columns that any 
     background (R,)              its logit; missing where scores are sigmoids
     classes (R, K)               int, labels of the logits, ascending: places in the file's list of categories
     rest (R,)                    float32, log of the sum of e^z over the classes left out; missing where none is
+    features (R, D)              float16 or float32, what the classifier reads; they may stand in the place of `logits`
+    labels (R,)                  int, of training images: places in the file's list of categories, C for background,
+                                 -100 for neither; missing: by the IoU of `boxes` with the annotations
 
-Legend: I images, R regions, K kept classes of C, L logits of the classifier.
+Legend: I images, R regions, K kept classes of C, L logits of the classifier, D features.
 """
 
+import zipfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -36,6 +41,8 @@ from loce.utils.progress import progress
 
 PATTERN = "regions_*.npz"
 CHUNK = 100  # images of a file
+FINITE = ("logits", "boxes", "features")
+FLOATS = (*FINITE, "background", "rest")
 NEVER = -1e4  # logit of a class that was left out, of sigmoids
 
 
@@ -46,15 +53,18 @@ class Regions:
     image_ids: np.ndarray
     bounds: np.ndarray
     boxes: Tensor
-    logits: Tensor
+    logits: Tensor | None
     background: Tensor | None
     classes: Tensor
     rest: Tensor | None
+    features: Tensor | None
+    labels: Tensor | None
     num_classes: int
 
     @cached_property
     def whole_logits(self) -> Tensor:
         """(R, C + 1), background last, or (R, C) for sigmoids, fp32; what was left out shares `rest` evenly."""
+        assert self.logits is not None
         left_out = self.num_classes - self.logits.shape[1]
         z_RC = self.logits.new_full((len(self.logits), self.num_classes), NEVER)
         if left_out and self.rest is not None:
@@ -62,28 +72,30 @@ class Regions:
         z_RC.scatter_(1, self.classes, self.logits)
         return z_RC if self.background is None else torch.cat([z_RC, self.background[:, None]], dim=1)
 
+    def scores(self, calibrated: Callable[[Tensor], Tensor]) -> Tensor:
+        """(R, K) scores of the kept classes, by `calibrated`: logits -> scores of all classes."""
+        return calibrated(self.whole_logits).gather(1, self.classes)
+
     def detections(
         self,
-        calibrated: Callable[[Tensor], Tensor],
+        scores_RK: Tensor,
         options: EvalConfig,
         category_ids: np.ndarray,
         allowed: Callable[[int], np.ndarray] | None = None,
     ) -> Detections:
-        """What inference finds in these images with the scores `calibrated(logits)`; category_ids: of each label.
+        """What inference finds in these images with these scores; category_ids: of each label.
 
         allowed: (C,) bool of an image, the classes that count there; all detections of these, with their ranks, as
         inference keeps them for protocols without a cap. None: the best detections of an image, of any class.
         """
-        scores_RK, wide = (
-            calibrated(self.whole_logits).gather(1, self.classes),
-            replace(options, detections=UNCAPPED_LIMIT),
-        )
+        wide = replace(options, detections=UNCAPPED_LIMIT)
+        boxes_RK4 = self.boxes if self.boxes.dim() == 3 else self.boxes[:, None].expand(-1, scores_RK.shape[1], -1)
         found, ranks = [], []
         for image, *ends in zip(
             self.image_ids.tolist(), self.bounds[:-1].tolist(), self.bounds[1:].tolist(), strict=True
         ):
             rows = slice(*ends)
-            boxes, scores, classes = self.boxes[rows], scores_RK[rows], self.classes[rows]
+            boxes, scores, classes = boxes_RK4[rows], scores_RK[rows], self.classes[rows]
             own = detect(boxes, scores, options, classes)
             ranks.append(torch.arange(len(own[1])))
             if allowed is not None:
@@ -103,37 +115,49 @@ class Regions:
         )
 
 
-def read_regions(file: Path, num_classes: int) -> Regions:
-    """The regions of a file; UserError where it is not one, with what is wrong."""
+def read_regions(file: Path, num_classes: int, needs: str = "logits") -> Regions:
+    """The regions of a file; UserError where it is not one, or lacks the column `needs`, with what is wrong."""
     try:
         with np.load(file, allow_pickle=False) as content:
             columns = {name: content[name] for name in content.files}
-        logits, boxes, counts = columns["logits"], columns["boxes"], columns["regions"]
-        classes = columns.get("classes", np.broadcast_to(np.arange(num_classes), (len(logits), num_classes)))
-    except (OSError, ValueError, KeyError) as error:
-        raise UserError(f"{file}: is no file of regions ({error}); docs/posthoc.md has its columns") from None
-    rows, kept = logits.shape if logits.ndim == 2 else (len(logits), 0)
+        known, boxes, counts = columns[needs], columns["boxes"], columns["regions"]
+        image_ids = columns["image_ids"]
+    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
+        raise UserError(f"{file}: is no file of regions ({error}); docs/rows.md has its columns") from None
+    rows, logits = len(boxes), columns.get("logits")
+    of_all = (rows, num_classes)
+    classes = columns.get("classes", np.broadcast_to(np.arange(num_classes), of_all))
+    kept, labels = logits.shape if logits is not None else of_all, columns.get("labels", np.zeros(rows, np.int64))
+    finite = {name: np.isfinite(columns[name]).all() for name in FINITE if name in columns}
     wrong = {
-        f"logits are {logits.shape}, not (R, K)": logits.ndim != 2,
-        f"regions add up to {counts.sum()}, logits have {rows} rows": counts.sum() != rows,
-        f"boxes are {boxes.shape}": boxes.shape not in ((rows, 4), (rows, kept, 4)),
-        f"classes are {classes.shape}, logits {logits.shape}; without classes there is a logit of each of the "
-        f"{num_classes}": classes.shape != logits.shape,
+        f"{needs} are {known.shape}, not ({rows}, columns), a row for each of the boxes": known.shape[:1] != (rows,)
+        or known.ndim != 2,
+        f"regions add up to {counts.sum()}, boxes have {rows} rows": counts.sum() != rows,
+        f"image_ids are {image_ids.shape}, regions {counts.shape}": image_ids.shape != counts.shape,
+        f"boxes are {boxes.shape}": boxes.shape not in ((rows, 4), (*kept, 4)),
+        f"classes are {classes.shape}, logits {kept}; without classes there is a logit of each of the "
+        f"{num_classes}": classes.shape != kept,
         f"classes go up to {classes.max(initial=0)} of {num_classes}": classes.max(initial=0) >= num_classes,
-        "logits or boxes are not finite": not (np.isfinite(logits).all() and np.isfinite(boxes).all()),
+        f"labels are {labels.shape}": labels.shape != (rows,),
+        f"labels go up to {labels.max(initial=0)}, the background's is {num_classes}": labels.max(initial=0)
+        > num_classes,
+        f"{', '.join(name for name, is_finite in finite.items() if not is_finite)} are not finite": not all(
+            finite.values()
+        ),
     }
     if problems := [what for what, is_wrong in wrong.items() if is_wrong]:
         raise UserError(f"{file}: {'; '.join(problems)}")
-    float32 = {name: torch.from_numpy(columns[name]).float() for name in ("background", "rest") if name in columns}
-    corners = torch.from_numpy(boxes).float()
+    float32 = {name: torch.from_numpy(columns[name]).float() for name in FLOATS if name in columns}
     return Regions(
-        image_ids=columns["image_ids"],
+        image_ids=image_ids,
         bounds=np.append(0, np.cumsum(counts)),
-        boxes=corners if corners.dim() == 3 else corners[:, None].expand(-1, kept, -1),
-        logits=torch.from_numpy(logits).float(),
+        boxes=float32["boxes"],
+        logits=float32.get("logits"),
         background=float32.get("background"),
         classes=torch.from_numpy(classes.astype(np.int64)),
         rest=float32.get("rest"),
+        features=float32.get("features"),
+        labels=torch.from_numpy(labels.astype(np.int64)) if "labels" in columns else None,
         num_classes=num_classes,
     )
 

@@ -160,12 +160,17 @@ def build(
     return options
 
 
-def read_options(cls: type[T], argv: Sequence[str], conflicts: Sequence[Conflict] = ()) -> T:
+def read_options(
+    cls: type[T],
+    argv: Sequence[str],
+    conflicts: Sequence[Conflict] = (),
+    option_of: Mapping[str, Choice] = MappingProxyType({}),
+) -> T:
     """An instance of the dataclass `cls` from `key=value` words (`-h`: prints the keys and exits with 0)."""
     if "-h" in argv or "--help" in argv:
         print_help(help_text(cls))
     given, problems = split_words(cls, argv)
-    return build(cls, given, conflicts, problems)
+    return build(cls, given, conflicts, problems, option_of)
 
 
 def print_help(*parts: str) -> NoReturn:

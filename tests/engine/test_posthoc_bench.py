@@ -9,12 +9,13 @@ import pytest
 import torch
 
 from loce.checkpoint.load import Checkpoint
-from loce.config import EvalConfig, UserError
+from loce.config import EvalConfig, TemperatureOptions, UserError
 from loce.data.build import val_annotations, val_dataset
 from loce.engine.class_facts import calibrate
 from loce.engine.posthoc_bench import GRIDS, bench, choose_grids
 from loce.engine.region_store import keep, read_regions, store_regions
 from loce.evaluation.annotations import FederatedFilter
+from loce.posthoc import ClassFacts, calibration
 
 
 @pytest.fixture
@@ -38,9 +39,8 @@ def test_stored_regions_give_what_inference_finds(copied: Path, tmp_path: Path, 
     calibrate(model, config, copied)
     samples = [val_dataset(config, val)[index] for index in range(3)]
     wanted = [model.detect(*([s[key]] for key in ("image", "scale", "size")))[0] for s in samples]
-    found = read_regions(files[0], len(model.stats)).detections(
-        model.roi_heads.scores, config.eval, val.stats.category_ids
-    )
+    regions = read_regions(files[0], len(model.stats))
+    found = regions.detections(regions.scores(model.roi_heads.scores), config.eval, val.stats.category_ids)
     boxes = torch.cat([one["boxes"] for one in wanted]).numpy()
     assert len(boxes)
     assert np.array_equal(found.scores, torch.cat([one["scores"] for one in wanted]).numpy())
@@ -63,7 +63,8 @@ def test_stored_regions_without_a_cap(copied: Path, tmp_path: Path) -> None:
     place = (config.data.val_images, [0, 1, 2], tmp_path / "regions", "test", (1000, 1000))
     file = store_regions(model, config, val, *place)[0]
     ids = val.stats.category_ids
-    found = read_regions(file, len(ids)).detections(model.roi_heads.scores, config.eval, ids, allowed)
+    regions = read_regions(file, len(ids))
+    found = regions.detections(regions.scores(model.roi_heads.scores), config.eval, ids, allowed)
     wanted = []
     for sample in (val_dataset(config, val)[index] for index in range(3)):
         columns = ([sample[key]] for key in ("image", "scale", "size"))
@@ -95,12 +96,26 @@ def test_classes_that_are_left_out_keep_their_share(tmp_path: Path) -> None:
         assert torch.equal(regions.boxes[rows.index(row)], boxes[row][classes])
 
 
+@pytest.mark.parametrize("name", ["fracal", "temperature"])
+def test_stored_sigmoids_are_calibrated_as_in_inference(tmp_path: Path, name: str) -> None:
+    generator = torch.Generator().manual_seed(0)
+    logits, boxes = 3 * torch.randn((9, 7), generator=generator), torch.rand((9, 7, 4), generator=generator)
+    columns = {name: value.numpy() for name, value in keep(boxes, logits, (9, 7), sigmoid=True).items()}
+    regions = read_regions(saved(tmp_path, image_ids=np.array([4]), regions=np.array([9]), **columns), 7)
+    counts = np.arange(1, 8)
+    facts = ClassFacts(image_counts=counts, instance_counts=counts, images=20, dimension=np.linspace(1, 2, 7))
+    change = calibration(EvalConfig(posthoc=name, temperature=TemperatureOptions(t=2.0)), facts, sigmoid=True)
+    assert torch.equal(regions.scores(change), change(logits.half().float()))
+    assert not torch.equal(regions.scores(change), regions.scores(torch.sigmoid))
+
+
 def test_columns_of_any_detector(tmp_path: Path) -> None:
     """One box a region, a logit of every class: the least that a file may hold."""
     logits = np.array([[2.0, 0.0], [0.0, 3.0], [1.0, 1.0]], np.float32)
     boxes = np.array([[0, 0, 9, 9], [20, 0, 29, 9], [40, 0, 49, 9]], np.float32)
     file = saved(tmp_path, image_ids=np.array([7, 8]), regions=np.array([2, 1]), boxes=boxes, logits=logits)
-    found = read_regions(file, 2).detections(torch.sigmoid, EvalConfig(score_threshold=0.6), np.array([11, 12]))
+    regions = read_regions(file, 2)
+    found = regions.detections(regions.scores(torch.sigmoid), EvalConfig(score_threshold=0.6), np.array([11, 12]))
     assert found.image_ids.tolist() == [7, 7, 8, 8] and found.category_ids.tolist() == [12, 11, 11, 12]
     assert found.boxes is not None and found.boxes[0].tolist() == [20, 0, 9, 9]
     softmax = saved(
@@ -112,7 +127,7 @@ def test_columns_of_any_detector(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"regions": np.array([2])}, "regions add up to 2, logits have 3 rows"),
+        ({"regions": np.array([2])}, "regions add up to 2, boxes have 3 rows"),
         ({"boxes": np.zeros((3, 3))}, "boxes are"),
         ({"classes": np.full((3, 2), 5)}, "classes go up to 5 of 2"),
         ({"logits": np.zeros((3, 4))}, "without classes there is a logit of each of the 2"),
