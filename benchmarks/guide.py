@@ -47,7 +47,7 @@ def run(*words: str) -> float:
 def main() -> None:
     folder = Path(read_options(Options, sys.argv[1:]).out)
     results = folder / "results.json"
-    found = json.loads(results.read_text()) if results.exists() else {"commit": code(), "rows": {}}
+    found = json.loads(results.read_text()) if results.exists() else {"rows": {}}
     guide.SEEN[guide.CPU_BASE] //= SHARE
     guide.CORE_PIXELS /= SHARE
     arms: dict[str, list[str]] = {}
@@ -83,6 +83,7 @@ def main() -> None:
                 "epochs": config.train.epochs,
                 "edge": config.data.test_short_edge,
                 "anchor_scale": config.model.rpn.anchor_scale,
+                "commit": code(),
             }
             write_text(results, json.dumps(found, indent=1) + "\n")
             print(row, found["rows"][row], flush=True)

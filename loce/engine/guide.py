@@ -27,6 +27,7 @@ GPU_BASE, CPU_BASE = "stage1.yaml", "glyphs/stage1.yaml"
 SMALL = 10  # % of the objects are smaller than what is called a small object here
 EDGES = {GPU_BASE: (480, 1200), CPU_BASE: (96, 512)}  # px; the short edge of images lies between
 SCALES = (2, 3, 4, 6, 8, 12)  # anchor scales to choose from
+MARGIN = 0.05  # of IoU, by which another scale must be better than the base's
 SEEN = {GPU_BASE: 48_000, CPU_BASE: 10_000}  # images that stage 1 shows; fewer where epochs are LONGEST
 LONGEST = 200  # epochs
 CORE_PIXELS = 0.4e6 * 1200  # that a core trains on in 20 minutes, at the speed of the demo
@@ -128,7 +129,7 @@ def choose(train: LVISAnnotations, base: str, gpu_bytes: float, cores: int) -> l
     # Anchors: the scale at which objects and their best anchors are most alike.
     fits = {scale: anchor_fit(sides * edge, scale) for scale in (old, *SCALES)}
     best = max(fits, key=lambda scale: fits[scale])
-    if best != old:
+    if fits[best] - fits[old] > MARGIN:
         alike = f"IoU of objects and their best anchors' shapes {fits[best]:.2f} on average, {fits[old]:.2f} by {old:g}"
         choices.append(Choice("model.rpn.anchor_scale", best, alike))
     # Batch: by the GPU's memory.
@@ -152,15 +153,15 @@ def choose(train: LVISAnnotations, base: str, gpu_bytes: float, cores: int) -> l
 
 
 def length(like: TrainConfig, epochs: int, images: int, batch: int) -> list[Choice]:
-    """Epochs, drops in the proportions of `like`, and a warm-up that is a tenth of the training at most."""
+    """Epochs, drops in the proportions of `like`, and a warm-up that is a quarter of the training at most."""
     steps = epochs * max(1, images // batch)
     drops = sorted({round(drop * epochs / like.epochs) for drop in like.drops} - {0, epochs})
     choices = [
         Choice("train.epochs", epochs, f"{epochs * images} images seen, {steps} steps of {batch}"),
         Choice("train.drops", drops, f"after the same shares as {list(like.drops)} of {like.epochs}"),
     ]
-    if steps < 10 * like.warmup_iterations:
-        choices.append(Choice("train.warmup_iterations", max(steps // 10, 1), "a tenth of the steps"))
+    if steps < 4 * like.warmup_iterations:
+        choices.append(Choice("train.warmup_iterations", max(steps // 4, 1), "a quarter of the steps"))
     return choices
 
 

@@ -61,7 +61,7 @@ def test_length_follows_the_images() -> None:
     few, many = chosen(made(images=50)), chosen(made(images=5000))
     assert few["train.epochs"] == 200 and few["train.drops"] == [160]
     assert many["train.epochs"] == 2 and "train.warmup_iterations" not in many
-    assert chosen(made(images=16))["train.warmup_iterations"] == 40
+    assert chosen(made(images=8))["train.warmup_iterations"] == 50
     assert chosen(made(images=5000), gpu=24e9)["train.epochs"] == 24
 
 
