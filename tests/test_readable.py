@@ -45,8 +45,9 @@ def step_files() -> set[str]:
     roi_heads = build_roi_heads(
         MODEL, HeadConfig(name="equilibrium"), IndicatorConfig(), MemoryConfig(enabled=True), stats
     )
-    model = MaskRCNN(MODEL, roi_heads, EvalConfig(), (64, 64)).train()
+    model = MaskRCNN(MODEL, roi_heads, EvalConfig(), (64, 64))
     model.freeze("trunk")
+    model.train()
     optimizer = build_optimizer(model, TrainConfig())
     arm = SimpleNamespace(model=model, optimizer=optimizer, scaler=torch.amp.GradScaler("cpu", enabled=False))
     files: set[str] = set()

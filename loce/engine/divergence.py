@@ -98,6 +98,7 @@ def _again(model: MaskRCNN, batches: list[Samples], precision: str) -> dict[str,
     """The step once more on this rank alone: its losses, first bad layer, and parameters with a bad gradient."""
     device = model.pixel_mean.device
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    model.backbone.folded = None  # every layer runs
     with watch(model) as (forward, backward):
         with torch.autocast(device.type, PRECISION.get(precision), precision != "fp32"):
             losses = [model(batch) for batch in batches]

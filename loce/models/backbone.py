@@ -3,19 +3,21 @@
 All give P2..P6 (strides 4..64); P6 is P5 subsampled and serves the RPN only. docs/trunks.md says how to add your own.
 """
 
+import copy
 from collections import OrderedDict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from functools import partial
 from http.client import HTTPException
 from pathlib import Path
 from pickle import UnpicklingError
 from tempfile import TemporaryFile
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 from urllib.error import URLError
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.utils.fusion import fuse_conv_bn_eval
 from torchvision import models
 from torchvision.models import WeightsEnum
 from torchvision.models._utils import IntermediateLayerGetter
@@ -200,6 +202,7 @@ class Backbone(nn.Sequential):
 
     body: nn.Module
     fpn: FeaturePyramidNetwork
+    folded: Any = None  # what `fold_norms` makes of it, kept by MaskRCNN; None: it runs layer by layer
 
     def __init__(
         self,
@@ -243,6 +246,38 @@ class Backbone(nn.Sequential):
             ]
             for (branch, trains), draws_B in zip(branches, torch.stack(rows, dim=1), strict=True):
                 branch.kept = draws_B >= branch.p if trains else None
+
+
+@torch.no_grad()
+@torch.inference_mode(False)
+def fold_norms(backbone: Backbone) -> Backbone:
+    """The backbone, as it computes while its frozen stages stay what they are.
+
+    Copies stand in their place, in which batch norms in evaluation mode are folded into the convolutions before them; a
+    trunk that is frozen as a whole runs channels last on a CPU. All that trains is the same module.
+    """
+    stages, found = dict(backbone.body.named_children()), copy.copy(backbone)
+    frozen = [name for name, stage in stages.items() if not any(p.requires_grad for p in stage.parameters())]
+    body = copy.copy(backbone.body)
+    body._modules = {name: copy.deepcopy(stage) if name in frozen else stage for name, stage in stages.items()}
+    _fold(body, frozen)
+    if len(frozen) == len(stages) and next(body.parameters()).device.type == "cpu":
+        body.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    found.folded, found._modules = None, {**backbone._modules, "body": body}
+    return found
+
+
+def _fold(module: nn.Module, names: Collection[str]) -> None:
+    """Fold norms into convolutions among the children with these names, and in what they hold."""
+    before = ""
+    for name in names:
+        child = module.get_submodule(name)
+        if isinstance(child, nn.BatchNorm2d) and before:
+            conv = module.get_submodule(before)
+            setattr(module, before, fuse_conv_bn_eval(conv.eval(), child))
+            setattr(module, name, nn.Identity())
+        before = name if isinstance(child, nn.Conv2d) else ""
+        _fold(child, [name for name, _ in child.named_children()])
 
 
 def build_backbone(config: ModelConfig) -> Backbone:

@@ -16,7 +16,7 @@ from loce.config import EvalConfig, HeadConfig, IndicatorConfig, MemoryConfig, M
 from loce.data.transforms import Geometry, resized
 from loce.heads import HEADS
 from loce.mean_score import MeanScoreTracker
-from loce.models.backbone import build_backbone
+from loce.models.backbone import Backbone, build_backbone, fold_norms
 from loce.models.boxes import ROI_STDS, decode
 from loce.models.detection import detect, detect_of_classes
 from loce.models.lost_objects import find_near_misses
@@ -75,6 +75,21 @@ def build_roi_heads(
     return RoIHeads(model.roi, box_head, class_head, mask_head, tracker, prior, sampling)
 
 
+class Folded:
+    """A backbone whose frozen norms are folded (backbone.py), and what it was made of. It is no part of the model."""
+
+    def __init__(self, backbone: Backbone, weights: list[Tensor]) -> None:
+        self.backbone, self.weights = backbone, weights
+        self.state = self.now()
+
+    def now(self) -> list[tuple[Any, ...]]:
+        """Of each weight, what it is, whether it trains and, where it does not, how often it was written to."""
+        return [
+            (x.device, x.dtype, x.requires_grad, 0 if x.requires_grad or x.is_inference() else x._version)
+            for x in self.weights
+        ]
+
+
 class MaskRCNN(nn.Module):
     """Training: list of samples -> dict of losses. Evaluation: `detect`, or call with images."""
 
@@ -110,13 +125,24 @@ class MaskRCNN(nn.Module):
             for module in self.backbone.modules():
                 if isinstance(module, nn.BatchNorm2d):
                     module.eval()
+            self._fold()
         return self
 
+    def _fold(self) -> Backbone:
+        """The backbone with the norms of its frozen stages folded; made again where a weight or what trains changed."""
+        backbone, folded = self.backbone, self.backbone.folded
+        if folded is None or folded.weights[0] is not next(backbone.parameters()) or folded.state != folded.now():
+            weights = [*backbone.body.parameters(), *backbone.body.buffers()]
+            folded = backbone.folded = Folded(fold_norms(backbone), weights)
+        return folded.backbone
+
     def only_predict(self) -> "MaskRCNN":
-        """Evaluation mode of a model that is never trained: on a CPU its convolutions run channels last.
+        """Evaluation mode of a model that is never trained: on a CPU its convolutions run channels last, and frozen batch
+        norms are folded into the convolutions before them.
 
         The weights stay the same numbers; results differ by rounding.
         """
+        self.requires_grad_(False)
         if self.pixel_mean.device.type == "cpu":
             self.to(memory_format=torch.channels_last)
         return self.eval()
@@ -152,7 +178,9 @@ class MaskRCNN(nn.Module):
         """P2..P6 of normalised images (B, 3, H, W); in training, seeds of their random numbers."""
         if self.backbone.stochastic_depth:
             self.backbone.draw_branches(seeds, batch.device)
-        return list(self.backbone(batch).values())
+        if batch.is_cuda and torch.is_autocast_enabled("cuda"):
+            batch = batch.contiguous(memory_format=torch.channels_last)  # as tensor cores read it
+        return list((self.backbone if self.backbone.folded is None else self._fold())(batch).values())
 
     def targets_of(self, sample: dict[str, Any], batch_index: int = 0) -> Targets:
         """Ground truth on the model's device."""
@@ -186,6 +214,7 @@ class MaskRCNN(nn.Module):
         features = self.features(batch, [t.seed for t in targets])
         with torch.no_grad():  # proposals have no gradient, and the RPN's losses need few anchors
             logits, deltas = self.rpn(features)
+        features = [x.contiguous() for x in features]  # as RoIAlign reads them
         anchors = self.rpn.anchors(features)
         losses = {}
         if learns and not self.roi_heads.only_classifier:

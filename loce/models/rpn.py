@@ -171,82 +171,77 @@ class RPN(nn.Module):
         over ranks. Only sampled anchors have a gradient, so the head is evaluated at them alone, see `at`.
         """
         anchors_A4, shapes = torch.cat(anchors), [(x.shape[2], x.shape[3]) for x in features]
-        objectness, box, count = [], [], []
+        positives, positive_valid, negatives, negative_valid, targets = [], [], [], [], []
         for i, truths_G4 in enumerate(truths):
             # Candidates: no anchor in an ignored region, or in the padding that other images of the batch need.
             matched_A = self.match(anchors_A4, truths_G4)
             matched_A = leave_out(matched_A, anchors_A4, ignored[i] if ignored else None)
             matched_A = matched_A.masked_fill(~_validity(shapes, padded_sizes[i], anchors_A4.device), BETWEEN)
 
+            # Slots of fixed number, some of them unused.
             generator = generator_for(seeds[i] if seeds else None, ANCHORS, anchors_A4.device)
-            positives, positive_valid, negatives, negative_valid = sample(
-                matched_A, self.config.batch_per_image, self.config.positive_fraction, generator
-            )
+            slots = sample(matched_A, self.config.batch_per_image, self.config.positive_fraction, generator)
+            for parts, part in zip((positives, positive_valid, negatives, negative_valid), slots, strict=True):
+                parts.append(part)
+            picked_P4 = anchors_A4[slots[0]]
+            matched_P4 = truths_G4[matched_A[slots[0]].clamp(min=0)] if len(truths_G4) else picked_P4
+            targets.append(encode(picked_P4, matched_P4, RPN_STDS))
 
-            # Unused slots are evaluated with the others, so that shapes are fixed, and left out of the sums.
-            logits_K, deltas_K4 = self.at([x[i] for x in features], torch.cat([positives, negatives]))
-            picked_valid = torch.cat([positive_valid, negative_valid])
-            targets = torch.cat([torch.ones_like(positives), torch.zeros_like(negatives)]).float()
-            bce = F.binary_cross_entropy_with_logits(logits_K.float(), targets, reduction="none")
-            objectness.append((bce * picked_valid).sum())
-            deltas_P4 = deltas_K4[: len(positives)]
-            box.append(
-                self._box_loss(deltas_P4, anchors_A4[positives], truths_G4, matched_A[positives], positive_valid)
-            )
-            count.append(positive_valid.sum().clamp(min=1) + negative_valid.sum().clamp(min=1))
-        total = mean_count(torch.stack(count).sum())
-        return {"loss_rpn_cls": torch.stack(objectness).sum() / total, "loss_rpn_box": torch.stack(box).sum() / total}
+        # The head at all slots, so that shapes are fixed; unused ones are left out of the sums.
+        is_object_BP, is_none_BK = torch.stack(positive_valid), torch.stack(negative_valid)
+        logits_BS, deltas_BS4 = self.at(features, torch.cat([torch.stack(positives), torch.stack(negatives)], dim=1))
+        logits_BP, logits_BK = logits_BS.float().tensor_split([is_object_BP.shape[1]], dim=1)
+        errors_BP4 = (deltas_BS4[:, : is_object_BP.shape[1]].float() - torch.stack(targets)).abs()
+        box = torch.where(is_object_BP[..., None], errors_BP4, 0).sum()
+        objectness = (F.softplus(-logits_BP) * is_object_BP).sum() + (F.softplus(logits_BK) * is_none_BK).sum()
+        total = mean_count((is_object_BP.sum(dim=1).clamp(min=1) + is_none_BK.sum(dim=1).clamp(min=1)).sum())
+        return {"loss_rpn_cls": objectness / total, "loss_rpn_box": box / total}
 
-    def at(self, features: list[Tensor], anchors_K: Tensor) -> tuple[Tensor, Tensor]:
-        """Logits (K,) and deltas (K, 4) of `forward` at some anchors of one image, whose maps (D, h, w) are given.
+    def at(self, features: list[Tensor], anchors_BK: Tensor) -> tuple[Tensor, Tensor]:
+        """Logits (B, K) and deltas (B, K, 4) of `forward` at some anchors of each image.
 
         Up to rounding the same numbers and gradients; the work grows with K, not with the image. K: indices in anchor
-        order; they may repeat. S: pixels of all maps in one line, each map with a border of zeros.
-
-        Example: one map, h = 2, w = 3, so that lines of S are w + 2 = 5 long. Anchor 16 is ratio 16 % 3 = 1 of cell
-        16 // 3 = 5, that is y = 1, x = 2. Its 3 x 3 neighbourhood begins, in the padded map, at y * 5 + x = 7:
-        pixels 7 8 9, 12 13 14, 17 18 19 of S, the inputs of the convolution there.
+        order; they may repeat. J: pixels that the 3 x 3 convolution reads there, 9 an anchor.
         """
-        conv, device = self.head.conv[0][0], anchors_K.device
-        stacked_DS = torch.cat([F.pad(x, (1, 1, 1, 1)).flatten(1) for x in features], dim=1)
+        conv, device, batch = self.head.conv[0][0], anchors_BK.device, len(anchors_BK)
 
-        # Of each level: its first cell, and in S its first pixel (0 in the example) and its line's length (5).
-        table, cells, pixels = [], 0, 0
-        for h, w in [(x.shape[1], x.shape[2]) for x in features]:
-            table += [cells, pixels, w + 2]
-            cells, pixels = cells + h * w, pixels + (h + 2) * (w + 2)
+        # Of each level, its first cell, and its map's height and width; of each anchor, its level's.
+        table, cells = [], 0
+        for h, w in [(x.shape[2], x.shape[3]) for x in features]:
+            table += [cells, h, w]
+            cells += h * w
         table_3L = constants((*table[0::3], *table[1::3], *table[2::3]), device, torch.long).view(3, -1)
+        cell_BK, ratio_BK = anchors_BK // len(RATIOS), anchors_BK % len(RATIOS)
+        level_BK = torch.bucketize(cell_BK, table_3L[0], right=True) - 1
+        first_BK, height_BK, width_BK = table_3L.index_select(1, level_BK.flatten()).view(3, batch, -1)
+        cell_BK = cell_BK - first_BK
 
-        # The nine pixels of the cell of each anchor, through the head's layers as matrix products.
-        cell_K, ratio_K = anchors_K // len(RATIOS), anchors_K % len(RATIOS)
-        level_K = torch.bucketize(cell_K, table_3L[0], right=True) - 1
-        first_cell_K, first_pixel_K, line_K = table_3L.index_select(1, level_K)
-        cell_K, width_K = cell_K - first_cell_K, line_K - 2
-        corner_K = first_pixel_K + cell_K // width_K * line_K + cell_K % width_K
-        three = constants((0, 1, 2), device, torch.long)
-        index_K33 = corner_K[:, None, None] + three[:, None] * line_K[:, None, None] + three
-        patch_DK9 = stacked_DS.index_select(1, index_K33.flatten()).reshape(len(stacked_DS), -1, 9)
-        x_KD = F.relu(F.linear(patch_DK9.transpose(0, 1).flatten(1), conv.weight.flatten(1), conv.bias))
+        # The pixels around its cell; those outside the map are zeros.
+        around = constants((-1, 0, 1), device, torch.long)
+        y_BK33 = (cell_BK // width_BK)[..., None, None] + around[:, None]
+        x_BK33 = (cell_BK % width_BK)[..., None, None] + around
+        height_BK11, width_BK11 = height_BK[..., None, None], width_BK[..., None, None]
+        inside_BK33 = (y_BK33 >= 0) & (y_BK33 < height_BK11) & (x_BK33 >= 0) & (x_BK33 < width_BK11)
+        pixel_BJ = (y_BK33 * width_BK11 + x_BK33).flatten(1)
+        level_BJ = torch.where(inside_BK33, level_BK[..., None, None], -1).flatten(1)
+        patch_BDJ = torch.zeros((), dtype=features[0].dtype, device=device)
+        for level, maps in enumerate(features):
+            pixels_BDA = maps.flatten(2)
+            index_BJ = pixel_BJ.remainder(pixels_BDA.shape[2])  # of other levels' pixels anything, to be thrown away
+            found_BDJ = pixels_BDA.gather(2, index_BJ[:, None].expand(-1, maps.shape[1], -1))
+            patch_BDJ = torch.where((level_BJ == level)[:, None], found_BDJ, patch_BDJ)
+
+        # Through the head's layers as matrix products, with D x 9 inputs in the order of the convolution's weight.
+        patch_NI = patch_BDJ.unflatten(2, (-1, 9)).permute(0, 2, 1, 3).flatten(2).flatten(0, 1)
+        x_ND = F.relu(F.linear(patch_NI, conv.weight.flatten(1), conv.bias))
         score, box = self.head.cls_logits, self.head.bbox_pred
-        logits_KR = F.linear(x_KD, score.weight.flatten(1), score.bias)
-        deltas_KR4 = F.linear(x_KD, box.weight.flatten(1), box.bias).reshape(-1, len(RATIOS), 4)
-        each_K = torch.arange(len(anchors_K), device=device)
-        return logits_KR[each_K, ratio_K], deltas_KR4[each_K, ratio_K]
+        logits_NR = F.linear(x_ND, score.weight.flatten(1), score.bias)
+        deltas_NR4 = F.linear(x_ND, box.weight.flatten(1), box.bias).reshape(-1, len(RATIOS), 4)
+        ratio_N = ratio_BK.flatten()
+        each_N = torch.arange(len(ratio_N), device=device)
+        return logits_NR[each_N, ratio_N].view(batch, -1), deltas_NR4[each_N, ratio_N].view(batch, -1, 4)
 
     def match(self, anchors_A4: Tensor, truths_G4: Tensor) -> Tensor:
         """(A,) ground truth of every anchor, by the RPN's thresholds."""
         low = self.config.negative_iou
         return match_boxes(anchors_A4, truths_G4, self.config.positive_iou, low, low)
-
-    @staticmethod
-    def _box_loss(
-        deltas_P4: Tensor,
-        anchors_P4: Tensor,
-        truths_G4: Tensor,
-        matched_P: Tensor,
-        valid_P: Tensor,
-    ) -> Tensor:
-        if len(truths_G4) == 0:
-            return deltas_P4.sum() * 0
-        targets_P4 = encode(anchors_P4, truths_G4[matched_P.clamp(min=0)], RPN_STDS)
-        return torch.where(valid_P[:, None], deltas_P4.float() - targets_P4, 0).abs().sum()

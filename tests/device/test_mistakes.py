@@ -99,9 +99,9 @@ MISTAKES = (
     ),
     Mistake(
         "a mask as an index in the loss",
-        RPN._box_loss,
-        "torch.where(valid_P[:, None], deltas_P4.float() - targets_P4, 0)",
-        "(deltas_P4.float() - targets_P4)[valid_P]",
+        RPN.losses,
+        "torch.where(is_object_BP[..., None], errors_BP4, 0)",
+        "errors_BP4[is_object_BP]",
     ),
     Mistake(
         "a condition on the device's numbers",

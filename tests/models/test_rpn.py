@@ -150,7 +150,8 @@ def test_the_head_at_some_anchors_is_the_head_everywhere(rpn):
         return torch.autograd.grad(loss, [*features, *rpn.parameters()])
 
     logits, deltas = (torch.cat(x, dim=1)[1, picked] for x in rpn(features))
-    own_logits, own_deltas = rpn.at([x[1] for x in features], picked)
+    other = torch.zeros_like(picked)  # of the first image, without a weight in the loss
+    own_logits, own_deltas = (x[1] for x in rpn.at(features, torch.stack([other, picked])))
     torch.testing.assert_close(own_logits, logits)
     torch.testing.assert_close(own_deltas, deltas)
     for own, expected in zip(gradients(own_logits, own_deltas), gradients(logits, deltas), strict=True):
@@ -164,7 +165,7 @@ def test_a_forward_pass_without_gradients_before_takes_none_away_under_autocast(
     with torch.autocast("cpu", torch.bfloat16):
         with torch.no_grad():
             rpn(features)
-        logits, deltas = rpn.at([x[0] for x in features], torch.arange(100))
+        logits, deltas = rpn.at(features, torch.arange(100)[None])
     (logits.float().sum() + deltas.float().sum()).backward()
     assert all(parameter.grad is not None and parameter.grad.any() for parameter in rpn.parameters())
 
