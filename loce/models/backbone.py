@@ -273,8 +273,8 @@ def _fold(module: nn.Module, names: Collection[str]) -> None:
     for name in names:
         child = module.get_submodule(name)
         if isinstance(child, nn.BatchNorm2d) and before:
-            conv = module.get_submodule(before)
-            setattr(module, before, fuse_conv_bn_eval(conv.eval(), child))
+            conv, dtype = module.get_submodule(before), child.weight.dtype
+            setattr(module, before, fuse_conv_bn_eval(conv.eval().double(), child.double()).to(dtype))  # rounded once
             setattr(module, name, nn.Identity())
         before = name if isinstance(child, nn.Conv2d) else ""
         _fold(child, [name for name, _ in child.named_children()])
