@@ -47,6 +47,7 @@ class FixedSizeDetector(nn.Module):
         """model: becomes part of this module and loses what only training needs; canvas: (height, width)."""
         super().__init__()
         self.model, self.canvas = model.only_predict().requires_grad_(False), canvas
+        model.backbone.folded = None  # its own weights go into the file
         model.roi_heads.memory = None
         del model.roi_heads.tracker, model.roi_heads.prior
         features = self.model.features(model.pixel_mean.new_zeros(1, 3, *canvas))

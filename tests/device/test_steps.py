@@ -1,6 +1,7 @@
 """Training and evaluation on the pretended device: nothing is left behind on the host, every wait says why, and the
 numbers are those of the CPU to the last bit."""
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -11,6 +12,7 @@ from loce.config import MemoryConfig
 from loce.heads import HEADS
 from loce.models.boxes import generator_for
 from tests.device.steps import CPU, LOCE, build, detections, same, samples, train
+from tests.models.conftest import SMALL
 
 ROI = MemoryConfig(enabled=True, capacity=30, level="roi")
 
@@ -53,6 +55,7 @@ def test_what_is_frozen(freeze: str):
     "options",
     [
         {"memory": ROI},
+        {"freeze": "none", "config": replace(SMALL, backbone="resnet18", norm="frozen", frozen_stages=2)},
         {"memory": MemoryConfig(enabled=True, capacity=30, shared=True)},
         {"memory": LOCE, "indicator": "prior"},
         {"memory": LOCE, "resampling": "discrete"},

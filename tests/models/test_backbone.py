@@ -1,5 +1,7 @@
 """Backbones: pyramid sizes, names, what is frozen, and what a missing download says."""
 
+import copy
+from dataclasses import replace
 from http.client import IncompleteRead
 from urllib.error import URLError
 
@@ -10,6 +12,8 @@ from torchvision.models import ResNet50_Weights, resnet50
 
 from loce.config import ModelConfig, UserError
 from loce.models.backbone import build_backbone
+from loce.models.mask_rcnn import MaskRCNN
+from tests.models.conftest import SMALL
 
 TINY = ModelConfig(backbone="tiny", weights="none", norm="group", frozen_stages=0, fpn_channels=16)
 
@@ -73,6 +77,54 @@ def test_batch_norms_of_the_resnet_have_affine_weights_that_train():
     assert (
         backbone.body["layer2"][0].bn1.weight.requires_grad and not backbone.body["layer1"][0].bn1.weight.requires_grad
     )
+
+
+@pytest.fixture
+def resnet18(make_model):
+    """A detector's trunk with statistics of its own; a function of what is frozen."""
+
+    def build(stages: int, freeze: str = "none") -> MaskRCNN:
+        options = replace(SMALL, backbone="resnet18", norm="frozen", frozen_stages=stages)
+        model = make_model(freeze=freeze, config=options)
+        for module in model.backbone.modules():
+            if isinstance(module, nn.BatchNorm2d):
+                for x in (module.weight, module.bias, module.running_mean, module.running_var):
+                    nn.init.uniform_(x, 0.5, 1.5)
+        return model.double().train()
+
+    return build
+
+
+@pytest.mark.parametrize(("stages", "freeze"), [(0, "none"), (1, "none"), (3, "none"), (1, "trunk")])
+def test_folded_norms_change_no_map_and_no_gradient(resnet18, stages, freeze):
+    model = resnet18(stages, freeze)
+    image = torch.randn(2, 3, 64, 96, dtype=torch.float64)
+    names = list(model.state_dict())
+    for _ in range(2):
+        wanted, found = list(model.backbone(image).values()), model.features(image)
+        for own, expected in zip(found, wanted, strict=True):
+            torch.testing.assert_close(own, expected, rtol=1e-10, atol=1e-10)
+        trained = [p for p in model.backbone.parameters() if p.requires_grad]
+        for own, expected in zip(*(_gradients(maps, trained) for maps in (found, wanted)), strict=True):
+            torch.testing.assert_close(own, expected, rtol=1e-9, atol=1e-10)
+        # Frozen weights that are loaded later are noticed.
+        with torch.no_grad():
+            model.backbone.body["layer1"][0].bn2.running_var.mul_(3)
+            model.backbone.body["conv1"].weight.mul_(0.7)
+    norms = [m for m in model.backbone.folded.backbone.modules() if isinstance(m, nn.BatchNorm2d)]
+    assert len(norms) == {(0, "none"): 20, (1, "none"): 15, (3, "none"): 5, (1, "trunk"): 0}[stages, freeze]
+    assert list(model.state_dict()) == names and list(copy.deepcopy(model).state_dict()) == names
+
+
+def _gradients(maps: list[torch.Tensor], trained: list[nn.Parameter]) -> list[torch.Tensor]:
+    return list(torch.autograd.grad(sum(x.sin().sum() for x in maps), trained)) if trained else []
+
+
+def test_what_trains_anew_is_folded_no_more(resnet18):
+    model = resnet18(1, "trunk")
+    model.backbone.requires_grad_(True)
+    maps = model.features(torch.randn(1, 3, 64, 64, dtype=torch.float64))
+    assert all(g.any() for g in _gradients(maps, [model.backbone.body["conv1"].weight]))
 
 
 def test_the_stride_is_in_the_3x3_convolution():
