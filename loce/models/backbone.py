@@ -262,21 +262,21 @@ def fold_norms(backbone: Backbone) -> Backbone:
     body._modules = {name: copy.deepcopy(stage) if name in frozen else stage for name, stage in stages.items()}
     _fold(body, frozen)
     if len(frozen) == len(stages) and next(body.parameters()).device.type == "cpu":
-        body.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        body.to(memory_format=torch.channels_last)
     found.folded, found._modules = None, {**backbone._modules, "body": body}
     return found
 
 
 def _fold(module: nn.Module, names: Collection[str]) -> None:
     """Fold norms into convolutions among the children with these names, and in what they hold."""
-    before = ""
+    before, conv = "", None
     for name in names:
         child = module.get_submodule(name)
-        if isinstance(child, nn.BatchNorm2d) and before:
-            conv, dtype = module.get_submodule(before), child.weight.dtype
+        if isinstance(child, nn.BatchNorm2d) and conv is not None:
+            dtype = conv.weight.dtype
             setattr(module, before, fuse_conv_bn_eval(conv.eval().double(), child.double()).to(dtype))  # rounded once
             setattr(module, name, nn.Identity())
-        before = name if isinstance(child, nn.Conv2d) else ""
+        before, conv = name, child if isinstance(child, nn.Conv2d) else None
         _fold(child, [name for name, _ in child.named_children()])
 
 

@@ -137,7 +137,7 @@ class MaskRCNN(nn.Module):
         return folded.backbone
 
     def only_predict(self) -> "MaskRCNN":
-        """Evaluation mode of a model that is never trained: on a CPU its convolutions run channels last, and frozen batch
+        """Evaluation mode of a model that is never trained: on a CPU its convolutions run channels last; frozen batch
         norms are folded into the convolutions before them.
 
         The weights stay the same numbers; results differ by rounding.

@@ -171,7 +171,7 @@ class RPN(nn.Module):
         over ranks. Only sampled anchors have a gradient, so the head is evaluated at them alone, see `at`.
         """
         anchors_A4, shapes = torch.cat(anchors), [(x.shape[2], x.shape[3]) for x in features]
-        positives, positive_valid, negatives, negative_valid, targets = [], [], [], [], []
+        slots, targets = [], []
         for i, truths_G4 in enumerate(truths):
             # Candidates: no anchor in an ignored region, or in the padding that other images of the batch need.
             matched_A = self.match(anchors_A4, truths_G4)
@@ -180,18 +180,18 @@ class RPN(nn.Module):
 
             # Slots of fixed number, some of them unused.
             generator = generator_for(seeds[i] if seeds else None, ANCHORS, anchors_A4.device)
-            slots = sample(matched_A, self.config.batch_per_image, self.config.positive_fraction, generator)
-            for parts, part in zip((positives, positive_valid, negatives, negative_valid), slots, strict=True):
-                parts.append(part)
-            picked_P4 = anchors_A4[slots[0]]
-            matched_P4 = truths_G4[matched_A[slots[0]].clamp(min=0)] if len(truths_G4) else picked_P4
+            slots.append(sample(matched_A, self.config.batch_per_image, self.config.positive_fraction, generator))
+            positives_P = slots[-1][0]
+            picked_P4 = anchors_A4[positives_P]
+            matched_P4 = truths_G4[matched_A[positives_P].clamp(min=0)] if len(truths_G4) else picked_P4
             targets.append(encode(picked_P4, matched_P4, RPN_STDS))
 
         # The head at all slots, so that shapes are fixed; unused ones are left out of the sums.
-        is_object_BP, is_none_BK = torch.stack(positive_valid), torch.stack(negative_valid)
-        logits_BS, deltas_BS4 = self.at(features, torch.cat([torch.stack(positives), torch.stack(negatives)], dim=1))
-        logits_BP, logits_BK = logits_BS.float().tensor_split([is_object_BP.shape[1]], dim=1)
-        errors_BP4 = (deltas_BS4[:, : is_object_BP.shape[1]].float() - torch.stack(targets)).abs()
+        positives_BP, is_object_BP, negatives_BK, is_none_BK = (torch.stack(x) for x in zip(*slots, strict=True))
+        logits_BS, deltas_BS4 = self.at(features, torch.cat([positives_BP, negatives_BK], dim=1))
+        number = positives_BP.shape[1]
+        logits_BP, logits_BK = logits_BS[:, :number].float(), logits_BS[:, number:].float()
+        errors_BP4 = (deltas_BS4[:, :number].float() - torch.stack(targets)).abs()
         box = torch.where(is_object_BP[..., None], errors_BP4, 0).sum()
         objectness = (F.softplus(-logits_BP) * is_object_BP).sum() + (F.softplus(logits_BK) * is_none_BK).sum()
         total = mean_count((is_object_BP.sum(dim=1).clamp(min=1) + is_none_BK.sum(dim=1).clamp(min=1)).sum())
