@@ -118,7 +118,7 @@ def stage2(setting: Setting) -> list[Row]:
     sides = [Ours(recipe, setting.device, regions=setting.regions) for recipe in ("loce.yaml", "stage1.yaml")]
     for side in sides:
         side.give_proposals(scenes)
-    row = Row("stage2", "stage-2 step (LOCE)", "stage-1 step", 0.55, ratio="ours / theirs")
+    row = Row("stage2", "stage-2 step (LOCE)", "stage-1 step", 0.5, ratio="ours / theirs")
     return [take_turns(row, *[lambda s=s: s.step(samples) for s in sides], setting.device, setting.rounds)]
 
 
@@ -140,7 +140,7 @@ def boxes(setting: Setting) -> list[Row]:
 def stage1(setting: Setting) -> list[Row]:
     """A step of stage 1 against torchvision's; on a GPU also with bf16 on both sides, and with its defaults."""
     if setting.device.type == "cpu":
-        return _stage1(setting, "stage1", "fp32", "fp32", 1.2)
+        return _stage1(setting, "stage1", "fp32", "fp32", 1.25)
     return [row for numbers in GPU_PAIRS for row in _stage1(setting, *numbers)]
 
 
