@@ -8,7 +8,15 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from loce.config import read_options, run_script
-from loce.report.tables.results import between_marks, page, read_tables, short_table, write_figure
+from loce.report.tables.prediction import leaderboard, prediction
+from loce.report.tables.results import (
+    between_marks,
+    methods_of_drawn_sets,
+    page,
+    read_tables,
+    short_table,
+    write_figure,
+)
 from loce.report.tables.rows import RunOptions
 from loce.utils.files import write_text
 
@@ -17,7 +25,7 @@ from loce.utils.files import write_text
 class Options(RunOptions):
     """Write what the records of all tables show."""
 
-    out: str = ""  # folder of results.md and its figure; empty: beside the tables
+    out: str = ""  # folder of results.md, leaderboard.md, prediction.md and a figure; empty: beside the tables
     readme: str = ""  # a page whose part between marks becomes Table 1; empty: none
 
 
@@ -29,6 +37,10 @@ def main() -> None:
     write_figure(tables, folder / "images/score_accuracy.png")
     write_text(folder / "results.md", text)
     print(f"{text}\nwrote {folder / 'results.md'}")
+    methods = methods_of_drawn_sets(options)
+    for name, write in (("leaderboard.md", leaderboard), ("prediction.md", prediction)):
+        write_text(folder / name, write(methods, options))
+        print(f"wrote {folder / name}")
     if options.readme:
         readme = Path(options.readme)
         write_text(readme, between_marks(readme.read_text(encoding="utf-8"), short_table(tables[0], options.data)))

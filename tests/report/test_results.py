@@ -13,8 +13,9 @@ import numpy as np
 import pytest
 
 from loce.evaluation.report import evaluate_and_report
+from loce.report.tables.prediction import Pair, agreement, commit, leaderboard, prediction, with_seeds
 from loce.report.tables.records import measured, resamples
-from loce.report.tables.results import between_marks, page, read_tables, short_table
+from loce.report.tables.results import between_marks, methods_of_drawn_sets, page, read_tables, short_table
 from loce.report.tables.rows import COLUMNS, MEASURES, RowRun, RunOptions
 from loce.report.tables.statistics import difference, estimate, metric, rank_correlation, score_tracks_accuracy
 from tests.evaluation.cases import random_case
@@ -233,6 +234,29 @@ def test_without_records_nothing_is_claimed(tmp_path: Path) -> None:
     assert not_run == 15 + 15 + 5 + 9  # claims, questions of Tables 6, 7 and 9
 
 
+def test_agreement_over_seeds_equals_its_slow_twin() -> None:
+    found = [
+        Pair("a", "AP", {0: 1.0, 1: -0.5, 2: 2.0}, 3.0),
+        Pair("b", "AP", {1: -1.0, 2: 0.5}, 1.0),
+        Pair("c", "AP", {2: -2.0}, -1.0),
+    ]
+    published = [pair.published for pair in found]
+    draws = np.random.default_rng(0).multinomial(3, [1 / 3] * 3, 2000).tolist()
+    for measure in (agreement, rank_correlation):
+        values = []
+        for counts in draws:
+            drawn = []
+            for pair in found:
+                own = [value for seed, value in pair.ours.items() for _ in range(counts[seed])]
+                drawn.append(sum(own) / len(own) if own else sum(pair.ours.values()) / len(pair.ours))
+            values.append(measure(drawn, published))
+        mean = [sum(pair.ours.values()) / len(pair.ours) for pair in found]
+        expected = (measure(mean, published), *np.quantile(values, [0.025, 0.975]))
+        assert with_seeds(found, measure) == pytest.approx(expected)
+    assert agreement(mean, published) == pytest.approx(2 / 3)  # b has the other sign
+    assert commit("loce 0.1.0, commit 278446cf37e6 with changes") == "278446c+" and commit("loce 0.1.0") == "-"
+
+
 def test_the_committed_pages_are_what_the_committed_records_give(monkeypatch: pytest.MonkeyPatch) -> None:
     """docs/results.md and the README's first table; the command stands in the page."""
     monkeypatch.chdir(ROOT)
@@ -241,6 +265,9 @@ def test_the_committed_pages_are_what_the_committed_records_give(monkeypatch: py
     options = RunOptions(seeds=int(seeds), records=records)
     tables = read_tables(options)
     assert page(tables, options) == written
+    methods = methods_of_drawn_sets(options)
+    for name, write in (("leaderboard", leaderboard), ("prediction", prediction)):
+        assert write(methods, options) == (ROOT / f"docs/{name}.md").read_text(encoding="utf-8")
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
     assert between_marks(readme, short_table(tables[0], options.data)) == readme
     with pytest.raises(ValueError, match="Table 1: begin"):

@@ -2,7 +2,9 @@
 
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
+from typing import Literal
 
 from loce.report.figures import score_figure
 from loce.report.tables.cells import (
@@ -43,6 +45,13 @@ numbers are of LVIS v1, each with the schedule of its source (configs/tables.yam
 def read_tables(options: RunOptions) -> list[Table]:
     """All tables of a data set."""
     return [read_table(options, number) for number in TABLES[options.data]]
+
+
+def methods_of_drawn_sets(options: RunOptions) -> dict[str, Table]:
+    """Table 8 of each drawn data set that has records, by data set."""
+    drawn: tuple[Literal["glyphs", "glyph100", "glyph1203"], ...] = ("glyphs", "glyph100", "glyph1203")
+    there = [data for data in drawn if Path(options.records, data).is_dir()]
+    return {data: read_table(replace(options, data=data), 8) for data in there}
 
 
 def page(tables: list[Table], options: RunOptions) -> str:
