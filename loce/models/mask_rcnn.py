@@ -125,7 +125,9 @@ class MaskRCNN(nn.Module):
             for module in self.backbone.modules():
                 if isinstance(module, nn.BatchNorm2d):
                     module.eval()
-            self._fold()
+            self.backbone.folded = None
+            if not any(p.requires_grad for p in self.backbone.body.parameters()):
+                self._fold()
         return self
 
     def _fold(self) -> Backbone:
