@@ -82,11 +82,11 @@ def test_a_faster_r_cnn_is_a_detector_of_boxes(torchvision_model, torchvision_fi
 def test_pyramid_and_rpn(torchvision_model, torchvision_file, tmp_path):
     content, _ = convert(torchvision_file)
     torch.save(content, tmp_path / "ours.pt")
-    # A loaded model is channels last, which sums in another order: 1e-5 of maps whose standard deviation is 34 here.
-    ours = loce.load_model(tmp_path / "ours.pt").to(memory_format=torch.contiguous_format)
+    # A loaded model has folded norms, which round otherwise: 1e-5 of maps whose standard deviation is 34 here.
+    ours = loce.load_model(tmp_path / "ours.pt")
     image = torch.randn(1, 3, 64, 96)
     maps = list(torchvision_model.backbone(image).values())
-    torch.testing.assert_close(ours.features(image), maps)
+    torch.testing.assert_close(ours.features(image), maps, rtol=0, atol=1e-3)
     torch.testing.assert_close(ours.rpn.head(maps), torchvision_model.rpn.head(maps))
 
 
