@@ -291,6 +291,7 @@ def test_a_method_on_another_glyph_set_is_the_one_of_glyph_50(data: str):
     )
     thresholds = {"sampler.repeat_threshold", "head.eql.threshold", "head.gol.threshold"}
     trees = {"head.forest.trees", "head.forest.visual", "head.forest.geometrical"}
+    peer = flat(load_config([f"{data}/stage1"]))
     for path in (CONFIGS / "glyphs/methods").glob("*.yaml"):
         here, there = flat(load_config(recipes.command(path.stem))), flat(load_config([str(path)]))
         differing = {key for key in here if key.startswith(method) and here[key] != there[key]}
@@ -298,5 +299,4 @@ def test_a_method_on_another_glyph_set_is_the_one_of_glyph_50(data: str):
         assert here["output"] == f"runs/{data}/methods/{path.stem}"
         same = ("train.clip_norm",) if data == "glyph1203" else ("train.clip_norm", "train.lr", "train.weight_decay")
         assert [here[key] for key in same] == [there[key] for key in same], path.stem
-        peer = flat(load_config([f"{data}/stage1"]))
         assert [key for key in here if here[key] != peer[key] and not key.startswith(own)] == []

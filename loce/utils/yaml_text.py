@@ -1,8 +1,10 @@
 """Safe YAML reading and writing: numbers as people write them, no key twice, and what is written is read back equal."""
 
+import copy
 import math
 import re
 from collections.abc import Mapping
+from functools import lru_cache
 from typing import Any
 
 import yaml
@@ -63,10 +65,15 @@ def parse_value(text: str) -> Any:
         return text
 
 
+@lru_cache(maxsize=256)
+def _parsed(text: str) -> Any:
+    return yaml.load(text, Loader=_Loader)  # the same few recipes stand below all rows of the tables
+
+
 def load_yaml(text: str, source: str) -> dict[str, Any]:
     """The mapping that `text` holds ({} when empty); UserError naming `source` and the line when it is not one."""
     try:
-        values = yaml.load(text, Loader=_Loader)
+        values = copy.deepcopy(_parsed(text))
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         line = f", line {mark.line + 1}" if mark else ""

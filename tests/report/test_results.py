@@ -127,7 +127,8 @@ def test_the_page_judges_the_claims(tmp_path: Path) -> None:
         "s, EBL + MFS": 4.0,
         "P(y), EBL + MFS": 5.0,
     }
-    for table in read_tables(options):
+    tables = read_tables(options)
+    for table in tables:
         for row in table.rows:
             for seed, job in enumerate(row.runs):
                 shift = shifts.get(row.text.name, 4.0 if row.text.recipe == "loce" else 1.0)
@@ -192,12 +193,12 @@ def test_the_page_judges_the_claims(tmp_path: Path) -> None:
     assert "| LOCE - softmax | 3 | +4.0 [+4.0, +4.0] | - |" in text  # Table 10; these records have no measures
     assert re.search(r"\| LOCE \| 3 \| 24.1 \[2\d.\d, 2\d.\d\] \| - \|", text)
     assert "different checkpoints" not in text
-    loce = read_tables(options)[0].rows[3].runs[1]
+    loce = tables[0].rows[3].runs[1]
     leave(loce, {**json.loads(loce.record.read_text()), "start": "elsewhere"})
     words = r"- seed 1: rows start from 2 different checkpoints of stage1, .*: .*elsewhere \(1 runs\)"
     assert re.search(words, page(read_tables(options), options))
     assert "speed, memory" not in text
-    for job, speed in zip(read_tables(options)[4].rows[4].runs, (10.0, 20.0), strict=False):
+    for job, speed in zip(tables[4].rows[4].runs, (10.0, 20.0), strict=False):
         leave(job, {**json.loads(job.record.read_text()), "images_per_second": speed, "peak_memory_gib": speed / 8})
     text = page(read_tables(options), options)
     assert text.count("| training | speed, memory |") == 2 and "| end to end, 7 epochs | 15 images/s, 2.5 GiB |" in text
