@@ -33,7 +33,6 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 
 CUDA, HOST, META = torch.device("cuda", 0), torch.device("cpu"), torch.device("meta")
 AUTOCAST = torch._C.DispatchKey.AutocastCPU
-AUTOCAST_ENABLED = torch.is_autocast_enabled
 GENERATOR, AUTOCAST_CLASS, LOAD = torch.Generator, torch.autocast, torch.load
 SEEDS, MARK = 1 << 32, 1 << 62
 ROOT = str(Path(__file__).resolve().parents[1])  # whose lines are named: the repository's
@@ -162,10 +161,6 @@ class _Autocast(AUTOCAST_CLASS):  # type: ignore[misc, valid-type]
         return super().__exit__(*error)
 
 
-def _is_autocast_enabled(*device_type: str) -> bool:
-    return _Autocast.depth > 0 if device_type == ("cuda",) else AUTOCAST_ENABLED(*device_type)
-
-
 def _load(*args: Any, map_location: Any = None, **kwargs: Any) -> Any:
     if map_location is None:
         raise RuntimeError("torch.load without map_location: on a machine without a GPU the file could not be read")
@@ -243,7 +238,6 @@ class PretendDevice(TorchDispatchMode):
         yield patch.object(torch.accelerator, "is_available", lambda *_: True)
         yield patch.object(torch, "Generator", _Generator)
         yield patch.object(torch, "autocast", _Autocast)
-        yield patch.object(torch, "is_autocast_enabled", _is_autocast_enabled)
         yield patch.object(torch, "load", _load)
         yield patch.object(Tensor, "pin_memory", pin)
         yield patch.object(Tensor, "is_pinned", is_pinned)

@@ -180,8 +180,8 @@ class MaskRCNN(nn.Module):
         """P2..P6 of normalised images (B, 3, H, W); in training, seeds of their random numbers."""
         if self.backbone.stochastic_depth:
             self.backbone.draw_branches(seeds, batch.device)
-        if torch.is_autocast_enabled(batch.device.type):
-            batch = batch.contiguous(memory_format=torch.channels_last)  # as units for bf16 read it
+        if batch.is_cuda and torch.is_autocast_enabled("cuda"):
+            batch = batch.contiguous(memory_format=torch.channels_last)  # as tensor cores read it
         return list((self.backbone if self.backbone.folded is None else self._fold())(batch).values())
 
     def targets_of(self, sample: dict[str, Any], batch_index: int = 0) -> Targets:
