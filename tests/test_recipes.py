@@ -273,7 +273,7 @@ def test_sets_of_version_2_have_the_groups_of_lvis_and_iterations_as_their_heade
     assert ((counts / (images * (1 - EMPTY_SHARE)) < threshold) == (counts <= 100)).all()
 
 
-@pytest.mark.parametrize("data", ["glyph100", "glyph1203"])
+@pytest.mark.parametrize("data", ["glyph100", pytest.param("glyph1203", marks=pytest.mark.slow)])
 def test_a_method_on_another_glyph_set_is_the_one_of_glyph_50(data: str):
     """All methods, in the detector and training of that set."""
     recipes = Recipes(**TABLES["recipes"][data])
