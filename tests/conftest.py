@@ -8,7 +8,10 @@ import numpy as np
 import pytest
 import torch
 
+from loce.checkpoint.load import FORMAT, stats_to_dict
+from loce.config import load_config, to_dict
 from loce.data.glyphs.make import GlyphOptions, make_glyphs
+from loce.models.build import build_model
 from loce.utils.classes import ClassStats, frequency_groups
 from tests.deviations import TABLES, Row
 from tests.tiny_runs import CONFIG, run
@@ -33,6 +36,19 @@ def stats_of(classes: int) -> ClassStats:
         groups=frequency_groups(images),
         image_total=300,
     )
+
+
+def random_run(path: Path, gain: float = 1.0) -> None:
+    """A run folder `run` of a tiny model of random weights beside its recipe `tiny.yaml`; gain: of the class logits."""
+    (path / "tiny.yaml").write_text(CONFIG.format(path))
+    config = load_config([str(path / "tiny.yaml"), f"output={path / 'run'}"])
+    torch.manual_seed(0)
+    model = build_model(config, stats_of(6))
+    model.roi_heads.classifier.fc_cls.weight.data *= gain
+    classes = stats_to_dict(stats_of(6))
+    content = {"format": FORMAT, "config": to_dict(config), "classes": classes, "model": model.state_dict()}
+    (path / "run").mkdir()
+    torch.save(content, path / "run/main.pt")
 
 
 @pytest.fixture

@@ -16,8 +16,8 @@ import torch
 from torch import Tensor
 
 import loce
-from loce.checkpoint.load import FORMAT, Checkpoint, stats_to_dict
-from loce.config import Config, HeadConfig, UserError, load_config, to_dict
+from loce.checkpoint.load import Checkpoint
+from loce.config import Config, HeadConfig, UserError, load_config
 from loce.data.transforms import read_image
 from loce.engine.export import FixedSizeDetector, export_run
 from loce.heads import HEADS
@@ -26,11 +26,11 @@ from loce.models.build import build_model
 from loce.models.paste import paste_full
 from loce.utils.files import read_csv
 from scripts import export as script
-from tests.conftest import stats_of
+from tests.conftest import random_run, stats_of
 from tests.doc_pages import blocks
 from tests.models.conftest import SMALL
 from tests.models.small_trunks import SMALL_TRUNKS, small
-from tests.tiny_runs import CONFIG, ROOT, environment, run
+from tests.tiny_runs import ROOT, environment, run
 
 BOX, SCORE, MASK = 0.01, 1e-4, 1e-3  # docs/export.md
 CANVAS = (64, 96)
@@ -66,15 +66,7 @@ def check(found: dict[str, Tensor], expected: dict[str, Any], whole: tuple[int, 
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run of random weights, and its file for images of 64 x 96."""
     path = tmp_path_factory.mktemp("export")
-    (path / "tiny.yaml").write_text(CONFIG.format(path))
-    config = load_config([str(path / "tiny.yaml"), f"output={path / 'run'}"])
-    torch.manual_seed(0)
-    model = build_model(config, stats_of(6))
-    model.roi_heads.classifier.fc_cls.weight.data *= 100  # some scores are high
-    classes = stats_to_dict(stats_of(6))
-    content = {"format": FORMAT, "config": to_dict(config), "classes": classes, "model": model.state_dict()}
-    (path / "run").mkdir()
-    torch.save(content, path / "run/main.pt")
+    random_run(path, gain=100)  # some scores are high
     told = export_run(path / "run", path / "detector.pt2", (60, 90), ["eval.detections=40"])
     assert told[0] == "images on a canvas of 64 x 96 px (height x width)"
     return path

@@ -12,13 +12,10 @@ import pytest
 import torch
 from pycocotools import mask as coco_mask
 
-from loce.checkpoint.load import FORMAT, Checkpoint, load_model, stats_to_dict, weights_hash
-from loce.config import load_config, to_dict
+from loce.checkpoint.load import Checkpoint, load_model, weights_hash
 from loce.engine.pictures import Limits, draw_objects, worth_drawing
-from loce.models.build import build_model
 from loce.utils.classes import GROUP_RGB
-from tests.conftest import stats_of
-from tests.engine.test_training import CONFIG
+from tests.conftest import random_run, stats_of
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -27,14 +24,7 @@ ROOT = Path(__file__).resolve().parents[2]
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A checkpoint of random weights, and images of several kinds in a folder."""
     path = tmp_path_factory.mktemp("predict")
-    (path / "tiny.yaml").write_text(CONFIG.format(path))
-    config = load_config([str(path / "tiny.yaml"), f"output={path / 'run'}"])
-    torch.manual_seed(0)
-    model = build_model(config, stats_of(6))
-    classes = stats_to_dict(stats_of(6))
-    content = {"format": FORMAT, "config": to_dict(config), "classes": classes, "model": model.state_dict()}
-    (path / "run").mkdir()
-    torch.save(content, path / "run/main.pt")
+    random_run(path)
     noise = np.random.default_rng(0).integers(0, 256, (50, 70, 3), dtype=np.uint8)
     (path / "images/deep").mkdir(parents=True)
     cv2.imwrite(str(path / "images/colour.jpg"), noise)
