@@ -16,7 +16,7 @@ from loce.evaluation.report import evaluate_and_report
 from loce.report.tables.prediction import Pair, agreement, commit, leaderboard, prediction, with_seeds
 from loce.report.tables.records import measured, resamples
 from loce.report.tables.results import between_marks, methods_of_drawn_sets, page, read_tables, short_table
-from loce.report.tables.rows import COLUMNS, MEASURES, RowRun, RunOptions
+from loce.report.tables.rows import COLUMNS, MEASURES, Row, RowRun, RunOptions, read_table
 from loce.report.tables.statistics import difference, estimate, metric, rank_correlation, score_tracks_accuracy
 from tests.evaluation.cases import random_case
 from tests.evaluation.test_bootstrap import repeated
@@ -105,7 +105,9 @@ def test_measures_of_a_record(tmp_path) -> None:
     values, drawn = measured(tmp_path), resamples(tmp_path)
     metrics = json.loads((tmp_path / "metrics.json").read_text())
     assert values["AP-pool"] == 100 * metrics["segm_pool"]["AP"] and values["ECE"] == 100 * metrics["segm"]["ECE"]
-    assert "AP-fixed" not in values and {"AP-pool", "ECE"} <= {*drawn} <= {*COLUMNS, *values} <= {*COLUMNS, *MEASURES}
+    assert values["box AP-pool"] == 100 * metrics["bbox_pool"]["AP"]
+    assert "AP-fixed" not in values and {*drawn} <= {*COLUMNS, *values} <= {*COLUMNS, *MEASURES}
+    assert {"AP-pool", "box AP-pool", "ECE"} <= {*drawn}
     assert abs(np.mean(drawn["AP-pool"]) - values["AP-pool"]) < 15
 
 
@@ -204,8 +206,27 @@ def test_the_page_judges_the_claims(tmp_path: Path) -> None:
     assert text.count("| training | speed, memory |") == 2 and "| end to end, 7 epochs | 15 images/s, 2.5 GiB |" in text
     one_seed = RunOptions(seeds=1, records=options.records)
     few = page(read_tables(one_seed), one_seed)
+    assert "by AP-" not in few and judge_by_pool(tables[0].rows[:2], options) == (
+        "| EBL helps rare, common and frequent classes (Table 1) | APr +2.0 [+2.0, +2.0], APc +2.0 [+2.0, +2.0], "
+        "APf +2.0 [+2.0, +2.0] | confirmed | not confirmed: APr -1.0 [-1.0, -1.0], APc -1.0 [-1.0, -1.0], "
+        "APf -1.0 [-1.0, -1.0] |"
+    )
     assert few.count("| confirmed, by 1 seed only |") == 12 and "| alpha = 0.9 | 1 | 24.0 |" in few
     assert ebl.startswith("| s, EBL | 3 | 22.1 ± 0.1 | 22.1 ± 0.1 |") and "+2.0 [+2.0, +2.0] | -2.0 [-2.0, -2.0]" in ebl
+
+
+def judge_by_pool(rows: list[Row], options: RunOptions) -> str:
+    """The claim on EBL once its records and softmax's have AP-pool, 3 AP lower for EBL than their AP."""
+    for row, lower in zip(rows, (0.0, 3.0), strict=True):
+        for job in row.runs:
+            content = json.loads(job.record.read_text())
+            for name in COLUMNS:
+                content["values"][f"{name}-pool"] = content["values"][name] - lower
+                content["resamples"][f"{name}-pool"] = [value - lower for value in content["resamples"][name]]
+            leave(job, content)
+    text = page(read_tables(options), options)
+    assert "| here | verdict | by AP-pool |" in text and "| MFS lifts the rare classes (Table 1) | " in text
+    return next(line for line in text.splitlines() if line.startswith("| EBL helps"))
 
 
 def leave(job: RowRun, content: dict[str, Any]) -> None:
@@ -273,6 +294,15 @@ def test_the_committed_pages_are_what_the_committed_records_give(monkeypatch: py
     assert between_marks(readme, short_table(tables[0], options.data)) == readme
     with pytest.raises(ValueError, match="Table 1: begin"):
         between_marks("# no marks\n", "")
+
+
+def test_rows_of_measures_are_those_of_table_5_where_recipes_have_all_protocols() -> None:
+    five, ten = (read_table(RunOptions(data="glyph100"), number) for number in (5, 10))
+    records = {row.text.name: row.runs[0].record for row in five.rows}
+    assert {row.text.name: row.runs[0].record for row in ten.rows} == {
+        row.text.name: records[row.text.name] for row in ten.rows
+    }
+    assert all(row.runs[0].config.eval.protocols == ("lvis", "fixed", "pool") for row in five.rows)
 
 
 @pytest.mark.parametrize("data", ["glyph1203", "lvis"])

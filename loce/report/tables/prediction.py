@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from loce.report.tables.cells import estimated, markdown_table
+from loce.report.tables.cells import estimated, markdown_table, speed
 from loce.report.tables.results import DATA, softmax_for
 from loce.report.tables.rows import COLUMNS, UNKNOWN, RunOptions, Table
 from loce.report.tables.statistics import LEVEL, metric, rank_correlation
@@ -24,7 +24,7 @@ seeds: the methods and the published numbers stay. [The benchmark](benchmark.md)
 LEADERBOARD_NOTE = """Written by `make results DATA={data} SEEDS={seeds}` from records in `{records}`, best mask AP
 first; [a row of your own](plugin.md#a-row-in-the-leaderboard) takes one command. Mean ± standard deviation over seeds,
 in percent. Minutes are of one seed, training and evaluation, without stage 1; rows are of different machines and days,
-so they compare roughly. A commit with `+` had changes."""
+so they and images/s compare roughly. A commit with `+` had changes."""
 
 
 @dataclass(frozen=True)
@@ -128,26 +128,13 @@ def prediction(tables: dict[str, Table], options: RunOptions) -> str:
 
 def leaderboard(tables: dict[str, Table], options: RunOptions) -> str:
     """The page of all methods by mask AP, in Markdown; tables: Table 8 of each data set."""
-    columns = ("box AP", "AP", "APr", "APc", "APf", "AP-pool")
-    head = [
-        "",
-        "method",
-        "year",
-        "box AP",
-        "mask AP",
-        "r",
-        "c",
-        "f",
-        "AP-pool",
-        "mask AP, 95%",
-        "minutes",
-        "seeds",
-        "commit",
-    ]
     lines = ["# Leaderboard", "", LEADERBOARD_NOTE.format(**vars(options))]
     for data, table in tables.items():
         done = [row for row in table.rows if row.records]
         done.sort(key=lambda row: -np.mean([record["values"]["AP"] for record in row.records]))
+        held = [name for name in ("AP-fixed", "AP-pool") if any(metric(row.records, name) for row in done)]
+        head = ["", "method", "year", "box AP", "mask AP", "r", "c", "f", *held, "mask AP, 95%"]
+        head += ["minutes", "speed, memory", "seeds", "commit"]
         rows = []
         for rank, row in enumerate(done, start=1):
             whole = metric(row.records, "AP")
@@ -158,9 +145,10 @@ def leaderboard(tables: dict[str, Table], options: RunOptions) -> str:
                     str(rank),
                     row.text.name,
                     str(row.text.year),
-                    *(estimated(metric(row.records, name)) for name in columns),
+                    *(estimated(metric(row.records, name)) for name in (*COLUMNS, *held)),
                     f"{whole.low:.1f} to {whole.high:.1f}" if whole else "-",
                     f"{minutes:.0f}",
+                    speed(row.records),
                     str(len(row.records)),
                     ", ".join(commits),
                 ]

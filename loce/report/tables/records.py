@@ -63,10 +63,7 @@ def speed(run: RowRun) -> dict[str, float]:
 def measured(evaluation: Path) -> dict[str, float]:
     """Of MEASURES, in percent, those that the evaluation has."""
     metrics = json.loads((evaluation / "metrics.json").read_text(encoding="utf-8"))
-    found = {
-        column: metrics.get("_".join(["segm", *([protocol] if protocol else [])]), {}).get(name, UNKNOWN)
-        for column, (protocol, name) in MEASURES.items()
-    }
+    found = {column: metrics.get(key, {}).get(name, UNKNOWN) for column, (key, name) in MEASURES.items()}
     return {column: 100 * value for column, value in found.items() if value >= 0}
 
 
@@ -75,18 +72,16 @@ def resamples(evaluation: Path) -> dict[str, list[float]]:
     without objects."""
     from loce.evaluation.bootstrap import draw_weights, load_tallies, means_under  # imports NumPy and more
 
-    files = [evaluation / f"tallies_{kind}.npz" for kind in ("bbox", "segm")]
-    box, *masks = (load_tallies(file) for file in files if file.is_file())
-    weights = draw_weights(len(box.image_ids), RESAMPLES, RESAMPLE_SEED)
-    boxes = means_under(box, weights)
-    first = means_under(masks[0], weights) if masks else boxes
-    drawn = {"box AP": boxes["AP"], **{name: first[name] for name in COLUMNS if name in first}}
-    if not masks:  # the groups of a detector of boxes are of boxes, and it has no mask AP
+    means = {}  # by key of metrics.json
+    for key in dict.fromkeys(["bbox", "segm", *(key for key, _ in MEASURES.values())]):
+        if (file := evaluation / f"tallies_{key}.npz").is_file():
+            tallies = load_tallies(file)
+            means[key] = means_under(tallies, draw_weights(len(tallies.image_ids), RESAMPLES, RESAMPLE_SEED))
+    first = means.get("segm", means["bbox"])
+    drawn = {"box AP": means["bbox"]["AP"], **{name: first[name] for name in COLUMNS if name in first}}
+    if "segm" not in means:  # the groups of a detector of boxes are of boxes, and it has no mask AP
         del drawn["AP"]
-    for protocol in dict.fromkeys(protocol for protocol, _ in MEASURES.values()) if masks else ():
-        file = evaluation / f"tallies_segm_{protocol}.npz"
-        means = first if not protocol else means_under(load_tallies(file), weights) if file.is_file() else {}
-        drawn |= {c: means[name] for c, (of, name) in MEASURES.items() if of == protocol and name in means}
+    drawn |= {column: means[key][name] for column, (key, name) in MEASURES.items() if name in means.get(key, {})}
     return {
         name: [round(100 * v, DIGITS - 2) for v in drawn[name].tolist()]
         for name in (*COLUMNS, *MEASURES)

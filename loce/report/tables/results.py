@@ -17,12 +17,13 @@ from loce.report.tables.cells import (
     with_interval,
 )
 from loce.report.tables.claims import answers, claims
-from loce.report.tables.rows import COLUMNS, MEASURES, PEERS, UNKNOWN, Records, Row, RunOptions, Table, read_table
+from loce.report.tables.rows import COLUMNS, PEERS, SHOWN, UNKNOWN, Records, Row, RunOptions, Table, read_table
 from loce.report.tables.statistics import difference, metric, score_tracks_accuracy
 
 WIDE = (1, 2, 3, 4, 5, 6, 8)  # tables of every data set
-TABLES = {"glyphs": (1, 2, 3, 4, 5, 6, 7, 8, 9, 10), "glyph100": WIDE, "glyph1203": WIDE, "lvis": WIDE}
-MEASURED = 10  # the table of MEASURES
+MEASURED = 10  # the table of SHOWN measures
+DRAWN = (*WIDE, MEASURED)
+TABLES = {"glyphs": (1, 2, 3, 4, 5, 6, 7, 8, 9, 10), "glyph100": DRAWN, "glyph1203": DRAWN, "lvis": WIDE}
 MARKS = ("<!-- Table 1: begin -->\n", "<!-- Table 1: end -->\n")
 DATA = {"glyphs": "Glyph-50", "glyph100": "Glyph-100", "glyph1203": "Glyph-1203", "lvis": "LVIS v1"}  # for readers
 SOFTMAX = ("baseline", "softmax", "softmax, one stage")  # rows
@@ -90,7 +91,7 @@ def closed(table: Table) -> list[str]:
 
 def whole_table(table: Table, softmax: Records, loce: Records) -> list[str]:
     """A table in Markdown; speed and memory stand in it where a record has them."""
-    more = [n for n in MEASURES if any(n in record["resamples"] for row in table.rows for record in row.records)]
+    more = [n for n in SHOWN if any(n in record["resamples"] for row in table.rows for record in row.records)]
     head = [
         "",
         "seeds",
@@ -121,8 +122,8 @@ def whole_table(table: Table, softmax: Records, loce: Records) -> list[str]:
 
 
 def measures_table(table: Table) -> list[str]:
-    """AP and MEASURES of masks with their intervals, then what LOCE's differ from each row's."""
-    names, rows, loce = ("AP", *MEASURES), [], table.records("LOCE")
+    """AP and the SHOWN measures with their intervals, then what LOCE's differ from each row's."""
+    names, rows, loce = ("AP", *SHOWN), [], table.records("LOCE")
     for row in table.rows:
         found = [metric(row.records, name) for name in names]
         rows.append([row.text.name, str(len(row.records)), *(with_interval(value) for value in found)])
@@ -207,17 +208,15 @@ def origin(records: Records) -> list[str]:
     for name in ("data", "protocol", "device", "code"):
         counted = Counter(record[name] for record in records)
         lines.append(f"- {name}: " + "; ".join(f"{value} ({count} runs)" for value, count in counted.items()))
-    # Rows of a seed that start from several checkpoints of one stage: they compare as different seeds do.
+    # Weights that the rows of a seed start from; rows of several of one stage compare as different seeds do.
     starts: dict[tuple[int, str], Counter[str]] = {}
     for record in records:
         if stage := record["options"]["init"]:
             starts.setdefault((record["seed"], stage), Counter())[record.get("start", "an unknown one")] += 1
-    lines += [
-        f"- seed {seed}: rows start from {len(found)} different checkpoints of {stage}, and compare as different seeds "
-        f"do: {', '.join(f'{weights} ({count} runs)' for weights, count in found.items())}"
-        for (seed, stage), found in sorted(starts.items())
-        if len(found) > 1
-    ]
+    for (seed, stage), found in sorted(starts.items()):
+        which = ", ".join(f"{weights} ({count} runs)" for weights, count in found.items())
+        several = f"{len(found)} different checkpoints of {stage}, and compare as different seeds do"
+        lines.append(f"- seed {seed}: rows start from {several if len(found) > 1 else stage}: {which}")
     days = sorted(record["started"][:10] for record in records)
     hours = sum(record["minutes"] for record in records) / 60
     span = f"{days[0]} to {days[-1]}" if days else "-"

@@ -23,11 +23,16 @@ from loce.utils.options import Conflict, Count, Natural, build, flatten
 from loce.utils.yaml_text import differing, dotted, load_yaml
 
 COLUMNS = ("box AP", "AP", "APr", "APc", "APf")
-MEASURES = {  # further columns, of masks, where runs have them: protocol ("": the first), name in metrics.json
-    "AP-fixed": ("fixed", "AP"),
-    "AP-pool": ("pool", "AP"),
-    **{f"ECE{group}": ("", f"ECE{group}") for group in ("", "r", "c", "f")},
+PROTOCOLS = ("fixed", "pool")  # further ones that a run may be evaluated by
+MEASURES = {  # further columns, where runs have them: key and name in metrics.json
+    **{
+        f"{column}-{protocol}": (f"{'bbox' if column == 'box AP' else 'segm'}_{protocol}", column.removeprefix("box "))
+        for protocol in PROTOCOLS
+        for column in COLUMNS
+    },
+    **{f"ECE{group}": ("segm", f"ECE{group}") for group in ("", "r", "c", "f")},
 }
+SHOWN = ("AP-fixed", "AP-pool", "ECE", "ECEr", "ECEc", "ECEf")  # of MEASURES, in tables
 UNKNOWN = -1.0  # among the published numbers
 PEERS = (5, 8)  # the tables of methods
 Records = list[dict[str, Any]]  # of a row, one of each seed
@@ -121,6 +126,7 @@ class RowRun(Run):
     evaluation: Path
     record: Path
     trainable: bool = True  # False: it needs options that went; its record stands
+    post_hoc: tuple[str, ...] = ()  # words that it is evaluated anew with
 
     @property
     def done(self) -> bool:
@@ -235,17 +241,19 @@ def make_run(
     config = load_config([*still, "memory.enabled=false"] if text.last else words)
     processes = text.processes or options.gpus
     images_per_rank(config.train, max(processes, 1))
-    # Folders and the record are named by what changes the recipe.
+    # Folders and the record are named by what changes the recipe; words that it has anyway evaluate nothing anew.
+    post_hoc = tuple(word for word in text.post_hoc if load_config([*words, word]) != config)
     changes = [*text.words, *([f"processes={processes}"] if text.processes else [])]
     changes += [f"init={start.folder.name}"] if start else []
     folder = plain.output
     if text.processes or replace(config, output=folder) != plain:
         folder = str(inside(seed_folder(options, seed), "+".join([name, *changes])))
         words.append(f"output={folder}")
-    evaluation = inside(folder, "+".join(["eval", *text.post_hoc]))
-    record = "+".join([name, *changes, *text.post_hoc]) + ".json"
+    evaluation = inside(folder, "+".join(["eval", *post_hoc]))
+    record = "+".join([name, *changes, *post_hoc]) + ".json"
     record_file = inside(Path(options.records, options.data, f"seed{seed}"), record)
-    return RowRun(words, replace(config, output=folder), processes, evaluation, record_file, not text.last)
+    trainable = not text.last
+    return RowRun(words, replace(config, output=folder), processes, evaluation, record_file, trainable, post_hoc)
 
 
 @cache

@@ -74,8 +74,8 @@ def train_row(text: RowText, row_run: RowRun, runs: Sequence[RowRun] = ()) -> No
     else:
         script = "finetune.py" if row_run.config.train.init else "train.py"
         step(row_run.folder, script, *row_run.words, processes=row_run.processes)
-    if text.post_hoc:
-        words = (f"checkpoint={row_run.folder}", *text.post_hoc, f"output={row_run.evaluation}")
+    if row_run.post_hoc:
+        words = (f"checkpoint={row_run.folder}", *row_run.post_hoc, f"output={row_run.evaluation}")
         run("evaluate.py", *words, processes=row_run.processes)
 
 
