@@ -15,7 +15,7 @@ import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
-from functools import reduce
+from functools import cache, reduce
 from types import MappingProxyType, UnionType
 from typing import Annotated, Any, Literal, NoReturn, TypeVar, Union, get_args, get_origin, get_type_hints
 
@@ -71,14 +71,21 @@ def _plain(value: Any) -> Any:
     return list(value) if isinstance(value, tuple) else value
 
 
-def schema(cls: type, prefix: str = "") -> dict[str, Any]:
+@cache
+def schema(cls: type, prefix: str = "") -> Mapping[str, Any]:
     """Dotted key -> type, in order, of everything `cls` holds; a section stands before its own keys."""
     types: dict[str, Any] = {}
-    for name, hint in get_type_hints(cls, include_extras=True).items():
+    for name, hint in _hints(cls).items():
         types[prefix + name] = hint
         if is_section(hint):
             types |= schema(hint, f"{prefix}{name}.")
-    return types
+    return MappingProxyType(types)
+
+
+@cache
+def _hints(cls: type) -> dict[str, Any]:
+    """A field's type, with its limits; kept, since tables of results read thousands of configs."""
+    return get_type_hints(cls, include_extras=True)
 
 
 def flatten(cls: type, values: Mapping[Any, Any], source: str) -> list[Given]:
@@ -182,7 +189,7 @@ def print_help(*parts: str) -> NoReturn:
 def help_text(cls: type, prefix: str = "") -> str:
     """Every key with what is allowed, its default and its meaning (the comment beside the field)."""
     comments = dict(re.findall(r"^    (\w+): .*?  # (.+)$", inspect.getsource(cls), re.MULTILINE))
-    hints = get_type_hints(cls, include_extras=True)
+    hints = _hints(cls)
     lines = [(cls.__doc__ or "").partition("\n")[0]]
     for field in dataclasses.fields(cls):
         hint = hints[field.name]
@@ -291,7 +298,7 @@ def _required(cls: type) -> list[str]:
 
 def _assemble(cls: type[T], values: Mapping[str, Any], prefix: str = "") -> T:
     arguments = {}
-    for name, hint in get_type_hints(cls).items():
+    for name, hint in _hints(cls).items():
         key = prefix + name
         if is_section(hint):
             arguments[name] = _assemble(hint, values, f"{key}.")
