@@ -81,6 +81,7 @@ class DataConfig:
     scale_16bit: Literal["high_byte", "range"] = "high_byte"  # 16-bit files; range: an image's lowest to highest value
     allow_missing: bool = False  # go on without images that are not there; results are marked as partial
     keep_empty: bool = False  # train on images without objects, too: all of them is background
+    drop_empty: bool = False  # classes without a training instance get no output: placeholders; val objects are missed
     without_mask: Literal["drop", "box"] = "drop"  # annotations whose mask cannot be used; box: the filled box
     allow_misplaced: bool = False  # go on although many masks are empty, or lie elsewhere than their boxes
     max_instances: Count = 500  # of a training image; of more a sample is taken, rare classes first

@@ -226,7 +226,8 @@ def load_weights(
     if len(names) != len(stats):
         raise UserError(
             f"checkpoint {start.path} has {len(names)} classes, the training data has {len(stats)}.\n"
-            "  Give train.init=... a checkpoint that was trained on these classes, or train stage 1 on this data first."
+            "  Give train.init=... a checkpoint that was trained on these classes, or train stage 1 on this data first "
+            f"(its data.drop_empty was {str(start.config.data.drop_empty).lower()})."
         )
     if names != stats.names:
         pairs = zip(names, stats.names, strict=True)

@@ -19,11 +19,12 @@ _HELD_OUT = 0x5A3D  # keeps the choice of these images apart from other random n
 
 
 def train_annotations(config: Config) -> LVISAnnotations:
-    """The training annotations; UserError where file or images are missing, or masks are not where boxes are."""
+    """The training annotations, with `data.drop_empty` of the classes alone that have an instance; UserError where file
+    or images are missing, or masks are not where boxes are."""
     data = config.data
     annotations = _annotations(config, data.train_annotations, data.train_images, keep_empty=data.keep_empty)
     raise_problems(training_problems(annotations, data.allow_misplaced))
-    return annotations
+    return annotations.without_empty() if data.drop_empty else annotations
 
 
 def val_annotations(config: Config, annotated: bool = True) -> LVISAnnotations:

@@ -72,7 +72,7 @@ def check_set(
         report.problems.append(f"{error}{fix}")
         report.add("unreadable", "see below")
         return None
-    _check_counts(annotations, report, use)
+    _check_counts(annotations, report, use, data.drop_empty)
     beyond = beyond_border(annotations.xywh, annotations.image_sizes[annotations.image_of])
     report.add("boxes", f"{beyond.sum()} reach more than 1 pixel over their image's border (they are cut there)")
     _check_left_out(annotations, report)
@@ -135,7 +135,7 @@ def check_pair(
         )
 
 
-def _check_counts(annotations: LVISAnnotations, report: Report, use: str) -> None:
+def _check_counts(annotations: LVISAnnotations, report: Report, use: str, drop_empty: bool) -> None:
     stats = annotations.stats
     counts = stats.instance_counts
     total, used = len(annotations), len(annotations.train_images)
@@ -157,6 +157,9 @@ def _check_counts(annotations: LVISAnnotations, report: Report, use: str) -> Non
     few = [f"{stats.names[i]} ({counts[i]})" for i in np.argsort(counts, kind="stable") if counts[i] < FEW]
     named = f": {first_few(few)}" if few else ""
     report.add(f"under {FEW}", f"{len(few)} classes, {(counts == 0).sum()} with none{named}")
+    if (counts == 0).any() and use != "evaluation":
+        fate = "dropped (data.drop_empty)" if drop_empty else "data.drop_empty=true trains without them, in both stages"
+        report.add("no instance", f"{first_few([stats.names[i] for i in np.flatnonzero(counts == 0)])}: {fate}")
     names = Counter(annotations.name(index) for index in range(total))
     twice = [name for name, number in names.items() if number > 1]
     if twice:

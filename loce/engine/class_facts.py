@@ -109,7 +109,8 @@ def _dimension(model: MaskRCNN, config: Config, folder: Path) -> Arrays:
 
     def compute() -> Arrays:
         annotations = open_annotations(path, data.rare_max, data.common_max)
-        annotations.require_same_classes(model.stats, "the checkpoint")
+        annotations.require_same_classes(model.stats, "the checkpoint", more=data.drop_empty)
+        annotations = annotations.of_classes(model.stats.category_ids)
         rows = np.flatnonzero(~(annotations.crowd | annotations.ignore) & np.isfinite(annotations.xywh).all(axis=1))
         sizes = annotations.image_sizes[annotations.image_of[rows]][:, ::-1]  # width, height
         centres = (annotations.xywh[rows, :2] + annotations.xywh[rows, 2:] / 2) / sizes

@@ -19,7 +19,7 @@ from loce.data.check import suggested_bounds
 from loce.models.rpn import RATIOS, STRIDES
 from loce.utils.classes import GROUPS
 from loce.utils.environment import available_cores
-from loce.utils.errors import UserError
+from loce.utils.errors import UserError, first_few
 from loce.utils.files import write_text
 from loce.utils.yaml_text import show
 
@@ -147,7 +147,12 @@ def choose(train: LVISAnnotations, base: str, gpu_bytes: float, cores: int) -> l
     if bounds and not train.own_groups and not all(group.any() for group in groups):
         thirds = "thirds of the classes; with LVIS's 10 and 100 images a group would be empty"
         choices += [Choice("data.rare_max", bounds[0], thirds), Choice("data.common_max", bounds[1], "as rare_max")]
-    if (classes := len(train.stats)) <= DETECTIONS:
+    # Placeholders, such as Roboflow's category 0.
+    empty = train.stats.instance_counts == 0
+    if empty.any():
+        names = first_few([train.stats.names[label] for label in np.flatnonzero(empty)])
+        choices.append(Choice("data.drop_empty", True, f"no object is of {names}"))
+    if (classes := int((~empty).sum())) <= DETECTIONS:
         choices.append(Choice("eval.detections", DETECTIONS, f"LVIS's 300 are for 1203 classes, not for {classes}"))
     return choices
 

@@ -171,7 +171,7 @@ def check_evaluation(
     config: Config, annotations: LVISAnnotations, stats: ClassStats, owner: str, iou_types: Sequence[str] = ()
 ) -> None:
     """UserError, before any work, where the validation data or the protocol cannot be evaluated."""
-    annotations.require_same_classes(stats, owner)
+    annotations.require_same_classes(stats, owner, more=config.data.drop_empty)
     if "segm" in iou_types and not config.model.masks:
         raise UserError(f"iou_types = {','.join(iou_types)}: {owner} is a detector of boxes (model.masks=false)")
     masks = "segm" in compared_types(annotations, config.data.without_mask, iou_types)
@@ -199,7 +199,8 @@ def evaluate_models(found: Sequence[Evaluated], annotations: LVISAnnotations, **
     (models/together.py) is computed once. Inference that was killed goes on where it stopped, finished inference is
     used as it is; detections of other weights, data or options are replaced.
     """
-    config = found[0].config
+    config, stats = found[0].config, found[0].model.stats
+    annotations = annotations.of_classes(stats.category_ids)
     # The ground truth: boxes for every rank, which filter classes by them; masks where they are evaluated.
     kinds = compared_types(annotations, config.data.without_mask, report.get("iou_types", ()))
     masks = "segm" in kinds and distributed.is_main()  # rank 0 evaluates in the end
@@ -225,7 +226,7 @@ def evaluate_models(found: Sequence[Evaluated], annotations: LVISAnnotations, **
     distributed.barrier()
     for one in found:
         calibrate(one.model, one.config, one.run or one.output.parent)
-    infer(found, annotations, FederatedFilter(truth), origins)
+    infer(found, annotations, FederatedFilter(truth, stats.category_ids), origins)
     distributed.barrier()
     if report.get("save_json") and not len(annotations.annotation_ids):
         for one in found if distributed.is_main() else ():
@@ -242,7 +243,7 @@ def evaluate_models(found: Sequence[Evaluated], annotations: LVISAnnotations, **
         for one, (boxes, table) in zip(missing, scored, strict=True):
             boxes.save(one.output / TRUE_BOXES)
             write_text(one.output / "mean_scores.csv", table)
-        truth = with_training_groups(truth, found[0].model.stats)
+        truth = with_training_groups(truth, stats, more=config.data.drop_empty)
         for one, origin in zip(found, origins, strict=True):
             options: dict[str, Any] = {"protocol": config.eval.protocol, "errors": config.eval.errors}
             options |= {"origin": f"{one.source}, {origin}", "posthoc": posthoc_text(one.config)}

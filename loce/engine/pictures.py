@@ -123,8 +123,9 @@ def predictions(model: MaskRCNN, dataset: TrainDataset, evaluation: Path | None)
 def examples(dataset: TrainDataset, stats: ClassStats, most: int) -> list[int]:
     """Indices of up to `most` images with objects: in turn one that shows a rare, a common and a frequent class."""
     annotations = dataset.annotations
-    groups = stats.groups[annotations.labels]
-    shown = [np.unique(annotations.image_of[groups == group]) for group in GROUPS]
+    rows = annotations.train_rows
+    groups = stats.groups[annotations.labels[rows]]
+    shown = [np.unique(annotations.image_of[rows[groups == group]]) for group in GROUPS]
     usable = [images[np.isin(images, annotations.train_images)] for images in shown]
     generator = np.random.default_rng(dataset.seed)
     queues = [generator.permutation(images).tolist() for images in usable]

@@ -137,6 +137,7 @@ def bench(
         train, val = train_annotations(config), val_annotations(config)
         check_evaluation(config, val, checkpoint.classes, str(checkpoint.path))
         train.require_same_classes(checkpoint.classes, str(checkpoint.path))
+        val = val.of_classes(checkpoint.classes.category_ids)
         fills = memory_fill_images(train, tune, np.random.default_rng([config.seed, tune]))
         place = (model, config, run, most)
         tuning = _stored(*place, "train", train, config.data.train_images, sorted(index for index, _ in fills))
@@ -217,7 +218,7 @@ def _stored(
     truth = load_annotations(annotations, False, config.data.allow_misplaced)
     if len(ids) < len(truth.image_ids):
         truth = only_images(truth, ids, "those that regions are stored of")
-    return Data(files, with_training_groups(truth, model.stats))
+    return Data(files, with_training_groups(truth, model.stats, more=config.data.drop_empty))
 
 
 def _evaluate(
@@ -230,7 +231,7 @@ def _evaluate(
     chosen: list[Callable[[Tensor], Tensor]] = [calibration(c.eval, f, has_sigmoids(c.head)) for c, f in settings]
     rules = [choose_protocol(name) for name in protocols]
     uncapped = any(name in UNCAPPED for name in protocols)
-    allowed = FederatedFilter(data.truth).allowed if uncapped else None
+    allowed = FederatedFilter(data.truth, annotations.stats.category_ids).allowed if uncapped else None
     parts: list[list[Any]] = [[] for _ in settings]
     for file in progress(data.files, len(data.files), "calibration", "files"):
         regions = read_regions(file, len(annotations.stats))

@@ -93,10 +93,13 @@ def preflight(*configs: Config) -> Iterator[Ready]:
             attempt(lambda: head_files(each, data))  # noqa: B023
     if train.evaluate and (val := attempt(lambda: val_annotations(config))) is not None and data is not None:
         attempt(lambda: check_evaluation(config, val, data.stats, "the training data"))
+        # Warned of before training: objects without an output, and images that were seen.
+        known = {*val.notes, *data.notes}
+        notes = [note for note in val.of_classes(data.stats.category_ids).notes if note not in known]
         if both := images_in_both(data, val, config.data.train_images, config.data.val_images):
             seen = f"(the first: {both[0]}): no result of unseen images"
-            note = f"WARNING: {len(both)} images are in {val.path}, too {seen}"
-            annotations = replace(data, notes=[*data.notes, note])
+            notes.append(f"WARNING: {len(both)} images are in {val.path}, too {seen}")
+        annotations = replace(data, notes=[*data.notes, *notes])
 
     # All ranks together: one list of everything.
     try:

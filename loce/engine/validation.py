@@ -58,8 +58,8 @@ def draw_predictions(model: MaskRCNN, config: Config, run: Path) -> dict[str, Sh
     from loce.engine.pictures import predictions, write_picture  # drawing: where a picture is due only
 
     data = unaugmented(config.data)
-    dataset = TrainDataset(val_annotations(config), Path(data.val_images), data, config.seed)
-    picture = predictions(model, dataset, None)
+    annotations = val_annotations(config).of_classes(model.stats.category_ids)
+    picture = predictions(model, TrainDataset(annotations, Path(data.val_images), data, config.seed), None)
     with contextlib.suppress(OSError):
         write_picture(run / PREDICTIONS, picture)
     return {"predictions/validation": picture}
@@ -77,7 +77,7 @@ def results(
     """
     from loce.engine.pictures import predictions, write_picture  # drawing: after an evaluation only
 
-    data = unaugmented(config.data)
+    data, annotations = unaugmented(config.data), annotations.of_classes(model.stats.category_ids)
     picture = predictions(model, TrainDataset(annotations, Path(data.val_images), data, config.seed), output)
     write_picture(output / "predictions.jpg", picture)
     metrics: dict[str, Any] = json.loads((output / "metrics.json").read_text(encoding="utf-8"))

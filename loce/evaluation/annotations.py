@@ -14,7 +14,7 @@ import numpy as np
 from loce.data.annotations.lvis import LVISAnnotations
 from loce.data.annotations.requirements import evaluation_problems
 from loce.data.annotations.segmentations import Segmentations
-from loce.utils.classes import ClassStats, frequency_groups
+from loce.utils.classes import IGNORED, ClassStats, frequency_groups
 from loce.utils.errors import UserError, raise_problems
 
 
@@ -93,14 +93,20 @@ class FederatedFilter:
     """What annotations say of an image: which categories can count there (cap detections first, apply this second,
     paste masks last), and its objects.
 
-    Labels are the categories in the file's order; `label_ids` (C,) turns them into category ids.
+    Labels are the categories in the file's order, or those of a detector that has fewer; `label_ids` (C,) turns them
+    into category ids.
     """
 
-    def __init__(self, annotations: "str | Path | Mapping[str, Any] | LVISAnnotations | GroundTruth"):
+    def __init__(
+        self,
+        annotations: "str | Path | Mapping[str, Any] | LVISAnnotations | GroundTruth",
+        label_ids: np.ndarray | None = None,
+    ):
         truth = load_annotations(annotations, masks=False)
-        self.label_ids = truth.label_ids
-        self._column = np.searchsorted(truth.category_ids, truth.label_ids)
-        self._label = np.argsort(self._column)
+        self.label_ids = truth.label_ids if label_ids is None else label_ids
+        self._column = np.searchsorted(truth.category_ids, self.label_ids)
+        self._label = np.full(len(truth.category_ids), IGNORED)
+        self._label[self._column] = np.arange(len(self.label_ids))
         self._truth, self._bounds = truth, np.searchsorted(truth.image, np.arange(len(truth.image_ids) + 1))
         self._row = {int(image): row for row, image in enumerate(truth.image_ids)}
         self._counted = truth.counted()
@@ -110,9 +116,10 @@ class FederatedFilter:
         return self._counted[self._row[image_id]][self._column]
 
     def objects(self, image_id: int) -> tuple[np.ndarray, np.ndarray]:
-        """What is to be found in an image: boxes (G, 4) float32 x1, y1, x2, y2 in px, and labels (G,) int64."""
+        """What can be found in an image: boxes (G, 4) float32 x1, y1, x2, y2 in px, and labels (G,) int64."""
         row, truth = self._row[image_id], self._truth
-        rows = slice(self._bounds[row], self._bounds[row + 1])
+        rows = np.arange(self._bounds[row], self._bounds[row + 1])
+        rows = rows[self._label[truth.category[rows]] != IGNORED]
         corners = np.concatenate([truth.boxes[rows, :2], truth.boxes[rows, :2] + truth.boxes[rows, 2:]], axis=1)
         return corners.astype(np.float32), self._label[truth.category[rows]]
 
@@ -132,16 +139,16 @@ def load_annotations(
     if not isinstance(annotations, LVISAnnotations):
         annotations = LVISAnnotations.open(annotations, masks=masks, named=False)
     raise_problems(evaluation_problems(annotations, masks, allow_misplaced=allow_misplaced))
-    return _view(annotations, masks)
+    # Objects of all categories are to be found, also of those that a detector has no output for.
+    return _view(annotations.every or annotations, masks, list(annotations.notes))
 
 
-def _view(file: LVISAnnotations, masks: bool) -> GroundTruth:
-    """The same columns in ascending order of image and category id."""
+def _view(file: LVISAnnotations, masks: bool, notes: list[str]) -> GroundTruth:
+    """The same columns in ascending order of image and category id; what is to be known of them is added to `notes`."""
     image_order, category_order = np.argsort(file.image_ids), np.argsort(file.stats.category_ids)
     image, category = np.argsort(image_order)[file.image_of], np.argsort(category_order)[file.labels]
     rows = np.lexsort((category, image))  # stable: file order within an image and category
     # The federated lists as bitmaps, where the file has them.
-    notes = list(file.notes)
     if file.negatives is None:
         notes.append("no neg_category_ids: not an LVIS file, so every category counts in every image (COCO-style)")
     elif file.not_exhaustive is None:
@@ -195,21 +202,23 @@ def only_images(truth: GroundTruth, image_ids: np.ndarray, why: str) -> GroundTr
     )
 
 
-def with_training_groups(truth: GroundTruth, stats: ClassStats) -> GroundTruth:
+def with_training_groups(truth: GroundTruth, stats: ClassStats, more: bool = False) -> GroundTruth:
     """Rare, common and frequent are facts of the training set, also where the validation file says nothing of it.
 
-    A converted checkpoint may know no training set (all counts 0): then the file's own groups stay. UserError where the
-    training set has other classes.
+    more: categories that the training set has no instance of may be missing in `stats` (`data.drop_empty`): they are
+    rare. A converted checkpoint may know no training set (all counts 0): then the file's own groups stay. UserError
+    where the training set has other classes.
     """
     if not stats.instance_counts.any():
         return truth
-    classes = dict(zip(stats.category_ids.tolist(), stats.names, strict=True))
-    if classes != dict(zip(truth.category_ids.tolist(), truth.names, strict=True)):
+    trained = set(zip(stats.category_ids.tolist(), stats.names, strict=True))
+    every = set(zip(truth.category_ids.tolist(), truth.names, strict=True))
+    if trained - every or (every - trained and not more):
         raise UserError(
             f"{truth.source}: its categories are not those of the training data, from which groups r/c/f are"
         )
     group_of = dict(zip(stats.category_ids.tolist(), stats.groups.tolist(), strict=True))
-    groups = np.array([group_of[c] for c in truth.category_ids.tolist()])
+    groups = np.array([group_of.get(c, "r") for c in truth.category_ids.tolist()])
     notes = [note for note in truth.notes if not note.startswith("no frequency")]
     return replace(truth, frequency=groups, notes=notes)
 

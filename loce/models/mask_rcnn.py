@@ -60,7 +60,7 @@ def build_roi_heads(
             raise UserError(
                 f"indicator.kind: prior: {len(absent)} classes have no training instance (first: "
                 f"{first_few(absent)}), so the margin log(n'/n) is undefined.\n"
-                "  Use indicator.kind=score, or remove these categories."
+                "  Use indicator.kind=score, or leave these classes out: data.drop_empty=true."
             )
         prior = torch.tensor([*stats.instance_counts, indicator.background_count], dtype=torch.float32)
 

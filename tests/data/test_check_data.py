@@ -76,6 +76,7 @@ def test_groups_and_small_classes_are_counted_as_plain_python_counts_them(write)
     few = [c["id"] for c in made["categories"] if of[c["id"]] < 5]
     text = told(report, "under 5")[0]
     assert text.startswith(f"{len(few)} classes, 1 with none: unicorn (0)")
+    assert told(report, "no instance") == ["unicorn: data.drop_empty=true trains without them, in both stages"]
     for category in made["categories"]:
         assert (f"{category['name']} ({of[category['id']]})" in text) == (category["id"] in few)
 

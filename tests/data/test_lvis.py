@@ -14,10 +14,12 @@ import pytest
 from loce.data.annotations.image_files import image_name
 from loce.data.annotations.lvis import LVISAnnotations
 from loce.data.masks import cut_runs
+from loce.evaluation.annotations import FederatedFilter, load_annotations
 from loce.utils.errors import UserError
 from tests.data.made_annotations import CATEGORY_IDS, as_format, content, full_mask
 
 FORMATS = ("lvis_v1", "lvis_v0.5", "coco")
+NAMES = ("annotation_ids", "labels")
 SQUARE = [[5.0, 5.0, 25.0, 5.0, 25.0, 25.0, 5.0, 25.0]]
 
 
@@ -316,6 +318,40 @@ def test_classes_of_two_files_must_be_the_same_in_the_same_order(write):
     swapped["categories"][1:3] = swapped["categories"][2:0:-1]
     with pytest.raises(UserError, match=r"\(20, 'thing 20'\) here, \(3, 'thing 3'\) there; \(3"):
         LVISAnnotations.open(write(swapped)).require_same_classes(stats, "the checkpoint")
+
+
+def test_some_classes_of_a_file_are_those_of_a_file_without_the_others(write):
+    made = as_format(content(), "lvis_v1")
+    whole = LVISAnnotations.open(write(made))
+    part = whole.of_classes(np.array([20, 7, 1]))
+    made["annotations"] = [row for row in made["annotations"] if row["category_id"] != 3]
+    made["categories"] = [category for category in made["categories"] if category["id"] != 3]
+    expected = LVISAnnotations.open(write(made))
+    assert part.stats.names == expected.stats.names == ("thing 7", "thing 20", "thing 1")
+    for name in ("category_ids", "image_counts", "instance_counts", "groups"):
+        np.testing.assert_array_equal(getattr(part.stats, name), getattr(expected.stats, name))
+    assert part.train_images.tolist() == expected.train_images.tolist()
+    for index in range(len(whole)):
+        ids, labels = ([getattr(one, name)[one.rows(index)].tolist() for one in (part, expected)] for name in NAMES)
+        assert ids[0] == ids[1] and labels[0] == labels[1]
+    # What a detector of these can find; what is to be found is all.
+    truth, rule = load_annotations(part), FederatedFilter(load_annotations(part), part.stats.category_ids)
+    assert len(truth) == len(load_annotations(whole)) and truth.category_ids.tolist() == [1, 3, 7, 20]
+    less = FederatedFilter(expected)
+    for image_id in whole.image_ids.tolist():
+        assert rule.allowed(image_id).tolist() == less.allowed(image_id).tolist()
+        for found, other in zip(rule.objects(image_id), less.objects(image_id), strict=True):
+            np.testing.assert_array_equal(found, other)
+    lost = (whole.labels == 1).sum()
+    text = "WARNING: 1 categories without a training instance have no output (data.drop_empty): thing 3; "
+    assert part.notes[-1].startswith(f"{text}{lost} objects of theirs are in ") and part.notes[-1] in truth.notes
+    assert whole.of_classes(whole.stats.category_ids) is whole and whole.without_empty() is whole
+    part.require_same_classes(expected.stats, "the checkpoint")
+    whole.require_same_classes(expected.stats, "the checkpoint", more=True)
+    with pytest.raises(UserError, match="4 categories here, 3 there"):
+        whole.require_same_classes(expected.stats, "the checkpoint")
+    with pytest.raises(UserError, match="3 categories here, 4 there"):
+        expected.require_same_classes(whole.stats, "the checkpoint", more=True)
 
 
 def test_annotations_cost_little_memory(write):

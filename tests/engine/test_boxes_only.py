@@ -1,4 +1,7 @@
-"""Boxes only (`model.masks=false`): a Faster R-CNN on annotations without segmentation, up to the report."""
+"""Boxes only (`model.masks=false`): a Faster R-CNN on annotations without segmentation, up to the report.
+
+The same runs have a class in the middle of the list that training has no instance of (`data.drop_empty`).
+"""
 
 import json
 from pathlib import Path
@@ -8,13 +11,16 @@ import pytest
 import torch
 
 import loce
+from loce.checkpoint.load import Checkpoint
 from loce.config import Config, UserError, load_config
 from loce.data.annotations.lvis import LVISAnnotations
-from loce.data.build import train_annotations, train_dataset
+from loce.data.build import train_annotations, train_dataset, val_annotations
 from loce.engine import dry_run
 from loce.engine.arm import Arm
 from loce.engine.inference import check_evaluation
 from loce.engine.train import train
+from loce.evaluation.report import evaluate_and_report
+from loce.evaluation.true_boxes import read_true_boxes
 from loce.report.page import predictions
 from loce.report.panels import curve
 from loce.report.reading import read_run
@@ -28,14 +34,21 @@ CPU = torch.device("cpu")
 
 @pytest.fixture(scope="module")
 def boxes(glyphs: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A recipe for `glyphs` whose annotations have no key `segmentation`; 2 steps."""
+    """A recipe for `glyphs` whose annotations have no key `segmentation`; 2 steps.
+
+    Category 0 stands between others; only validation has an object of it.
+    """
     folder = tmp_path_factory.mktemp("boxes")
     for split in ("train", "val"):
         made = json.loads((glyphs / f"annotations/{split}.json").read_text())
         for row in made["annotations"]:
             del row["segmentation"]
+        made["categories"].insert(3, {"id": 0, "name": "things", "frequency": "r", "image_count": 0})
+        if split == "val":
+            made["annotations"].append({**made["annotations"][0], "id": 10**6, "category_id": 0})
         (folder / f"{split}.json").write_text(json.dumps(made))
     text = CONFIG.format(glyphs).replace(f"{glyphs}/annotations", str(folder))
+    text = text.replace("workers: 0", "workers: 0, drop_empty: true")
     text = text.replace("mask_channels: 8, mask_convs: 1", "masks: false").replace(
         "epochs: 2, drops: [1]", "epochs: 1, drops: []"
     )
@@ -73,6 +86,40 @@ def test_nothing_of_masks_is_built_stored_trained_or_evaluated(runs: Path) -> No
         assert "model: tiny, boxes only, " in log and "left out" not in log
     found = loce.load_model(runs / "loce")([torch.full((3, 60, 80), 90, dtype=torch.uint8)])[0]
     assert set(found) == {"boxes", "labels", "scores"}
+
+
+def test_a_class_without_a_training_instance_has_no_output(boxes: Path, runs: Path, tmp_path: Path) -> None:
+    files = {name: json.loads(boxes.with_name(f"{name}.json").read_text()) for name in ("train", "val")}
+    known = {category["id"]: category["name"] for category in files["val"]["categories"] if category["id"]}
+    note = "1 categories without a training instance have no output (data.drop_empty): things"
+    lost = f"WARNING: {note}; 1 objects of theirs are in {boxes.with_name('val.json')}: they count as missed"
+    true_id = {row["id"]: row["category_id"] for row in files["val"]["annotations"]}
+    for name in ("stage1", "loce", "softmax"):
+        classes = Checkpoint.open(runs / name).classes
+        assert dict(zip(classes.category_ids.tolist(), classes.names, strict=True)) == known
+        assert len(weights(runs / name)["roi_heads.classifier.fc_cls.weight"]) == len(known) + 1
+        log = (runs / name / "log.txt").read_text()
+        assert f"data: {note}\n" in log and f"data: {lost}\n" in log
+        # The file's own ids, behind the gap, too; the object that has no output is missed.
+        boxes_found = read_true_boxes(runs / name / "eval")
+        assert boxes_found is not None and len(boxes_found) == len(true_id) - 1
+        pairs = zip(boxes_found.annotation_ids.tolist(), boxes_found.category_ids.tolist(), strict=True)
+        assert all(true_id[number] == category for number, category in pairs)
+        rows = {int(row["id"]): row for row in read_csv(runs / name / "eval/per_category.csv")}
+        assert set(rows) == {0, *known} and (rows[0]["instances"], float(rows[0]["AP"])) == ("1", 0)
+        assert lost in json.loads((runs / name / "eval/evaluation.json").read_text())["notes"]
+    # The same detections evaluated against the file alone.
+    val, once = boxes.with_name("val.json"), {"resamples": 0, "errors": False, "save_json": True}
+    evaluate_and_report(val, runs / "loce/eval/detections", tmp_path, ("bbox",), **once)
+    ours, again = (json.loads((each / "metrics.json").read_text())["bbox"] for each in (runs / "loce/eval", tmp_path))
+    assert ours == again
+    assert {row["category_id"] for row in json.loads((tmp_path / "results.json").read_text())} <= set(known)
+    # A stage that drops nothing does not go on from one that did.
+    config = load_config([str(boxes), f"train.init={runs / 'stage1'}", "data.drop_empty=false"])
+    with pytest.raises(UserError, match=r"has 6 classes, the training data has 7(.|\n)*its data\.drop_empty was true"):
+        Arm(config, CPU, train_annotations(config))
+    with pytest.raises(UserError, match="7 categories here, 6 there"):
+        check_evaluation(config, val_annotations(config), train_annotations(load_config([str(boxes)])).stats, "it")
 
 
 def test_masks_of_the_file_are_not_read(boxes: Path, config: Path) -> None:
@@ -167,3 +214,5 @@ def test_the_commands(boxes: Path, runs: Path, glyphs: Path, tmp_path: Path) -> 
     run("predict.py", runs / "loce", glyphs / "val2017", f"output={tmp_path / 'drawn'}", "threshold=0")
     records = json.loads((tmp_path / "drawn/predictions.json").read_text())
     assert records and all("segmentation" not in record and "bbox" in record for record in records)
+    known = {(c["id"], c["name"]) for c in json.loads(boxes.with_name("train.json").read_text())["categories"]}
+    assert {(record["category_id"], record["name"]) for record in records} <= known

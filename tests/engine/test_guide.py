@@ -79,7 +79,12 @@ def test_masks_groups_and_detections() -> None:
     stats = LVISAnnotations.open(made(images=1000), bounds["data.rare_max"], bounds["data.common_max"]).stats
     assert all(stats.group_mask(group).any() for group in "rcf")
     assert chosen(made())["eval.detections"] == 100
-    assert "eval.detections" not in chosen(made(images=300, classes=120))
+    many = made(images=300, classes=120)
+    assert chosen(many)["eval.detections"] == 100  # most of them are placeholders
+    assert chosen(many)["data.drop_empty"] and "data.drop_empty" not in chosen(made())
+    for row in many["annotations"]:
+        row["category_id"] = row["id"] % 120 + 1
+    assert not {"eval.detections", "data.drop_empty"} & set(chosen(many))
 
 
 def test_anchors_fit_as_a_loop_says() -> None:

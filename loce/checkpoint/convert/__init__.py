@@ -8,8 +8,9 @@ from typing import Any
 from loce.checkpoint.convert import mmdetection, torchvision
 from loce.checkpoint.convert.mmdetection import to_mmdetection
 from loce.checkpoint.convert.source import MaskPredictor, find_weights, open_weights, read_foreign
-from loce.config import UserError
+from loce.config import UserError, from_dict
 from loce.data.annotations.lvis import LVISAnnotations
+from loce.utils.classes import ClassStats
 from loce.utils.errors import first_few
 
 __all__ = ["convert", "to_mmdetection"]
@@ -35,7 +36,7 @@ def convert(
     for reader in READERS:
         if any(key.startswith(reader.FORMAT.mark) for key in weights):
             found = open_weights(source, reader.FORMAT, weights, content.get("meta"))
-            stats = LVISAnnotations.open(annotations).stats if annotations else None
+            stats = _stats(annotations, overrides) if annotations else None
             checkpoint, report = reader.convert(found, stats, source_classes, mask_predictor, overrides)
             return checkpoint, report + ([f"dropped on purpose: {first_few(left_out)}"] if left_out else [])
     parts = ", ".join(f"{part} ({n})" for part, n in Counter(key.split(".")[0] for key in weights).most_common(8))
@@ -43,3 +44,10 @@ def convert(
         f"{source}: no Mask or Faster R-CNN of MMDetection (it would have {mmdetection.FORMAT.mark}*) or of "
         f"torchvision ({torchvision.FORMAT.mark}*); tensors in it: {parts or 'none'}"
     )
+
+
+def _stats(annotations: str, overrides: Sequence[str]) -> ClassStats:
+    """The classes that a training on this file has."""
+    file = LVISAnnotations.open(annotations)
+    data = from_dict({}, "options", [word for word in overrides if word.startswith("data.")]).data
+    return file.without_empty().stats if data.drop_empty else file.stats

@@ -30,7 +30,7 @@ from loce.data.annotations.plausible import likely_cause, misplaced_masks, outli
 from loce.data.annotations.reader import Columns, read_annotation_file
 from loce.data.annotations.segmentations import BAD_PART, Segmentations
 from loce.data.annotations.training_rows import clip, sensible_boxes, training_rows
-from loce.utils.classes import ClassStats, frequency_groups
+from loce.utils.classes import IGNORED, ClassStats, frequency_groups
 from loce.utils.errors import FEW, UserError, first_few
 
 
@@ -53,7 +53,8 @@ class LVISAnnotations:
     parts, cannot be used, by reason.
     dropped: how much of the file training leaves out, by reason; examples: the first indices of each. own_groups: the
     file gives the groups. suspicion: what the boxes may be, or "". notes: what else users should know of the content.
-    absent: images that are not on disk, which the user allows.
+    absent: images that are not on disk, which the user allows. every: the file with all of its classes, where
+    `of_classes` left some out.
     """
 
     path: str
@@ -91,6 +92,7 @@ class LVISAnnotations:
     suspicion: str
     notes: list[str]
     absent: Sequence[int] = ()
+    every: "LVISAnnotations | None" = None
 
     @classmethod
     def open(
@@ -195,6 +197,44 @@ class LVISAnnotations:
         rest = np.setdiff1d(np.arange(len(self)), images).tolist()
         return replace(self, train_images=np.array(sorted(images)), absent=rest)
 
+    def of_classes(self, ids: np.ndarray) -> "LVISAnnotations":
+        """The same file as a detector of the classes `ids` (C,) sees it, in the file's order: labels and `stats` are of
+        these, annotations of others have the label IGNORED and are in no training row; a note names them. Evaluation is
+        of `every`, of which negatives, not_exhaustive and file_counts stay, too.
+        """
+        every, kept = self.stats, np.isin(self.stats.category_ids, ids)
+        if kept.all():
+            return self
+        columns = ("category_ids", "image_counts", "instance_counts", "groups")
+        names = tuple(name for name, stays in zip(every.names, kept.tolist(), strict=True) if stays)
+        stats = replace(every, names=names, **{column: getattr(every, column)[kept] for column in columns})
+        label_of = np.where(kept, np.cumsum(kept) - 1, IGNORED).astype(np.int32)
+        # Images stay in training unless all that they show is left out.
+        rows = self.train_rows[kept[self.labels[self.train_rows]]]
+        counts = np.bincount(self.image_of[rows], minlength=len(self))
+        emptied = (counts == 0) & (np.diff(self.first_row) > 0)
+        # Objects that nobody can find are told.
+        absent = [name for name, stays in zip(every.names, kept.tolist(), strict=True) if not stays]
+        note = f"{len(absent)} categories without a training instance have no output (data.drop_empty): "
+        note += first_few(absent)
+        if lost := int(every.instance_counts[~kept].sum()):
+            note = f"WARNING: {note}; {lost} objects of theirs are in {self.path}: they count as missed"
+        return replace(
+            self,
+            stats=stats,
+            labels=label_of[self.labels],
+            train_rows=rows,
+            first_row=np.concatenate([[0], np.cumsum(counts)]).astype(np.int64),
+            train_images=self.train_images[~emptied[self.train_images]],
+            notes=[*self.notes, note],
+            every=self.every or self,
+        )
+
+    def without_empty(self) -> "LVISAnnotations":
+        """`of_classes` that have an instance here; as it is where none has."""
+        counts = self.stats.instance_counts
+        return self.of_classes(self.stats.category_ids[counts > 0]) if counts.any() else self
+
     def require_images(self, folder: str | Path) -> None:
         """UserError with counts per split folder where images are missing."""
         missing = self.missing_images(folder)
@@ -213,13 +253,14 @@ class LVISAnnotations:
         ]
         raise UserError(" ".join(line for line in lines if line))
 
-    def require_same_classes(self, stats: ClassStats, owner: str) -> None:
+    def require_same_classes(self, stats: ClassStats, owner: str, more: bool = False) -> None:
         """UserError unless this file has the classes of `stats` (of `owner`, say "the checkpoint") in the same order.
 
-        Labels are positions in the list of categories, so another order would silently exchange classes.
+        more: it may have others, too (`data.drop_empty`). Labels are positions in the list of categories, so another
+        order would silently exchange classes.
         """
         pairs = [list(zip(s.category_ids.tolist(), s.names, strict=True)) for s in (self.stats, stats)]
-        if pairs[0] == pairs[1]:
+        if pairs[0] == pairs[1] or (more and [pair for pair in pairs[0] if pair in {*pairs[1]}] == pairs[1]):
             return
         if len(pairs[0]) != len(pairs[1]):
             differences = f"{len(pairs[0])} categories here, {len(pairs[1])} there"
