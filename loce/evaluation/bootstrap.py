@@ -12,7 +12,7 @@ Legend: I images, K categories, B resamples, n true positives of a category at o
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import MappingProxyType
 
@@ -71,6 +71,11 @@ class Tallies:
     def pooled(self) -> bool:
         """Whether pools take the place of categories (pooling.py)."""
         return len(self.frequency) > 0 and str(self.frequency[0]) == POOLS[0]
+
+    @property
+    def at_half(self) -> "Tallies":
+        """The same at the lowest IoU threshold alone: its AP is AP50."""
+        return replace(self, over_true=self.over_true[:, :1], over_change=self.over_change[:, :1])
 
     def save(self, path: str | Path) -> None:
         """Write an .npz file."""

@@ -10,6 +10,7 @@ from typing import NamedTuple
 import numpy as np
 
 from loce.evaluation.bootstrap import (
+    METRICS,
     Tallies,
     as_they_are,
     difference,
@@ -100,6 +101,61 @@ def regrouped(first: Tallies, second: Tallies) -> str:
     )
 
 
+class Compared(NamedTuple):
+    """`difference` by name of numbers of one IoU type and protocol, or of accuracy on the true boxes (KEY), and what is
+    to be said of them; tallies: of both evaluations."""
+
+    kind: str
+    title: str
+    rows: dict[str, dict[str, float]]
+    note: str
+    tallies: tuple[Tallies, Tallies]
+
+
+def compare_evaluations(
+    first: Path,
+    second: Path,
+    resamples: int = 1000,
+) -> tuple[list[Compared], dict[str, Differences]]:
+    """Two output folders of scripts/evaluate.py: every IoU type and protocol of both, then the true boxes; and the
+    categories by IoU type or KEY. UserError where they cannot be compared."""
+    found = []
+    for folder in (first, second):
+        files = sorted(folder.glob("tallies_*.npz"))
+        if not files:
+            raise UserError(f"{folder}: holds no tallies_<type>.npz; give two output folders of scripts/evaluate.py")
+        loaded = [load_tallies(file) for file in files]
+        found.append({(str(one.iou_type), str(one.protocol)): one for one in loaded})
+    if not {kind for kind, _ in found[0]} & {kind for kind, _ in found[1]}:
+        raise UserError(f"{first} and {second} have no IoU type in common")
+    both = [key for key in found[0] if key in found[1]]
+    if not both:
+        named = [", ".join(sorted({protocol for _, protocol in one})) for one in found]
+        raise UserError(f"the two evaluations differ in protocol: {first} is {named[0]}, {second} is {named[1]}")
+    parts: list[Compared] = []
+    of_categories: dict[str, Differences] = {}
+    plain = None
+    for kind, protocol in both:
+        pair = one, other = found[0][kind, protocol], found[1][kind, protocol]
+        part = "" if one.part is None else str(one.part)
+        of = f"SUBSET, {part}" if part else f"{len(one.image_ids):,} images"
+        aps = resample_both(one, other, resamples)
+        whole = compare(one, other, resamples, aps=aps)
+        rows = {name: whole[name] for name in METRICS if name in whole}
+        rows |= {"AP50": compare(one.at_half, other.at_half, resamples)["AP"]} | whole
+        parts.append(Compared(kind, f"{kind}, protocol {protocol}, {of}", rows, regrouped(one, other), pair))
+        if not one.pooled:
+            plain = pair
+            of_categories.setdefault(kind, category_differences(one, aps.whole, aps.drawn))
+    # Accuracy on the true boxes, over the same images.
+    boxes = [read_true_boxes(folder) for folder in (first, second)]
+    if boxes[0] is not None and boxes[1] is not None and plain is not None:
+        rows, of_categories[KEY] = _compare_boxes((boxes[0], boxes[1]), plain, resamples)
+        note = "" if rows else "not compared: they are of other annotations"
+        parts.append(Compared(KEY, f"classification of the {len(boxes[0]):,} true boxes, {of}", rows, note, plain))
+    return parts, of_categories
+
+
 def compare_folders(
     first: str | Path,
     second: str | Path,
@@ -112,41 +168,13 @@ def compare_folders(
     top: categories shown that gained most and that lost most; table: a CSV file of all categories, written too.
     """
     folders = _evaluation(Path(first)), _evaluation(Path(second))
-    found = []
-    for folder in folders:
-        files = sorted(folder.glob("tallies_*.npz"))
-        if not files:
-            raise UserError(f"{folder}: holds no tallies_<type>.npz; give two output folders of scripts/evaluate.py")
-        loaded = [load_tallies(file) for file in files]
-        found.append({(str(one.iou_type), str(one.protocol)): one for one in loaded})
-    if not {kind for kind, _ in found[0]} & {kind for kind, _ in found[1]}:
-        raise UserError(f"{folders[0]} and {folders[1]} have no IoU type in common")
-    both = [key for key in found[0] if key in found[1]]
-    if not both:
-        named = [", ".join(sorted({protocol for _, protocol in one})) for one in found]
-        raise UserError(
-            f"the two evaluations differ in protocol: {folders[0]} is {named[0]}, {folders[1]} is {named[1]}"
-        )
+    parts, of_categories = compare_evaluations(*folders, resamples)
     lines = [f"A: {folders[0]}", f"B: {folders[1]}"]
-    of_categories: dict[str, Differences] = {}
-    plain = None
-    for kind, protocol in both:
-        one, other = found[0][kind, protocol], found[1][kind, protocol]
-        part = "" if one.part is None else str(one.part)
-        of = f"SUBSET, {part}" if part else f"{len(one.image_ids):,} images"
-        aps = resample_both(one, other, resamples)
-        lines += ["", f"{kind}, protocol {protocol}, {of}"]
-        lines += [f"{'':6}{HEAD}", *difference_lines(compare(one, other, resamples, aps=aps))]
-        lines += [note] if (note := regrouped(one, other)) else []
-        lines += slice_differences(one, other, resamples)
-        if not one.pooled:
-            plain = one, other
-            of_categories.setdefault(kind, category_differences(one, aps.whole, aps.drawn))
-    # Accuracy on the true boxes, over the same images.
-    boxes = [read_true_boxes(folder) for folder in folders]
-    if boxes[0] is not None and boxes[1] is not None and plain is not None:
-        told, of_categories[KEY] = _compare_boxes((boxes[0], boxes[1]), plain, resamples)
-        lines += ["", f"classification of the {len(boxes[0]):,} true boxes, {of}", *told]
+    for part in parts:
+        width = 12 if part.kind == KEY else 6
+        head = [f"{'':{width}}{HEAD}"] if part.rows else []
+        lines += ["", part.title, *head, *difference_lines(part.rows, width=width), *([part.note] if part.note else [])]
+        lines += slice_differences(*part.tallies, resamples) if part.kind != KEY else []
     kind, rows = category_rows(folders, of_categories)
     if table:
         write_text(table, category_table(rows))
@@ -172,18 +200,19 @@ def difference_lines(rows: Mapping[str, Mapping[str, float]], indent: str = "", 
 
 def _compare_boxes(
     boxes: tuple[TrueBoxes, TrueBoxes], tallies: tuple[Tallies, Tallies], resamples: int
-) -> tuple[list[str], Differences]:
-    """Lines on class-balanced accuracy, and `difference` of each category by its id. tallies: of both evaluations."""
+) -> tuple[dict[str, dict[str, float]], Differences]:
+    """`difference` of class-balanced accuracy by name, and of each category by its id; nothing where the two are of
+    other annotations. tallies: of both evaluations."""
     first = tallies[0]
     if not np.array_equal(boxes[0].annotation_ids, boxes[1].annotation_ids):
-        return ["not compared: they are of other annotations"], {}
+        return {}, {}
     once, weights = as_they_are(len(first.image_ids)), draw_weights(len(first.image_ids), resamples, 0)
     places = (first.image_ids, first.category_ids)
     whole, drawn = ([resampled_accuracy(own, *places, w) for own in boxes] for w in (once, weights))
     means = [[group_accuracies(values, first.frequency) for values in both] for both in (whole, drawn)]
     names = list(NAMES.values())[: 1 if regrouped(*tallies) else None]  # others would be of different categories
     rows = {n: difference([one[n][0] for one in means[0]], [one[n] for one in means[1]]) for n in names}
-    return [f"{'':12}{HEAD}", *difference_lines(rows, width=12)], category_differences(first, whole, drawn)
+    return rows, category_differences(first, whole, drawn)
 
 
 def slice_differences(first: Tallies, second: Tallies, resamples: int) -> list[str]:

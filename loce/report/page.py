@@ -20,6 +20,7 @@ from loce.engine.pictures import RULE, comparisons
 from loce.evaluation.report import READING
 from loce.report import panels
 from loce.report.crops import Crops, confusion_examples, miss_examples
+from loce.report.paired import COLUMNS, paired
 from loce.report.reading import Run
 from loce.report.states import GROUPS, KINDS, States, over_time
 from loce.utils.classes import GROUP_RGB
@@ -64,6 +65,8 @@ def page(
         metrics=panels.METRICS,
         results=[row for run in runs for row in panels.results(run, not panels.regrouped(runs))],
         regrouped=panels.regrouped(runs),
+        paired=paired(runs),
+        paired_columns=COLUMNS,
         rules=list(dict.fromkeys(str(run.facts["rules"]) for run in runs if "rules" in run.facts)),
         without_ebl=[run.title for run in runs if run.option("head", "name") != "equilibrium"],
         without_memory=[run.title for run in runs if not run.option("memory", "enabled")],

@@ -51,11 +51,12 @@ def test_weights_are_repetitions(protocol: str) -> None:
         tallies = tally(evaluate_lvis(truth, results, protocol=protocol))
         weights = rng.integers(0, 4, (len(tallies.image_ids), 3)).astype(np.int32)
         weights[0] = 1
-        fast = resampled_ap(tallies, weights)
+        fast, half = resampled_ap(tallies, weights), means_under(tallies.at_half, weights)["AP"]
         for b in range(weights.shape[1]):
             drawn = dict(zip(tallies.image_ids.tolist(), weights[:, b].tolist(), strict=True))
             slow = evaluate_lvis(*repeated((truth, results), drawn), protocol=protocol)
             np.testing.assert_allclose(fast[:, b], ap_of(slow), rtol=0, atol=1e-6)
+            assert np.nan_to_num(half[b], nan=-1) == pytest.approx(slow.metrics["AP50"], abs=1e-6)
 
 
 def test_weights_of_one_give_the_evaluation() -> None:

@@ -103,12 +103,12 @@ def test_confusions_by_plain_loops() -> None:
         assert row.tolist() == [*expected, totals[int(ids[k])] - sum(expected)]
 
 
-def evaluated(folder: Path, case: dict[str, Any], boxes: TrueBoxes | None, capsys: Any = None) -> str:
-    """An evaluation of inference that found half of the objects, and of a classification of the true boxes."""
+def evaluated(folder: Path, case: dict[str, Any], boxes: TrueBoxes | None, capsys: Any = None, lost: int = 2) -> str:
+    """An evaluation of inference that lost every `lost`th object, and of a classification of the true boxes."""
     with DetectionWriter(folder / "detections") as writer:
         for image in case["images"]:
             own = [a for a in case["annotations"] if a["image_id"] == image["id"]]
-            own = [a for a in own if a["id"] % 2]
+            own = [a for a in own if a["id"] % lost]
             corners = [[a["bbox"][0], a["bbox"][1], a["bbox"][0] + a["bbox"][2], 41.0] for a in own]
             writer.add(image["id"], corners, [0.9] * len(own), [a["category_id"] for a in own])
     if boxes is not None:
