@@ -12,7 +12,10 @@ from typing import Any
 import numpy as np
 import pytest
 
+from loce.evaluation.annotations import load_annotations
 from loce.evaluation.report import evaluate_and_report
+from loce.evaluation.true_boxes import TrueBoxes
+from loce.evaluation.true_boxes_report import accuracies
 from loce.report.tables.prediction import Pair, agreement, commit, leaderboard, prediction, with_seeds
 from loce.report.tables.records import measured, resamples
 from loce.report.tables.results import between_marks, methods_of_drawn_sets, page, read_tables, short_table
@@ -102,7 +105,20 @@ def test_measures_of_a_record(tmp_path) -> None:
     case = random_case(10)
     truth, results = repeated(case, {image["id"]: 8 for image in case[0]["images"]})
     evaluate_and_report(truth, results, tmp_path, protocol=["lvis", "pool"], resamples=0, errors=False)
+    assert not [name for name in (*measured(tmp_path), *resamples(tmp_path)) if "accuracy" in name]
+    # A classifier of the true boxes that is right in every second one.
+    objects = load_annotations(truth)
+    image_ids, own = objects.image_ids[objects.image], objects.category_ids[objects.category]
+    best = np.where(np.arange(len(own)) % 2, own, np.roll(objects.category_ids, 1)[objects.category])
+    ids = {"image_ids": image_ids, "annotation_ids": objects.ids, "category_ids": own, "best_ids": best}
+    boxes = TrueBoxes(**ids, scores=np.zeros(len(own)), best_scores=np.zeros(len(own)))
+    boxes.save(tmp_path / "true_boxes.npz")
+    file = tmp_path / "metrics.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"true_boxes": accuracies(boxes, objects)}))
     values, drawn = measured(tmp_path), resamples(tmp_path)
+    share = np.mean([(best == own)[own == category].mean() for category in np.unique(own)])
+    assert values["accuracy"] == pytest.approx(100 * share)
+    assert abs(np.mean(drawn["accuracy"]) - values["accuracy"]) < 10 and len(drawn["accuracy"]) == len(drawn["ECE"])
     metrics = json.loads((tmp_path / "metrics.json").read_text())
     assert values["AP-pool"] == 100 * metrics["segm_pool"]["AP"] and values["ECE"] == 100 * metrics["segm"]["ECE"]
     assert values["box AP-pool"] == 100 * metrics["bbox_pool"]["AP"]
@@ -193,19 +209,30 @@ def test_the_page_judges_the_claims(tmp_path: Path) -> None:
     assert "| s, EBL | +2.0 / +3.6 | +2.0 / +3.6 | +2.0 / +5.4 | +2.0 / +5.5 | +2.0 / +0.6 |" in text
     assert "The sign agrees in 18 of 20. By mask AP: here P(y), EBL + MFS > s, EBL + MFS > s, MFS > s, EBL" in text
     assert "| LOCE - softmax | 3 | +4.0 [+4.0, +4.0] | - |" in text  # Table 10; these records have no measures
-    assert re.search(r"\| LOCE \| 3 \| 24.1 \[2\d.\d, 2\d.\d\] \| - \|", text)
+    assert re.search(r"\| LOCE \| 3 \| 24.1 \[2\d.\d, 2\d.\d\] \| - \|", text) and "| accuracy |" not in text
     assert "different checkpoints" not in text
     loce = tables[0].rows[3].runs[1]
     leave(loce, {**json.loads(loce.record.read_text()), "start": "elsewhere"})
     words = r"- seed 1: rows start from 2 different checkpoints of stage1, .*: .*elsewhere \(1 runs\)"
     assert re.search(words, page(read_tables(options), options))
     assert "speed, memory" not in text
-    for job, speed in zip(tables[4].rows[4].runs, (10.0, 20.0), strict=False):
-        leave(job, {**json.loads(job.record.read_text()), "images_per_second": speed, "peak_memory_gib": speed / 8})
+    newer = tables[4].rows[4]
+    for job, speed in zip(newer.runs, (10.0, 20.0), strict=False):
+        content = {**json.loads(job.record.read_text()), "images_per_second": speed, "peak_memory_gib": speed / 8}
+        for part in ("values", "resamples"):
+            content[part]["accuracy"] = content[part]["AP"]
+        leave(job, content)
     text = page(read_tables(options), options)
     assert text.count("| training | speed, memory |") == 2 and "| end to end, 7 epochs | 15 images/s, 2.5 GiB |" in text
     one_seed = RunOptions(seeds=1, records=options.records)
     few = page(read_tables(one_seed), one_seed)
+    # The accuracy on the true boxes has a column where a record has it; a row with older records has none in it.
+    assert text.count("| APf | accuracy | AP, 95% |") == few.count("| APf | accuracy | AP, 95% |") == 2
+    own, alone = (
+        next(line for line in lines.splitlines() if line.startswith(f"| {newer.text.name} | {seeds} |")).split(" | ")
+        for lines, seeds in ((text, 3), (few, 1))
+    )
+    assert own[7] == "-" and alone[7] == alone[3] and "Accuracy\" is the classifier's" in text
     assert "by AP-" not in few and judge_by_pool(tables[0].rows[:2], options) == (
         "| EBL helps rare, common and frequent classes (Table 1) | APr +2.0 [+2.0, +2.0], APc +2.0 [+2.0, +2.0], "
         "APf +2.0 [+2.0, +2.0] | confirmed | not confirmed: APr -1.0 [-1.0, -1.0], APc -1.0 [-1.0, -1.0], "

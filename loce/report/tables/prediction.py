@@ -132,7 +132,7 @@ def leaderboard(tables: dict[str, Table], options: RunOptions) -> str:
     for data, table in tables.items():
         done = [row for row in table.rows if row.records]
         done.sort(key=lambda row: -np.mean([record["values"]["AP"] for record in row.records]))
-        held = [name for name in ("AP-fixed", "AP-pool") if any(metric(row.records, name) for row in done)]
+        held = [name for name in ("AP-fixed", "AP-pool", "accuracy") if any(metric(row.records, name) for row in done)]
         head = ["", "method", "year", "box AP", "mask AP", "r", "c", "f", *held, "mask AP, 95%"]
         head += ["minutes", "speed, memory", "seeds", "commit"]
         rows = []

@@ -71,12 +71,18 @@ def resamples(evaluation: Path) -> dict[str, list[float]]:
     """COLUMNS, and what there is of MEASURES, in percent of RESAMPLES resampled validation sets; none of a group
     without objects."""
     from loce.evaluation.bootstrap import draw_weights, load_tallies, means_under  # imports NumPy and more
+    from loce.evaluation.true_boxes import KEY, group_accuracies, read_true_boxes, resampled_accuracy
 
     means = {}  # by key of metrics.json
     for key in dict.fromkeys(["bbox", "segm", *(key for key, _ in MEASURES.values())]):
         if (file := evaluation / f"tallies_{key}.npz").is_file():
             tallies = load_tallies(file)
             means[key] = means_under(tallies, draw_weights(len(tallies.image_ids), RESAMPLES, RESAMPLE_SEED))
+    if (boxes := read_true_boxes(evaluation)) is not None:
+        box = load_tallies(evaluation / "tallies_bbox.npz")
+        weights = draw_weights(len(box.image_ids), RESAMPLES, RESAMPLE_SEED)
+        accuracy = resampled_accuracy(boxes, box.image_ids, box.category_ids, weights)
+        means[KEY] = group_accuracies(accuracy, box.frequency)
     first = means.get("segm", means["bbox"])
     drawn = {"box AP": means["bbox"]["AP"], **{name: first[name] for name in COLUMNS if name in first}}
     if "segm" not in means:  # the groups of a detector of boxes are of boxes, and it has no mask AP

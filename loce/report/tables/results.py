@@ -17,7 +17,18 @@ from loce.report.tables.cells import (
     with_interval,
 )
 from loce.report.tables.claims import answers, claims
-from loce.report.tables.rows import COLUMNS, PEERS, SHOWN, UNKNOWN, Records, Row, RunOptions, Table, read_table
+from loce.report.tables.rows import (
+    ACCURACIES,
+    COLUMNS,
+    PEERS,
+    SHOWN,
+    UNKNOWN,
+    Records,
+    Row,
+    RunOptions,
+    Table,
+    read_table,
+)
 from loce.report.tables.statistics import difference, metric, score_tracks_accuracy
 
 WIDE = (1, 2, 3, 4, 5, 6, 8)  # tables of every data set
@@ -41,6 +52,8 @@ Mean ± standard deviation over seeds; intervals are 95% over seeds and images (
 seed); differences pair both, of the seeds that both rows have: rows of different numbers of seeds compare by
 differences, not by means. Softmax and LOCE, which the others are compared with, are those of Table 1. Published
 numbers are of LVIS v1, each with the schedule of its source (configs/tables.yaml)."""
+ACCURACY = """"Accuracy" is the classifier's on the true boxes, the mean over the classes of all or of a group
+([evaluation](evaluation.md)); records of before it was measured have none."""
 
 
 def read_tables(options: RunOptions) -> list[Table]:
@@ -61,6 +74,7 @@ def page(tables: list[Table], options: RunOptions) -> str:
         "# Results",
         "",
         NOTE.format(data=options.data, seeds=options.seeds, records=options.records),
+        *([ACCURACY] if any("accuracy" in table.measures for table in tables) else []),
         "",
         *claims(tables),
         "",
@@ -91,7 +105,7 @@ def closed(table: Table) -> list[str]:
 
 def whole_table(table: Table, softmax: Records, loce: Records) -> list[str]:
     """A table in Markdown; speed and memory stand in it where a record has them."""
-    more = [n for n in SHOWN if any(n in record["resamples"] for row in table.rows for record in row.records)]
+    more = table.measures
     head = [
         "",
         "seeds",
@@ -123,7 +137,8 @@ def whole_table(table: Table, softmax: Records, loce: Records) -> list[str]:
 
 def measures_table(table: Table) -> list[str]:
     """AP and the SHOWN measures with their intervals, then what LOCE's differ from each row's."""
-    names, rows, loce = ("AP", *SHOWN), [], table.records("LOCE")
+    names = ("AP", *(name for name in SHOWN if name not in ACCURACIES or name in table.measures))
+    rows, loce = [], table.records("LOCE")
     for row in table.rows:
         found = [metric(row.records, name) for name in names]
         rows.append([row.text.name, str(len(row.records)), *(with_interval(value) for value in found)])

@@ -31,8 +31,11 @@ MEASURES = {  # further columns, where runs have them: key and name in metrics.j
         for column in COLUMNS
     },
     **{f"ECE{group}": ("segm", f"ECE{group}") for group in ("", "r", "c", "f")},
+    "accuracy": ("true_boxes", "accuracy"),
+    **{f"accuracy {group}": ("true_boxes", f"accuracy_{group}") for group in ("r", "c", "f")},
 }
-SHOWN = ("AP-fixed", "AP-pool", "ECE", "ECEr", "ECEc", "ECEf")  # of MEASURES, in tables
+ACCURACIES = tuple(name for name in MEASURES if name.startswith("accuracy"))
+SHOWN = ("AP-fixed", "AP-pool", "ECE", "ECEr", "ECEc", "ECEf", *ACCURACIES)  # of MEASURES, in tables
 UNKNOWN = -1.0  # among the published numbers
 PEERS = (5, 8)  # the tables of methods
 Records = list[dict[str, Any]]  # of a row, one of each seed
@@ -176,6 +179,12 @@ class Table:
     def records(self, name: str) -> Records:
         """The records of the row of this name; none where there is no such row."""
         return next((row.records for row in self.rows if row.text.name == name), [])
+
+    @property
+    def measures(self) -> list[str]:
+        """Those of SHOWN that a record has: older ones lack some."""
+        records = [record for row in self.rows for record in row.records]
+        return [name for name in SHOWN if any(name in record["resamples"] for record in records)]
 
 
 def read_table(options: RunOptions, number: int) -> Table:

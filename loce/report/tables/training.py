@@ -7,7 +7,7 @@ from pathlib import Path
 
 from loce.engine.passes import passes
 from loce.report.tables.cells import markdown_table, percent, published, schedule, speed
-from loce.report.tables.rows import COLUMNS, RowRun, RowText, RunOptions, Table, stage_run
+from loce.report.tables.rows import ACCURACIES, COLUMNS, UNKNOWN, RowRun, RowText, RunOptions, Table, stage_run
 from loce.report.tables.steps import finetune_together, is_evaluated, run, step
 
 
@@ -81,22 +81,24 @@ def train_row(text: RowText, row_run: RowRun, runs: Sequence[RowRun] = ()) -> No
 
 def markdown(options: RunOptions, table: Table) -> str:
     """The table as far as it is trained, and what its numbers are of."""
-    cells = []
+    cells, measured = [], [name for name in table.measures if name in ACCURACIES]
     for row in table.rows:
         values = [record["values"] for record in row.records]
         ours = [percent([value[name] for value in values]) if values else "not run" for name in COLUMNS]
+        more = [percent([value.get(name, UNKNOWN) for value in values] or [UNKNOWN]) for name in measured]
         first = row.runs[0]
         cells.append(
             [
                 row.text.name,
                 *ours,
+                *more,
                 *published(row.text.paper),
                 schedule(first.config),
                 speed(row.records),
                 str(first.evaluation.parent),
             ]
         )
-    head = ["", *COLUMNS, *(f"paper's {name}" for name in COLUMNS), "training", "speed, memory", "run"]
+    head = ["", *COLUMNS, *measured, *(f"paper's {name}" for name in COLUMNS), "training", "speed, memory", "run"]
     lines = [f"**Table {table.number}: {table.title}**", "", *markdown_table(head, cells)]
     # What the numbers are of.
     lines += ["", "AP is mask AP where it does not say box; without masks it is -, and the groups are of boxes."]
