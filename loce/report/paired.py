@@ -34,7 +34,7 @@ def paired(runs: Sequence[Run], resamples: int = 1000) -> Paired:
             found.notes.append(f"{run.title}: not compared: {error}")
             continue
         for part in parts:
-            rows, names = (found.accuracies, NAMES.values()) if part.kind == KEY else (found.aps, COLUMNS)
+            rows, names = (found.accuracies, tuple(NAMES.values())) if part.kind == KEY else (found.aps, COLUMNS)
             protocol = str(part.tallies[0].protocol).partition(" ")[0]
             cells = [cell(part.rows.get(name, {})) for name in names]
             if part.rows:

@@ -145,6 +145,10 @@ def test_a_users_own_classes(torchvision_model, tmp_path, kind, annotation_file)
     rows = ids if kind == "ids" else [1, 2, 3]
     bias = torch.load(source, weights_only=True)["roi_heads.box_predictor.cls_score.bias"]
     assert torch.equal(content["model"]["roi_heads.classifier.fc_cls.bias"], bias[[*rows, 0]])
+    if kind == "ids":  # for a training that drops the classes without an instance
+        part, _ = convert(source, file, file, overrides=["data.drop_empty=true"])
+        assert part["classes"]["category_ids"] == [3] and part["config"]["data"]["drop_empty"]
+        assert torch.equal(part["model"]["roi_heads.classifier.fc_cls.bias"], bias[[3, 0]])
 
 
 def test_outputs_without_names(torchvision_model, tmp_path, annotation_file):
