@@ -41,7 +41,8 @@ def main() -> None:
         minutes[name] = step(RUNS / name, "finetune.py", f"glyphs/{name}.yaml", init=RUNS / "stage1")
 
     from loce.data.build import val_annotations
-    from loce.engine.pictures import comparison_sheet, write_picture
+    from loce.engine.drawing import write_picture
+    from loce.engine.pictures import comparison_sheet
     from loce.report.figures import equilibrium_figure
 
     # Two figures and the table.

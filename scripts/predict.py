@@ -206,8 +206,9 @@ def main() -> None:
 
     from loce.checkpoint.load import Checkpoint
     from loce.engine.class_facts import calibrate, posthoc_text
+    from loce.engine.drawing import write_picture
     from loce.engine.inference import stored_thresholds
-    from loce.engine.pictures import SURE, Limits, draw_detections, write_picture
+    from loce.engine.pictures import SURE, Limits, draw_detections
     from loce.utils import distributed
     from loce.utils.files import write_text
 

@@ -20,7 +20,8 @@ def introduce(trainer: Trainer) -> None:
     """Log what each run is and, where it begins, draw its first samples: RUN/first_samples.jpg."""
     picture = None
     if not trainer.step and distributed.is_main():
-        from loce.engine.pictures import first_samples, write_picture  # drawing: where a run begins only
+        from loce.engine.drawing import write_picture  # drawing: where a run begins only
+        from loce.engine.pictures import first_samples
 
         picture = first_samples(trainer.dataset, trainer.plan)
     for arm in trainer.arms:

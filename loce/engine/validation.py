@@ -55,7 +55,8 @@ def draw_predictions(model: MaskRCNN, config: Config, run: Path) -> dict[str, Sh
 
     Rank 0 only. A disk that does not take it ends no run.
     """
-    from loce.engine.pictures import predictions, write_picture  # drawing: where a picture is due only
+    from loce.engine.drawing import write_picture  # drawing: where a picture is due only
+    from loce.engine.pictures import predictions
 
     data = unaugmented(config.data)
     annotations = val_annotations(config).of_classes(model.stats.category_ids)
@@ -75,7 +76,8 @@ def results(
 
     annotations: of the validation data.
     """
-    from loce.engine.pictures import predictions, write_picture  # drawing: after an evaluation only
+    from loce.engine.drawing import write_picture  # drawing: after an evaluation only
+    from loce.engine.pictures import predictions
 
     data, annotations = unaugmented(config.data), annotations.of_classes(model.stats.category_ids)
     picture = predictions(model, TrainDataset(annotations, Path(data.val_images), data, config.seed), output)

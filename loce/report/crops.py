@@ -9,7 +9,7 @@ import numpy as np
 
 from loce.data.annotations.lvis import LVISAnnotations
 from loce.data.transforms import read_image
-from loce.engine.pictures import crop_object
+from loce.engine.drawing import crop_object
 from loce.evaluation.lost_objects import CAUSES
 from loce.evaluation.true_boxes import TrueBoxes, confusions
 from loce.report.reading import Run

@@ -16,24 +16,21 @@ from loce.data.annotations.lvis import LVISAnnotations
 from loce.data.build import train_annotations, train_dataset
 from loce.data.dataset import TrainDataset
 from loce.data.loader import train_batches, training_plan
-from loce.engine import pictures
-from loce.engine.pictures import (
+from loce.engine import drawing, pictures
+from loce.engine.drawing import (
     CAPTION,
     CELL,
     GAP,
     LINE,
-    RULE,
     TITLE,
     class_text,
-    comparison_sheet,
     draw_objects,
-    examples,
-    first_samples,
     shade,
     sheet,
     write,
     write_picture,
 )
+from loce.engine.pictures import RULE, comparison_sheet, examples, first_samples
 from loce.evaluation.stream import DetectionWriter
 from loce.utils.classes import GROUP_RGB
 
@@ -174,13 +171,13 @@ def test_names_of_the_fonts_that_every_machine_has() -> None:
 
 def test_without_letters_a_name_is_its_number(monkeypatch: pytest.MonkeyPatch) -> None:
     ascii_only = frozenset(range(32, 127))
-    monkeypatch.setattr(pictures, "_characters", lambda file: ascii_only)
-    pictures._font_file.cache_clear()
+    monkeypatch.setattr(drawing, "_characters", lambda file: ascii_only)
+    drawing._font_file.cache_clear()
     try:
         assert class_text("велосипед", 23) == "class 23" and class_text("bicycle", 23) == "bicycle"
         assert np.array_equal(lettered("ш 0.5"), lettered("? 0.5"))  # a caption, say
     finally:
-        pictures._font_file.cache_clear()
+        drawing._font_file.cache_clear()
 
 
 @pytest.mark.parametrize("name", ["", " ", "\n", "a\0b", "\x1b[31mred", "\ud83d"])
@@ -207,7 +204,7 @@ def test_pictures_of_narrow_images_stay_small(size: tuple[int, int]) -> None:
     boxes = np.array([[0, 0, size[1], size[0]]], np.float32)
     codes = [coco_mask.encode(np.ones(size, np.uint8, order="F"))]
     drawn = draw_objects(np.zeros((*size, 3), np.uint8), boxes, codes, ["a 0.5"], ["r"], [0])
-    assert drawn.any() and max(drawn.shape) <= max(pictures.LARGEST, *size) and drawn.shape[0] % size[0] == 0
+    assert drawn.any() and max(drawn.shape) <= max(drawing.LARGEST, *size) and drawn.shape[0] % size[0] == 0
 
 
 def test_labels_touch_their_masks_and_keep_off_each_other(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -235,7 +232,7 @@ def test_classes_of_a_group_have_shades_and_letters_are_read_on_them() -> None:
         for colour in colours:  # nearer to its own group's than to another's
             assert all(np.abs(np.array(colour) - base).sum() < np.abs(colour - other).sum() for other in others)
     image, boxes = np.zeros((100, 100, 3), np.uint8), np.array([[20, 60, 80, 90]], np.float32)
-    for group, letters in (("f", pictures.WHITE), ("c", pictures.INK)):
+    for group, letters in (("f", drawing.WHITE), ("c", drawing.INK)):
         drawn = draw_objects(image, boxes, [], ["name"], [group], [0])
         assert (np.abs(drawn.astype(int) - letters).max(axis=2) < 40).sum() > 10
 

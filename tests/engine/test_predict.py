@@ -13,7 +13,8 @@ import torch
 from pycocotools import mask as coco_mask
 
 from loce.checkpoint.load import Checkpoint, load_model, weights_hash
-from loce.engine.pictures import Limits, draw_objects, worth_drawing
+from loce.engine.drawing import draw_objects
+from loce.engine.pictures import Limits, worth_drawing
 from loce.utils.classes import GROUP_RGB
 from tests.conftest import random_run, stats_of
 

@@ -18,7 +18,7 @@ from pycocotools import mask as coco_mask
 
 from loce.config import Config, UserError, dump
 from loce.data.annotations.lvis import LVISAnnotations
-from loce.engine.pictures import CROP, crop_object
+from loce.engine.drawing import CROP, crop_object
 from loce.evaluation.lost_objects import CAUSES
 from loce.evaluation.report import READING
 from loce.evaluation.true_boxes import TrueBoxes
