@@ -10,11 +10,13 @@ from pathlib import Path
 from loce.config import read_options, run_script
 from loce.report.tables.prediction import leaderboard, prediction
 from loce.report.tables.results import (
+    PAGES,
     between_marks,
+    figure_of,
+    first_screen,
     methods_of_drawn_sets,
     page,
     read_tables,
-    short_table,
     write_figure,
 )
 from loce.report.tables.rows import RunOptions
@@ -25,8 +27,8 @@ from loce.utils.files import write_text
 class Options(RunOptions):
     """Write what the records of all tables show."""
 
-    out: str = ""  # folder of results.md, leaderboard.md, prediction.md and a figure; empty: beside the tables
-    readme: str = ""  # a page whose part between marks becomes Table 1; empty: none
+    out: str = ""  # folder of results.md (of glyphs: results_v1.md), leaderboard.md, prediction.md; empty: the tables'
+    readme: str = ""  # a page whose part between marks becomes Table 1 and what LOCE gains by Table 10; empty: none
 
 
 def main() -> None:
@@ -34,16 +36,17 @@ def main() -> None:
     tables = read_tables(options)
     folder = Path(options.out or Path(options.runs, options.data))
     text = page(tables, options)
-    write_figure(tables, folder / "images/score_accuracy.png")
-    write_text(folder / "results.md", text)
-    print(f"{text}\nwrote {folder / 'results.md'}")
+    write_figure(tables, folder / figure_of(options.data))
+    file = folder / f"{PAGES[options.data]}.md"
+    write_text(file, text)
+    print(f"{text}\nwrote {file}")
     methods = methods_of_drawn_sets(options)
     for name, write in (("leaderboard.md", leaderboard), ("prediction.md", prediction)):
         write_text(folder / name, write(methods, options))
         print(f"wrote {folder / name}")
     if options.readme:
         readme = Path(options.readme)
-        write_text(readme, between_marks(readme.read_text(encoding="utf-8"), short_table(tables[0], options.data)))
+        write_text(readme, between_marks(readme.read_text(encoding="utf-8"), first_screen(tables, options.data)))
         print(f"wrote {readme}")
 
 

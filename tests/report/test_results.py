@@ -18,8 +18,15 @@ from loce.evaluation.true_boxes import TrueBoxes
 from loce.evaluation.true_boxes_report import accuracies
 from loce.report.tables.prediction import Pair, agreement, commit, leaderboard, prediction, with_seeds
 from loce.report.tables.records import measured, resamples
-from loce.report.tables.results import between_marks, methods_of_drawn_sets, page, read_tables, short_table
-from loce.report.tables.rows import COLUMNS, MEASURES, Row, RowRun, RunOptions, read_table
+from loce.report.tables.results import (
+    PAGES,
+    between_marks,
+    first_screen,
+    methods_of_drawn_sets,
+    page,
+    read_tables,
+)
+from loce.report.tables.rows import COLUMNS, MEASURES, Row, RowRun, RunOptions, Table, read_table
 from loce.report.tables.statistics import difference, estimate, metric, rank_correlation, score_tracks_accuracy
 from tests.evaluation.cases import random_case
 from tests.evaluation.test_bootstrap import repeated
@@ -277,10 +284,8 @@ def test_without_records_nothing_is_claimed(tmp_path: Path) -> None:
         [sys.executable, ROOT / "scripts/results.py", *words], capture_output=True, text=True, cwd=tmp_path
     )
     assert done.returncode == 0, done.stderr
-    text = (tmp_path / "out/results.md").read_text()
-    assert "confirmed" not in text and "0 runs" in text
-    not_run = sum(line.endswith(" | not run | - |") for line in text.splitlines())
-    assert not_run == 15 + 15 + 5 + 9  # claims, questions of Tables 6, 7 and 9
+    text = (tmp_path / "out/results_v1.md").read_text()
+    assert text.endswith("No row is trained yet.\n") and "confirmed" not in text
 
 
 def test_agreement_over_seeds_equals_its_slow_twin() -> None:
@@ -306,19 +311,38 @@ def test_agreement_over_seeds_equals_its_slow_twin() -> None:
     assert commit("loce 0.1.0, commit 278446cf37e6 with changes") == "278446c+" and commit("loce 0.1.0") == "-"
 
 
-def test_the_committed_pages_are_what_the_committed_records_give(monkeypatch: pytest.MonkeyPatch) -> None:
-    """docs/results.md and the README's first table; the command stands in the page."""
+@pytest.fixture(scope="module")
+def committed() -> dict[str, list[Table]]:
+    """The tables behind docs/results.md and docs/results_v1.md, by data set; the command stands in the page."""
+    found = {}
+    for data in ("glyphs", "glyph100"):
+        options = written_by(f"docs/{PAGES[data]}.md")
+        with pytest.MonkeyPatch.context() as patch:
+            patch.chdir(ROOT)
+            found[data] = read_tables(options)
+            assert page(found[data], options) == (ROOT / f"docs/{PAGES[data]}.md").read_text(encoding="utf-8")
+    return found
+
+
+def written_by(file: str) -> RunOptions:
+    """The options of the command that stands in a page."""
+    text = (ROOT / file).read_text(encoding="utf-8")
+    command = re.search(r"DATA=(\w+) SEEDS=(\d+)` from records in `(\S+)`", text)
+    assert command
+    return RunOptions(data=command[1], seeds=int(command[2]), records=command[3])  # type: ignore[arg-type]
+
+
+def test_the_committed_pages_are_what_the_committed_records_give(
+    committed: dict[str, list[Table]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The leaderboard, the prediction and the README's first table; the fixture compares the pages of results."""
     monkeypatch.chdir(ROOT)
-    written = (ROOT / "docs/results.md").read_text(encoding="utf-8")
-    seeds, records = re.search(r"SEEDS=(\d+)` from records in `(\S+)`", written).groups()  # type: ignore[union-attr]
-    options = RunOptions(seeds=int(seeds), records=records)
-    tables = read_tables(options)
-    assert page(tables, options) == written
+    options = written_by("docs/results_v1.md")
     methods = methods_of_drawn_sets(options)
     for name, write in (("leaderboard", leaderboard), ("prediction", prediction)):
         assert write(methods, options) == (ROOT / f"docs/{name}.md").read_text(encoding="utf-8")
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
-    assert between_marks(readme, short_table(tables[0], options.data)) == readme
+    assert readme in [between_marks(readme, first_screen(tables, data)) for data, tables in committed.items()]
     with pytest.raises(ValueError, match="Table 1: begin"):
         between_marks("# no marks\n", "")
 

@@ -37,6 +37,7 @@ DRAWN = (*WIDE, MEASURED)
 TABLES = {"glyphs": (1, 2, 3, 4, 5, 6, 7, 8, 9, 10), "glyph100": DRAWN, "glyph1203": DRAWN, "lvis": WIDE}
 MARKS = ("<!-- Table 1: begin -->\n", "<!-- Table 1: end -->\n")
 DATA = {"glyphs": "Glyph-50", "glyph100": "Glyph-100", "glyph1203": "Glyph-1203", "lvis": "LVIS v1"}  # for readers
+PAGES = {"glyphs": "results_v1", "glyph100": "results", "glyph1203": "results_glyph1203", "lvis": "results_lvis"}
 SOFTMAX = ("baseline", "softmax", "softmax, one stage")  # rows
 NAMES = {  # of the rows of Table 1, for readers who have not seen the paper
     "baseline": "softmax",
@@ -46,6 +47,7 @@ NAMES = {  # of the rows of Table 1, for readers who have not seen the paper
     "P(y), EBL + MFS": "LOCE with class counts in place of scores",
 }
 NOTE = """Written by `make results DATA={data} SEEDS={seeds}` from records in `{records}`;
+{other}
 [the benchmark](benchmark.md) says what is trained, on what, and how the claims are judged. All numbers are
 in percent; AP is mask AP where it does not say box (a detector of boxes has none, and its groups are of boxes).
 Mean ± standard deviation over seeds; intervals are 95% over seeds and images (of images alone where there is one
@@ -62,23 +64,32 @@ def read_tables(options: RunOptions) -> list[Table]:
 
 
 def methods_of_drawn_sets(options: RunOptions) -> dict[str, Table]:
-    """Table 8 of each drawn data set that has records, by data set."""
+    """Table 8 of each drawn data set that has records, of all their seeds, by data set."""
     drawn: tuple[Literal["glyphs", "glyph100", "glyph1203"], ...] = ("glyphs", "glyph100", "glyph1203")
-    there = [data for data in drawn if Path(options.records, data).is_dir()]
-    return {data: read_table(replace(options, data=data), 8) for data in there}
+    there = [data for data in drawn if any(Path(options.records, data).glob("seed*"))]
+    return {data: read_table(all_recorded(options, data), 8) for data in there}
+
+
+def all_recorded(options: RunOptions, data: Literal["glyphs", "glyph100", "glyph1203"]) -> RunOptions:
+    """`options` of a data set and of all seeds up to the last that has records."""
+    last = max(int(folder.name.removeprefix("seed")) for folder in Path(options.records, data).glob("seed*"))
+    return replace(options, data=data, first_seed=0, seeds=last + 1)
 
 
 def page(tables: list[Table], options: RunOptions) -> str:
     """The page in Markdown."""
-    lines = [
-        "# Results",
-        "",
-        NOTE.format(data=options.data, seeds=options.seeds, records=options.records),
-        *([ACCURACY] if any("accuracy" in table.measures for table in tables) else []),
-        "",
+    other = "glyph100" if options.data == "glyphs" else "glyphs"
+    link = f"those on {DATA[other]} stand in [{PAGES[other]}.md]({PAGES[other]}.md);"
+    note = NOTE.format(data=options.data, seeds=options.seeds, records=options.records, other=link)
+    accuracy = [ACCURACY] if any("accuracy" in table.measures for table in tables) else []
+    lines = [f"# Results on {DATA[options.data]}", "", note, *accuracy, ""]
+    every = {record["command"]: record for table in tables for row in table.rows for record in row.records}
+    if not every:
+        return "\n".join([*lines, "No row is trained yet."]) + "\n"
+    lines += [
         *claims(tables),
         "",
-        "![Mean score and AP of every class](images/score_accuracy.png)",
+        f"![Mean score and AP of every class]({figure_of(options.data)})",
         "",
         *answers(tables[5], "what the paper leaves open"),
     ]
@@ -92,8 +103,12 @@ def page(tables: list[Table], options: RunOptions) -> str:
         lines += whole_table(table, tables[0].records("baseline"), tables[0].records("s, EBL + MFS"))
         lines += closed(table)
         lines += beside_the_paper(table) if table.number in (1, *PEERS) else []
-    every = {record["command"]: record for table in tables for row in table.rows for record in row.records}
     return "\n".join([*lines, "", *origin(list(every.values()))]) + "\n"
+
+
+def figure_of(data: str) -> str:
+    """The page's figure, from its folder."""
+    return f"images/score_accuracy{PAGES[data].removeprefix('results')}.png"
 
 
 def closed(table: Table) -> list[str]:
@@ -193,13 +208,32 @@ def softmax_for(row: Row, table: Table) -> Row:
     return next((other for other in plain if bool(other.runs[0].config.train.init) == starts), plain[0])
 
 
-def short_table(table: Table, data: str) -> str:
-    """Table 1 for a first page: our means beside the paper's numbers."""
+def first_screen(tables: list[Table], data: str) -> str:
+    """For a first page: Table 1, our means beside the paper's numbers, and what LOCE gains under other measures."""
+    table = tables[0]
     seeds = max(len(row.records) for row in table.rows)
     head = f"{DATA[data]}, {seeds} seed{'s' * (seeds > 1)}"
     rows = [[NAMES[row.text.name], in_short(means(row.records)), in_short(row.text.paper)] for row in table.rows]
     lines = markdown_table(["box AP / mask AP (rare, common, frequent)", head, "the paper, LVIS v1"], rows)
+    for measured in tables:
+        if measured.number == MEASURED:
+            lines += gains(measured, data)
     return "\n".join(lines) + "\n"
+
+
+def gains(table: Table, data: str) -> list[str]:
+    """A sentence on LOCE's differences to softmax in the table of measures; none where there is no record of it."""
+    loce, softmax = table.records("LOCE"), table.records("softmax")
+    ap, fixed, pool, rare, frequent = (difference(loce, softmax, n) for n in ("AP", *SHOWN[:2], "ECEr", "ECEf"))
+    if ap is None or pool is None:
+        return []
+    return [
+        "",
+        f"LOCE minus softmax on {DATA[data]} ({ap.seeds} seed{'s' * (ap.seeds > 1)}, 95% intervals): mask AP {ap}, "
+        f"AP-fixed {fixed},",
+        f"AP-pool, where all classes share one ranking, {pool}; calibration error of rare classes {rare},",
+        f"of frequent ones {frequent} ([measures](docs/evaluation.md), [Table {MEASURED}](docs/{PAGES[data]}.md)).",
+    ]
 
 
 def means(records: Records) -> Sequence[float]:
