@@ -6,6 +6,7 @@ import random
 import re
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -309,6 +310,25 @@ def test_agreement_over_seeds_equals_its_slow_twin() -> None:
         assert with_seeds(found, measure) == pytest.approx(expected)
     assert agreement(mean, published) == pytest.approx(2 / 3)  # b has the other sign
     assert commit("loce 0.1.0, commit 278446cf37e6 with changes") == "278446c+" and commit("loce 0.1.0") == "-"
+
+
+def test_both_versions_stand_side_by_side_once_both_have_records(tmp_path: Path) -> None:
+    """Softmax 20 AP; Seesaw 1 behind on Glyph-50 in 7 epochs, 2 ahead in 14, 3 ahead on Glyph-100."""
+    options = RunOptions(records=str(tmp_path))
+    at = {"softmax": 0.0, "softmax, one stage": 0.0, "Seesaw": -1.0}
+    for data, number, shifts in (
+        ("glyphs", 8, at),
+        ("glyphs", 7, {**at, "Seesaw": 2.0}),
+        ("glyph100", 8, {**at, "Seesaw": 3.0}),
+    ):
+        for row in read_table(replace(options, data=data), number).rows:  # type: ignore[arg-type]
+            if row.text.name in shifts:
+                leave(row.runs[0], record(0, shifts[row.text.name], row.text.name))
+    text = prediction(methods_of_drawn_sets(options), options)
+    assert "| Glyph-50: rank correlation | Glyph-100: signs agree | Glyph-100: rank correlation |" in text
+    assert "| AP | 0 of 1, 0% [0, 0] | - | 1 of 1, 100% [100, 100] | - |" in text
+    assert "| Seesaw | +3.1 | -1.0 [-1.0, -1.0] | +2.0 [+2.0, +2.0] | +3.0 [+3.0, +3.0] |" in text
+    assert "- Glyph-100: goal of 90% of the signs" in text and "| Glyph-50: signs that differ |" in text
 
 
 @pytest.fixture(scope="module")
