@@ -134,7 +134,7 @@ def build(
     A key may be given once per source; a later source wins. `problems`: found before; they are reported too.
     option_of: option or section -> the choice without which it does nothing, so that giving it is a mistake.
     """
-    types, found = schema(cls), list(problems)
+    types, found = schema(cls), list(problems)  # type: ignore[arg-type]  # mypy: not hashable
     values: dict[str, Any] = {}
     sources: dict[str, str] = {}
     wrong: set[str] = set()
@@ -298,7 +298,7 @@ def _required(cls: type) -> list[str]:
 
 def _assemble(cls: type[T], values: Mapping[str, Any], prefix: str = "") -> T:
     arguments = {}
-    for name, hint in _hints(cls).items():
+    for name, hint in _hints(cls).items():  # type: ignore[arg-type]  # as above
         key = prefix + name
         if is_section(hint):
             arguments[name] = _assemble(hint, values, f"{key}.")
@@ -320,7 +320,7 @@ def _idle(
     """
     if not option_of:
         return
-    keys = {key for key, hint in schema(type(options)).items() if not is_section(hint)}
+    keys = {key for key, hint in schema(type(options)).items() if not is_section(hint)}  # type: ignore[arg-type]  # as above
     stated: dict[str, set[str]] = {}
     for key, _, source in given:
         stated.setdefault(source, set()).add(key)
