@@ -22,6 +22,7 @@ from data_rows import augmentation, loader, mask_memory, opening
 from detector_rows import (
     Setting,
     boxes,
+    evaluation,
     gpu_rows,
     inference,
     loce_cost,
@@ -47,6 +48,7 @@ ROWS: dict[str, Callable[[Setting], list[Row]]] = {
     "boxes": boxes,
     "mask_head": mask_head,
     "inference": inference,
+    "evaluation": evaluation,
     "nms": nms,
     "masks": mask_memory,
     "loader": loader,

@@ -19,7 +19,7 @@ from torchvision.ops import batched_nms
 from loce.memory_bank import FeatureMemoryBank
 from loce.models.detection import best_detections
 from loce.models.mask_head import MaskHead
-from loce.models.roi_heads import MASK_SIDE
+from loce.models.roi_heads import BOX_SIDE, MASK_SIDE
 
 BATCH = 2
 MASKS = 300  # detections an image
@@ -234,6 +234,28 @@ def inference(setting: Setting) -> list[Row]:
     row = Row("inference", "image to 300 detections with RLE masks", "torchvision's", 2.2)
     row.notes = {"detections": [our_detections(), their_detections()]}
     return [take_turns(row, our_detections, their_detections, setting.device, setting.rounds)]
+
+
+def evaluation(setting: Setting) -> list[Row]:
+    """Detections of one image and the class scores of its true boxes: from one pyramid, and as it was, from two."""
+    model, sample = Ours("stage1.yaml", setting.device).model, our_samples(make_scenes(1, setting.image))[0]
+    _spread(model.roi_heads.classifier.fc_cls, background=CLASSES)  # type: ignore[arg-type]
+    model.only_predict()
+    images, true_boxes = [sample["image"]], [(sample["boxes"], sample["labels"])]
+
+    def one_pass() -> Any:
+        return model.detect(images, [(1.0, 1.0)], [setting.image], true_boxes=true_boxes)[0]["class_scores"]
+
+    @torch.no_grad()
+    def two_passes() -> Any:
+        model.detect(images, [(1.0, 1.0)], [setting.image])
+        roi, maps = model.roi_heads, model.features(model.batch_images(images)[0])
+        pooled = roi.pool(maps, [sample["boxes"].to(setting.device)], BOX_SIDE)
+        return roi.scores(roi.classifier(roi.features_of(pooled))).max(dim=1)
+
+    torch.testing.assert_close(one_pass()[2], two_passes().values.cpu())
+    row = Row("evaluation", "an image's detections and class scores of its true boxes", "in two passes")
+    return [take_turns(row, one_pass, two_passes, setting.device, setting.rounds)]
 
 
 def _spread(layer: nn.Linear, background: int) -> None:

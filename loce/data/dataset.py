@@ -217,7 +217,9 @@ class TrainDataset:
 
 
 class EvalDataset:
-    """Test images: "image" uint8 (3, H, W) RGB, "image_id", "size" the file's (height, width), "scale" (x, y)."""
+    """Test images: "image" uint8 (3, H, W) RGB, "image_id", "size" the file's (height, width), "scale" (x, y); and the
+    objects that training would use of them, all of them: "boxes", "labels" and "rows" as of `TrainDataset`, none of an
+    image that cannot be read."""
 
     def __init__(self, annotations: LVISAnnotations, folder: str | Path, config: DataConfig) -> None:
         self.annotations, self.folder, self.config = annotations, Path(folder), config
@@ -229,21 +231,26 @@ class EvalDataset:
         """The image of an index into the annotation file's list of images."""
         height, width = (int(side) for side in self.annotations.image_sizes[index])
         new = resized((height, width), self.config.test_short_edge, self.config.long_edge)
-        geometry = Geometry((height, width), new)
-        sample: Sample = {
-            "image_id": int(self.annotations.image_ids[index]),
+        annotations, geometry = self.annotations, Geometry((height, width), new)
+        rows, image_id = annotations.rows(index), int(annotations.image_ids[index])
+        try:
+            path = annotations.image_path(index, self.folder)
+            levels, few_levels = read_levels(path, (height, width), self.config.exif, self.config.scale_16bit)
+            image = _to_tensor(geometry.image(levels))
+            extra: dict[str, Any] = {"few_levels": few_levels} if few_levels else {}
+        except ImageError as error:
+            image, rows = torch.zeros((3, *new), dtype=torch.uint8), rows[:0]
+            extra = {"replaced": [f"image {image_id}: {error}"]}
+        return {
+            "image": image,
+            "boxes": torch.from_numpy(geometry.boxes(annotations.clipped_boxes(rows))),
+            "labels": torch.from_numpy(annotations.labels[rows].astype(np.int64)),
+            "rows": torch.from_numpy(rows),
+            "image_id": image_id,
             "size": (height, width),
             "scale": geometry.scale,
+            **extra,
         }
-        try:
-            path = self.annotations.image_path(index, self.folder)
-            image, few_levels = read_levels(path, (height, width), self.config.exif, self.config.scale_16bit)
-        except ImageError as error:
-            message = f"image {sample['image_id']}: {error}"
-            return {**sample, "image": torch.zeros((3, *new), dtype=torch.uint8), "replaced": [message]}
-        if few_levels:
-            sample["few_levels"] = few_levels
-        return {**sample, "image": _to_tensor(geometry.image(image))}
 
 
 def limit_instances(rows: np.ndarray, rarity: np.ndarray, limit: int, generator: np.random.Generator) -> np.ndarray:

@@ -1,8 +1,6 @@
 """Inference and evaluation of a detector on a data set, on any number of ranks: detections on disk, then numbers."""
 
-import csv
 import dataclasses
-import io
 import json
 import os
 import re
@@ -20,17 +18,18 @@ from loce.config import Config, HeadConfig, UserError, diff, raise_problems
 from loce.data.annotations.lvis import LVISAnnotations
 from loce.data.annotations.requirements import compared_types, evaluation_problems
 from loce.data.build import val_annotations, val_dataset
-from loce.data.dataset import TrainDataset, unaugmented
-from loce.data.loader import Batches, eval_batches
+from loce.data.dataset import Sample
+from loce.data.loader import eval_batches
 from loce.engine.class_facts import calibrate, posthoc_text
 from loce.engine.ranks import process_group
 from loce.evaluation.annotations import FederatedFilter, load_annotations, only_images, with_training_groups
 from loce.evaluation.lvis_ap import IOU_TYPES
+from loce.evaluation.near_misses import near_misses_of_image
 from loce.evaluation.report import RESULTS, evaluate_and_report
-from loce.evaluation.stream import DetectionWriter, read_detections
+from loce.evaluation.stream import NEAR_MISSES, TRUE_BOXES, DetectionWriter, chunk_paths, read_detections
 from loce.evaluation.thresholds import read_thresholds
-from loce.evaluation.true_boxes import FILE as TRUE_BOXES
-from loce.evaluation.true_boxes import TrueBoxes
+from loce.evaluation.true_boxes import FILE as TRUE_BOXES_FILE
+from loce.evaluation.true_boxes import TrueBoxes, inferred_true_boxes, mean_score_table
 from loce.models.detection import UNCAPPED_LIMIT
 from loce.models.mask_rcnn import MaskRCNN
 from loce.models.roi_heads import Once
@@ -42,7 +41,8 @@ from loce.utils.progress import progress
 from loce.utils.yaml_text import show
 
 ORIGIN = "origin.txt"  # beside the detections: the weights, data and options that they are of
-OF_TRUE_BOXES = ("mean_scores.csv", TRUE_BOXES)
+MEAN_SCORES = "mean_scores.csv"  # the paper's Figures 1 and 4
+OF_TRUE_BOXES = (MEAN_SCORES, TRUE_BOXES_FILE)
 CHANGES_NOTHING = ("eval.batch_size", "eval.errors", "eval.slices", "eval.boundary")  # of the detections
 
 
@@ -217,9 +217,9 @@ def evaluate_models(found: Sequence[Evaluated], annotations: LVISAnnotations, **
     # Detections on disk are of these weights, data and options, or are deleted.
     origins = [_origin(one.model, one.config, annotations) for one in found]
     for one, origin in zip(found, origins, strict=True):
-        if distributed.is_main() and _text(one.output / ORIGIN) != origin:
+        if distributed.is_main() and not _is_of(one.output, origin):
             shutil.rmtree(one.output / "detections", ignore_errors=True)
-            for name in (*OF_TRUE_BOXES, "metrics.json"):
+            for name in (*OF_TRUE_BOXES, "metrics.json", ORIGIN):
                 (one.output / name).unlink(missing_ok=True)
             _take_over(one.output, origin)
             write_text(one.output / ORIGIN, origin)
@@ -234,17 +234,13 @@ def evaluate_models(found: Sequence[Evaluated], annotations: LVISAnnotations, **
         distributed.barrier()
         return
 
-    # Mean scores on ground-truth boxes, once; all ranks have looked before rank 0 writes them.
-    missing = [one for one in found if not all((one.output / name).exists() for name in OF_TRUE_BOXES)]
-    distributed.barrier()
-    scored = ground_truth_scores([one.model for one in missing], config, annotations) if missing else []
-    distributed.barrier()
     if distributed.is_main():
-        for one, (boxes, table) in zip(missing, scored, strict=True):
-            boxes.save(one.output / TRUE_BOXES)
-            write_text(one.output / "mean_scores.csv", table)
         truth = with_training_groups(truth, stats, more=config.data.drop_empty)
         for one, origin in zip(found, origins, strict=True):
+            boxes = inferred_true_boxes(one.output / "detections")
+            if boxes is not None:  # else older versions have left what is made of them
+                boxes.save(one.output / TRUE_BOXES_FILE)
+                write_text(one.output / MEAN_SCORES, mean_score_table(boxes, one.model.stats))
             options: dict[str, Any] = {"protocol": config.eval.protocol, "errors": config.eval.errors}
             options |= {"origin": f"{one.source}, {origin}", "posthoc": posthoc_text(one.config)}
             options |= {"slices": config.eval.slices, "boundary": config.eval.boundary}
@@ -254,11 +250,20 @@ def evaluate_models(found: Sequence[Evaluated], annotations: LVISAnnotations, **
     distributed.barrier()
 
 
+def _is_of(output: Path, origin: str) -> bool:
+    """Whether what an inference left in `output` is of this origin, and not of an older version that was stopped before
+    it came to the true boxes."""
+    chunks = output / "detections"
+    scored = all((output / name).is_file() for name in OF_TRUE_BOXES)
+    whole = scored or not chunk_paths(chunks) or inferred_true_boxes(chunks) is not None
+    return whole and _text(output / ORIGIN) == origin
+
+
 def _take_over(output: Path, origin: str) -> None:
     """Detections and mean scores of the run's other evaluation of the same weights, data and options, if there is one;
     links, since none is ever changed."""
     for file in sorted(output.parent.glob(f"eval*/{ORIGIN}")):
-        if _text(file) == origin:
+        if _is_of(file.parent, origin):
             (output / "detections").mkdir(parents=True, exist_ok=True)
             for done in [
                 *file.parent.glob("detections/*.npz"),
@@ -342,7 +347,8 @@ def infer(
     federated: FederatedFilter,
     sources: Sequence[str],
 ) -> None:
-    """Stream this rank's detections of the data set to `output`/detections; images that are there are skipped."""
+    """Stream what this rank's images give to `output`/detections: detections, near misses and what the classifier makes
+    of the true boxes, from the same pyramids; images that are there are skipped."""
     config = found[0].config
     dataset = val_dataset(config, annotations)
     category_ids = torch.from_numpy(annotations.stats.category_ids)
@@ -359,6 +365,7 @@ def infer(
         left = sum(map(len, batches.loader.batch_sampler or ()))
         for samples in progress(batches, left, "inference", "images", len):
             images, scales, sizes = ([s[key] for s in samples] for key in ("image", "scale", "size"))
+            true_boxes = [(s["boxes"], s["labels"]) for s in samples]
             image_ids = [s["image_id"] for s in samples]
             allowed, objects = None, None
             if "coco" not in config.eval.protocols:
@@ -367,72 +374,33 @@ def infer(
                 objects = [(torch.from_numpy(b), torch.from_numpy(c)) for b, c in map(federated.objects, image_ids)]
             once = Once()
             for one, writer, there in zip(found, writers, finished, strict=True):
-                detections = one.model.detect(images, scales, sizes, allowed, objects, once)
-                for image_id, size, detected in zip(image_ids, sizes, detections, strict=True):
-                    if image_id not in there:
-                        misses = detected.get("near_misses")
-                        if misses is not None:
-                            misses = {kind: (b, s, category_ids[own]) for kind, (b, s, own) in misses.items()}
-                        ids, more = category_ids[detected["labels"]], (detected.get("rles"), size, misses)
-                        writer.add(image_id, detected["boxes"], detected["scores"], ids, *more, detected.get("ranks"))
+                detections = one.model.detect(images, scales, sizes, allowed, objects, once, true_boxes=true_boxes)
+                for sample, detected in zip(samples, detections, strict=True):
+                    if sample["image_id"] not in there:
+                        _write(writer, sample, detected, annotations, category_ids)
 
 
-@torch.no_grad()
-def ground_truth_scores(
-    models: Sequence[MaskRCNN],
-    config: Config,
+def _write(
+    writer: DetectionWriter,
+    sample: Sample,
+    detected: Mapping[str, Any],
     annotations: LVISAnnotations,
-) -> list[tuple[TrueBoxes, str]]:
-    """What each model's classifier makes of the ground-truth boxes, and the paper's Figures 1 and 4 as CSV: per class
-    the mean score and the accuracy on them.
-
-    Columns: id, name, group, training_instances (0 where unknown), boxes, mean_score, accuracy (empty without
-    boxes). Ranks share the images.
-    """
-    still = unaugmented(config.data)
-    dataset = TrainDataset(annotations, Path(config.data.val_images), still, 0)
-    mine = annotations.train_images[distributed.rank() :: distributed.world_size()]
-    batches = Batches(dataset, [[(int(i), 0)] for i in mine], len(mine), config.data.workers)
-    # Of every annotation whether it was seen, own score, best label and its score: the ranks' parts add up.
-    parts = np.zeros((len(models), 4, len(annotations.annotation_ids)), dtype=np.float32)
-    for samples in progress(batches, len(batches), "scores of ground-truth boxes", "images"):
-        whole = [sample for sample in samples if "replaced" not in sample]
-        if not whole:
-            continue
-        once, rows = Once(), torch.cat([sample["rows"] for sample in whole]).numpy()
-        for model, own in zip(models, parts, strict=True):
-            _, scores, best, best_scores = (x.numpy() for x in model.eval().class_scores(whole, once))
-            own[:, rows] = np.ones(len(rows)), scores, best, best_scores
-    totals = distributed.all_reduce_sum(torch.from_numpy(parts).to(models[0].pixel_mean.device)).cpu().numpy()
-    return [_true_boxes(model.stats, annotations, *own) for model, own in zip(models, totals, strict=True)]
-
-
-def _true_boxes(
-    stats: ClassStats,
-    annotations: LVISAnnotations,
-    seen: np.ndarray,
-    scores: np.ndarray,
-    best: np.ndarray,
-    best_scores: np.ndarray,
-) -> tuple[TrueBoxes, str]:
-    rows = np.flatnonzero(seen)
-    labels, best = annotations.labels[rows], best[rows].astype(np.int64)
+    category_ids: torch.Tensor,
+) -> None:
+    """What a model found in an image, with category ids in place of labels."""
+    rows, image_id = sample["rows"].numpy(), sample["image_id"]
+    scores, best, best_scores = detected["class_scores"]
     boxes = TrueBoxes(
-        image_ids=annotations.image_ids[annotations.image_of[rows]],
+        image_ids=np.full(len(rows), image_id),
         annotation_ids=annotations.annotation_ids[rows],
-        category_ids=stats.category_ids[labels],
-        best_ids=stats.category_ids[best],
-        scores=scores[rows],
-        best_scores=best_scores[rows],
+        category_ids=category_ids[sample["labels"]].numpy(),
+        best_ids=category_ids[best].numpy(),
+        scores=scores.float().numpy(),
+        best_scores=best_scores.float().numpy(),
     )
-    counts, score, correct = (
-        np.bincount(labels, values, minlength=len(stats)) for values in (None, boxes.scores, boxes.right)
-    )
-    table = io.StringIO()
-    writer = csv.writer(table, lineterminator="\n")
-    writer.writerow(["id", "name", "group", "training_instances", "boxes", "mean_score", "accuracy"])
-    for c, name in enumerate(stats.names):
-        count = int(counts[c])
-        facts = (int(stats.category_ids[c]), name, str(stats.groups[c]), int(stats.instance_counts[c]), count)
-        writer.writerow([*facts, *(f"{total[c] / count:.6f}" if count else "" for total in (score, correct))])
-    return boxes, table.getvalue()
+    tables = {TRUE_BOXES: vars(boxes)}
+    if "near_misses" in detected:
+        misses = {kind: (b, s, category_ids[own]) for kind, (b, s, own) in detected["near_misses"].items()}
+        tables[NEAR_MISSES] = vars(near_misses_of_image(image_id, misses))
+    found = (detected["boxes"], detected["scores"], category_ids[detected["labels"]], detected.get("rles"))
+    writer.add(image_id, *found, sample["size"], tables, detected.get("ranks"))

@@ -25,7 +25,7 @@ from loce.evaluation.detections import Detections
 from loce.evaluation.iou import overlaps
 from loce.evaluation.lvis_ap import RECALLS, Evaluation, counts
 from loce.evaluation.matching import within_cap
-from loce.evaluation.near_misses import KINDS, NearMisses, none
+from loce.evaluation.near_misses import KINDS, NearMisses, near_misses_of_image
 from loce.utils.progress import watched
 
 CAUSES = {  # in order: the first that holds is the cause
@@ -89,7 +89,7 @@ def explain(evaluation: Evaluation, detections: Detections, near_misses: NearMis
     own_rows, own_category = _by_image(evaluation, detections)
     own_image, _ = positions(truth.image_ids, detections.image_ids)
     kept = within_cap(evaluation.protocol, own_image, own_category, detections)
-    seen = none() if near_misses is None else near_misses
+    seen = near_misses_of_image(0, {}) if near_misses is None else near_misses
     seen_rows, seen_category = _by_image(evaluation, seen)
     images = np.unique(truth.image[lost])
     cut = np.searchsorted(truth.image[lost], np.append(images, len(truth.image_ids)))

@@ -7,11 +7,14 @@ another category that overlaps an object by half and was left out since the cate
 proposed: the proposal that overlaps an object most, with the object's category and the score it had for it.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
+
+from loce.evaluation.stream import NEAR_MISSES, read_table
 
 KINDS = ("removed_by_nms", "cut_by_cap", "classified_as", "proposed")
 Found = Mapping[str, tuple[Any, Any, Any]]  # kind -> boxes (n, 4) x1, y1, x2, y2; scores (n,); category ids (n,)
@@ -37,33 +40,24 @@ class NearMisses:
         return NearMisses(**{name: column[chosen] for name, column in vars(self).items()})
 
 
+def read_near_misses(folder: str | Path) -> NearMisses | None:
+    """Those that stand beside the detections in a folder; None where inference left none for some of its images."""
+    columns = read_table(folder, NEAR_MISSES)
+    return None if columns is None else NearMisses(**columns)
+
+
 def near_misses_of_image(image_id: int, found: Found) -> NearMisses:
-    """What a model found in one image, arrays or CPU tensors; KeyError for a kind that is none of KINDS."""
-    parts = [none()]
-    for kind, columns in found.items():
-        corners = np.asarray(columns[0], dtype=np.float32).reshape(-1, 4)
-        size = len(corners)
-        parts.append(
-            NearMisses(
-                image_ids=np.full(size, image_id, dtype=np.int64),
-                kinds=np.full(size, {name: number for number, name in enumerate(KINDS)}[kind], dtype=np.uint8),
-                category_ids=np.asarray(columns[2], dtype=np.int64),
-                scores=np.asarray(columns[1], dtype=np.float32),
-                boxes=np.concatenate([corners[:, :2], corners[:, 2:] - corners[:, :2]], axis=1),
-            )
-        )
-    return join(parts)
-
-
-def none() -> NearMisses:
-    """No near misses."""
-    ids = np.zeros(0, dtype=np.int64)
-    kinds, scores = np.zeros(0, dtype=np.uint8), np.zeros(0, dtype=np.float32)
-    return NearMisses(
-        image_ids=ids, kinds=kinds, category_ids=ids, scores=scores, boxes=np.zeros((0, 4), dtype=np.float32)
+    """What a model found in one image, arrays or CPU tensors; ValueError for a kind that is none of KINDS."""
+    empty = (np.zeros((0, 4), np.float32), np.zeros(0, np.float32), np.zeros(0, np.int64))
+    corners, scores, categories = (
+        np.concatenate(parts, dtype=parts[0].dtype, casting="unsafe")
+        for parts in zip(empty, *found.values(), strict=True)
     )
-
-
-def join(parts: Sequence[NearMisses]) -> NearMisses:
-    """All rows of all parts, at least one, in order."""
-    return NearMisses(**{name: np.concatenate([vars(part)[name] for part in parts]) for name in vars(parts[0])})
+    kinds = [number for kind, columns in found.items() for number in [KINDS.index(kind)] * len(columns[1])]
+    return NearMisses(
+        image_ids=np.full(len(scores), image_id, dtype=np.int64),
+        kinds=np.array(kinds, dtype=np.uint8),
+        category_ids=categories,
+        scores=scores,
+        boxes=np.concatenate([corners[:, :2], corners[:, 2:] - corners[:, :2]], axis=1),
+    )

@@ -22,8 +22,8 @@ from loce.evaluation.lvis_ap import IOU_TYPES, Evaluation, choose_protocol, eval
 from loce.evaluation.matching import Protocol
 from loce.evaluation.misses import FILE as MISSES
 from loce.evaluation.misses import write_misses
+from loce.evaluation.near_misses import read_near_misses
 from loce.evaluation.slices import slice_lines, slice_numbers, slice_table
-from loce.evaluation.stream import read_near_misses
 from loce.evaluation.thresholds import COLUMN as THRESHOLD
 from loce.evaluation.thresholds import best_thresholds
 from loce.evaluation.true_boxes import FILE as BOXES_FILE

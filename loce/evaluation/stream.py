@@ -1,21 +1,23 @@
 """Detections on disk, written in chunks by every rank: a killed inference loses at most one chunk a rank.
 
-Near misses stand beside them as columns clue_*, the name they had when the first such files were written.
+Beside them stand tables of what else inference saw of an image, as columns NAME_*: near misses (NEAR_MISSES, the name
+that they had when the first such files were written) and the true boxes' classification.
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from loce.evaluation.detections import Detections, Masks, concatenate, offsets_of
-from loce.evaluation.near_misses import Found, NearMisses, join, near_misses_of_image
 from loce.utils.errors import UserError, first_few
 from loce.utils.files import atomic_write
 from loce.utils.progress import watched
 
 PATTERN = "detections_*.npz"
+NEAR_MISSES, TRUE_BOXES = TABLES = "clue", "true"
+Table = Mapping[str, np.ndarray]  # columns of one length
 
 
 class DetectionWriter:
@@ -30,7 +32,7 @@ class DetectionWriter:
         self.folder, self.rank, self.source, self.chunk_images = Path(folder), rank, source, chunk_images
         self.folder.mkdir(parents=True, exist_ok=True)
         self._pending: list[tuple[int, tuple[int, int], np.ndarray, np.ndarray, np.ndarray, Any, Any]] = []
-        self._near_misses: list[NearMisses] = []  # of pending images
+        self._tables: list[Mapping[str, Table]] = []  # of pending images
         self._finished: set[int] = set()
         for path in chunk_paths(folder):
             with _open_chunk(path) as chunk:
@@ -56,14 +58,14 @@ class DetectionWriter:
         category_ids: Any,
         rles: list[bytes] | None = None,
         size: tuple[int, int] | None = None,
-        near_misses: Found | None = None,
+        tables: Mapping[str, Table] | None = None,
         ranks: Any = None,
     ) -> None:
         """All detections of one image: boxes (N, 4) x1, y1, x2, y2 in px of the original image, scores (N,), the
         file's category ids (N,) (not labels), optionally N compressed RLE counts over an image of `size` (height,
-        width). Arrays or CPU tensors. An image without detections is added with N = 0. near_misses: what else was seen
-        (`near_misses.NearMisses`, with category ids). ranks (N,): how many better detections the image had, those of
-        categories that were left out included; None: none were left out."""
+        width). Arrays or CPU tensors. An image without detections is added with N = 0. tables: what else was seen, of
+        TABLES; an image of which nothing was seen has empty columns. ranks (N,): how many better detections the image
+        had, those of categories that were left out included; None: none were left out."""
         corners = np.asarray(boxes_xyxy, dtype=np.float32).reshape(-1, 4)
         boxes = np.concatenate([corners[:, :2], corners[:, 2:] - corners[:, :2]], axis=1)
         score, category = np.asarray(scores, dtype=np.float32), np.asarray(category_ids, dtype=np.int32)
@@ -73,7 +75,7 @@ class DetectionWriter:
             raise ValueError(f"image {image_id}: masks need the size (height, width) of their image")
         ranks = None if ranks is None else np.asarray(ranks, dtype=np.int32)
         self._pending.append((int(image_id), size or (0, 0), boxes, score, category, rles, ranks))
-        self._near_misses += [] if near_misses is None else [near_misses_of_image(int(image_id), near_misses)]
+        self._tables.append(tables or {})
         if len(self._pending) >= self.chunk_images:
             self.flush()
 
@@ -81,13 +83,14 @@ class DetectionWriter:
         """Write what is pending as one chunk."""
         if not self._pending:
             return
-        # Masks and near misses of all images, or of none.
+        # Masks and tables of all images, or of none.
         images, sizes, boxes, scores, categories, rles, ranks = zip(*self._pending, strict=True)
         has_masks = [r is not None for r in rles]
         if any(has_masks) != all(has_masks):
             raise ValueError("some images were added with masks and others without")
-        if self._near_misses and len(self._near_misses) < len(images):
-            raise ValueError("some images were added with near misses and others without")
+        names = {*self._tables[0]}
+        if any({*tables} != names for tables in self._tables):
+            raise ValueError("some images were added with near misses or true boxes and others without")
         # Flat columns; per_image and rle_lengths cut them again.
         flat = [counts for image in rles for counts in image or ()]
         chunk = {
@@ -104,13 +107,14 @@ class DetectionWriter:
         }
         if all(r is not None for r in ranks):
             chunk["ranks"] = np.concatenate(ranks)
-        if self._near_misses:
-            chunk |= {f"clue_{name}": column for name, column in vars(join(self._near_misses)).items()}
+        for name in names:
+            for column in self._tables[0][name]:
+                chunk[f"{name}_{column}"] = np.concatenate([tables[name][column] for tables in self._tables])
         path = self.folder / f"detections_{self.rank:04d}_{self._next:06d}.npz"
         with atomic_write(path) as temporary:
             np.savez(temporary, **chunk)  # type: ignore[arg-type]
         self._finished |= set(images)
-        self._next, self._pending, self._near_misses = self._next + 1, [], []
+        self._next, self._pending, self._tables = self._next + 1, [], []
 
     def __enter__(self) -> "DetectionWriter":
         return self
@@ -180,21 +184,20 @@ def _may_be_results(path: Path) -> bool:
     return head.lstrip()[:1] == b"[" and (b'"image_id"' in head or b'"file"' in head)
 
 
-def read_near_misses(folder: str | Path) -> NearMisses | None:
-    """Every rank's near misses, or None where inference left none for some of its images."""
+def read_table(folder: str | Path, name: str) -> dict[str, np.ndarray] | None:
+    """Every rank's rows of one of TABLES, or None where inference left none for some of its images."""
     parts = []
     for path in chunk_paths(folder):
         with _open_chunk(path) as chunk:
-            if "clue_kinds" not in chunk.files:
-                return None
-            names = [name for name in chunk.files if name.startswith("clue_")]
-            parts.append(NearMisses(**{name.removeprefix("clue_"): chunk[name] for name in names}))
-    return join(parts) if parts else None
+            parts.append({key.partition("_")[2]: chunk[key] for key in chunk.files if key.startswith(f"{name}_")})
+    if not parts or not all(parts):
+        return None
+    return {column: np.concatenate([part[column] for part in parts]) for column in parts[0]}
 
 
 def _by_image(chunk: Any) -> Iterator[tuple[int, Detections]]:
     """(image id, its detections) of one chunk."""
-    column = {key: chunk[key] for key in chunk.files if not key.startswith("clue_")}
+    column = {key: chunk[key] for key in chunk.files if not key.startswith(TABLES)}
     rows = offsets_of(column["per_image"])
     ends = offsets_of(column["rle_lengths"])
     for n, image in enumerate(column["image_ids"].tolist()):

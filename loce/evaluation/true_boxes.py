@@ -20,10 +20,12 @@ import numpy as np
 
 from loce.evaluation.annotations import GroundTruth, positions
 from loce.evaluation.bootstrap import METRICS, group_means
+from loce.evaluation.stream import TRUE_BOXES, read_table
+from loce.utils.classes import ClassStats
 from loce.utils.errors import UserError
 from loce.utils.files import atomic_write
 
-FILE = "true_boxes.npz"  # in an evaluation's folder, beside the detections
+FILE = "true_boxes.npz"  # in an evaluation's folder, beside the folder of detections, which may go
 KEY = "true_boxes"  # of metrics.json and of the intervals in evaluation.json
 NAMES = {name: "_".join(["accuracy", *name[2:]]) for name in METRICS}  # AP -> accuracy, APr -> accuracy_r, ...
 MATRIX = 20  # categories of a confusion matrix
@@ -59,6 +61,16 @@ class TrueBoxes:
         """Those of the images and categories of a ground truth."""
         here = positions(truth.image_ids, self.image_ids)[1] & positions(truth.category_ids, self.category_ids)[1]
         return TrueBoxes(**{name: column[here] for name, column in vars(self).items()})
+
+
+def inferred_true_boxes(folder: Path) -> TrueBoxes | None:
+    """Those that stand beside the detections in a folder, in order of image and annotation; None where older versions
+    began to write it."""
+    columns = read_table(folder, TRUE_BOXES)
+    if columns is None:
+        return None
+    order = np.lexsort((columns["annotation_ids"], columns["image_ids"]))
+    return TrueBoxes(**{name: column[order] for name, column in columns.items()})
 
 
 def read_true_boxes(folder: Path) -> TrueBoxes | None:
@@ -118,6 +130,21 @@ def confusions(boxes: TrueBoxes, category_ids: np.ndarray) -> list[Confusion]:
     pairs = Counter(zip(own[wrong].tolist(), best[wrong].tolist(), strict=True))
     found = [Confusion(k, other, count, int(totals[k])) for (k, other), count in pairs.items()]
     return sorted(found, key=lambda c: (c.taken < OFTEN, -c.taken / c.boxes, -c.taken, c.category, c.other))
+
+
+def mean_score_table(boxes: TrueBoxes, stats: ClassStats) -> str:
+    """CSV of the paper's Figures 1 and 4, a row a class: mean score (Eq. 2) and accuracy on its true boxes.
+
+    training_instances: 0 where unknown; mean_score, accuracy: empty without boxes.
+    """
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(["id", "name", "group", "training_instances", "boxes", "mean_score", "accuracy"])
+    for category, *facts in zip(stats.category_ids, stats.names, stats.groups, stats.instance_counts, strict=True):
+        own = boxes.category_ids == category
+        means = [f"{column[own].mean(dtype=float):.6f}" if own.any() else "" for column in (boxes.scores, boxes.right)]
+        writer.writerow([category, *facts, own.sum(), *means])
+    return text.getvalue()
 
 
 def confusion_table(found: Sequence[Confusion], truth: GroundTruth) -> str:

@@ -247,6 +247,7 @@ class MaskRCNN(nn.Module):
         objects: Sequence[tuple[Tensor, Tensor]] | None = None,
         once: Once | None = None,
         full_masks: bool = False,
+        true_boxes: Sequence[tuple[Tensor, Tensor]] | None = None,
     ) -> list[dict[str, Any]]:
         """Detections per image in original pixels: boxes (M, 4), scores (M,), labels (M,), rles (M compressed codes;
         not in a model without masks).
@@ -256,7 +257,9 @@ class MaskRCNN(nn.Module):
         before masks are made, and all detections of these classes stay where a protocol is uncapped; the result then
         has "ranks" (M,), how many better ones of any class there were; objects: per image the boxes (G, 4) and labels
         (G,) that are to be found; the result then has "near_misses" of them, see `find_near_misses`; once: what other
-        models computed of these images; full_masks: masks (M, height, width) bool in place of rles.
+        models computed of these images; full_masks: masks (M, height, width) bool in place of rles; true_boxes: per
+        image boxes (G, 4) in pixels of the resized image and labels (G,), which the classifier gets in place of
+        proposals; the result then has "class_scores": (G,) each, own scores, best labels and their scores.
         """
         once = once or Once()
         batch, sizes, _ = once("images", lambda: self.batch_images(images))
@@ -270,6 +273,8 @@ class MaskRCNN(nn.Module):
             wanted = None if objects is None else objects[i]
             options = (sizes[i], scales[i], originals[i], keep, wanted, once, i, full_masks)
             results.append(self._detect_one(level_features, boxes_N4, *options))
+            if true_boxes is not None:
+                results[i]["class_scores"] = self._class_scores(level_features, *true_boxes[i], once, i)
         return results
 
     def _propose(self, features: list[Tensor], sizes: list[Size]) -> list[Tensor]:
@@ -361,21 +366,22 @@ class MaskRCNN(nn.Module):
             return {**arrays, "masks": paste_full(masks_MSS, boxes_M4, original)}
         return {**arrays, "rles": paste_and_encode(masks_MSS, boxes_M4, original)}
 
-    @torch.no_grad()
-    def class_scores(self, samples: list[dict[str, Any]], once: Once | None = None) -> tuple[Tensor, ...]:
-        """Of ground-truth boxes, for the paper's Figures 1 and 4: labels, own scores; the best labels (background is
-        left out) and their scores; (G,) each."""
-        once = once or Once()
-        batch, _, _ = once("images", lambda: self.batch_images([s["image"] for s in samples]))
-        targets = [self.targets_of(s) for s in samples]
-        boxes, labels_G = [t.boxes for t in targets], torch.cat([t.labels for t in targets])
+    def _class_scores(
+        self,
+        features: list[Tensor],
+        boxes_G4: Tensor,
+        labels_G: Tensor,
+        once: Once,
+        place: int,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Of given boxes of the image at a `place` of the batch: see `detect`. Background is never the best label."""
         roi = self.roi_heads
-        pooled = once(self.backbone, lambda: roi.pool(self.features(batch), boxes, BOX_SIDE))
-        x_GD = once((self.backbone, roi.box_head, roi.classifier.depth), lambda: roi.features_of(pooled))
-        scores_GC = roi.scores(roi.classifier(x_GD))
-        own_G = scores_GC.gather(1, labels_G[:, None])[:, 0]
+        boxes_G4, labels_G = boxes_G4.to(features[0].device), labels_G.to(features[0].device)
+        pooled = once((self.backbone, "true boxes", place), lambda: roi.pool(features, [boxes_G4], BOX_SIDE))
+        reads = (self.backbone, "true boxes", roi.box_head, roi.classifier.depth, place)
+        scores_GC = roi.scores(roi.classifier(once(reads, lambda: roi.features_of(pooled))))
         best_scores_G, best_G = scores_GC.max(dim=1)
-        return labels_G.cpu(), own_G.cpu(), best_G.cpu(), best_scores_G.cpu()
+        return scores_GC.gather(1, labels_G[:, None])[:, 0].cpu(), best_G.cpu(), best_scores_G.cpu()
 
     @torch.no_grad()
     def training_logits(self, samples: list[dict[str, Any]]) -> Tensor:

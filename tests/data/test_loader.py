@@ -152,7 +152,9 @@ def test_evaluation_images_are_at_test_size(dataset):
         new_height, new_width = int(height * scale + 0.5), int(width * scale + 0.5)
         assert sample["image"].shape == (3, new_height, new_width)
         assert sample["scale"] == (np.float32(new_width / width), np.float32(new_height / height))
-        assert set(sample) == {"image", "image_id", "size", "scale"}
+        assert set(sample) == {"image", "image_id", "size", "scale", "boxes", "labels", "rows"}
+        own = dataset.annotations.image_ids[dataset.annotations.image_of[sample["rows"].numpy()]]
+        assert (own == sample["image_id"]).all() and len(own) == len(sample["boxes"]) == len(sample["labels"])
 
 
 def stored(dataset, batches):
@@ -210,6 +212,7 @@ def test_a_bad_evaluation_image_is_shown_black_and_reported(dataset, capsys):
     evaluation = EvalDataset(dataset.annotations, dataset.folder, CONFIG)
     samples = [sample for batch in eval_batches(evaluation, 2) for sample in batch]
     assert len(samples) == 13 and [int(s["image"].sum()) == 0 for s in samples].index(True) == 4
+    assert not len(samples[4]["rows"]) and not len(samples[4]["boxes"])
     assert "damaged or not an image" in capsys.readouterr().out
 
 

@@ -120,7 +120,7 @@ def test_no_near_misses_at_all_are_known_too() -> None:
     evaluation, detections = evaluate_lvis(scene()[0], []), read_results([])
     outcomes = explain(evaluation, detections, near_misses_of_image(1, {}))
     assert {NAMES[cause] for cause in outcomes.cause} == {"no_proposal"}
-    with pytest.raises(KeyError):
+    with pytest.raises(ValueError, match="not in tuple"):
         near_misses_of_image(1, {"seen": (np.zeros((0, 4)), [], [])})
 
 

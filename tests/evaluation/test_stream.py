@@ -10,8 +10,9 @@ import torch
 
 from loce.data.loader import eval_batches
 from loce.evaluation import Detections, DetectionWriter, evaluate_lvis, load_annotations, read_detections, read_results
+from loce.evaluation.near_misses import near_misses_of_image, read_near_misses
 from loce.evaluation.report import evaluate_and_report
-from loce.evaluation.stream import read_near_misses
+from loce.evaluation.stream import NEAR_MISSES
 from loce.utils.errors import UserError
 from tests.evaluation.cases import random_case
 
@@ -177,7 +178,8 @@ def test_near_misses_are_kept_beside_the_detections(tmp_path: Path, case: tuple[
     for rank in range(2):
         with DetectionWriter(tmp_path, rank, chunk_images=2) as writer:
             for image in images[rank::2]:
-                writer.add(image, *empty, near_misses={"proposed": missed} if image != images[0] else {})
+                found = near_misses_of_image(image, {"proposed": missed} if image != images[0] else {})
+                writer.add(image, *empty, tables={NEAR_MISSES: vars(found)})
     near_misses = read_near_misses(tmp_path)
     assert near_misses is not None
     assert sorted(near_misses.image_ids.tolist()) == sorted(images[1:])
@@ -185,7 +187,7 @@ def test_near_misses_are_kept_beside_the_detections(tmp_path: Path, case: tuple[
     evaluate_and_report(truth, tmp_path, tmp_path / "out", resamples=0)
     assert "no_proposal" in (tmp_path / "out" / "errors.csv").read_text()
     writer = DetectionWriter(tmp_path, 2)
-    writer.add(images[0], *empty, near_misses={})
+    writer.add(images[0], *empty, tables={NEAR_MISSES: vars(found)})
     writer.add(images[1], *empty)
     with pytest.raises(ValueError, match="some images were added with near misses"):
         writer.flush()

@@ -325,11 +325,26 @@ class TestPrediction:
         assert found["masks"].dtype == torch.bool and found["masks"].shape == (len(found["boxes"]), 90, 120)
         assert found["boxes"][:, 2].max() <= 120 + 1e-3 and found["boxes"][:, 3].max() <= 90 + 1e-3
 
-    def test_scores_of_ground_truth_boxes(self, model, batch, empty):
-        labels, scores, best, best_scores = model.class_scores([*batch, empty])
-        assert labels.tolist() == [0, 3, 5, 3, 4]
-        assert ((scores >= 0) & (scores <= best_scores) & (best_scores <= 1)).all()
-        assert ((best == labels) == (scores == best_scores)).all() and best.max() < model.roi_heads.num_classes
+    def test_scores_of_true_boxes_from_the_pass_of_detections(self, model, batch, empty):
+        """As of a pass of their own, box by box; detections are what they are without."""
+        samples = [*batch, empty]
+        images, sizes = [s["image"] for s in samples], [s["size"] for s in samples]
+        call = (images, [(1.0, 1.0)] * len(images), sizes)
+        found = model.detect(*call, true_boxes=[(s["boxes"], s["labels"]) for s in samples])
+        with torch.no_grad():
+            maps, roi = model.features(model.batch_images(images)[0]), model.roi_heads
+        for i, (one, alone, sample) in enumerate(zip(found, model.detect(*call), samples, strict=True)):
+            assert all(torch.equal(one[key], alone[key]) for key in ("boxes", "scores", "labels"))
+            own, best, best_scores = one["class_scores"]
+            assert len(own) == len(best) == len(best_scores) == len(sample["labels"])
+            for g, label in enumerate(sample["labels"].tolist()):
+                with torch.no_grad():
+                    pooled = roi.pool([x[i : i + 1] for x in maps], [sample["boxes"][g : g + 1]], 7)
+                    logits = roi.classifier(roi.features_of(pooled))[0].double()
+                scores = [math.exp(z) / sum(math.exp(y) for y in logits.tolist()) for z in logits.tolist()]
+                assert own[g].item() == pytest.approx(scores[label], rel=1e-5)
+                assert best[g].item() == max(range(CLASSES), key=scores.__getitem__)
+                assert best_scores[g].item() == pytest.approx(max(scores[:-1]), rel=1e-5)
 
     def test_nothing_is_learned(self, model):
         before = {name: value.clone() for name, value in model.state_dict().items()}
