@@ -16,7 +16,7 @@ from pathlib import Path
 from evaluation import hardware
 
 from loce.config import UserError, run_script
-from loce.engine.inference import evaluate_checkpoint
+from loce.engine.inference import evaluate_checkpoints
 from loce.engine.posthoc_bench import GRIDS, bench
 from loce.utils.files import write_text
 
@@ -35,7 +35,7 @@ def main() -> None:
         swept = time.process_time() - start
         start = time.process_time()
         words = ["eval.posthoc=norcal", "eval.errors=false"]
-        evaluate_checkpoint(run, None, words, "auto", resamples=0)
+        evaluate_checkpoints([run], None, words, "auto", resamples=0)
         once = time.process_time() - start
     found = {"settings": SETTINGS, "bench_cpu_seconds": swept, "evaluation_cpu_seconds": once}
     write_text(RESULTS, json.dumps({**hardware(), **found}, indent=1) + "\n")

@@ -21,7 +21,7 @@ from loce.data.annotations.lvis import LVISAnnotations
 from loce.data.build import val_annotations
 from loce.data.dataset import unaugmented
 from loce.engine.arm import Arm
-from loce.engine.inference import evaluate_model
+from loce.engine.inference import evaluate_models
 from loce.engine.preflight import check_run_folder, preflight
 from loce.engine.summary import introduce
 from loce.engine.trainer import Trainer
@@ -107,9 +107,8 @@ def overfit(config: Config, device: torch.device) -> None:
 
 
 def _evaluate(arm: Arm, source: str, annotations: LVISAnnotations) -> None:
-    output = arm.folder / "eval"
     with arm.averaged():
-        evaluate_model(arm.model, arm.config, output, source, annotations, resamples=0, errors=False)
+        evaluate_models([arm.evaluated("eval")._replace(source=source)], annotations, resamples=0, errors=False)
 
 
 def _in_folder(config: Config, name: str, **train: Any) -> Config:

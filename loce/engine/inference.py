@@ -59,17 +59,6 @@ class Evaluated(NamedTuple):
     run: Path | None = None
 
 
-def evaluate_checkpoint(
-    path: Path,
-    output: Path | None,
-    overrides: Sequence[str],
-    device: str,
-    **report: Any,
-) -> Path:
-    """`evaluate_checkpoints` of one."""
-    return evaluate_checkpoints([path], output, overrides, device, **report)[0]
-
-
 def evaluate_checkpoints(
     paths: Sequence[Path],
     output: Path | None,
@@ -178,18 +167,6 @@ def check_evaluation(
     if config.eval.boundary and not masks:
         raise UserError("eval.boundary: boundary AP is of masks, which are not evaluated here")
     raise_problems(evaluation_problems(annotations, masks, config.eval.protocols, config.data.allow_misplaced))
-
-
-def evaluate_model(
-    model: MaskRCNN,
-    config: Config,
-    output: Path,
-    source: str,
-    annotations: LVISAnnotations,
-    **report: Any,
-) -> None:
-    """`evaluate_models` of one."""
-    evaluate_models([Evaluated(model, config, output, source)], annotations, **report)
 
 
 def evaluate_models(found: Sequence[Evaluated], annotations: LVISAnnotations, **report: Any) -> None:

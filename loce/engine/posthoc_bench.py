@@ -3,9 +3,7 @@
 Parameters are chosen on images of the training set, by box AP; the validation data sees one setting of each method.
 """
 
-import csv
 import hashlib
-import io
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -33,7 +31,7 @@ from loce.evaluation.report import choose_protocols
 from loce.models.mask_rcnn import MaskRCNN
 from loce.posthoc import ClassFacts, calibration
 from loce.utils import distributed
-from loce.utils.files import require_writable, write_text
+from loce.utils.files import csv_text, require_writable, write_text
 from loce.utils.progress import progress
 from loce.utils.yaml_text import parse_value, show
 
@@ -272,10 +270,8 @@ def table(
 
 def _sweep(settings: Mapping[str, Sequence[Sequence[str]]], aps: Mapping[str, Sequence[Mapping[str, float]]]) -> str:
     """CSV of every setting on the training images."""
-    text = io.StringIO()
-    writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(["method", "setting", *METRICS])
-    for name, rows in aps.items():
-        for words, metrics in zip(settings.get(name, [[]]), rows, strict=True):
-            writer.writerow([name, " ".join(words), *(f"{metrics[metric]:.6f}" for metric in METRICS)])
-    return text.getvalue()
+    rows = [["method", "setting", *METRICS]]
+    for name, found in aps.items():
+        for words, metrics in zip(settings.get(name, [[]]), found, strict=True):
+            rows.append([name, " ".join(words), *(f"{metrics[metric]:.6f}" for metric in METRICS)])
+    return csv_text(rows)

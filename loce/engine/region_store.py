@@ -20,7 +20,7 @@ Legend: I images, R regions, K kept classes of C, L logits of the classifier, D 
 
 import zipfile
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
@@ -32,7 +32,7 @@ from loce.config import Config, EvalConfig
 from loce.data.annotations.lvis import LVISAnnotations
 from loce.data.loader import Batches, EvalDataset
 from loce.evaluation.detections import Detections
-from loce.models.detection import UNCAPPED_LIMIT, detect
+from loce.models.detection import detect, detect_of_classes
 from loce.models.mask_rcnn import MaskRCNN
 from loce.utils import distributed
 from loce.utils.errors import UserError
@@ -88,7 +88,6 @@ class Regions:
         allowed: (C,) bool of an image, the classes that count there; all detections of these, with their ranks, as
         inference keeps them for protocols without a cap. None: the best detections of an image, of any class.
         """
-        wide = replace(options, detections=UNCAPPED_LIMIT)
         boxes_RK4 = self.boxes if self.boxes.dim() == 3 else self.boxes[:, None].expand(-1, scores_RK.shape[1], -1)
         found, ranks = [], []
         for image, *ends in zip(
@@ -99,11 +98,8 @@ class Regions:
             own = detect(boxes, scores, options, classes)
             ranks.append(torch.arange(len(own[1])))
             if allowed is not None:
-                counts_C = torch.from_numpy(allowed(image))
-                ranks[-1] = counts_C[own[2]].nonzero()[:, 0]
-                own = detect(boxes, scores * counts_C[classes], wide, classes)
-                after = len(own[1]) - len(ranks[-1])
-                ranks[-1] = torch.cat([ranks[-1], torch.full((after,), options.detections)])
+                these = (own, torch.from_numpy(allowed(image)), options)
+                own, ranks[-1] = detect_of_classes(boxes, scores, *these, uncapped=True, classes_NC=classes)
             found.append(own)
         corners, best, labels = (torch.cat(parts).numpy() for parts in zip(*found, strict=True))
         return Detections(

@@ -275,5 +275,12 @@ def intervals(tallies: Tallies, resamples: int = 1000) -> dict[str, tuple[float,
     """95% intervals over images of what `means_under` gives, as fractions."""
     whole = means_under(tallies, as_they_are(len(tallies.image_ids)))
     drawn = means_under(tallies, draw_weights(len(tallies.image_ids), resamples, seed=0))
+    return fraction_intervals(whole, drawn)
+
+
+def fraction_intervals(
+    whole: Mapping[str, np.ndarray], drawn: Mapping[str, np.ndarray]
+) -> dict[str, tuple[float, float]]:
+    """`interval` of each number within 0 and 1. whole: (1,), as it is; drawn: (B,), resampled."""
     bounds = {name: interval(values, float(whole[name][0])) for name, values in drawn.items()}
     return {name: (max(low, 0.0), min(high, 1.0)) for name, (low, high) in bounds.items()}

@@ -9,16 +9,15 @@ nor false.
 Legend: I images, G = 3 groups r, c, f, M bins, B weightings of the images; 3 sums of a bin: detections, scores, hits.
 """
 
-import csv
-import io
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from loce.evaluation.matching import Matches
 from loce.utils.classes import GROUP_NAMES, GROUP_RGB, GROUPS
-from loce.utils.files import atomic_write
+from loce.utils.files import atomic_write, csv_text
 
 BINS = 20
 NAMES = tuple(f"{error}{group}" for error in ("ECE", "MCE") for group in ("", *GROUPS))
@@ -68,14 +67,12 @@ def table(sums: np.ndarray, of: str) -> str:
 
     sums (G, M, 3); of: what the numbers are of, in the last column.
     """
-    text = io.StringIO()
-    writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(["group", "from", "to", "detections", "mean_score", "precision", "of"])
+    rows: list[list[Any]] = [["group", "from", "to", "detections", "mean_score", "precision", "of"]]
     for group, bins in zip(GROUPS, sums.tolist(), strict=True):
         for m, (count, score, true) in enumerate(bins):
             cells = [f"{score / count:.6f}", f"{true / count:.6f}"] if count else ["", ""]
-            writer.writerow([group, m / BINS, (m + 1) / BINS, int(count), *cells, of])
-    return text.getvalue()
+            rows.append([group, f"{m / BINS}", f"{(m + 1) / BINS}", int(count), *cells, of])
+    return csv_text(rows)
 
 
 def draw(sums: np.ndarray, numbers: Mapping[str, float], title: str, path: Path) -> None:
@@ -83,11 +80,9 @@ def draw(sums: np.ndarray, numbers: Mapping[str, float], title: str, path: Path)
 
     sums (G, M, 3); numbers: ECE and MCE by name, -1 where undefined.
     """
-    from matplotlib.backends.backend_agg import FigureCanvasAgg  # slow to import
-    from matplotlib.figure import Figure
+    from matplotlib.figure import Figure  # slow to import
 
     figure = Figure(figsize=(10.5, 4), layout="constrained")
-    FigureCanvasAgg(figure)
     panels = figure.subplots(1, len(GROUPS), sharex=True, sharey=True)
     for axes, group, bins in zip(panels, GROUPS, sums, strict=True):
         some = bins[bins[:, 0] > 0]

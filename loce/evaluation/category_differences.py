@@ -1,7 +1,5 @@
 """Differences of categories between two evaluations: AP and accuracy on the true boxes, with paired intervals."""
 
-import csv
-import io
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -11,7 +9,7 @@ import numpy as np
 from loce.evaluation.bootstrap import Tallies, difference
 from loce.evaluation.true_boxes import KEY
 from loce.utils.errors import UserError
-from loce.utils.files import read_csv
+from loce.utils.files import csv_text, read_csv
 
 FEWEST = 5  # images with objects of a category, from which on resamples of them say something
 CHANCE = (
@@ -64,14 +62,10 @@ def category_rows(folders: Sequence[Path], found: Mapping[str, Differences]) -> 
 
 def category_table(rows: Rows) -> str:
     """CSV, a row a category; nothing where a number is not known."""
-    text = io.StringIO()
-    writer = csv.writer(text, lineterminator="\n")
     facts = ("id", "name", "frequency", "instances")
-    writer.writerow([*facts, *(f"{what}_{part}" for what in WHAT for part in PARTS.values())])
-    for row in rows:
-        numbers = [(row[what] or {}).get(part, np.nan) for what in WHAT for part in PARTS]
-        writer.writerow([*(row[fact] for fact in facts), *("" if np.isnan(n) else f"{n:.6g}" for n in numbers)])
-    return text.getvalue()
+    head = [*facts, *(f"{what}_{part}" for what in WHAT for part in PARTS.values())]
+    numbers = ([(row[what] or {}).get(part, np.nan) for what in WHAT for part in PARTS] for row in rows)
+    return csv_text([head, *([*(row[fact] for fact in facts), *own] for row, own in zip(rows, numbers, strict=True))])
 
 
 def moved(kind: str, rows: Rows, top: int) -> list[str]:

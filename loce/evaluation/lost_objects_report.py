@@ -1,7 +1,5 @@
 """Report of lost objects: their causes as a table (errors.csv), a figure (errors.png) and a few lines on the screen."""
 
-import csv
-import io
 import textwrap
 from collections.abc import Mapping
 from pathlib import Path
@@ -14,7 +12,7 @@ from loce.evaluation.detections import Detections
 from loce.evaluation.lost_objects import CAUSES, Outcomes, confusions, given_back
 from loce.evaluation.lvis_ap import Evaluation
 from loce.utils.classes import GROUP_NAMES, GROUP_RGB
-from loce.utils.files import atomic_write, write_text
+from loce.utils.files import atomic_write, csv_text, write_text
 
 _SHAPES = {"bbox": "boxes", "segm": "masks"}
 GREY = (150, 150, 150)  # of all
@@ -61,12 +59,10 @@ def _table(
     """CSV: a row a group, then a row a category with objects; empty where nothing is known."""
     columns = list(groups["all"])
     blank = {column for name in outcomes.unseen for column in (name, f"back_{name}")}
-    text = io.StringIO()
-    writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(["level", "id", "name", "frequency", *columns, "classified_as_what"])
+    rows: list[list[Any]] = [["level", "id", "name", "frequency", *columns, "classified_as_what"]]
     for name, row in groups.items():
-        cells = [_cell(value, column in blank) for column, value in row.items()]
-        writer.writerow(["group", "", GROUPS[name], "" if name == "all" else name, *cells, ""])
+        cells = ["" if column in blank else value for column, value in row.items()]
+        rows.append(["group", "", GROUPS[name], "" if name == "all" else name, *cells, ""])
     truth, size = evaluation.truth, len(CAUSES)
     known = outcomes.cause >= 0
     counts = np.bincount(truth.category[known] * size + outcomes.cause[known], minlength=size * len(truth.category_ids))
@@ -75,18 +71,10 @@ def _table(
         entry = evaluation.per_category[k]
         numbers = [int(evaluation.matches.objects[0, k]), *counts[k].tolist(), entry["AP"], entry["AP50"]]
         numbers += [float(values[k]) for values in back.values()]
-        cells = [_cell(value, column in blank) for column, value in zip(columns, numbers, strict=True)]
+        cells = ["" if column in blank else value for column, value in zip(columns, numbers, strict=True)]
         row_head = ["category", entry["id"], entry["name"], entry["frequency"]]
-        writer.writerow([*row_head, *cells, confusions(evaluation, outcomes, k)])
-    return text.getvalue()
-
-
-def _cell(value: float, unknown: bool) -> str:
-    if unknown:
-        return ""
-    if isinstance(value, int):
-        return str(value)
-    return "" if np.isnan(value) else f"{value:.6g}"
+        rows.append([*row_head, *cells, confusions(evaluation, outcomes, k)])
+    return csv_text(rows)
 
 
 def lines(
@@ -138,13 +126,11 @@ def _caveats(
 
 def draw(groups: Mapping[str, dict[str, Any]], title: str, origin: str, path: Path) -> None:
     """Bars: AP that each cause would give back, by group; `origin`: what the detections are of, in small letters."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg  # slow to import
-    from matplotlib.figure import Figure
+    from matplotlib.figure import Figure  # slow to import
 
     names = [cause for cause in CAUSES if cause != "found" and any(row[cause] for row in groups.values())]
     groups = {name: row for name, row in groups.items() if row["objects"]}
     figure = Figure(figsize=(9, 2 + 0.6 * len(names)), layout="constrained")
-    FigureCanvasAgg(figure)
     axes = figure.add_subplot()
     height = 0.8 / max(len(groups), 1)
     for g, (group, row) in enumerate(groups.items()):

@@ -1,8 +1,8 @@
 """Lost objects one by one: misses.csv, a row each, rare categories first and in a group the largest objects first."""
 
-import csv
-import io
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -10,7 +10,7 @@ from loce.evaluation.lost_objects import CAUSES, Outcomes
 from loce.evaluation.lvis_ap import Evaluation
 from loce.evaluation.true_boxes import TrueBoxes
 from loce.utils.classes import GROUPS
-from loce.utils.files import write_text
+from loce.utils.files import csv_text, write_text
 
 FILE = "misses.csv"
 FOUND = ("found", "outscored")
@@ -30,9 +30,7 @@ def write_misses(output: Path, evaluation: Evaluation, outcomes: Outcomes, boxes
     order = np.lexsort((-share, group))
     place = {} if boxes is None else {number: row for row, number in enumerate(boxes.annotation_ids.tolist())}
     name_of = dict(zip(truth.category_ids.tolist(), truth.names, strict=True))
-    text = io.StringIO()
-    writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(COLUMNS)
+    rows: list[Sequence[Any]] = [COLUMNS]
     for row, area in zip(lost[order].tolist(), share[order].tolist(), strict=True):
         k, other, number = truth.category[row], int(outcomes.other[row]), int(truth.ids[row])
         seen = ["", "", ""]
@@ -41,5 +39,5 @@ def write_misses(output: Path, evaluation: Evaluation, outcomes: Outcomes, boxes
             seen = [f"{boxes.scores[at]:.4g}", name_of[int(boxes.best_ids[at])], f"{boxes.best_scores[at]:.4g}"]
         facts = [truth.image_ids[truth.image[row]], number, truth.category_ids[k], truth.names[k], truth.frequency[k]]
         cause = list(CAUSES)[outcomes.cause[row]]
-        writer.writerow([*facts, f"{area:.4g}", cause, truth.names[other] if other >= 0 else "", *seen])
-    write_text(output / FILE, text.getvalue())
+        rows.append([*facts, f"{area:.4g}", cause, truth.names[other] if other >= 0 else "", *seen])
+    write_text(output / FILE, csv_text(rows))

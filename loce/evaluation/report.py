@@ -1,7 +1,5 @@
 """Report of an evaluation on screen and in a folder: tables, metrics.json, per_category.csv, tallies to compare."""
 
-import csv
-import io
 import json
 import math
 from collections.abc import Mapping, Sequence
@@ -32,7 +30,7 @@ from loce.evaluation.true_boxes import read_true_boxes
 from loce.evaluation.true_boxes_report import accuracies, accuracy_intervals, write_true_boxes
 from loce.utils.classes import GROUP_NAMES, GROUPS, ClassStats
 from loce.utils.errors import UserError
-from loce.utils.files import json_text, write_text
+from loce.utils.files import csv_text, json_text, write_text
 from loce.utils.progress import phase
 
 COLUMNS = ("id", "name", "frequency", "images", "instances", "AP", "AP50", "AR", "detections", "detection_score")
@@ -301,23 +299,12 @@ def category_table(evaluations: Mapping[str, Evaluation]) -> str:
     """CSV, a row a category, of masks where they were evaluated; the numbers of boxes then stand at the end."""
     main = "segm" if "segm" in evaluations else "bbox"
     beside = ["bbox"] if main == "segm" and "bbox" in evaluations else []
-    text = io.StringIO()
-    writer = csv.writer(text, lineterminator="\n")
     part = evaluations[main].truth.part
     names = [*COLUMNS, *EXTRA, *(f"box_{key}" for _ in beside for key in ("AP", "AP50", "AR"))]
-    writer.writerow([*names, *(["subset"] if part else [])])
+    rows: list[list[Any]] = [[*names, *(["subset"] if part else [])]]
     best = zip(*(values.tolist() for values in best_thresholds(evaluations[main].matches)), strict=True)
     for k, (row, (threshold, f1)) in enumerate(zip(evaluations[main].per_category, best, strict=True)):
         own = {**row, "iou_type": main, THRESHOLD: threshold, "F1": f1}
         other = [evaluations[kind].per_category[k][key] for kind in beside for key in ("AP", "AP50", "AR")]
-        writer.writerow(
-            [_cell(value) for value in [*(own[key] for key in (*COLUMNS, *EXTRA)), *other, *([part] if part else [])]]
-        )
-    return text.getvalue()
-
-
-def _cell(value: Any) -> Any:
-    """Numbers short, nan as nothing."""
-    if isinstance(value, float):
-        return "" if math.isnan(value) else f"{value:.6g}"
-    return value
+        rows.append([*(own[key] for key in (*COLUMNS, *EXTRA)), *other, *([part] if part else [])])
+    return csv_text(rows)

@@ -4,14 +4,13 @@ A slice is a weighting of the images (bootstrap.py), 1 inside and 0 outside; its
 Equal to evaluating its images alone, but for the caps of protocols fixed and pool, which are over the whole set.
 """
 
-import csv
-import io
 from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 
-from loce.evaluation.bootstrap import Tallies, as_they_are, draw_weights, interval, means_under
+from loce.evaluation.bootstrap import Tallies, as_they_are, draw_weights, fraction_intervals, means_under
+from loce.utils.files import csv_text
 
 SHOWN = ("AP", "APr", "APc", "APf", "ECE")
 Rows = list[dict[str, Any]]
@@ -30,29 +29,18 @@ def slice_numbers(tallies: Tallies, resamples: int) -> Rows:
         row: dict[str, Any] = {"attribute": attribute, "value": value, "images": inside.sum(), "objects": objects.sum()}
         whole = means_under(tallies, as_they_are(len(inside), inside))
         drawn = means_under(tallies, draw_weights(len(inside), resamples, 0, inside))
-        for name, number in whole.items():
-            known = float(number[0]) if np.isfinite(number[0]) else -1.0
-            low, high = interval(drawn[name], float(number[0]))
-            row |= {name: known, f"{name}_low": max(low, 0.0), f"{name}_high": min(high, 1.0)}
+        for name, (low, high) in fraction_intervals(whole, drawn).items():
+            known = float(whole[name][0]) if np.isfinite(whole[name][0]) else -1.0
+            row |= {name: known, f"{name}_low": low, f"{name}_high": high}
         rows.append(row)
     return rows
 
 
 def slice_table(numbers: Mapping[str, Rows]) -> str:
     """CSV of `slice_numbers`; in front, which evaluation a row is of ("segm", "segm_pool")."""
-    text = io.StringIO()
     every = [{"of": key, **row} for key, rows in numbers.items() for row in rows]
-    writer = csv.DictWriter(text, list(dict.fromkeys(name for row in every for name in row)), lineterminator="\n")
-    writer.writeheader()
-    for row in every:
-        writer.writerow({name: _cell(value) for name, value in row.items()})
-    return text.getvalue()
-
-
-def _cell(value: Any) -> Any:
-    if isinstance(value, float):
-        return "" if np.isnan(value) else f"{value:.6g}"
-    return value
+    names = list(dict.fromkeys(name for row in every for name in row))
+    return csv_text([names, *([row.get(name, "") for name in names] for row in every)])
 
 
 def slice_lines(rows: Rows, what: str) -> list[str]:

@@ -8,13 +8,11 @@ categories that have boxes, each counting the same (balanced accuracy, Brodersen
 Legend: G boxes, I images, K categories, B weightings of the images.
 """
 
-import csv
-import io
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -23,7 +21,7 @@ from loce.evaluation.bootstrap import METRICS, group_means
 from loce.evaluation.stream import TRUE_BOXES, read_table
 from loce.utils.classes import ClassStats
 from loce.utils.errors import UserError
-from loce.utils.files import atomic_write
+from loce.utils.files import atomic_write, csv_text
 
 FILE = "true_boxes.npz"  # in an evaluation's folder, beside the folder of detections, which may go
 KEY = "true_boxes"  # of metrics.json and of the intervals in evaluation.json
@@ -137,26 +135,22 @@ def mean_score_table(boxes: TrueBoxes, stats: ClassStats) -> str:
 
     training_instances: 0 where unknown; mean_score, accuracy: empty without boxes.
     """
-    text = io.StringIO()
-    writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(["id", "name", "group", "training_instances", "boxes", "mean_score", "accuracy"])
+    rows: list[list[Any]] = [["id", "name", "group", "training_instances", "boxes", "mean_score", "accuracy"]]
     for category, *facts in zip(stats.category_ids, stats.names, stats.groups, stats.instance_counts, strict=True):
         own = boxes.category_ids == category
         means = [f"{column[own].mean(dtype=float):.6f}" if own.any() else "" for column in (boxes.scores, boxes.right)]
-        writer.writerow([category, *facts, own.sum(), *means])
-    return text.getvalue()
+        rows.append([category, *facts, own.sum(), *means])
+    return csv_text(rows)
 
 
 def confusion_table(found: Sequence[Confusion], truth: GroundTruth) -> str:
     """CSV of `confusions`, a row a pair."""
-    text = io.StringIO()
-    writer = csv.writer(text, lineterminator="\n")
     sides = ("id", "name", "frequency")
-    writer.writerow([*sides, *(f"taken_for_{side}" for side in sides), "count", "boxes", "share"])
+    rows: list[list[Any]] = [[*sides, *(f"taken_for_{side}" for side in sides), "count", "boxes", "share"]]
     for one in found:
         named = [[truth.category_ids[k], truth.names[k], truth.frequency[k]] for k in (one.category, one.other)]
-        writer.writerow([*named[0], *named[1], one.taken, one.boxes, f"{one.taken / one.boxes:.6g}"])
-    return text.getvalue()
+        rows.append([*named[0], *named[1], one.taken, one.boxes, one.taken / one.boxes])
+    return csv_text(rows)
 
 
 def largest(found: Sequence[Confusion]) -> list[int]:

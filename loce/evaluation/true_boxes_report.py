@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 
 from loce.evaluation.annotations import GroundTruth
-from loce.evaluation.bootstrap import as_they_are, draw_weights, interval
+from loce.evaluation.bootstrap import as_they_are, draw_weights, fraction_intervals
 from loce.evaluation.true_boxes import (
     Confusion,
     TrueBoxes,
@@ -29,20 +29,21 @@ HEAD = (
 
 def accuracies(boxes: TrueBoxes, truth: GroundTruth) -> dict[str, float]:
     """Class-balanced accuracy of all categories and of each group; -1 without boxes."""
-    once = as_they_are(len(truth.image_ids))
-    found = group_accuracies(resampled_accuracy(boxes, truth.image_ids, truth.category_ids, once), truth.frequency)
+    found = _resampled(boxes, truth, as_they_are(len(truth.image_ids)))
     return {name: float(value[0]) if np.isfinite(value[0]) else -1.0 for name, value in found.items()}
 
 
 def accuracy_intervals(boxes: TrueBoxes, truth: GroundTruth, resamples: int) -> dict[str, tuple[float, float]]:
     """95% intervals over images of `accuracies`; the images of a resample are those of AP."""
-    weights, whole = draw_weights(len(truth.image_ids), resamples, seed=0), accuracies(boxes, truth)
-    drawn = resampled_accuracy(boxes, truth.image_ids, truth.category_ids, weights)
-    spread = {}
-    for name, values in group_accuracies(drawn, truth.frequency).items():
-        low, high = interval(values, whole[name] if whole[name] >= 0 else float("nan"))
-        spread[name] = max(low, 0.0), min(high, 1.0)
-    return spread
+    images = len(truth.image_ids)
+    whole, drawn = (_resampled(boxes, truth, w) for w in (as_they_are(images), draw_weights(images, resamples, seed=0)))
+    return fraction_intervals(whole, drawn)
+
+
+def _resampled(boxes: TrueBoxes, truth: GroundTruth, weights: np.ndarray) -> dict[str, np.ndarray]:
+    """Class-balanced accuracies (B,) under weights (I, B) of the images."""
+    accuracy = resampled_accuracy(boxes, truth.image_ids, truth.category_ids, weights)
+    return group_accuracies(accuracy, truth.frequency)
 
 
 def write_true_boxes(
@@ -75,15 +76,13 @@ def write_true_boxes(
 
 def draw(boxes: TrueBoxes, truth: GroundTruth, found: list[Confusion], path: Path) -> None:
     """Confusion matrix of the categories of the largest confusions, in percent of a category's boxes."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg  # slow to import
-    from matplotlib.figure import Figure
+    from matplotlib.figure import Figure  # slow to import
 
     chosen = largest(found)
     counts = matrix(boxes, truth.category_ids, chosen)
     shares = counts / np.maximum(counts.sum(axis=1, keepdims=True), 1)
     side = 2.6 + 0.36 * len(chosen)
     figure = Figure(figsize=(side + 1, side), layout="constrained")
-    FigureCanvasAgg(figure)
     axes = figure.add_subplot()
     axes.imshow(shares, cmap="Blues", vmin=0, vmax=1)
     names = [truth.names[k][:LETTERS] for k in chosen]

@@ -5,6 +5,7 @@ Shapes: N proposals, C classes, K candidates (proposal, class), M detections.
 
 from dataclasses import replace
 
+import torch
 from torch import Tensor
 from torchvision.ops import nms
 
@@ -40,12 +41,24 @@ def best_detections(boxes_K4: Tensor, scores_K: Tensor, labels_K: Tensor, thresh
         portion *= 4
 
 
-def detect_of_classes(boxes_NC4: Tensor, scores_NC: Tensor, allowed_C: Tensor, config: EvalConfig) -> Found:
-    """`detect` of the classes `allowed_C` alone, without the cap (but UNCAPPED_LIMIT)."""
-    classes = allowed_C.nonzero()[:, 0]
-    wide = replace(config, detections=UNCAPPED_LIMIT)
-    boxes_M4, scores_M, places_M = detect(boxes_NC4[:, classes], scores_NC[:, classes], wide)
-    return boxes_M4, scores_M, classes[places_M]
+def detect_of_classes(
+    boxes_NC4: Tensor,
+    scores_NC: Tensor,
+    found: Found,
+    allowed_C: Tensor,
+    config: EvalConfig,
+    uncapped: bool,
+    classes_NC: Tensor | None = None,
+) -> tuple[Found, Tensor]:
+    """Of the detections `found` (`detect` of the same) those of the classes `allowed_C`, and how many better ones of
+    any class each has (M,). uncapped: also those of these classes that come after the cap (up to UNCAPPED_LIMIT)."""
+    kept = allowed_C[found[2]]
+    ranks_M = kept.nonzero()[:, 0]
+    if not uncapped:
+        return (found[0][kept], found[1][kept], found[2][kept]), ranks_M
+    counts = allowed_C if classes_NC is None else allowed_C[classes_NC]
+    found = detect(boxes_NC4, scores_NC * counts, replace(config, detections=UNCAPPED_LIMIT), classes_NC)
+    return found, torch.cat([ranks_M, ranks_M.new_full((len(found[1]) - len(ranks_M),), config.detections)])
 
 
 def detect(

@@ -341,13 +341,8 @@ class MaskRCNN(nn.Module):
             misses = {"near_misses": {kind: tuple(x.cpu() for x in part) for kind, part in parts.items()}}
         ranks = {}
         if allowed_C is not None:
-            kept = allowed_C[labels_M]
-            boxes_M4, scores_M, labels_M = boxes_M4[kept], scores_M[kept], labels_M[kept]
-            ranks_M = kept.nonzero()[:, 0]
-            if self.evaluation.uncapped:  # those, and the ones of these classes that came after the cap
-                boxes_M4, scores_M, labels_M = detect_of_classes(boxes_NC4, scores_NC, allowed_C, self.evaluation)
-                after = len(scores_M) - len(ranks_M)
-                ranks_M = torch.cat([ranks_M, ranks_M.new_full((after,), self.evaluation.detections)])
+            these = (boxes_NC4, scores_NC, found, allowed_C, self.evaluation)
+            (boxes_M4, scores_M, labels_M), ranks_M = detect_of_classes(*these, self.evaluation.uncapped)
             ranks = {"ranks": ranks_M.cpu()}
 
         arrays = {"boxes": boxes_M4.cpu(), "scores": scores_M.cpu(), "labels": labels_M.cpu(), **ranks, **misses}

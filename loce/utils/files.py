@@ -2,11 +2,12 @@
 
 import csv
 import hashlib
+import io
 import json
 import math
 import os
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -142,6 +143,15 @@ def json_text(value: Any, as_text: bool = False, **style: Any) -> str:
         return value
 
     return json.dumps(plain(value), allow_nan=False, **style)
+
+
+def csv_text(rows: Iterable[Iterable[Any]]) -> str:
+    """CSV of rows, the header first: six digits of a float, nothing for nan."""
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    for row in rows:
+        writer.writerow([x if not isinstance(x, float) else "" if math.isnan(x) else f"{x:.6g}" for x in row])
+    return text.getvalue()
 
 
 def read_csv(path: Path | str) -> list[dict[str, str]]:

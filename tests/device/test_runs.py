@@ -10,7 +10,7 @@ from benchmarks.pretend_device import CUDA, PretendDevice, reason
 from loce.checkpoint.load import load_model
 from loce.config import load_config
 from loce.engine import loop
-from loce.engine.inference import evaluate_checkpoint
+from loce.engine.inference import evaluate_checkpoints
 from loce.engine.train import train
 from loce.utils.errors import Stopped
 from tests.tiny_runs import LOCE, main_file, metrics, same
@@ -98,10 +98,10 @@ def test_a_run_goes_on_exactly(config: Path, stage1: Path, tmp_path: Path, monke
 def test_checkpoints_change_devices(config: Path, stage1: Path, tmp_path: Path):
     """What one device saved, the other evaluates, predicts with, and trains on."""
     there = run(config, tmp_path / "stage1", "cuda", "train.evaluate=false", "train.checkpoint_every=3")
-    evaluate_checkpoint(there, tmp_path / "eval_cpu", (), "cpu")
+    evaluate_checkpoints([there], tmp_path / "eval_cpu", (), "cpu")
     assert (tmp_path / "eval_cpu/metrics.json").read_text() == (stage1 / "eval/metrics.json").read_text()
     with PretendDevice():
-        evaluate_checkpoint(stage1, tmp_path / "eval_cuda", (), "cuda")
+        evaluate_checkpoints([stage1], tmp_path / "eval_cuda", (), "cuda")
         assert load_model(there, CUDA).pixel_mean.device == CUDA
     assert (tmp_path / "eval_cuda/metrics.json").read_text() == (stage1 / "eval/metrics.json").read_text()
 

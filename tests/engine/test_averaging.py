@@ -12,7 +12,7 @@ from loce.checkpoint.load import Checkpoint
 from loce.config import Config, UserError, from_dict, load_config
 from loce.engine.arm import Arm
 from loce.engine.averaging import averaged_tensors
-from loce.engine.inference import evaluate_checkpoint, weights_hash
+from loce.engine.inference import evaluate_checkpoints, weights_hash
 from loce.engine.preflight import preflight
 from loce.engine.train import train
 from loce.models.build import build_model
@@ -96,11 +96,11 @@ def test_a_run_is_evaluated_with_the_average(config: Path, tmp_path: Path) -> No
     assert weights_hash(averages) in text and weights_hash(weights) not in text
     written = (folder / "eval/metrics.json").read_text()
     before = (folder / "eval/detections").stat().st_mtime
-    evaluate_checkpoint(folder, None, [], "cpu", resamples=0)
+    evaluate_checkpoints([folder], None, [], "cpu", resamples=0)
     assert (folder / "eval/metrics.json").read_text() == written
     assert (folder / "eval/detections").stat().st_mtime == before
     assert "train.ema=0.6" in (folder / "log.txt").read_text()
-    other = evaluate_checkpoint(folder, None, ["train.ema=0"], "cpu", resamples=0)
+    (other,) = evaluate_checkpoints([folder], None, ["train.ema=0"], "cpu", resamples=0)
     assert other.name == "eval_train.ema=0.0" and weights_hash(weights) in (other / "origin.txt").read_text()
 
 

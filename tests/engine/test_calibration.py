@@ -16,7 +16,7 @@ from loce.data.dataset import ShownImage
 from loce.data.loader import training_plan
 from loce.data.transforms import read_image
 from loce.engine.class_facts import calibrate, class_facts
-from loce.engine.inference import evaluate_checkpoint
+from loce.engine.inference import evaluate_checkpoints
 from loce.posthoc import box_counting_dimension
 from scripts import predict
 
@@ -59,13 +59,13 @@ def test_every_method_has_what_it_needs(copied: Path, name: str) -> None:
 
 def test_an_evaluation_says_that_it_was_calibrated(copied: Path) -> None:
     words = ["eval.posthoc=fracal", "eval.fracal.exponent=3"]
-    folder = evaluate_checkpoint(copied, None, words, "cpu", resamples=0)
+    (folder,) = evaluate_checkpoints([copied], None, words, "cpu", resamples=0)
     assert folder == copied / "eval_eval.posthoc=fracal_eval.fracal.exponent=3.0"
     told = json.loads((folder / "metrics.json").read_text())["posthoc"]
     assert told.startswith("fracal exponent=3.0 variant=base10 counts=images by ") and "sha256" in told
     facts = json.loads((folder / "evaluation.json").read_text())
     assert facts["posthoc"] == told and told in facts["results"] and told in (folder / "origin.txt").read_text()
-    plain = evaluate_checkpoint(copied, None, ["eval.nms=0.4"], "cpu", resamples=0)
+    (plain,) = evaluate_checkpoints([copied], None, ["eval.nms=0.4"], "cpu", resamples=0)
     assert set(json.loads((plain / "metrics.json").read_text())) == {"bbox", "segm", "true_boxes"}
 
 

@@ -13,7 +13,7 @@ import torch
 from loce.checkpoint.load import Checkpoint, load_model
 from loce.checkpoint.save import checkpoint_bytes
 from loce.config import Config, UserError, load_config
-from loce.engine.inference import evaluate_checkpoint, evaluate_checkpoints
+from loce.engine.inference import evaluate_checkpoints
 from loce.engine.passes import passes, read_recipes
 from loce.engine.preflight import preflight
 from loce.engine.ranks import process_group
@@ -269,7 +269,7 @@ def test_evaluation_together_finds_what_each_finds_alone(
     folders = [tmp_path / name for name in (*names, "stage1")]
     evaluate_checkpoints(folders, None, ["eval.errors=false"], "cpu", resamples=0)
     for folder in folders:
-        evaluate_checkpoint(folder, tmp_path / "alone", ["eval.errors=false"], "cpu", resamples=0)
+        evaluate_checkpoints([folder], tmp_path / "alone", ["eval.errors=false"], "cpu", resamples=0)
         files = sorted(path.relative_to(folder / "eval") for path in (folder / "eval").rglob("*") if path.is_file())
         assert {str(file) for file in files} > {"metrics.json", "mean_scores.csv", "origin.txt"}
         for file in files:

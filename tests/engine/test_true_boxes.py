@@ -11,7 +11,7 @@ import torch
 from loce.checkpoint.load import Checkpoint
 from loce.data.build import val_annotations
 from loce.data.dataset import TrainDataset, unaugmented
-from loce.engine.inference import Evaluated, evaluate_checkpoint, infer
+from loce.engine.inference import Evaluated, evaluate_checkpoints, infer
 from loce.evaluation.annotations import FederatedFilter
 from loce.evaluation.true_boxes import TrueBoxes, read_true_boxes
 
@@ -69,7 +69,7 @@ def test_an_inference_that_was_stopped(copied: Path) -> None:
     infer([found], annotations.only([0, 2]), FederatedFilter(annotations), [origin])
     (copied / "eval/origin.txt").write_text(origin)
     first = (copied / "eval/detections/detections_0000_000000.npz").read_bytes()
-    evaluate_checkpoint(copied, copied / "eval", NO_ERRORS, "cpu", resamples=0)
+    evaluate_checkpoints([copied], copied / "eval", NO_ERRORS, "cpu", resamples=0)
     assert (copied / "eval/detections/detections_0000_000000.npz").read_bytes() == first
     assert same(copied / "eval", expected)
     assert json.loads((copied / "eval/metrics.json").read_text()) == numbers
@@ -82,9 +82,9 @@ def test_folders_of_older_versions(copied: Path) -> None:
         old = {name: column for name, column in content.items() if not name.startswith("true_")}
     np.savez(chunk, **old)
     before = chunk.read_bytes()
-    evaluate_checkpoint(copied, copied / "eval", NO_ERRORS, "cpu", resamples=0)
+    evaluate_checkpoints([copied], copied / "eval", NO_ERRORS, "cpu", resamples=0)
     assert chunk.read_bytes() == before and same(copied / "eval", expected)
     (copied / "eval/mean_scores.csv").unlink()
-    evaluate_checkpoint(copied, copied / "eval", NO_ERRORS, "cpu", resamples=0)
+    evaluate_checkpoints([copied], copied / "eval", NO_ERRORS, "cpu", resamples=0)
     assert chunk.read_bytes() != before and same(copied / "eval", expected)
     assert (copied / "eval/mean_scores.csv").is_file()

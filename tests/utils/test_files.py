@@ -4,10 +4,11 @@ import json
 import math
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from loce.utils.errors import UserError
-from loce.utils.files import json_text, require_writable
+from loce.utils.files import csv_text, json_text, require_writable
 from loce.utils.yaml_text import differing
 
 
@@ -39,3 +40,8 @@ def test_a_folder_that_takes_no_files_is_known_before_it_is_made(tmp_path: Path)
         assert str(error.value).startswith(str(place))
     with pytest.raises(UserError):
         require_writable("/proc/new")  # where even an administrator makes nothing
+
+
+def test_csv_has_short_numbers_and_no_nan() -> None:
+    rows = [["name", "AP"], ["nan", np.float64(1 / 3)], ["a,b", math.nan], ["c", 3], [np.str_("d"), -1.0]]
+    assert csv_text(rows) == 'name,AP\nnan,0.333333\n"a,b",\nc,3\nd,-1\n'
