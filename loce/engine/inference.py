@@ -26,7 +26,7 @@ from loce.evaluation.annotations import FederatedFilter, load_annotations, only_
 from loce.evaluation.lvis_ap import IOU_TYPES
 from loce.evaluation.near_misses import near_misses_of_image
 from loce.evaluation.report import RESULTS, evaluate_and_report
-from loce.evaluation.stream import NEAR_MISSES, TRUE_BOXES, DetectionWriter, chunk_paths, read_detections
+from loce.evaluation.stream import NEAR_MISSES, TRUE_BOXES, DetectionWriter, chunk_paths, read_detections, read_table
 from loce.evaluation.thresholds import read_thresholds
 from loce.evaluation.true_boxes import FILE as TRUE_BOXES_FILE
 from loce.evaluation.true_boxes import TrueBoxes, inferred_true_boxes, mean_score_table
@@ -192,7 +192,7 @@ def evaluate_models(found: Sequence[Evaluated], annotations: LVISAnnotations, **
         truth = only_images(truth, present, why)
 
     # Detections on disk are of these weights, data and options, or are deleted.
-    origins = [_origin(one.model, one.config, annotations) for one in found]
+    origins = [_origin(one, annotations) for one in found]
     for one, origin in zip(found, origins, strict=True):
         if distributed.is_main() and not _is_of(one.output, origin):
             shutil.rmtree(one.output / "detections", ignore_errors=True)
@@ -214,7 +214,7 @@ def evaluate_models(found: Sequence[Evaluated], annotations: LVISAnnotations, **
     if distributed.is_main():
         truth = with_training_groups(truth, stats, more=config.data.drop_empty)
         for one, origin in zip(found, origins, strict=True):
-            boxes = inferred_true_boxes(one.output / "detections")
+            boxes = inferred_true_boxes(one.output / "detections", annotations.annotation_ids)
             if boxes is not None:  # else older versions have left what is made of them
                 boxes.save(one.output / TRUE_BOXES_FILE)
                 write_text(one.output / MEAN_SCORES, mean_score_table(boxes, one.model.stats))
@@ -232,7 +232,7 @@ def _is_of(output: Path, origin: str) -> bool:
     it came to the true boxes."""
     chunks = output / "detections"
     scored = all((output / name).is_file() for name in OF_TRUE_BOXES)
-    whole = scored or not chunk_paths(chunks) or inferred_true_boxes(chunks) is not None
+    whole = scored or not chunk_paths(chunks) or read_table(chunks, TRUE_BOXES) is not None
     return whole and _text(output / ORIGIN) == origin
 
 
@@ -254,29 +254,20 @@ def _take_over(output: Path, origin: str) -> None:
             return
 
 
-def is_evaluated(
-    model: MaskRCNN,
-    config: Config,
-    output: Path,
-    annotations: LVISAnnotations,
-) -> bool:
+def is_evaluated(one: Evaluated, annotations: LVISAnnotations) -> bool:
     """Whether `output` holds the numbers of this very model on this data, the same on all ranks; all must call."""
-    done = distributed.is_main() and (output / "metrics.json").is_file()
-    done = done and _text(output / ORIGIN) == _origin(model, config, annotations)
+    done = distributed.is_main() and (one.output / "metrics.json").is_file()
+    done = done and _text(one.output / ORIGIN) == _origin(one, annotations)
     return bool(distributed.broadcast_text("done" if done else ""))
 
 
-def _origin(model: MaskRCNN, config: Config, annotations: LVISAnnotations) -> str:
-    return f"weights {weights_hash(model)}, {_inputs(config, annotations)}"
-
-
-def _inputs(config: Config, annotations: LVISAnnotations) -> str:
-    """What detections depend on besides the weights."""
-    evaluation, data = config.eval, config.data
+def _origin(one: Evaluated, annotations: LVISAnnotations) -> str:
+    """What detections depend on."""
+    config, evaluation, data = one.config, one.config.eval, one.config.data
     options = diff(HeadConfig(name=config.head.name, reset=config.head.reset), config.head)
     head = " ".join([config.head.name, *(f"{key}={show(value)}" for key, value in options.items())])
     return (
-        f"head {head}, "
+        f"weights {weights_hash(one.model)}, head {head}, "
         f"{annotations.path} (sha256 {file_hash(annotations.path)}), images {data.val_images} "
         f"at {data.test_short_edge} x {data.long_edge} px, score > {evaluation.score_threshold:g}, "
         f"NMS {evaluation.nms:g}, {evaluation.detections} detections an image, "

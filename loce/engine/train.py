@@ -73,7 +73,7 @@ def _evaluate(arms: list[Arm], annotations: LVISAnnotations) -> None:
         evaluate_models([arm.evaluated("eval") for arm in arms], annotations)
         for arm in arms if distributed.is_main() else ():
             boards = open_boards(arm.folder, None, arm.config)
-            values = validation.results(arm.model, arm.config, arm.folder / "eval", annotations)
+            values = validation.results(arm.evaluated("eval"), annotations)
             for board in boards:
                 if problem := board.show(arm.step, values):
                     print_line(f"WARNING: {problem}")

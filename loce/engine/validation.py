@@ -39,15 +39,15 @@ def evaluate_epoch(found: Sequence[Evaluated], epoch: int, iteration: int) -> li
     changes: evaluation draws no random numbers.
     """
     annotations = val_annotations(found[0].config)
-    missing = [one for one in found if not is_evaluated(one.model, one.config, one.output, annotations)]
+    missing = [one for one in found if not is_evaluated(one, annotations)]
     if missing:
         evaluate_models(missing, annotations, resamples=0, errors=False)
     if not distributed.is_main():
         return [{} for _ in found]
     for one in found:
         shutil.rmtree(one.output / "detections", ignore_errors=True)
-        note_best(one.output.parent, one.output, epoch, iteration)
-    return [results(one.model, one.config, one.output, annotations) for one in found]
+        note_best(one.output, epoch, iteration)
+    return [results(one, annotations) for one in found]
 
 
 def draw_predictions(model: MaskRCNN, config: Config, run: Path) -> dict[str, Shown]:
@@ -66,12 +66,7 @@ def draw_predictions(model: MaskRCNN, config: Config, run: Path) -> dict[str, Sh
     return {"predictions/validation": picture}
 
 
-def results(
-    model: MaskRCNN,
-    config: Config,
-    output: Path,
-    annotations: LVISAnnotations,
-) -> dict[str, Shown]:
+def results(one: Evaluated, annotations: LVISAnnotations) -> dict[str, Shown]:
     """The numbers of an evaluation in `output`, and a picture of predictions, also written there. Rank 0 only.
 
     annotations: of the validation data.
@@ -79,10 +74,11 @@ def results(
     from loce.engine.drawing import write_picture  # drawing: after an evaluation only
     from loce.engine.pictures import predictions
 
-    data, annotations = unaugmented(config.data), annotations.of_classes(model.stats.category_ids)
-    picture = predictions(model, TrainDataset(annotations, Path(data.val_images), data, config.seed), output)
-    write_picture(output / "predictions.jpg", picture)
-    metrics: dict[str, Any] = json.loads((output / "metrics.json").read_text(encoding="utf-8"))
+    data, annotations = unaugmented(one.config.data), annotations.of_classes(one.model.stats.category_ids)
+    dataset = TrainDataset(annotations, Path(data.val_images), data, one.config.seed)
+    picture = predictions(one.model, dataset, one.output)
+    write_picture(one.output / PREDICTIONS, picture)
+    metrics: dict[str, Any] = json.loads((one.output / "metrics.json").read_text(encoding="utf-8"))
     numbers = {
         f"eval/{kind}_{name}": float("nan") if value is None or value < 0 else value  # -1: undefined
         for kind in ("bbox", "segm", "true_boxes")
@@ -91,13 +87,9 @@ def results(
     return {**numbers, "predictions/validation": picture}
 
 
-def note_best(
-    run: Path,
-    output: Path,
-    epoch: int,
-    iteration: int,
-) -> None:
-    """Make this epoch's checkpoint the best one, where it is. Rank 0 only."""
+def note_best(output: Path, epoch: int, iteration: int) -> None:
+    """Make this epoch's checkpoint the best one, where it is; output: its evaluation's folder. Rank 0 only."""
+    run = output.parent
     metrics = json.loads((output / "metrics.json").read_text(encoding="utf-8"))
     name, kind = ("mask AP", "segm") if "segm" in metrics else ("box AP", "bbox")
     score = float(metrics[kind]["AP"])

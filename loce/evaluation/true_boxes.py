@@ -61,13 +61,14 @@ class TrueBoxes:
         return TrueBoxes(**{name: column[here] for name, column in vars(self).items()})
 
 
-def inferred_true_boxes(folder: Path) -> TrueBoxes | None:
-    """Those that stand beside the detections in a folder, in order of image and annotation; None where older versions
-    began to write it."""
+def inferred_true_boxes(folder: Path, annotation_ids: np.ndarray) -> TrueBoxes | None:
+    """Those that stand beside the detections in a folder, in the order of the file's annotation_ids; None where older
+    versions began to write it."""
     columns = read_table(folder, TRUE_BOXES)
     if columns is None:
         return None
-    order = np.lexsort((columns["annotation_ids"], columns["image_ids"]))
+    by_id = np.argsort(annotation_ids)
+    order = np.argsort(by_id[np.searchsorted(annotation_ids, columns["annotation_ids"], sorter=by_id)])
     return TrueBoxes(**{name: column[order] for name, column in columns.items()})
 
 

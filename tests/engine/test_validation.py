@@ -27,7 +27,7 @@ def test_the_best_so_far(tmp_path: Path) -> None:
         output = tmp_path / f"eval_epoch_{epoch:02d}"
         output.mkdir()
         (output / "metrics.json").write_text(json.dumps({"bbox": {"AP": 0.9}, "segm": {"AP": score}}))
-        note_best(tmp_path, output, epoch, 100 * epoch)
+        note_best(output, epoch, 100 * epoch)
         found.append(best_checkpoint(tmp_path))
     names = ["000000100", "000000200", "000000200", "000000200", "000000200"]
     assert found == [tmp_path / "checkpoints" / name for name in names]
