@@ -49,11 +49,22 @@ class MeanScoreTracker(nn.Module):
         negative label (padding) or label C (background) counts for nothing. The q entries of a class are applied in
         closed form with their mean, s <- alpha^q s + (1 - alpha^q) mean, so that neither their order nor the number of
         ranks matters. E and K may differ between ranks; every rank must call. Nothing here waits for the device.
+        """
+        self.apply_sums(all_reduce_sum(self.sums(labels, probabilities, memory)))
+
+    @torch.no_grad()
+    def sums(self, labels: Tensor, probabilities: Tensor, memory: tuple[Tensor, Tensor] | None = None) -> Tensor:
+        """(2, 2, C+1) what `update` needs of this rank, of entries and of rows from the memory: sums, and numbers."""
+        memory_2L = torch.zeros_like(self.scores).expand(2, -1) if memory is None else self._sums(*memory)
+        return torch.stack([self._sums(labels, probabilities), memory_2L])
+
+    @torch.no_grad()
+    def apply_sums(self, sums: Tensor) -> None:
+        """The rest of `update`, with the `sums` of all ranks added up.
 
         `scores` becomes a new tensor: what a loss was computed with stays as it was until its backward pass.
         """
-        memory_2L = torch.zeros_like(self.scores).expand(2, -1) if memory is None else self._sums(*memory)
-        entries_2L, memory_2L = all_reduce_sum(torch.stack([self._sums(labels, probabilities), memory_2L]))
+        entries_2L, memory_2L = sums
         sum_L = entries_2L[0] + memory_2L[0] / memory_2L[1].clamp(min=1)
         count_L = entries_2L[1] + (memory_2L[1] > 0)
         kept_L = self.momentum**count_L

@@ -195,7 +195,8 @@ def test_losses_of_the_proposals_never_wait(device, truths):
     maps = [torch.randn(2, 8, -(-SIZE[0] // s), -(-SIZE[1] // s), device=device) for s in (4, 8, 16, 32, 64)]
     with no_waiting(device):
         boxes, ignored = [t.boxes for t in truths], [t.ignored for t in truths]
-        losses = rpn.losses(maps, rpn.anchors(maps), [SIZE] * 2, boxes, ignored=ignored)
+        sums = rpn.losses(maps, rpn.anchors(maps), [SIZE] * 2, boxes, ignored=ignored)
+        losses = sums.divided(sums.number)
     assert losses["loss_rpn_cls"] > 0 and losses["loss_rpn_box"] > 0
 
 
@@ -211,7 +212,7 @@ def test_sampling_of_regions_and_mask_targets_never_wait(device, truths, make_st
         targets = mask_targets(truths[0].masks, instances, truths[0].boxes)
         labels_N, own_N = (torch.cat([getattr(f, name) for f in found]) for name in ("labels", "instances"))
         rois = RoIs(labels_N, own_N, own_N < -1)
-        roi_heads._update_mean_score(torch.zeros(len(labels_N), 4, device=device), rois, 2, 2 * 4)
+        roi_heads._sums(torch.zeros(len(labels_N), 4, device=device), rois, 2, 2 * 4)
     seen = torch.zeros(3, dtype=torch.bool, device=device).index_fill(0, truths[0].labels, True)
     # Each entry is the softmax of four equal logits, and each class has one instance (Eq. 2).
     wanted = torch.where(seen, 0.9 * 0.01 + 0.1 * 0.25, 0.01)

@@ -136,7 +136,8 @@ STEP = {
     *("encode", "decode", "clip", "finite", "constants", "box_iou", "choose_random", "sample", "select", "pool"),
     *("pyramid_level", "sheets", "mask_targets", "mask_loss", "boxes", "store", "draw"),
     *("dense_boxes", "valid", "enqueue"),
-    *("update", "instance_scores", "sampling_probability", "equilibrium_loss", "scores", "features"),
+    *("sums", "apply_sums", "divisor", "instance_scores"),
+    *("sampling_probability", "equilibrium_loss", "scores", "features"),
 }
 
 

@@ -17,15 +17,16 @@ from loce.data.transforms import Geometry, resized
 from loce.heads import HEADS
 from loce.mean_score import MeanScoreTracker
 from loce.models.backbone import Backbone, build_backbone, fold_norms
-from loce.models.boxes import ROI_STDS, decode
+from loce.models.boxes import ROI_STDS, constants, decode
 from loce.models.detection import detect, detect_of_classes
 from loce.models.lost_objects import find_near_misses
 from loce.models.mask_head import MASK_SIZE, MaskHead
 from loce.models.memory_sampling import MemorySampling
 from loce.models.paste import paste_and_encode, paste_full
-from loce.models.roi_heads import BOX_SIDE, MASK_SIDE, BoxHead, Once, RoIHeads, Targets, pyramid_level
-from loce.models.rpn import RPN
+from loce.models.roi_heads import BOX_SIDE, MASK_SIDE, BoxHead, FirstStage, Once, RoIHeads, Targets, pyramid_level
+from loce.models.rpn import RPN, LossSums
 from loce.utils.classes import IGNORED, ClassStats
+from loce.utils.distributed import all_reduce_sums
 from loce.utils.errors import first_few
 
 PIXEL_MEAN = (123.675, 116.28, 103.53)  # RGB, ImageNet
@@ -33,7 +34,6 @@ PIXEL_STD = (58.395, 57.12, 57.375)
 DIVISOR = 32
 MASK_BYTES = 1 << 25  # of the mask head's largest map: it is made for so many regions at a time
 Size = tuple[int, int]
-FirstStage = tuple[list[Tensor], list[Tensor], list[Targets], list[Size]]  # maps, proposals, targets, content sizes
 
 
 def build_roi_heads(
@@ -206,10 +206,13 @@ class MaskRCNN(nn.Module):
         scores, masks}; no masks where the model has none."""
         if not self.training:
             return self.predict(samples)
-        losses, batch = self.first_stage(samples)
-        return losses | self.roi_heads.losses(*batch)
+        rpn, batch = self.first_stage(samples)
+        rows = self.roi_heads.forward_rows(batch)
+        # One collective for all that the losses need to know of other ranks.
+        anchors, sums = all_reduce_sums([rpn.number, rows.sums])
+        return rpn.divided(anchors) | self.roi_heads.losses(rows, sums)
 
-    def first_stage(self, samples: list[Any], learns: bool = True) -> tuple[dict[str, Tensor], FirstStage]:
+    def first_stage(self, samples: list[Any], learns: bool = True) -> tuple[LossSums, FirstStage]:
         """Trunk and RPN: its losses, none where it does not learn, and what the RoI heads work on."""
         batch, sizes, padded = self.batch_images([s["image"] for s in samples])
         targets = [self.targets_of(s, i) for i, s in enumerate(samples)]
@@ -218,24 +221,24 @@ class MaskRCNN(nn.Module):
             logits, deltas = self.rpn(features)
         features = [x.contiguous() for x in features]  # as RoIAlign reads them
         anchors = self.rpn.anchors(features)
-        losses = {}
+        losses = LossSums({}, constants((1,), batch.device))
         if learns and not self.roi_heads.only_classifier:
             boxes, seeds, ignored = [t.boxes for t in targets], [t.seed for t in targets], [t.ignored for t in targets]
             losses = self.rpn.losses(features, anchors, padded, boxes, seeds, ignored)
         proposals = self.rpn.proposals(logits, deltas, anchors, sizes, [(t.boxes, t.labels) for t in targets])
-        return losses, (features, proposals, targets, sizes)
+        return losses, FirstStage(features, proposals, targets, sizes)
 
     @torch.no_grad()
     def fill_memory(self, samples: list[dict[str, Any]]) -> None:
         """Store the features of the samples' `store_rows` and update the mean score; nothing is learned."""
         _, batch = self.first_stage(samples, learns=False)
-        self.roi_heads.fill_memory(*batch)
+        self.roi_heads.fill_memory(batch)
 
     @torch.no_grad()
     def held_out_losses(self, samples: list[dict[str, Any]]) -> Tensor:
         """(C+1,) what `RoIHeads.held_out_losses` says of samples with `store_rows`; nothing is learned or stored."""
         _, batch = self.first_stage(samples, learns=False)
-        return self.roi_heads.held_out_losses(*batch)
+        return self.roi_heads.held_out_losses(batch)
 
     @torch.no_grad()
     def detect(

@@ -5,6 +5,7 @@ Shapes: L pyramid levels, A anchors of one image over all levels (order: level, 
 
 from collections.abc import Sequence
 from functools import lru_cache
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -28,7 +29,7 @@ from loce.models.boxes import (
     sample,
 )
 from loce.models.nms_resampling import NMSResampling
-from loce.utils.distributed import mean_count
+from loce.utils.distributed import divisor
 
 RATIOS = (0.5, 1.0, 2.0)  # height / width
 STRIDES = (4, 8, 16, 32, 64)
@@ -76,6 +77,18 @@ def level_validity(
 def _validity(shapes: list[tuple[int, int]], padded_size: tuple[int, int], device: torch.device) -> Tensor:
     levels = zip(shapes, STRIDES, strict=True)
     return torch.cat([level_validity(h, w, stride, padded_size, device) for (h, w), stride in levels])
+
+
+class LossSums(NamedTuple):
+    """Losses of a batch that are not divided yet, scalars by name, and the number () that they are divided by."""
+
+    losses: dict[str, Tensor]
+    number: Tensor
+
+    def divided(self, total: Tensor) -> dict[str, Tensor]:
+        """The losses. total: the sum over ranks of `number`."""
+        mean = divisor(total)
+        return {name: loss / mean for name, loss in self.losses.items()}
 
 
 class RPN(nn.Module):
@@ -163,12 +176,12 @@ class RPN(nn.Module):
         truths: list[Tensor],
         seeds: Sequence[int | None] = (),
         ignored: Sequence[Tensor | None] = (),
-    ) -> dict[str, Tensor]:
-        """Objectness BCE and box L1, both summed and divided by the number of sampled anchors of the batch.
+    ) -> LossSums:
+        """Objectness BCE and box L1, to be divided by the number of sampled anchors of the batch.
 
         truths: ground-truth boxes (G, 4) per image; seeds: of each image's random numbers; ignored: per image the
-        regions (M, 4) that are no background either, or nothing. With several ranks the number of anchors is its mean
-        over ranks. Only sampled anchors have a gradient, so the head is evaluated at them alone, see `at`.
+        regions (M, 4) that are no background either, or nothing. Only sampled anchors have a gradient, so the head is
+        evaluated at them alone, see `at`.
         """
         anchors_A4, shapes = torch.cat(anchors), [(x.shape[2], x.shape[3]) for x in features]
         slots, targets = [], []
@@ -194,8 +207,8 @@ class RPN(nn.Module):
         errors_BP4 = (deltas_BS4[:, :number].float() - torch.stack(targets)).abs()
         box = torch.where(is_object_BP[..., None], errors_BP4, 0).sum()
         objectness = (F.softplus(-logits_BP) * is_object_BP).sum() + (F.softplus(logits_BK) * is_none_BK).sum()
-        total = mean_count((is_object_BP.sum(dim=1).clamp(min=1) + is_none_BK.sum(dim=1).clamp(min=1)).sum())
-        return {"loss_rpn_cls": objectness / total, "loss_rpn_box": box / total}
+        count = (is_object_BP.sum(dim=1).clamp(min=1) + is_none_BK.sum(dim=1).clamp(min=1)).sum()
+        return LossSums({"loss_rpn_cls": objectness, "loss_rpn_box": box}, count)
 
     def at(self, features: list[Tensor], anchors_BK: Tensor) -> tuple[Tensor, Tensor]:
         """Logits (B, K) and deltas (B, K, 4) of `forward` at some anchors of each image.

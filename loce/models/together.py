@@ -19,6 +19,7 @@ from loce.config import UserError
 from loce.models.mask_rcnn import MaskRCNN
 from loce.models.memory_sampling import MemorySampling
 from loce.models.roi_heads import Once, RoIHeads
+from loce.utils.distributed import all_reduce_sums
 
 SHARED = ("backbone", "rpn", "roi_heads.mask_head")  # the last where the model has one
 # Options of the memory that storing does not depend on.
@@ -34,9 +35,13 @@ class Together(nn.Module):
 
     def forward(self, samples: list[dict[str, Any]]) -> list[dict[str, Tensor]]:
         """The losses of each model, as of `MaskRCNN.forward`; a loss that all have is one tensor."""
-        shared, batch = self.models[0].first_stage(samples)
+        rpn, batch = self.models[0].first_stage(samples)
         once = Once()
-        return [shared | model.roi_heads.losses(*batch, once) for model in self.models]
+        rows = [model.roi_heads.forward_rows(batch, once) for model in self.models]
+        anchors, *sums = all_reduce_sums([rpn.number, *(own.sums for own in rows)])
+        shared = rpn.divided(anchors)
+        each = zip(self.models, rows, sums, strict=True)
+        return [shared | model.roi_heads.losses(own, total, once) for model, own, total in each]
 
     @torch.no_grad()
     def fill_memory(self, samples: list[dict[str, Any]]) -> None:
@@ -44,7 +49,7 @@ class Together(nn.Module):
         _, batch = self.models[0].first_stage(samples, learns=False)
         once = Once()
         for model in self.models:
-            model.roi_heads.fill_memory(*batch, once)
+            model.roi_heads.fill_memory(batch, once)
 
 
 def share(model: MaskRCNN, others: Sequence[MaskRCNN]) -> None:

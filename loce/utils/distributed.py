@@ -6,6 +6,7 @@ A collective is entered by every rank, whatever its data holds; with one process
 import os
 import socket
 import time
+from collections.abc import Sequence
 from datetime import timedelta
 
 import torch
@@ -107,13 +108,30 @@ def all_reduce_sum(tensor: Tensor) -> Tensor:
     return total
 
 
-def mean_count(counts: Tensor) -> Tensor:
-    """Mean over ranks of what losses are divided by (a sum of less than 1 counts as 1); fp32, no gradient.
+def all_reduce_sums(tensors: Sequence[Tensor]) -> list[Tensor]:
+    """Sums over ranks of several tensors by one collective, no gradient; the same shapes and dtypes on all ranks.
+
+    With several ranks the sums have the dtype that all of them are promoted to: of counts and fp32 it is fp32.
+    """
+    if not dist.is_initialized():
+        return [x.detach() for x in tensors]
+    total = all_reduce_sum(torch.cat([x.flatten() for x in tensors]))
+    parts = total.split([x.numel() for x in tensors])
+    return [part.view(x.shape) for part, x in zip(parts, tensors, strict=True)]
+
+
+def divisor(total: Tensor) -> Tensor:
+    """What losses are divided by: the mean over ranks of counts with the sum `total` (less than 1 counts as 1); fp32.
 
     Data-parallel training averages the gradients of the ranks. With this as divisor on every rank, and not each rank's
-    own count, their average is the gradient of all ranks' images as one batch. The same shape on all ranks.
+    own count, their average is the gradient of all ranks' images as one batch.
     """
-    return all_reduce_sum(counts).clamp(min=1) / world_size()
+    return total.clamp(min=1) / world_size()
+
+
+def mean_count(counts: Tensor) -> Tensor:
+    """The `divisor` of a loss from this rank's own counts, no gradient; the same shape on all ranks."""
+    return divisor(all_reduce_sum(counts))
 
 
 def all_gather_rows(tensor: Tensor) -> Tensor:

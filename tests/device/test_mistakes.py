@@ -89,7 +89,7 @@ MISTAKES = (
     Mistake("a batch made on the host", MaskRCNN.batch_images, "self.pixel_mean.new_zeros(", "torch.zeros("),
     Mistake("an image copied while the host waits", MaskRCNN.batch_images, ", non_blocking=True", ""),
     Mistake("rows to store not page-locked", RoIHeads._choose, "rows.pin_memory()", "rows"),
-    Mistake("a divisor read in the step", RoIHeads.losses, "mean_count(counts)", "mean_count(counts).tolist()"),
+    Mistake("a divisor read in the step", RoIHeads.losses, "divisor(counts)", "divisor(counts).tolist()"),
     Mistake("losses kept on the host", loop.train_step, "loss.detach() for", "loss.detach().cpu() for"),
     Mistake(
         "each loss read in the step",

@@ -10,7 +10,7 @@ import torch
 from loce.config import EvalConfig, HeadConfig, IndicatorConfig, MemoryConfig, ModelConfig, RoIConfig, RPNConfig
 from loce.data.masks import CroppedMasks
 from loce.models.mask_rcnn import MaskRCNN, build_roi_heads
-from loce.models.roi_heads import Targets
+from loce.models.roi_heads import FirstStage, RoIHeads, Rows, Targets
 from loce.utils.classes import ClassStats
 
 CLASSES = 6
@@ -104,6 +104,14 @@ def first(
     chosen = torch.zeros(slots, dtype=torch.long)
     chosen[: len(indices)] = indices
     return chosen, torch.arange(slots) < len(indices)
+
+
+def losses_and_rows(
+    roi_heads: RoIHeads, features: list[torch.Tensor], proposals: list[torch.Tensor], truths: list[Targets]
+) -> tuple[dict[str, torch.Tensor], Rows]:
+    """Losses of the two images of `batch` on one rank, and what they were computed from."""
+    rows = roi_heads.forward_rows(FirstStage(features, proposals, truths, [(64, 96), (64, 80)]))
+    return roi_heads.losses(rows, rows.sums), rows
 
 
 def truth_of(sample: dict[str, Any], batch_index: int = 0) -> Targets:

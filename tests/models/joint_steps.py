@@ -4,18 +4,22 @@ The whole batches are the same for any number of ranks, each of which takes its 
 """
 
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
+from torch.profiler import ProfilerActivity, profile
 
-from loce.config import EvalConfig, HeadConfig, IndicatorConfig, MemoryConfig, ModelConfig
+from loce.config import EvalConfig, HeadConfig, IndicatorConfig, MemoryConfig, ModelConfig, TrainConfig
 from loce.data.masks import CroppedMasks
+from loce.engine.loop import train_step
 from loce.models.backbone import TRUNKS
+from loce.models.build import build_optimizer
 from loce.models.mask_rcnn import MaskRCNN, build_roi_heads
 from loce.utils import distributed
 from tests.conftest import stats_of
@@ -74,8 +78,8 @@ def image(step: int, place: int, objects: int) -> dict[str, Any]:
     }
 
 
-def follow(case: Case) -> list[dict[str, Tensor]]:
-    """After each step: losses (means over ranks), gradients, mean scores and the memory, by name."""
+def build(case: Case) -> tuple[MaskRCNN, torch.nn.Module]:
+    """The detector, the same on all ranks, and what its steps go through."""
     torch.manual_seed(1)
     options = (HeadConfig(name=case.head), IndicatorConfig(), case.memory)
     model = MaskRCNN(
@@ -85,13 +89,35 @@ def follow(case: Case) -> list[dict[str, Tensor]]:
     torch.manual_seed(distributed.rank())  # what is not keyed by image would differ between ranks
     several = distributed.world_size() > 1
     wrapped = DistributedDataParallel(model, broadcast_buffers=False) if several else model
+    return model, wrapped
+
+
+def own_images(step: int, objects: tuple[int, ...]) -> list[dict[str, Any]]:
+    """This rank's part of a batch."""
+    batch, images = [image(step, *each) for each in enumerate(objects)], BATCH // distributed.world_size()
+    return batch[distributed.rank() * images :][:images]
+
+
+def collectives(name: str) -> list[str]:
+    """What a whole optimiser step of a case, with memories of each rank's own, asks of other ranks, in order."""
+    case = replace(CASES[name], memory=replace(CASES[name].memory, shared=False))
+    (model, wrapped), config = build(case), TrainConfig()
+    optimizer = build_optimizer(model, config)
+    arm = SimpleNamespace(model=model, optimizer=optimizer, scaler=torch.amp.GradScaler("cpu", enabled=False))
+    for step, objects in enumerate(case.objects[:3]):  # DDP orders its buckets in the second one
+        with profile(activities=[ProfilerActivity.CPU]) as seen:
+            train_step(wrapped, [arm], [own_images(step, objects)], config, 0.02)
+    return [event.name for event in seen.events() if event.name.startswith("c10d::")]
+
+
+def follow(case: Case) -> list[dict[str, Tensor]]:
+    """After each step: losses (means over ranks), gradients, mean scores and the memory, by name."""
+    model, wrapped = build(case)
     optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.02, momentum=0.9)
-    images = BATCH // distributed.world_size()
     seen = []
     for step, objects in enumerate(case.objects):
-        batch = [image(step, place, count) for place, count in enumerate(objects)]
         optimizer.zero_grad()
-        losses = wrapped(batch[distributed.rank() * images :][:images])
+        losses = wrapped(own_images(step, objects))
         sum(losses.values()).backward()
         found = {name: distributed.all_reduce_sum(loss) / distributed.world_size() for name, loss in losses.items()}
         found |= {f"gradient of {name}": p.grad.clone() for name, p in model.named_parameters() if p.requires_grad}
@@ -104,7 +130,9 @@ def follow(case: Case) -> list[dict[str, Tensor]]:
 
 def main() -> None:
     distributed.setup("cpu")
-    torch.save({name: follow(case) for name, case in CASES.items()}, Path(sys.argv[1], f"{distributed.rank()}.pt"))
+    found: dict[str, Any] = {name: follow(case) for name, case in CASES.items()}
+    found["collectives"] = {name: collectives(name) for name in ("stage 1", "LOCE")}
+    torch.save(found, Path(sys.argv[1], f"{distributed.rank()}.pt"))
     distributed.barrier()
     distributed.teardown()
 

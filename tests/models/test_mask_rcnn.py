@@ -221,7 +221,7 @@ def test_draws_per_image_do_not_depend_on_the_batch(model_of, make_sample, image
 
     def spy(*arguments):
         result = forward_rows(*arguments)
-        drawn.append(int(result[3].from_memory_N.sum()))
+        drawn.append(int(result.rois.from_memory_N.sum()))
         return result
 
     model.roi_heads.forward_rows = spy

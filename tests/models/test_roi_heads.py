@@ -12,7 +12,7 @@ from loce.models.mask_head import mask_targets
 from loce.models.roi_heads import Targets, pool
 from loce.utils.classes import IGNORED
 
-from .conftest import first
+from .conftest import first, losses_and_rows
 
 CLASSES = 6
 SIZES = [(64, 96), (64, 80)]
@@ -21,18 +21,8 @@ MEMORY = MemoryConfig(enabled=True, capacity=40, classes_per_draw=3, features_pe
 
 def run(roi_heads, features, proposals, truths):
     """Losses, and what they were computed from."""
-    seen = {}
-    forward_rows = roi_heads.forward_rows
-
-    def spy(*arguments):
-        seen["regions"] = arguments[1]
-        seen["rows"] = forward_rows(*arguments)
-        return seen["rows"]
-
-    roi_heads.forward_rows = spy
-    losses = roi_heads.losses(features, proposals, truths, SIZES)
-    roi_heads.forward_rows = forward_rows
-    return losses, seen["regions"], *seen["rows"]
+    losses, rows = losses_and_rows(roi_heads, features, proposals, truths)
+    return losses, rows.sampled, rows.x_ND, rows.box_targets_N4, rows.logits_NL, rows.rois
 
 
 def scores_given_to(bank):
@@ -249,7 +239,7 @@ def test_fc_and_roi_memories_train_alike_when_the_shared_fcs_are_frozen(make_mod
         steps = []
         for _ in range(3):
             model.zero_grad()
-            losses = model.roi_heads.losses(features, proposals, truths, SIZES)
+            losses, _ = losses_and_rows(model.roi_heads, features, proposals, truths)
             sum(losses.values()).backward()
             grads = {n: p.grad.clone() for n, p in model.roi_heads.named_parameters() if p.grad is not None}
             steps.append((losses, grads, model.roi_heads.tracker.scores.clone()))
@@ -265,7 +255,7 @@ def test_fc_and_roi_memories_train_alike_when_the_shared_fcs_are_frozen(make_mod
 @pytest.mark.parametrize("level", ["fc", "roi"])
 def test_what_is_stored_carries_no_gradient(make_model, features, proposals, truths, level):
     roi_heads = make_model("softmax", MemoryConfig(enabled=True, level=level, capacity=40)).roi_heads
-    roi_heads.losses(features, proposals, truths, SIZES)
+    losses_and_rows(roi_heads, features, proposals, truths)
     assert not roi_heads.memory.bank.features.requires_grad
 
 

@@ -200,7 +200,8 @@ def run_losses(rpn, maps, truths, padded):
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("loce.models.boxes.choose_random", spy)
-        losses = rpn.losses(features, anchors, padded, truths)
+        sums = rpn.losses(features, anchors, padded, truths)
+        losses = sums.divided(sums.number)
     every = torch.cat(anchors)
     chosen = []
     for image, boxes in enumerate(truths):

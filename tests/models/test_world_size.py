@@ -1,10 +1,12 @@
-"""With a shared memory the same whole batch on 1, 2 or 4 ranks is the same step, up to rounding."""
+"""With a shared memory the same whole batch on 1, 2 or 4 ranks is the same step, up to rounding; and how often the
+ranks of a step wait for each other."""
 
 import os
 import subprocess
 import sys
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -23,7 +25,13 @@ def alone() -> dict[str, Steps]:
     return {name: follow(case) for name, case in CASES.items()}
 
 
-def together(ranks: int, folder: Path) -> list[dict[str, Steps]]:
+@pytest.fixture(scope="module")
+def two_ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+    """What each of two ranks saw."""
+    return together(2, tmp_path_factory.mktemp("two_ranks"))
+
+
+def together(ranks: int, folder: Path) -> list[dict[str, Any]]:
     """What each rank saw."""
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
@@ -32,15 +40,30 @@ def together(ranks: int, folder: Path) -> list[dict[str, Steps]]:
     return [torch.load(folder / f"{rank}.pt", weights_only=True) for rank in range(ranks)]
 
 
-@pytest.mark.parametrize("ranks", [2, pytest.param(4, marks=pytest.mark.slow)])
-def test_the_same_batch_on_several_ranks_is_the_same_step(ranks: int, tmp_path: Path) -> None:
-    found = together(ranks, tmp_path)
+def test_the_same_batch_on_two_ranks_is_the_same_step(two_ranks: list[dict[str, Any]]) -> None:
+    compare(two_ranks)
+
+
+@pytest.mark.slow
+def test_the_same_batch_on_four_ranks_is_the_same_step(tmp_path: Path) -> None:
+    compare(together(4, tmp_path))
+
+
+@pytest.mark.parametrize(("case", "buckets"), [("stage 1", 2), ("LOCE", 1)])
+def test_a_step_has_two_collectives_and_its_gradients(two_ranks: list[dict[str, Any]], case: str, buckets: int) -> None:
+    """Divisors and mean score before the losses; gradients in DDP's buckets; whether the step is good."""
+    for own in two_ranks:
+        assert own["collectives"][case] == ["c10d::allreduce_"] * (1 + buckets + 1)
+
+
+def compare(found: list[dict[str, Steps]]) -> None:
+    """Fail where a rank saw another step than one with the whole batch."""
     for name, expected in alone().items():
         for rank, own in enumerate(found):
             for step, values in enumerate(expected):
                 assert own[name][step].keys() == values.keys()
                 for key, value in values.items():
-                    message = f"{name}, rank {rank} of {ranks}, step {step}, {key}: "
+                    message = f"{name}, rank {rank} of {len(found)}, step {step}, {key}: "
                     rounding = ROUNDING * float(value.double().abs().max())
                     torch.testing.assert_close(
                         own[name][step][key], value, rtol=ROUNDING, atol=rounding, msg=lambda text, m=message: m + text

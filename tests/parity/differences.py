@@ -24,7 +24,6 @@ from loce.models import memory_sampling
 from loce.models.boxes import box_iou
 from tests.parity import official, rule
 
-CONTENT = [size.content for size in rule.SIZES]
 DRAWS = 20
 
 
@@ -67,7 +66,7 @@ def iteration(features: list[Tensor], make_boxes: Callable, level: str = "roi", 
     if not own_draw:
         bank.draw = official.OfficialDraw(bank, 0)
     memory_sampling.dense_boxes, box_rules.choose_random = make_boxes, official.strided
-    losses = roi.losses(features, official.proposals(), official.truths(), CONTENT)
+    losses = official.roi_losses(roi, features, official.proposals(), official.truths())
     return Result(losses["loss_cls"].item(), losses["loss_box"].item(), roi.tracker.scores)
 
 

@@ -15,7 +15,8 @@ from loce.config import EvalConfig, HeadConfig, IndicatorConfig, MemoryConfig, M
 from loce.data.masks import CroppedMasks
 from loce.memory_bank import FeatureMemoryBank
 from loce.models.mask_rcnn import MaskRCNN, build_roi_heads
-from loce.models.roi_heads import Targets
+from loce.models.roi_heads import FirstStage, RoIHeads, Targets
+from loce.models.rpn import RPN
 from loce.utils.classes import ClassStats, frequency_groups
 from tests.parity import rule
 
@@ -96,6 +97,20 @@ def truths() -> list[Targets]:
 def proposals() -> list[Tensor]:
     """The official proposals of the training batch: near-tied scores may come in another order elsewhere."""
     return [torch.from_numpy(arrays("training")[f"batch_proposals{index}"][:, :4]) for index in range(len(rule.SIZES))]
+
+
+def rpn_losses(rpn: RPN, features: list[Tensor], targets: list[Targets]) -> dict[str, Tensor]:
+    """The RPN's losses on one rank, of maps of the training batch."""
+    sums = rpn.losses(features, rpn.anchors(features), [s.padded for s in rule.SIZES], [t.boxes for t in targets])
+    return sums.divided(sums.number)
+
+
+def roi_losses(
+    roi_heads: RoIHeads, features: list[Tensor], proposals: list[Tensor], targets: list[Targets]
+) -> dict[str, Tensor]:
+    """The RoI heads' losses on one rank, of maps of the training batch."""
+    rows = roi_heads.forward_rows(FirstStage(features, proposals, targets, [s.content for s in rule.SIZES]))
+    return roi_heads.losses(rows, rows.sums)
 
 
 def seed_memory(bank: FeatureMemoryBank) -> None:

@@ -13,7 +13,7 @@ from loce.checkpoint.convert.source import rename
 from loce.config import MemoryConfig
 from loce.models import memory_sampling
 from tests.parity import official, rule
-from tests.parity.test_training import CONTENT, GRADIENT_TOLERANCE, LOSS_TOLERANCE, LOSSES, PADDED
+from tests.parity.test_training import GRADIENT_TOLERANCE, LOSS_TOLERANCE, LOSSES
 
 MEAN_SCORE_TOLERANCE = 2 * 3e-7
 CLASSES = 20
@@ -67,8 +67,8 @@ def iterations(model):
                 roi_heads, "forward_rows", lambda *a, r=record, o=forward_rows: r.__dict__.setdefault("rows", o(*a))
             )
             model.zero_grad()
-            losses = model.rpn.losses(features, model.rpn.anchors(features), PADDED, [t.boxes for t in truths])
-            losses |= roi_heads.losses(features, official.proposals(), truths, CONTENT)
+            losses = official.rpn_losses(model.rpn, features, truths)
+            losses |= official.roi_losses(roi_heads, features, official.proposals(), truths)
             sum(losses.values()).backward()
         results.append(
             {
@@ -106,7 +106,8 @@ def test_drawn_classes_and_features(iterations, wanted, deviations):
 
 
 def test_class_logits_and_targets_of_the_first_iteration(iterations, wanted, deviations):
-    _, targets, logits, rois = iterations[0][1]["record"].rows
+    rows = iterations[0][1]["record"].rows
+    targets, logits, rois = rows.box_targets_N4, rows.logits_NL, rows.rois
     deviations.equal("LOCE: labels, memory rows last", rois.labels_N, wanted["it0_rcnn_labels"])
     # The frozen trunk rounds in another order than the official layers: its norms are folded, its maps channels last.
     deviations.close("LOCE: class logits", logits[::8], wanted["it0_rcnn_cls_score_every8"], 4 * 3.6e-5)

@@ -15,7 +15,7 @@ from loce.models.boxes import ROI_STDS, decode
 from loce.models.roi_heads import Once, pool
 from tests.parity import official, rule
 from tests.parity.test_inference import FINEST
-from tests.parity.test_training import CONTENT, PADDED
+from tests.parity.test_training import CONTENT
 
 pytestmark = pytest.mark.slow
 # image -> candidates over 1e-4, pixels in the 300 masks, root mean square and maximum of the class logits of 32 RoIs
@@ -92,11 +92,11 @@ def test_a_step_and_detections_of_r101(head):
     model.freeze("trunk" if memory.enabled else "none")
     features = model.features(torch.from_numpy(rule.batch()))
     truths, anchors = official.truths(), model.rpn.anchors(features)
-    losses = model.rpn.losses(features, anchors, PADDED, [t.boxes for t in truths])
+    losses = official.rpn_losses(model.rpn, features, truths)
     with torch.no_grad():
         logits, deltas = model.rpn(features)
         proposals = model.rpn.proposals(logits, deltas, anchors, CONTENT)
-    losses |= model.roi_heads.losses(features, proposals, truths, CONTENT)
+    losses |= official.roi_losses(model.roi_heads, features, proposals, truths)
     sum(losses.values()).backward()
     for name, parameter in model.named_parameters():
         assert (parameter.grad is not None) == parameter.requires_grad, name

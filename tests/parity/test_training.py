@@ -56,8 +56,8 @@ def regions(model, truths):
 
 @pytest.fixture(scope="module")
 def losses(model, features, truths):
-    found = model.rpn.losses(features, model.rpn.anchors(features), PADDED, [t.boxes for t in truths])
-    return found | model.roi_heads.losses(features, official.proposals(), truths, CONTENT)
+    found = official.rpn_losses(model.rpn, features, truths)
+    return found | official.roi_losses(model.roi_heads, features, official.proposals(), truths)
 
 
 def test_anchors_sampled_by_the_rpn(model, features, truths, wanted, deviations):
