@@ -5,7 +5,7 @@ All give P2..P6 (strides 4..64); P6 is P5 subsampled and serves the RPN only. do
 
 import copy
 from collections import OrderedDict
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from http.client import HTTPException
 from pathlib import Path
@@ -251,33 +251,29 @@ class Backbone(nn.Sequential):
 @torch.no_grad()
 @torch.inference_mode(False)
 def fold_norms(backbone: Backbone) -> Backbone:
-    """The backbone, as it computes while its frozen stages stay what they are.
+    """The backbone, as it computes while its trunk, frozen as a whole, stays what it is.
 
-    Copies stand in their place, in which batch norms in evaluation mode are folded into the convolutions before them; a
-    trunk that is frozen as a whole runs channels last on a CPU. All that trains is the same module.
+    A copy of the trunk stands in its place, in which batch norms in evaluation mode are folded into the convolutions
+    before them, and which runs channels last on a CPU. The pyramid is the same module.
     """
-    stages, found = dict(backbone.body.named_children()), copy.copy(backbone)
-    frozen = [name for name, stage in stages.items() if not any(p.requires_grad for p in stage.parameters())]
-    body = copy.copy(backbone.body)
-    body._modules = {name: copy.deepcopy(stage) if name in frozen else stage for name, stage in stages.items()}
-    _fold(body, frozen)
-    if len(frozen) == len(stages) and next(body.parameters()).device.type == "cpu":
+    found, body = copy.copy(backbone), copy.deepcopy(backbone.body)
+    _fold(body)
+    if next(body.parameters()).device.type == "cpu":
         body.to(memory_format=torch.channels_last)
     found.folded, found._modules = None, {**backbone._modules, "body": body}
     return found
 
 
-def _fold(module: nn.Module, names: Collection[str]) -> None:
-    """Fold norms into convolutions among the children with these names, and in what they hold."""
+def _fold(module: nn.Module) -> None:
+    """Fold norms into convolutions among the children, and in what they hold."""
     before, conv = "", None
-    for name in names:
-        child = module.get_submodule(name)
+    for name, child in list(module.named_children()):
         if isinstance(child, nn.BatchNorm2d) and conv is not None:
             dtype = conv.weight.dtype
             setattr(module, before, fuse_conv_bn_eval(conv.eval().double(), child.double()).to(dtype))  # rounded once
             setattr(module, name, nn.Identity())
         before, conv = name, child if isinstance(child, nn.Conv2d) else None
-        _fold(child, [name for name, _ in child.named_children()])
+        _fold(child)
 
 
 def build_backbone(config: ModelConfig) -> Backbone:

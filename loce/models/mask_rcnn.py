@@ -76,18 +76,15 @@ def build_roi_heads(
 
 
 class Folded:
-    """A backbone whose frozen norms are folded (backbone.py), and what it was made of. It is no part of the model."""
+    """A frozen backbone whose norms are folded (backbone.py), and what it was made of. It is no part of the model."""
 
     def __init__(self, backbone: Backbone, weights: list[Tensor]) -> None:
         self.backbone, self.weights = backbone, weights
         self.state = self.now()
 
     def now(self) -> list[tuple[Any, ...]]:
-        """Of each weight, what it is, whether it trains and, where it does not, how often it was written to."""
-        return [
-            (x.device, x.dtype, x.requires_grad, 0 if x.requires_grad or x.is_inference() else x._version)
-            for x in self.weights
-        ]
+        """Of each weight, what it is and how often it was written to."""
+        return [(x.device, x.dtype, 0 if x.is_inference() else x._version) for x in self.weights]
 
 
 class MaskRCNN(nn.Module):
@@ -126,13 +123,15 @@ class MaskRCNN(nn.Module):
                 if isinstance(module, nn.BatchNorm2d):
                     module.eval()
             self.backbone.folded = None
-            if not any(p.requires_grad for p in self.backbone.body.parameters()):
-                self._fold()
+            self._fold()
         return self
 
     def _fold(self) -> Backbone:
-        """The backbone with the norms of its frozen stages folded; made again where a weight or what trains changed."""
+        """The backbone, if it is frozen as a whole with its norms folded; made again where a weight changed."""
         backbone, folded = self.backbone, self.backbone.folded
+        if any(p.requires_grad for p in backbone.body.parameters()):
+            backbone.folded = None
+            return backbone
         if folded is None or folded.weights[0] is not next(backbone.parameters()) or folded.state != folded.now():
             weights = [*backbone.body.parameters(), *backbone.body.buffers()]
             folded = backbone.folded = Folded(fold_norms(backbone), weights)

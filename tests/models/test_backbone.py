@@ -125,6 +125,7 @@ def test_what_trains_anew_is_folded_no_more(resnet18):
     model = resnet18(1, "trunk")
     model.backbone.requires_grad_(True)
     maps = model.features(torch.randn(1, 3, 64, 64, dtype=torch.float64))
+    assert model.backbone.folded is None
     assert all(g.any() for g in _gradients(maps, [model.backbone.body["conv1"].weight]))
 
 
