@@ -9,6 +9,9 @@ operation on tensors of both devices, a generator of the wrong one, `.numpy()` o
   that are not `non_blocking`, each with the line of the code that asked for it.
 - bytes copied each way, and copies to the device from memory that is not page-locked.
 
+Streams are kept in order by nobody but the code: a tensor that another stream made is refused before its event was
+waited for, and before `record_stream` keeps its memory from being used anew.
+
 The numbers are those of the host's kernels, so that a run here and one on the CPU give the same bits. What it cannot
 show: speed, memory, and rounding of other kernels.
 
@@ -142,6 +145,41 @@ class PretendTensor(torch.Tensor):
         return f"PretendTensor({self.host!r})"
 
 
+class PretendEvent:
+    """What a stream had done, and had waited for, when the event was recorded: by stream, the number of operations."""
+
+    def __init__(self, stream: "PretendStream") -> None:
+        self.done = {**stream.seen, stream: stream.operations}
+
+
+class PretendStream:
+    """A stream of the device; its operations are done at once."""
+
+    def __init__(self, *_: Any) -> None:
+        self.operations = 0
+        self.seen: dict[PretendStream, int] = {}  # of other streams, how many operations it has waited for
+
+    def record_event(self) -> PretendEvent:
+        return PretendEvent(self)
+
+    def wait_event(self, event: PretendEvent) -> None:
+        for stream, number in event.done.items():
+            self.seen[stream] = max(number, self.seen.get(stream, 0))
+
+    def before(self, func: Any, tensor: PretendTensor, default: "PretendStream") -> None:
+        """Raise where an operation of this stream may come too early, or too late, for a tensor of another."""
+        maker, number, users = getattr(tensor.host.untyped_storage(), "made", (default, 0, []))
+        if maker is not self and self.seen.get(maker, -1) < number:
+            raise RuntimeError(f"{func}: a tensor that another stream makes is not waited for")
+        if maker is not self and maker is not default and self not in users:
+            raise RuntimeError(f"{func}: a tensor of another stream is used without record_stream")
+
+    def after(self, tensor: PretendTensor) -> None:
+        """Note that an operation of this stream made it."""
+        self.operations += 1
+        tensor.host.untyped_storage().made = (self, self.operations, [])
+
+
 class _Autocast(AUTOCAST_CLASS):  # type: ignore[misc, valid-type]
     """Autocast for cuda: the CPU's, heard of by tensors of the device alone."""
 
@@ -174,6 +212,7 @@ class PretendDevice(TorchDispatchMode):
         super().__init__()
         self.generator = PretendGenerator()  # the device's global one
         self.pinned: dict[int, Tensor] = {}  # by address; kept, so that no address is used twice
+        self.default = self.stream = PretendStream()
         self.reset()
 
     def reset(self) -> None:
@@ -217,7 +256,19 @@ class PretendDevice(TorchDispatchMode):
         def is_pinned(tensor: Tensor, *_: Any) -> bool:
             return tensor.untyped_storage().data_ptr() in self.pinned
 
+        @contextmanager
+        def on(stream: PretendStream) -> Iterator[None]:
+            before, self.stream = self.stream, stream
+            yield
+            self.stream = before
+
+        def record_stream(tensor: PretendTensor, stream: PretendStream) -> None:
+            tensor.host.untyped_storage().made[2].append(stream)  # type: ignore[attr-defined]
+
         cuda: dict[str, Callable[..., Any]] = {
+            "Stream": PretendStream,
+            "stream": on,
+            "current_stream": lambda *_: self.stream,
             "is_available": lambda: True,
             "is_bf16_supported": lambda *_: True,
             "device_count": lambda: 1,
@@ -241,6 +292,7 @@ class PretendDevice(TorchDispatchMode):
         yield patch.object(torch, "load", _load)
         yield patch.object(Tensor, "pin_memory", pin)
         yield patch.object(Tensor, "is_pinned", is_pinned)
+        yield patch.object(Tensor, "record_stream", record_stream)
         group = torch._C._group_tensors_by_device_and_dtype
 
         def grouped(*args: Any) -> Any:
@@ -269,6 +321,9 @@ class PretendDevice(TorchDispatchMode):
         wanted = kwargs.get("device")
         if not far and (wanted is None or wanted.type == "cpu"):
             return func(*args, **kwargs)
+
+        for x in far:
+            self.stream.before(func, x, self.default)
 
         # Where the result is. A backward pass asks for a tensor's own device by what its C++ code was told.
         to_host = wanted is not None and wanted.type == "cpu" and torch._C._current_graph_task_id() == -1
@@ -299,7 +354,11 @@ class PretendDevice(TorchDispatchMode):
             return args[0]
         if name == "copy_" and not isinstance(args[0], PretendTensor):
             return args[0]
-        return tree_map_only(Tensor, PretendTensor, found)
+        made = tree_map_only(Tensor, PretendTensor, found)
+        if self.stream is not self.default and not func.is_view:
+            for x in tree_leaves(made):
+                self.stream.after(x)
+        return made
 
     def _copy(
         self, name: str, far: list[Tensor], near: list[Tensor], to_host: bool, args: Any, kwargs: dict[str, Any]

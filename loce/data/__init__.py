@@ -1,1 +1,2 @@
-"""From annotation file to batches: annotations/ reads it, dataset.py makes samples, loader.py makes batches."""
+"""From annotation file to batches: annotations/ reads it, dataset.py makes samples, loader.py makes batches,
+prefetch.py moves them to a GPU."""

@@ -65,6 +65,11 @@ class CroppedMasks:
         bits, windows, places = (x.pin_memory() for x in self._tensors())
         return CroppedMasks(bits, self.shapes, windows, places, self.size)
 
+    def record_stream(self, stream: torch.cuda.Stream) -> None:
+        """As of a tensor: another stream than the one that made it uses it."""
+        for x in self._tensors():
+            x.record_stream(stream)
+
     def _tensors(self) -> tuple[Tensor, Tensor, Tensor]:
         return self.bits, self.windows, self.places
 

@@ -20,6 +20,7 @@ from loce.config import Config, UserError, images_per_rank, raise_problems
 from loce.data.annotations.lvis import LVISAnnotations
 from loce.data.build import hold_out, train_dataset
 from loce.data.loader import Batches, fill_batches, held_out_batches, train_batches, training_plan
+from loce.data.prefetch import prefetched
 from loce.engine import validation
 from loce.engine.arm import Arm, memory_contents
 from loce.engine.log import RunLog
@@ -188,7 +189,7 @@ class Trainer:
             train, workers = self.config.train, self.config.data.workers
             options = {"epochs": train.epochs, "accumulate": train.accumulate, "workers": workers}
             self._loader = train_batches(self.dataset, self.plan, start_iteration=self.step, **options)
-            self._stream = iter(self._loader)
+            self._stream = prefetched(iter(self._loader), self.device)
         for _ in range(self.step, last):
             yield [next(self._stream) for _ in range(self.config.train.accumulate)]
 

@@ -197,7 +197,7 @@ class MaskRCNN(nn.Module):
             seed=sample.get("seed"),
             batch_index=sample.get("batch_index", batch_index),
             ignored=ignored,
-            host_labels=sample["labels"],
+            host_labels=sample.get("host_labels", sample["labels"]),
         )
 
     def forward(self, samples: list[Any]) -> Any:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from loce.config import EvalConfig, HeadConfig, IndicatorConfig, MemoryConfig, ModelConfig, TrainConfig
+from loce.data.prefetch import prefetched
 from loce.engine.loop import train_step
 from loce.models.build import build_optimizer
 from loce.models.mask_rcnn import MaskRCNN, build_roi_heads
@@ -61,8 +62,12 @@ def train(
     precision: str = "fp32",
     accumulate: int = 1,
     fill: bool = False,
+    ahead: bool = False,
 ) -> dict[str, Any]:
-    """Optimiser steps, after the filling of the memory where asked for; all losses, and the state in the end."""
+    """Optimiser steps, after the filling of the memory where asked for; all losses, and the state in the end.
+
+    ahead: batches are copied to the device while the one before is trained on.
+    """
     device = model.pixel_mean.device
     config = TrainConfig(precision=precision, clip_norm=10.0)  # type: ignore[arg-type]
     optimizer = build_optimizer(model, replace(config, lr=0.02))
@@ -72,9 +77,10 @@ def train(
     if fill:
         with torch.no_grad():
             model.fill_memory(samples(50))
-    for step in range(first, first + steps):
-        batches = [samples(2 * step + part) for part in range(accumulate)]
-        found, _ = train_step(model, [arm], batches, config, 0.02)
+    shown = (samples(2 * step + part) for step in range(first, first + steps) for part in range(accumulate))
+    shown = prefetched(shown, device) if ahead else shown
+    for _ in range(steps):
+        found, _ = train_step(model, [arm], [next(shown) for _ in range(accumulate)], config, 0.02)
         losses += found[0]
     return {"losses": losses, "state": dict(model.state_dict()), "momentum": optimizer.state_dict()["state"]}
 
