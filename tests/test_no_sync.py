@@ -212,7 +212,8 @@ def test_sampling_of_regions_and_mask_targets_never_wait(device, truths, make_st
         targets = mask_targets(truths[0].masks, instances, truths[0].boxes)
         labels_N, own_N = (torch.cat([getattr(f, name) for f in found]) for name in ("labels", "instances"))
         rois = RoIs(labels_N, own_N, own_N < -1)
-        roi_heads._sums(torch.zeros(len(labels_N), 4, device=device), rois, 2, 2 * 4)
+        sums = roi_heads._sums(torch.zeros(len(labels_N), 4, device=device), rois, 2, 2 * 4)
+        roi_heads._update_mean_score(sums)
     seen = torch.zeros(3, dtype=torch.bool, device=device).index_fill(0, truths[0].labels, True)
     # Each entry is the softmax of four equal logits, and each class has one instance (Eq. 2).
     wanted = torch.where(seen, 0.9 * 0.01 + 0.1 * 0.25, 0.01)
