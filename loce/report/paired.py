@@ -8,7 +8,7 @@ import numpy as np
 from loce.evaluation.bootstrap import METRICS
 from loce.evaluation.comparison import compare_evaluations
 from loce.evaluation.true_boxes import KEY, NAMES
-from loce.report.panels import SHAPES
+from loce.report.panels import SHAPES, subset
 from loce.report.reading import Run
 from loce.utils.errors import UserError
 
@@ -38,7 +38,8 @@ def paired(runs: Sequence[Run], resamples: int = 1000) -> Paired:
             protocol = str(part.tallies[0].protocol).partition(" ")[0]
             cells = [cell(part.rows.get(name, {})) for name in names]
             if part.rows:
-                rows.append({"run": run.title, "of": f"{SHAPES.get(part.kind)}, {protocol}", "cells": cells})
+                what = {"run": run.title + subset(run), "of": f"{SHAPES.get(part.kind)}, {protocol}"}
+                rows.append({**what, "cells": cells})
         notes = dict.fromkeys(part.note for part in parts if part.note)
         found.notes.extend(f"{run.title}: {note}" for note in notes)
     return found

@@ -122,6 +122,19 @@ def test_a_class_without_a_training_instance_has_no_output(boxes: Path, runs: Pa
         check_evaluation(config, val_annotations(config), train_annotations(load_config([str(boxes)])).stats, "it")
 
 
+@pytest.mark.slow
+def test_the_training_is_that_of_a_file_without_the_class(boxes: Path, runs: Path, tmp_path: Path) -> None:
+    words = ["data.drop_empty=false", f"output={tmp_path / 'clean'}", "train.evaluate=false"]
+    for split in ("train", "val"):
+        made = json.loads(boxes.with_name(f"{split}.json").read_text())
+        made["categories"] = [category for category in made["categories"] if category["id"]]
+        made["annotations"] = [row for row in made["annotations"] if row["category_id"]]
+        (tmp_path / f"{split}.json").write_text(json.dumps(made))
+        words.append(f"data.{split}_annotations={tmp_path / split}.json")
+    found, expected = weights(trained(load_config([str(boxes), *words]))), weights(runs / "stage1")
+    assert list(found) == list(expected) and all(torch.equal(found[name], expected[name]) for name in found)
+
+
 def test_masks_of_the_file_are_not_read(boxes: Path, config: Path) -> None:
     """The same training images, boxes and samples whether the file has segmentations or not."""
     ours = train_annotations(load_config([str(boxes)]))
