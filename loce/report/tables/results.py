@@ -77,7 +77,8 @@ def all_recorded(options: RunOptions, data: Literal["glyphs", "glyph100", "glyph
 
 
 def page(tables: list[Table], options: RunOptions) -> str:
-    """The page in Markdown."""
+    """The page in Markdown; rows that cannot be trained any more stand in it where they were recorded."""
+    tables = [replace(t, rows=[row for row in t.rows if row.records or not row.text.last]) for t in tables]
     other = "glyph100" if options.data == "glyphs" else "glyphs"
     link = f"those on {DATA[other]} stand in [{PAGES[other]}.md]({PAGES[other]}.md);"
     note = NOTE.format(data=options.data, seeds=options.seeds, records=options.records, other=link)
