@@ -276,7 +276,8 @@ class MaskRCNN(nn.Module):
             options = (sizes[i], scales[i], originals[i], keep, wanted, once, i, full_masks)
             results.append(self._detect_one(level_features, boxes_N4, *options))
             if true_boxes is not None:
-                results[i]["class_scores"] = self._class_scores(level_features, *true_boxes[i], once, i)
+                scores = self._class_scores(level_features, *true_boxes[i], once, i)
+                results[i]["class_scores"] = tuple(x.cpu() for x in scores)
         return results
 
     def _propose(self, features: list[Tensor], sizes: list[Size]) -> list[Tensor]:
@@ -378,7 +379,7 @@ class MaskRCNN(nn.Module):
         reads = (self.backbone, "true boxes", roi.box_head, roi.classifier.depth, place)
         scores_GC = roi.scores(roi.classifier(once(reads, lambda: roi.features_of(pooled))))
         best_scores_G, best_G = scores_GC.max(dim=1)
-        return scores_GC.gather(1, labels_G[:, None])[:, 0].cpu(), best_G.cpu(), best_scores_G.cpu()
+        return scores_GC.gather(1, labels_G[:, None])[:, 0], best_G, best_scores_G
 
     @torch.no_grad()
     def training_logits(self, samples: list[dict[str, Any]]) -> Tensor:
