@@ -228,8 +228,7 @@ class RoIHeads(nn.Module):
             else:
                 read = pooled if self.memory.config.level == "roi" else self._read(pooled, once)
                 once(self.memory.bank, lambda: self.store_regions(read, box_targets_N4, sampled, targets))
-            images = [ImageSeed(t.seed, t.batch_index) for t in targets if t.sampled_class != META]
-            memory = self._draw(images)
+            memory = self._draw([ImageSeed(t.seed, t.batch_index) for t in targets if t.sampled_class != META])
             drawn = len(memory.labels)
             labels_N = torch.cat([labels_N, memory.labels])
             box_targets_N4 = torch.cat([box_targets_N4, memory.box_targets])
@@ -247,9 +246,8 @@ class RoIHeads(nn.Module):
             sampled_class_N=sampled_class_N,
             generator=generator_for(targets[0].seed, HEAD, x_ND.device),
         )
-        instances = sum(len(t.labels) for t in targets)
         most = len(sampled) * self.most_positives + drawn
-        sums = self._sums(logits_NL, rois, instances, most)
+        sums = self._sums(logits_NL, rois, sum(len(t.labels) for t in targets), most)
         return Rows(batch, sampled, x_ND, box_targets_N4, logits_NL, rois, sums)
 
     @torch.no_grad()
@@ -274,8 +272,7 @@ class RoIHeads(nn.Module):
     ) -> None:
         """Store features of positive regions; where `store_rows` of an image says so, those of these instances only."""
         assert self.memory is not None
-        most = self.most_positives  # of an image, and they come first
-        rows, labels, first = [], [], 0
+        most, rows, labels, first = self.most_positives, [], [], 0  # of an image the positives come first
         for r, t in zip(sampled, targets, strict=True):
             wanted = r.instances[:most] >= 0
             if t.store_rows is not None:
@@ -293,8 +290,9 @@ class RoIHeads(nn.Module):
         Of images with `store_rows`; others count for nothing. For the rates of memory.draw=adaptive.
         """
         sampled = [self.select(p, t) for p, t in zip(batch.proposals, batch.targets, strict=True)]
-        shown = [len(t.store_rows) > 0 for t in batch.targets if t.store_rows is not None]
-        labels_R = torch.cat([r.labels if s else r.labels * 0 + IGNORED for r, s in zip(sampled, shown, strict=True)])
+        shown = [t.store_rows is not None and len(t.store_rows) > 0 for t in batch.targets]
+        labels = [r.labels if s else torch.full_like(r.labels, IGNORED) for r, s in zip(sampled, shown, strict=True)]
+        labels_R = torch.cat(labels)
         x_RD = self.features_of(self.pool(batch.features, [r.boxes for r in sampled], BOX_SIDE))
         scores_RC = self.classifier.scores(self.classifier(x_RD))
         own_R = (labels_R >= 0) & (labels_R < self.num_classes)
