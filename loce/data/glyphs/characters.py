@@ -48,14 +48,15 @@ _CHOSEN_BY_PICTURE = (
 CHARACTERS = "".join("".join(family) for family in LOOK_ALIKES) + _SINGLE + _CHOSEN_BY_PICTURE
 
 
-def families(classes: int) -> list[str]:
-    """The first `classes` characters, look-alikes together, everybody else alone; families may be cut short."""
-    grouped = ["".join(family) for family in LOOK_ALIKES] + list(_SINGLE + _CHOSEN_BY_PICTURE)
+def families(classes: int, skipped: int = 0) -> list[str]:
+    """`classes` characters after the first `skipped`, look-alikes together, everybody else alone; some are cut short."""
     found: list[str] = []
-    for family in grouped:
-        room = classes - sum(map(len, found))
-        if room > 0:
-            found.append(family[:room])
+    start = 0
+    for family in [*("".join(family) for family in LOOK_ALIKES), *_SINGLE, *_CHOSEN_BY_PICTURE]:
+        end = start + len(family)
+        if kept := family[max(0, skipped - start) : max(0, skipped + classes - start)]:
+            found.append(kept)
+        start = end
     return found
 
 

@@ -15,7 +15,7 @@ import json
 import shutil
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from functools import partial
 from itertools import chain, pairwise
 from multiprocessing import get_context
@@ -59,6 +59,7 @@ class GlyphOptions:
     out: str  # folder to write
     version: Annotated[int, Range(1, 2)] = 1  # 2: shaped like LVIS, with scenes (docs/benchmark.md)
     classes: Annotated[int, Range(1, len(CHARACTERS))] = 50
+    skip: Natural = 0  # leave out so many characters, the first: those that sets of up to so many classes show
     train_images: Count = 2000
     val_images: Count = 400
     size: Annotated[int, Range(32, 4096)] = 128  # pixels a side
@@ -73,6 +74,11 @@ class GlyphOptions:
 
 
 CONFLICTS: tuple[Conflict, ...] = (
+    (
+        ("classes", "skip"),
+        lambda o: o.classes + o.skip > len(CHARACTERS),
+        f"there are {len(CHARACTERS)} characters; together at most so many",
+    ),
     (("smallest", "largest"), lambda o: o.smallest > o.largest, "smallest must not be above largest"),
     (("smallest", "size"), lambda o: o.smallest * o.size < 16, "objects under 16 pixels cannot be told apart"),
     (
@@ -123,7 +129,9 @@ def _is_finished(folder: Path, identity: Record) -> bool:
     """Whether the set is there; UserError where another set, or anything else, is."""
     stamp = folder / STAMP
     if stamp.exists():
-        found = json.loads(stamp.read_text(encoding="utf-8"))
+        # What a set of an earlier release does not say is what it was then, the default.
+        usual = {field.name: field.default for field in fields(GlyphOptions) if field.name not in FREE}
+        found = {**usual, **json.loads(stamp.read_text(encoding="utf-8"))}
         keys = sorted(differing(found, identity))
         if keys:
             values = "; ".join(f"{key} = {found.get(key)} there, {identity.get(key)} wanted" for key in keys)
@@ -142,7 +150,7 @@ def _draw_set(options: GlyphOptions, folder: Path) -> None:
     started = time.monotonic()
     rng = np.random.default_rng([options.seed, PLANNING])
     # The classes; their ids are in the order of the names, as in LVIS, but with gaps, as in COCO.
-    characters = ranked_characters(options.classes, rng)
+    characters = ranked_characters(options.classes, rng, options.skip)
     ids = 2 + np.cumsum(rng.integers(1, 4, options.classes))
     rank = np.argsort(np.argsort([category_name(character) for character in characters]))
     settings = Settings(

@@ -82,10 +82,10 @@ class Plan:
         return np.bincount(self.labels, minlength=classes)
 
 
-def ranked_characters(classes: int, rng: np.random.Generator) -> str:
+def ranked_characters(classes: int, rng: np.random.Generator, skipped: int = 0) -> str:
     """The characters of `classes` classes, most frequent first; the members of a family lie evenly apart."""
     keyed = []
-    for family in families(classes):
+    for family in families(classes, skipped):
         members = rng.permutation(list(family))
         start = rng.random()
         keyed += [((start + j / len(family)) % 1, str(member)) for j, member in enumerate(members)]
