@@ -150,7 +150,7 @@ class ModelConfig:
 
     masks: bool = True  # false: Faster R-CNN, boxes only; segmentations are neither needed nor read
     backbone: BackboneName = "resnet50"  # tiny: for tests and the demo
-    weights: Literal["imagenet", "none"] = "imagenet"  # what the backbone starts from
+    weights: Literal["imagenet", "glyphs", "none"] = "imagenet"  # what the trunk starts from; glyphs: ours, for tiny
     norm: Literal["frozen", "batch", "group", "layer"] = "frozen"  # frozen: BN statistics fixed, affine trained
     frozen_stages: Annotated[int, Range(0, 4)] = 1  # 1 = stem and first stage never train
     stochastic_depth: Annotated[float, Range(0, 2, below=True)] = 1.0  # times ConvNeXt's and Swin's rates for ImageNet
@@ -676,8 +676,13 @@ CONFLICTS: tuple[Conflict, ...] = (
     ),
     (
         ("model.backbone", "model.weights"),
-        lambda c: c.model.backbone == "tiny" and c.model.weights != "none",
-        "the tiny backbone has no ImageNet weights; set model.weights=none",
+        lambda c: c.model.backbone == "tiny" and c.model.weights == "imagenet",
+        "the tiny backbone has no ImageNet weights; set model.weights=glyphs or none",
+    ),
+    (
+        ("model.backbone", "model.weights"),
+        lambda c: c.model.backbone != "tiny" and c.model.weights == "glyphs",
+        "these weights are of the tiny backbone; set model.weights=imagenet or none",
     ),
     (
         ("model.backbone", "model.norm"),

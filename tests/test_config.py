@@ -349,7 +349,7 @@ def test_everything_wrong_is_said_at_once(load):
             "  command line: seed = 1: given twice",
             "  run.yaml: data.common_max = 10, data.rare_max = 20: common_max must not be below rare_max",
             "  run.yaml: model.backbone = tiny, model.weights = imagenet (default): "
-            "the tiny backbone has no ImageNet weights; set model.weights=none",
+            "the tiny backbone has no ImageNet weights; set model.weights=glyphs or none",
             "  run.yaml: model.backbone = tiny, model.norm = frozen (default): "
             "the tiny backbone has group norm only; set model.norm=group",
             "  command line: train.batch_size = 4, train.accumulate = 3: batch_size must be divisible by accumulate",

@@ -28,6 +28,7 @@ from loce.config import ModelConfig, UserError
 from loce.models.boxes import BRANCHES, generator_for
 
 TINY_CHANNELS = (16, 32, 64, 96, 128)
+GLYPH_WEIGHTS = Path(__file__).with_name("tiny_glyphs.pt")  # docs/trunks.md says how they were made
 
 
 def _group_norm(channels: int) -> nn.GroupNorm:
@@ -97,10 +98,13 @@ TRUNKS: dict[str, Trunk] = {
 
 
 def _body(trunk: Trunk, config: ModelConfig) -> nn.Module:
-    """The module that gives the four maps, with its ImageNet weights where they are asked for."""
+    """The module that gives the four maps, with the weights that are asked for."""
     pretrained = config.weights == "imagenet"
     if trunk.norm == "own":
-        return trunk.build(pretrained)
+        body = trunk.build(pretrained)
+        if config.weights == "glyphs":
+            body.load_state_dict(torch.load(GLYPH_WEIGHTS, weights_only=True))  # of half precision, as they are stored
+        return body
     norm = _group_norm if config.norm == "group" else partial(nn.BatchNorm2d, eps=1e-5)
     model = trunk.build(norm_layer=norm) if trunk.norm == "batch" else trunk.build()
     if pretrained:
@@ -124,7 +128,8 @@ def _imagenet(weights: WeightsEnum, config: ModelConfig) -> Mapping[str, Tensor]
         raise UserError(
             f"model.weights: imagenet: {cached.name} is not in the cache and cannot be downloaded ({what}).\n"
             f"  Put the file into ~/.cache/torch/hub/checkpoints/ (or $TORCH_HOME/hub/checkpoints/) by hand, "
-            f"or set model.weights=none (then {instead})."
+            f"or set model.weights=none (then {instead}). A small trunk's weights come with loce: model.backbone=tiny "
+            f"model.norm=group model.weights=glyphs."
         ) from error
 
 

@@ -18,7 +18,7 @@ ADAM_BETA2 = 0.999  # PyTorch's, and every published recipe's for detectors
 
 
 def build_model(config: Config, stats: ClassStats, pretrained: bool = True) -> MaskRCNN:
-    """The detector for the classes of `stats`; pretrained: fetch ImageNet weights where the config asks for them."""
+    """The detector for the classes of `stats`; pretrained: with the trunk's weights that the config names."""
     section = config.model if pretrained else dataclasses.replace(config.model, weights="none")
     roi_heads = build_roi_heads(section, config.head, config.indicator, config.memory, stats)
     edges = (config.data.test_short_edge, config.data.long_edge)

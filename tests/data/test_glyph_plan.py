@@ -122,6 +122,8 @@ def test_look_alikes_are_among_the_50_classes() -> None:
     assert set("".join("".join(family) for family in LOOK_ALIKES)) < first
     for classes in (1, 2, 7, 50, 51, 1203):
         assert "".join(families(classes)) == CHARACTERS[:classes]
+    for skipped, classes in ((1, 1), (2, 7), (50, 50), (100, 300), (1202, 1)):  # sets that share no character
+        assert "".join(families(classes, skipped)) == CHARACTERS[skipped : skipped + classes]
 
 
 @pytest.mark.parametrize("seed", range(5))
