@@ -120,6 +120,9 @@ def choose(train: LVISAnnotations, base: str, gpu_bytes: float, cores: int) -> l
         Choice("data.test_short_edge", edge, "the largest of them"),
         Choice("data.long_edge", edge * 5 // 3, "5 / 3 of it: panoramas are made smaller"),
     ]
+    # Weights: the small trunk's own, which the recipe of drawn sets does without.
+    if base == CPU_BASE:
+        choices.append(Choice("model.weights", "glyphs", "the small trunk has seen characters, no photos"))
     # Masks.
     masks = int(train.has_mask[rows].sum())
     if not masks:

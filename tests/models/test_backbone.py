@@ -11,7 +11,7 @@ from torch import nn
 from torchvision.models import ResNet50_Weights, resnet50
 
 from loce.config import ModelConfig, UserError
-from loce.models.backbone import build_backbone
+from loce.models.backbone import GLYPH_WEIGHTS, build_backbone
 from loce.models.mask_rcnn import MaskRCNN
 from tests.models.conftest import SMALL
 
@@ -148,6 +148,16 @@ def test_imagenet_weights_come_from_the_v1_file(monkeypatch):
     assert asked == [ResNet50_Weights.IMAGENET1K_V1]
     assert set(body) == {key for key in state if not key.startswith("fc.")}
     assert all((value == 0.25).all() for value in body.values() if value.is_floating_point())
+
+
+def test_the_small_trunks_own_weights():
+    """All of the file arrives, in single precision; the pyramid is new, as with ImageNet's weights."""
+    first, second = (build_backbone(replace(TINY, weights="glyphs")) for _ in range(2))
+    stored = torch.load(GLYPH_WEIGHTS, weights_only=True)
+    assert GLYPH_WEIGHTS.stat().st_size < 1e6 and set(stored) == set(first.body.state_dict())
+    for name, value in first.body.state_dict().items():
+        assert value.dtype == torch.float32 and torch.equal(value, stored[name].float()), name
+    assert not torch.equal(first.fpn.inner_blocks[0][0].weight, second.fpn.inner_blocks[0][0].weight)
 
 
 @pytest.mark.parametrize(
