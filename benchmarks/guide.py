@@ -3,7 +3,8 @@
 python benchmarks/guide.py out=runs/guide_bench      (about 10 minutes of a core; finished rows are kept)
 
 An eighth of the images that the guide would show, so that it takes minutes; boxes only. Rows of a set: `base`, the
-small detector of glyphs/stage1.yaml with the data's paths; `guide`; `as long`, `base` for as many epochs as `guide`.
+small detector of glyphs/stage1.yaml with the data's paths; `guide`; `no weights`, the same from a random trunk; `as
+long`, `base` for as many epochs as `guide`.
 """
 
 import json
@@ -67,8 +68,9 @@ def main() -> None:
         as_long = [f"train.epochs={epochs}", f"train.drops=[{round(0.8 * epochs)}]"]
         arms[f"{name}, base"] = [guide.CPU_BASE, *paths]
         arms[f"{name}, guide"] = [str(recipe)]
+        arms[f"{name}, no weights"] = [str(recipe), "model.weights=none"]
         arms[f"{name}, as long"] = [guide.CPU_BASE, *paths, *as_long]
-    for kind in ("base", "guide", "as long"):
+    for kind in ("base", "guide", "no weights", "as long"):
         for row in (f"{name}, {kind}" for name in SETS):
             if row in found["rows"]:
                 continue
