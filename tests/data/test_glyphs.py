@@ -190,6 +190,8 @@ def test_other_options_in_the_same_folder_are_refused(made: Path) -> None:
     before = contents(made)
     with pytest.raises(UserError, match=r"seed = 3 there, 5 wanted; size = 64 there, 96 wanted; choose another out="):
         make_glyphs(tiny(made, seed=5, size=96))
+    with pytest.raises(UserError, match=r"skip = None there, 3 wanted"):
+        make_glyphs(tiny(made, skip=3))
     assert contents(made) == before
 
 

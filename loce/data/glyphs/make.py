@@ -15,7 +15,7 @@ import json
 import shutil
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from functools import partial
 from itertools import chain, pairwise
 from multiprocessing import get_context
@@ -105,7 +105,8 @@ def make_glyphs(options: GlyphOptions) -> None:
     Starts `options.workers` processes: the calling script needs `if __name__ == "__main__"`.
     """
     folder = Path(options.out)
-    identity = {key: value for key, value in to_dict(options).items() if key not in FREE}
+    # A set of an earlier release has no `skip` in its stamp, and is the same set.
+    identity = {key: value for key, value in to_dict(options).items() if key not in FREE and (key, value) != ("skip", 0)}
     if _is_finished(folder, identity):
         print_line(f"{folder}: finished before, used as it is")
     else:
@@ -129,9 +130,7 @@ def _is_finished(folder: Path, identity: Record) -> bool:
     """Whether the set is there; UserError where another set, or anything else, is."""
     stamp = folder / STAMP
     if stamp.exists():
-        # What a set of an earlier release does not say is what it was then, the default.
-        usual = {field.name: field.default for field in fields(GlyphOptions) if field.name not in FREE}
-        found = {**usual, **json.loads(stamp.read_text(encoding="utf-8"))}
+        found = json.loads(stamp.read_text(encoding="utf-8"))
         keys = sorted(differing(found, identity))
         if keys:
             values = "; ".join(f"{key} = {found.get(key)} there, {identity.get(key)} wanted" for key in keys)
