@@ -49,7 +49,7 @@ CHARACTERS = "".join("".join(family) for family in LOOK_ALIKES) + _SINGLE + _CHO
 
 
 def families(classes: int, skipped: int = 0) -> list[str]:
-    """`classes` characters after the first `skipped`, look-alikes together, everybody else alone; some are cut short."""
+    """`classes` characters after the first `skipped`, look-alikes together, others alone; some are cut short."""
     found: list[str] = []
     start = 0
     for family in [*("".join(family) for family in LOOK_ALIKES), *_SINGLE, *_CHOSEN_BY_PICTURE]:

@@ -106,7 +106,9 @@ def make_glyphs(options: GlyphOptions) -> None:
     """
     folder = Path(options.out)
     # A set of an earlier release has no `skip` in its stamp, and is the same set.
-    identity = {key: value for key, value in to_dict(options).items() if key not in FREE and (key, value) != ("skip", 0)}
+    identity = {key: value for key, value in to_dict(options).items() if key not in FREE}
+    if not options.skip:
+        del identity["skip"]
     if _is_finished(folder, identity):
         print_line(f"{folder}: finished before, used as it is")
     else:
