@@ -230,10 +230,11 @@ def evaluate_models(found: Sequence[Evaluated], annotations: LVISAnnotations, **
 def _is_of(output: Path, origin: str) -> bool:
     """Whether what an inference left in `output` is of this origin, and not of an older version that was stopped before
     it came to the true boxes."""
+    if _text(output / ORIGIN) != origin:
+        return False  # whatever lies there, and were it damaged
     chunks = output / "detections"
     scored = all((output / name).is_file() for name in OF_TRUE_BOXES)
-    whole = scored or not chunk_paths(chunks) or read_table(chunks, TRUE_BOXES) is not None
-    return whole and _text(output / ORIGIN) == origin
+    return scored or not chunk_paths(chunks) or read_table(chunks, TRUE_BOXES) is not None
 
 
 def _take_over(output: Path, origin: str) -> None:
