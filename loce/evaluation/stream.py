@@ -88,8 +88,8 @@ class DetectionWriter:
         has_masks = [r is not None for r in rles]
         if any(has_masks) != all(has_masks):
             raise ValueError("some images were added with masks and others without")
-        names = {*self._tables[0]}
-        if any({*tables} != names for tables in self._tables):
+        names = self._tables[0].keys()
+        if any(tables.keys() != names for tables in self._tables):
             raise ValueError("some images were added with near misses or true boxes and others without")
         # Flat columns; per_image and rle_lengths cut them again.
         flat = [counts for image in rles for counts in image or ()]

@@ -260,7 +260,8 @@ class LVISAnnotations:
         order would silently exchange classes.
         """
         pairs = [list(zip(s.category_ids.tolist(), s.names, strict=True)) for s in (self.stats, stats)]
-        if pairs[0] == pairs[1] or (more and [pair for pair in pairs[0] if pair in {*pairs[1]}] == pairs[1]):
+        wanted = set(pairs[1])
+        if pairs[0] == pairs[1] or (more and [pair for pair in pairs[0] if pair in wanted] == pairs[1]):
             return
         if len(pairs[0]) != len(pairs[1]):
             differences = f"{len(pairs[0])} categories here, {len(pairs[1])} there"
