@@ -371,6 +371,7 @@ IMPOSSIBLE = [
     ("model.rpn.batch_per_image=1",),
     ("model.roi.batch_per_image=3",),
     ("model.backbone=tiny", "model.norm=group"),
+    ("model.weights=glyphs",),
     ("model.backbone=tiny", "model.weights=none", "model.norm=batch", "model.frozen_stages=0"),
     ("model.backbone=swin_t",),
     ("model.norm=layer",),

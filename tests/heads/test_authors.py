@@ -14,7 +14,7 @@ from loce.gaussian_memory import GaussianMemory, confusion_probability
 from loce.heads import HEADS, Head, RoIs, acsl
 from loce.heads.fedloss import federated_loss
 from loce.memory_bank import draw_classes
-from loce.models.roi_heads import RoIHeads
+from loce.models.roi_heads import FirstStage, RoIHeads
 from loce.utils.classes import ClassStats
 from tests.fixtures.newer import TOLERANCE, Authors, rule
 from tests.heads.cases import rois_of
@@ -399,4 +399,4 @@ def held_out(head: Head, features: Tensor, labels: Tensor) -> Tensor:
         pool=lambda *_: features,
         features_of=lambda x: x,
     )
-    return RoIHeads.held_out_losses(roi, [], [None], [shown], [])
+    return RoIHeads.held_out_losses(roi, FirstStage([], [None], [shown], []))

@@ -43,7 +43,7 @@ table3:
 table4:
   title: other options at test time
   rows:
-    - {name: two detections, recipe: loce, post_hoc: [detections=2], paper: [1, 2, 3, 4, 5]}
+    - {name: two detections, recipe: loce, post_hoc: [eval.detections=2], paper: [1, 2, 3, 4, 5]}
 table6:
   title: processes of its own
   rows:
@@ -218,7 +218,7 @@ def test_seeds_train_stage_1_and_the_row_anew(workplace: Path, first: str) -> No
 def test_a_row_may_evaluate_another_rows_run_anew(workplace: Path, first: str) -> None:
     text = run(workplace, "table=4")
     assert [c.split(" ")[2] for c in commands(text)] == ["scripts/evaluate.py"]
-    assert (workplace / "runs/tiny/loce/eval+detections=2/metrics.json").exists()
+    assert (workplace / "runs/tiny/loce/eval+eval.detections=2/metrics.json").exists()
     assert run(workplace, "table=4").count("finished before") == 1
 
 
