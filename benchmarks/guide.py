@@ -1,6 +1,6 @@
 """The guide's recipes against the one that they stand on, on three drawn sets: box AP, and what it cost.
 
-python benchmarks/guide.py out=runs/guide_bench      (about 10 minutes of a core; finished rows are kept)
+python benchmarks/guide.py out=runs/guide_bench      (about 15 minutes of a core; finished rows are kept)
 
 An eighth of the images that the guide would show, so that it takes minutes; boxes only. Rows of a set: `base`, the
 small detector of glyphs/stage1.yaml with the data's paths; `guide`; `no weights`, the same from a random trunk; `as
